@@ -1,0 +1,209 @@
+"""What every loss answers about its curvature in the model's output."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from curvops.losses.factor import Factor, no_columns
+from curvops.losses.layout import TermLayout
+from curvops.losses.noise import Noise
+
+KINDS = ("type-2", "mc", "empirical", "forward-only")
+
+
+class OutputLoss(ABC):
+    """A loss function, ready to be asked for its curvature batch by batch.
+
+    Attributes:
+        reduction: "mean" or "sum", over the whole data set.
+        needs_output_to_count: Whether `count` needs the model's output.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from curvops.losses import output_loss
+        >>> loss = output_loss(nn.CrossEntropyLoss(ignore_index=-100))
+        >>> y = torch.tensor([2, -100, 0])
+        >>> loss.count(y, batch_size=3)
+        2.0
+        >>> curvature = loss.at(torch.zeros(3, 4), y, batch_size=3)
+        >>> curvature.num_terms, curvature.width, curvature.psd
+        (3, 4, True)
+    """
+
+    reduction: str
+    needs_output_to_count: bool = False
+
+    @abstractmethod
+    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
+        """Compute this batch's share of the denominator of "mean".
+
+        Args:
+            y: Targets of the batch.
+            batch_size: Number of data in the batch.
+            z: The model's output, needed if `needs_output_to_count`.
+
+        Returns:
+            The share. Its sum over the batches is 1/c.
+        """
+
+    @abstractmethod
+    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "OutputCurvature":
+        """Look at the loss of one batch at the model's output.
+
+        Args:
+            z: The model's output. It may carry a graph, for `value`.
+            y: Targets of the batch.
+            batch_size: Number of data in the batch.
+
+        Returns:
+            The curvature of the batch's loss at z.
+
+        Raises:
+            ValueError: If z and y do not fit each other or the loss.
+        """
+
+
+class OutputCurvature(ABC):
+    """The loss of one batch at the outputs z: summed over terms, without c.
+
+    Everything but `value` treats z as a constant, and is computed in z's precision
+    or in single precision if that is higher.
+
+    Attributes:
+        z: The model's output.
+        y: Targets.
+        batch_size: Number of data in the batch.
+        dtype: Precision of the computation, and of the rows.
+        psd: Whether the output Hessian is positive semi-definite by construction.
+    """
+
+    psd: bool
+
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int) -> None:
+        self.z = z
+        self.y = y
+        self.batch_size = batch_size
+        self.dtype = compute_dtype(z)
+
+    @property
+    @abstractmethod
+    def layout(self) -> TermLayout:
+        """How the output is cut into terms."""
+
+    @property
+    def num_terms(self) -> int:
+        """Number of loss terms of the batch, T."""
+        return self.layout.num_terms
+
+    @property
+    def width(self) -> int:
+        """Entries of a term's vector, C."""
+        return self.layout.width
+
+    @property
+    def terms_per_datum(self) -> int | None:
+        """Terms of each datum, or None if the data cannot have equally many."""
+        if self.batch_size < 1 or self.num_terms % self.batch_size:
+            return None
+        return self.num_terms // self.batch_size
+
+    def rows(self, u: Tensor) -> Tensor:
+        """Bring an output-shaped tensor into rows `[T, C]`, datum by datum."""
+        self._expect_shape("rows", u, tuple(self.z.shape))
+        return self.layout.rows(u)
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Bring rows `[T, C]` into the output's shape, the inverse of `rows`."""
+        self._expect_shape("outputs", rows, (self.num_terms, self.width))
+        return self.layout.outputs(rows)
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """Compute the sum of the loss terms, a scalar.
+
+        It equals PyTorch's loss with `reduction="sum"` and is made of operations
+        that can be differentiated twice, so that z may carry a graph.
+        """
+
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """Compute the gradient of `value` in z, as rows `[T, C]`."""
+
+    def hessian_product(self, u: Tensor) -> Tensor:
+        """Multiply by the Hessian of `value` in z, exactly.
+
+        Args:
+            u: A tensor with the output's shape.
+
+        Returns:
+            A tensor with the output's shape, in u's precision.
+        """
+        self._expect_shape("hessian_product", u, tuple(self.z.shape))
+        return self._hessian_product(u.to(self.dtype)).to(u.dtype)
+
+    def factor(self, kind: str, mc_samples: int = 1, noise: Noise | None = None) -> Factor:
+        """Compute the output factor S.
+
+        Args:
+            kind: "type-2" for the exact factor (S_t S_tᵀ is the term's output
+                Hessian), "mc" for gradients at sampled labels, scaled so that the
+                expectation of S_t S_tᵀ is the term's output Hessian, "empirical" for
+                the gradient at the true label, "forward-only" for no columns.
+            mc_samples: Number of columns of "mc", M.
+            noise: Randomness of "mc".
+
+        Returns:
+            The factor, with C, M, 1 or 0 columns.
+
+        Raises:
+            ValueError: If the kind is not known, "mc" comes without noise or
+                samples, or the output Hessian has no factor.
+        """
+        if kind == "type-2":
+            return self._exact_factor()
+        if kind == "empirical":
+            return self._empirical_factor()
+        if kind == "forward-only":
+            rows = self.z.new_empty(0, dtype=self.dtype)
+            return no_columns(self.num_terms, self.width, rows)
+        if kind != "mc":
+            known = ", ".join(repr(name) for name in KINDS)
+            raise ValueError(f"'factor': expected a kind of {known}, got {kind!r}.")
+        if mc_samples < 1:
+            raise ValueError(f"'factor': expected at least one Monte-Carlo sample, got {mc_samples}.")
+        if noise is None:
+            raise ValueError("'factor': the kind 'mc' needs noise. Pass noise=Noise(seed, start).")
+        return self._sampled_factor(mc_samples, noise)
+
+    @abstractmethod
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        """Multiply an output-shaped tensor of the precision `dtype`."""
+
+    @abstractmethod
+    def _exact_factor(self) -> Factor: ...
+
+    @abstractmethod
+    def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor: ...
+
+    @abstractmethod
+    def _empirical_factor(self) -> Factor: ...
+
+    @cached_property
+    def _constant(self) -> Tensor:
+        """The output without its graph, in the precision of the computation."""
+        return self.z.detach().to(self.dtype)
+
+    @staticmethod
+    def _expect_shape(method: str, u: Tensor, shape: tuple[int, ...]) -> None:
+        if u.shape != shape:
+            raise ValueError(f"'OutputCurvature.{method}': expected shape {shape}, got {tuple(u.shape)}.")
+
+
+def compute_dtype(z: Tensor) -> torch.dtype:
+    """Choose single precision for half-precision outputs, else the output's own."""
+    if not z.is_floating_point():
+        raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
+    return torch.promote_types(z.dtype, torch.float32)

@@ -1,0 +1,271 @@
+"""Curvature of the cross-entropy over classes in the model's output."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from curvops.losses.base import OutputCurvature, OutputLoss
+from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.layout import TermLayout, class_layout
+from curvops.losses.noise import Noise
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss(OutputLoss):
+    """`nn.CrossEntropyLoss`, with labels or with probabilities as targets.
+
+    "mean" divides by the sum of the weights of the labels that are not ignored, and
+    by the number of terms if the targets are probabilities.
+
+    Attributes:
+        reduction: "mean" or "sum".
+        weight: Non-negative weight of each class, `[C]`.
+        ignore_index: The label that is left out.
+        label_smoothing: Between 0 and 1.
+    """
+
+    reduction: str
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.weight is not None and bool((self.weight < 0).any()):
+            raise ValueError(
+                f"'CrossEntropyLoss': expected non-negative class weights, got a minimum of {self.weight.min().item()}."
+            )
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(
+                f"'CrossEntropyLoss': expected a label_smoothing between 0 and 1, got {self.label_smoothing}."
+            )
+
+    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
+        """Sum the labels' weights, or count the terms; smoothing does not enter."""
+        if y.is_floating_point():
+            return float(class_layout(y.shape).num_terms)
+        seen = y[y != self.ignore_index].long()
+        if self.weight is None:
+            return float(seen.numel())
+        self._expect_labels(y, self.weight.numel())
+        return float(self.weight.detach().to(y.device).double()[seen].sum())
+
+    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "CrossEntropyCurvature":
+        """Look at one batch; see `OutputLoss.at`."""
+        self._expect_shapes(z, y)
+        if not y.is_floating_point():
+            self._expect_labels(y, class_layout(z.shape).width)
+        curvature = CrossEntropyCurvature(z, y, batch_size, self)
+        if y.is_floating_point() and bool((curvature.weights < 0).any()):
+            raise ValueError(
+                "'CrossEntropyLoss': the (weighted) target probabilities of a term sum "
+                f"to {curvature.weights.min().item()}, expected a non-negative sum."
+            )
+        return curvature
+
+    def _expect_shapes(self, z: Tensor, y: Tensor) -> None:
+        if z.ndim == 0:
+            raise ValueError("'CrossEntropyLoss': expected an output with a class axis, got a scalar.")
+        layout = class_layout(z.shape)
+        labels = z.shape[:1] + z.shape[2:] if z.ndim > 1 else torch.Size()
+        expected = z.shape if y.is_floating_point() else labels
+        if y.shape != expected or y.dtype == torch.bool or y.is_complex():
+            raise ValueError(
+                f"'CrossEntropyLoss': for an output of shape {tuple(z.shape)} with "
+                f"{layout.width} classes, expected integer labels of shape "
+                f"{tuple(labels)} or floating-point probabilities of shape "
+                f"{tuple(z.shape)}, got {y.dtype} of shape {tuple(y.shape)}."
+            )
+        if self.weight is not None and self.weight.shape != (layout.width,):
+            raise ValueError(
+                f"'CrossEntropyLoss': expected one weight for each of the "
+                f"{layout.width} classes, got shape {tuple(self.weight.shape)}."
+            )
+
+    def _expect_labels(self, y: Tensor, num_classes: int) -> None:
+        wrong = ((y < 0) | (y >= num_classes)) & (y != self.ignore_index)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"'CrossEntropyLoss': expected labels from 0 to {num_classes - 1} or "
+                f"ignore_index={self.ignore_index}, got {y[wrong][0].item()}."
+            )
+
+
+class CrossEntropyCurvature(OutputCurvature):
+    """The sum of -Σ_c t_c w_c log p_c, with p the softmax of z over the classes.
+
+    With the target distribution t (labels, smoothed or soft), the class weights w
+    and ω = Σ_c t_c w_c, a term's output Hessian is ω (diag p - p pᵀ).
+    """
+
+    psd = True
+
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, loss: CrossEntropyLoss) -> None:
+        super().__init__(z, y, batch_size)
+        self._loss = loss
+
+    @property
+    def layout(self) -> TermLayout:
+        """One term per position outside the class axis."""
+        return class_layout(self.z.shape)
+
+    def value(self) -> Tensor:
+        """Compute the sum of the loss terms."""
+        rows = self.layout.rows(self.z.to(self.dtype)).log_softmax(-1)
+        if self._plain_labels:
+            # without a dense target: vocabularies may be large
+            picked = rows.gather(1, self._labels.unsqueeze(1)).squeeze(1)
+            terms = torch.where(self.weights > 0, self.weights * picked, 0)
+        else:
+            # a class without weight contributes nothing, even if its logit is -inf
+            targets = self._weighted_targets
+            terms = torch.where(targets != 0, targets * rows, 0)
+        return -terms.sum()
+
+    def gradient(self) -> Tensor:
+        """Compute ω p - t w, as rows."""
+        scaled = self.weights.unsqueeze(1) * self._probabilities
+        if self._plain_labels:
+            labels, weights = self._labels.unsqueeze(1), self.weights.unsqueeze(1)
+            return scaled.scatter_add(1, labels, -weights)
+        return scaled - self._weighted_targets
+
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        product = _categorical_product(self._probabilities, self.layout.rows(u))
+        return self.layout.outputs(self.weights.unsqueeze(1) * product)
+
+    def _exact_factor(self) -> Factor:
+        return CategoricalFactor(self._probabilities, self.weights)
+
+    def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
+        uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, device=self.z.device)
+        labels = sample_classes(self._probabilities, uniform)
+        return SampledCategoricalFactor(self._probabilities, self.weights, labels)
+
+    def _empirical_factor(self) -> Factor:
+        weights = self.weights.unsqueeze(1)
+        scale = torch.where(weights > 0, weights, 1).rsqrt()
+        gradient = torch.where(weights > 0, scale * self.gradient(), 0)
+        return StackedFactor(gradient.unsqueeze(-1))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weight ω of each term, `[T]`; zero for ignored terms."""
+        if self.y.is_floating_point():
+            return self._weighted_targets.sum(-1)
+        smoothing = self._loss.label_smoothing
+        own = (1 - smoothing) * self._class_weights[self._labels]
+        weights = own + smoothing * self._class_weights.mean()
+        return torch.where(self._seen, weights, 0)
+
+    @cached_property
+    def _weighted_targets(self) -> Tensor:
+        """The targets t w, `[T, C]`."""
+        smoothing, weights = self._loss.label_smoothing, self._class_weights
+        if self.y.is_floating_point():
+            rows = self.layout.rows(self.y.detach().to(self.dtype))
+            return ((1 - smoothing) * rows + smoothing / self.width) * weights
+        labels = self._labels.unsqueeze(1)
+        floor = (smoothing / self.width * weights).expand(self.num_terms, -1)
+        targets = floor.scatter_add(1, labels, (1 - smoothing) * weights[labels])
+        return torch.where(self._seen.unsqueeze(1), targets, 0)
+
+    @cached_property
+    def _probabilities(self) -> Tensor:
+        return self.layout.rows(self._constant).softmax(-1)
+
+    @property
+    def _plain_labels(self) -> bool:
+        return not self.y.is_floating_point() and self._loss.label_smoothing == 0
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        return self.y.reshape(-1) != self._loss.ignore_index
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        """The labels `[T]`, any valid one where they are ignored."""
+        return torch.where(self._seen, self.y.reshape(-1).long(), 0)
+
+    @cached_property
+    def _class_weights(self) -> Tensor:
+        if self._loss.weight is None:
+            return self._constant.new_ones(self.width)
+        return self._loss.weight.detach().to(self._constant)
+
+
+class CategoricalFactor(Factor):
+    """The exact factor: column k is √(ω p_k) (e_k - p).
+
+    Args:
+        probabilities: p, `[T, C]`.
+        weights: ω, `[T]`.
+    """
+
+    def __init__(self, probabilities: Tensor, weights: Tensor) -> None:
+        num_terms, width = probabilities.shape
+        super().__init__(num_terms, width, width)
+        self._probabilities = probabilities
+        self._weights = weights
+
+    def _column(self, k: int) -> Tensor:
+        scale = (self._weights * self._probabilities[:, k]).sqrt()
+        column = -scale.unsqueeze(1) * self._probabilities
+        column[:, k] += scale
+        return column
+
+    def _product(self, rows: Tensor) -> Tensor:
+        product = _categorical_product(self._probabilities, rows)
+        return self._weights.unsqueeze(1) * product
+
+
+class SampledCategoricalFactor(Factor):
+    """The sampled factor: column m is √(ω/M) (p - e_ŷ), for the m-th sample ŷ.
+
+    Args:
+        probabilities: p, `[T, C]`.
+        weights: ω, `[T]`.
+        labels: ŷ, `[T, M]`.
+    """
+
+    def __init__(self, probabilities: Tensor, weights: Tensor, labels: Tensor) -> None:
+        num_terms, width = probabilities.shape
+        super().__init__(num_terms, width, labels.shape[1])
+        self._probabilities = probabilities
+        self._weights = weights / labels.shape[1]
+        self._labels = labels
+
+    def _column(self, k: int) -> Tensor:
+        scale = self._weights.sqrt().unsqueeze(1)
+        column = scale * self._probabilities
+        return column.scatter_add_(1, self._labels[:, k : k + 1], -scale)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        mean = (self._probabilities * rows).sum(-1, keepdim=True)
+        inner = mean - rows.gather(1, self._labels)
+        inner = inner * self._weights.unsqueeze(1)
+        product = self._probabilities * inner.sum(-1, keepdim=True)
+        return product.scatter_add(1, self._labels, -inner)
+
+
+def sample_classes(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Sample classes by inverting the cumulative distribution.
+
+    Args:
+        probabilities: `[T, C]`, not necessarily normalised.
+        uniform: `[T, M]`, in the open interval (0, 1).
+
+    Returns:
+        Classes, `[T, M]`.
+    """
+    cumulative = probabilities.cumsum(-1)
+    heights = uniform.to(cumulative) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, heights).clamp_(max=cumulative.shape[1] - 1)
+
+
+def _categorical_product(probabilities: Tensor, rows: Tensor) -> Tensor:
+    """Multiply by diag p - p pᵀ."""
+    scaled = probabilities * rows
+    return scaled - probabilities * scaled.sum(-1, keepdim=True)

@@ -1,0 +1,130 @@
+"""The output factor S of a batch: the one thing that tells GGN and Fishers apart."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Factor(ABC):
+    """Columns s of the output factor S, with rows that belong to loss terms.
+
+    For term t the factor is the matrix `S_t` with shape `[C, K]`. What a Gauss-Newton
+    or Fisher matrix needs of the loss is `S_t S_tᵀ` (weights included, the constant
+    of the reduction not).
+
+    Attributes:
+        num_terms: T.
+        width: Entries of a term's vector, C.
+        num_columns: K.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from curvops.losses import output_loss
+        >>> z, y = torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])
+        >>> S = output_loss(nn.CrossEntropyLoss()).at(z, y, 4).factor("type-2")
+        >>> S.num_columns, S.column(0).shape
+        (2, torch.Size([4, 2]))
+        >>> S.product(torch.tensor([[1.0, 0.0]]).expand(4, 2))[0]
+        tensor([ 0.2500, -0.2500])
+    """
+
+    def __init__(self, num_terms: int, width: int, num_columns: int) -> None:
+        self.num_terms = num_terms
+        self.width = width
+        self.num_columns = num_columns
+
+    def column(self, k: int) -> Tensor:
+        """Compute column k of every term's factor.
+
+        Args:
+            k: From 0 to K - 1.
+
+        Returns:
+            `[T, C]`.
+
+        Raises:
+            IndexError: If there is no such column.
+        """
+        if not 0 <= k < self.num_columns:
+            raise IndexError(f"'Factor.column': expected 0 <= k < {self.num_columns}, got {k}.")
+        return self._column(k)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """Multiply each term's vector by `S_t S_tᵀ`.
+
+        Args:
+            rows: `[T, C]`.
+
+        Returns:
+            `[T, C]`.
+
+        Raises:
+            ValueError: If the rows do not have this shape.
+        """
+        expected = (self.num_terms, self.width)
+        if rows.shape != expected:
+            raise ValueError(
+                f"'Factor.product': expected rows of shape {expected}, got "
+                f"{tuple(rows.shape)}. Bring an output-shaped tensor into rows with "
+                "'OutputCurvature.rows'."
+            )
+        return self._product(rows)
+
+    def dense(self) -> Tensor:
+        """Compute all columns as one tensor `[T, C, K]`, however large."""
+        return torch.stack([self._column(k) for k in range(self.num_columns)], -1)
+
+    @abstractmethod
+    def _column(self, k: int) -> Tensor: ...
+
+    @abstractmethod
+    def _product(self, rows: Tensor) -> Tensor: ...
+
+
+class StackedFactor(Factor):
+    """A factor whose columns are held in one tensor `[T, C, K]`."""
+
+    def __init__(self, columns: Tensor) -> None:
+        super().__init__(*columns.shape)
+        self._columns = columns
+
+    def dense(self) -> Tensor:
+        """Return all columns, `[T, C, K]`."""
+        return self._columns
+
+    def _column(self, k: int) -> Tensor:
+        return self._columns[..., k]
+
+    def _product(self, rows: Tensor) -> Tensor:
+        result = torch.zeros_like(rows)
+        for column in self._columns.unbind(-1):
+            result = result + column * (column * rows).sum(-1, keepdim=True)
+        return result
+
+
+class DiagonalFactor(Factor):
+    """C columns with one entry each: column k is √h_k e_k.
+
+    Args:
+        curvature: The diagonal h of each term's output Hessian, `[T, C]`.
+    """
+
+    def __init__(self, curvature: Tensor) -> None:
+        num_terms, width = curvature.shape
+        super().__init__(num_terms, width, width)
+        self._curvature = curvature
+
+    def _column(self, k: int) -> Tensor:
+        column = self._curvature.new_zeros(self.num_terms, self.width)
+        column[:, k] = self._curvature[:, k].sqrt()
+        return column
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return self._curvature * rows
+
+
+def no_columns(num_terms: int, width: int, like: Tensor) -> Factor:
+    """Make the factor of `forward-only`, with K = 0."""
+    return StackedFactor(like.new_zeros(num_terms, width, 0))

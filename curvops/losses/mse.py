@@ -1,0 +1,81 @@
+"""Curvature of the squared error in the model's output."""
+
+import torch
+from torch import Tensor
+
+from curvops.losses.base import OutputCurvature, OutputLoss
+from curvops.losses.factor import DiagonalFactor, Factor, StackedFactor
+from curvops.losses.layout import TermLayout, entry_layout
+from curvops.losses.noise import Noise
+
+
+class SquaredErrorLoss(OutputLoss):
+    """`nn.MSELoss`; "mean" divides by the number of entries.
+
+    Args:
+        reduction: "mean" or "sum".
+    """
+
+    def __init__(self, reduction: str) -> None:
+        self.reduction = reduction
+
+    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
+        """Count the entries."""
+        return float(y.numel())
+
+    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "SquaredErrorCurvature":
+        """Look at one batch; see `OutputLoss.at`."""
+        expect_same_shape("MSELoss", z, y)
+        return SquaredErrorCurvature(z, y, batch_size)
+
+
+class SquaredErrorCurvature(OutputCurvature):
+    """The sum of (z - y)², whose output Hessian is 2 I.
+
+    As a likelihood it is a normal distribution of variance 1/2 around z.
+    """
+
+    psd = True
+
+    @property
+    def layout(self) -> TermLayout:
+        """One term per vector along the last axis."""
+        return entry_layout(self.z.shape)
+
+    def value(self) -> Tensor:
+        """Compute the sum of the loss terms."""
+        return (self.z.to(self.dtype) - self.y.to(self.dtype)).square().sum()
+
+    def gradient(self) -> Tensor:
+        """Compute 2 (z - y), as rows."""
+        return self.layout.rows(2 * (self._constant - self.y.to(self.dtype)))
+
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        return 2 * u
+
+    def _exact_factor(self) -> Factor:
+        two = torch.full((1, 1), 2.0, dtype=self.dtype, device=self.z.device)
+        return DiagonalFactor(two.expand(self.num_terms, self.width))
+
+    def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
+        normal = noise.normal(
+            self.num_terms,
+            self.terms_per_datum,
+            mc_samples,
+            self.width,
+            device=self.z.device,
+        )
+        return StackedFactor((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
+
+    def _empirical_factor(self) -> Factor:
+        return StackedFactor(self.gradient().unsqueeze(-1))
+
+
+def expect_same_shape(name: str, z: Tensor, y: Tensor) -> None:
+    """Reject what PyTorch would broadcast."""
+    if z.shape != y.shape:
+        raise ValueError(
+            f"'{name}': expected targets of the output's shape {tuple(z.shape)}, got "
+            f"{tuple(y.shape)}. Reshape one of them: broadcasting is almost always "
+            "a mistake here."
+        )

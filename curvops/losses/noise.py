@@ -1,0 +1,157 @@
+"""Random numbers that belong to a datum's place in the data set, not to its batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SHIFTS = (30, 27, 31)
+_WORD = (1 << 64) - 1
+_UNIFORM, _NORMAL, _SIGN = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise of one batch, the same however the data set is cut into batches.
+
+    A number is a hash of its key: the seed, the datum's place in the data set, the
+    term within the datum, the sample and the channel. Nothing is stored, and no
+    generator advances. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood
+    2014, doi:10.1145/2660193.2660195), applied once per component of the key.
+
+    Attributes:
+        seed: Any integer.
+        start: Place of the batch's first datum in the data set.
+
+    Example:
+        >>> import torch
+        >>> whole = Noise(seed=0, start=0).uniform(6, terms_per_datum=2, mc_samples=3)
+        >>> tail = Noise(seed=0, start=1).uniform(4, terms_per_datum=2, mc_samples=3)
+        >>> torch.equal(whole[2:], tail)
+        True
+    """
+
+    seed: int
+    start: int
+
+    def uniform(
+        self,
+        num_terms: int,
+        terms_per_datum: int | None,
+        mc_samples: int,
+        width: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """Draw uniformly from the open interval (0, 1).
+
+        Args:
+            num_terms: Number of terms of the batch, T.
+            terms_per_datum: Terms of each datum. `None` where the data do not have
+                equally many; then the key is the term's place in its batch, and the
+                noise does depend on the batches.
+            mc_samples: Number of samples, M.
+            width: Channels of a term, C. `None` for one number per sample.
+            device: Where to compute.
+            dtype: `torch.float64` or `torch.float32`.
+
+        Returns:
+            `[T, M]`, or `[T, M, C]` if a width is given.
+
+        Raises:
+            ValueError: For any other dtype.
+        """
+        words = self._words(_UNIFORM, num_terms, terms_per_datum, mc_samples, width, device)
+        return _open_unit(words, dtype)
+
+    def normal(
+        self,
+        num_terms: int,
+        terms_per_datum: int | None,
+        mc_samples: int,
+        width: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """Draw from the standard normal distribution; arguments as for `uniform`."""
+        words = self._words(_NORMAL, num_terms, terms_per_datum, mc_samples, width, device)
+        normal: Tensor = torch.special.ndtri(_open_unit(words, dtype))
+        return normal
+
+    def signs(
+        self,
+        num_terms: int,
+        terms_per_datum: int | None,
+        mc_samples: int,
+        width: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """Draw from {-1, +1}, each with probability 1/2; arguments as for `uniform`."""
+        words = self._words(_SIGN, num_terms, terms_per_datum, mc_samples, width, device)
+        return torch.where(words < 0, -1.0, 1.0).to(dtype)
+
+    def _words(
+        self,
+        stream: int,
+        num_terms: int,
+        terms_per_datum: int | None,
+        mc_samples: int,
+        width: int | None,
+        device: torch.device | str | None,
+    ) -> Tensor:
+        """Random words of 64 bits; the three distributions use separate streams."""
+        term = torch.arange(num_terms, dtype=torch.int64, device=device)
+        sample = torch.arange(mc_samples, dtype=torch.int64, device=device)
+        if terms_per_datum is None:
+            place, within = torch.full_like(term, self.start), term
+        else:
+            # an empty batch may report no terms per datum
+            count = max(terms_per_datum, 1)
+            place, within = self.start + term // count, term % count
+        root = _mix_integer(_mix_integer(self.seed) ^ stream)
+        key = _absorb(torch.full_like(term, _signed(root)), place)
+        key = _absorb(_absorb(key, within).unsqueeze(-1), sample)
+        if width is not None:
+            channel = torch.arange(width, dtype=torch.int64, device=device)
+            key = _absorb(key.unsqueeze(-1), channel)
+        return key
+
+
+def _absorb(key: Tensor, index: Tensor) -> Tensor:
+    """Hash one more component into the key; int64 arithmetic wraps around."""
+    word = key + (index + 1) * _signed(_GOLDEN)
+    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
+        word = (word ^ _shift(word, shift)) * _signed(multiplier)
+    return word ^ _shift(word, _SHIFTS[-1])
+
+
+def _mix_integer(word: int) -> int:
+    """Apply the hash of `_absorb` to a Python integer."""
+    word = (word + _GOLDEN) & _WORD
+    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
+        word = (word ^ word >> shift) * multiplier & _WORD
+    return word ^ word >> _SHIFTS[-1]
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """Shift to the right without copying the sign bit."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """Read an unsigned 64-bit word as a signed one."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _open_unit(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to the middles of equal cells of (0, 1)."""
+    bits = {torch.float64: 52, torch.float32: 23}.get(dtype)
+    if bits is None:
+        raise ValueError(
+            f"'Noise': expected dtype torch.float64 or torch.float32, got {dtype}. "
+            "Draw in one of these and convert the result."
+        )
+    return (_shift(words, 64 - bits).to(dtype) + 0.5) * 2.0**-bits

@@ -1,0 +1,70 @@
+# Chores. Each makes the environment that it needs, and works on a machine with only make and Python >= 3.10.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help tour test check format docs bench peer clean
+.NOTPARALLEL:
+
+help:
+	@echo "make tour     the visual tour of curvature matrices, in tour/"
+	@echo "make test     the tests"
+	@echo "make check    format, lint and types"
+	@echo "make format   put the code into the format that check asks for"
+	@echo "make docs     run the examples of the docstrings, the README and examples/"
+	@echo "make bench    time of the tour's six matrices, beside the peer library"
+	@echo "make peer     the tour's six matrices agree with the peer library's in double precision"
+	@echo "make clean    remove the environments and what the chores leave behind"
+
+tour: .venv/.tour
+	$(BIN)/curvops tour $(ARGS)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: .venv/.dev
+	MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops
+	$(BIN)/python -m pytest -q tests/tour/test_readme.py tests/tour/test_example.py
+
+bench: .venv-peer/.peer
+	.venv-peer/bin/python benchmarks/tour.py $(ARGS)
+
+peer: .venv-peer/.peer
+	.venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
+
+clean:
+	rm -rf .venv .venv-peer tour .mypy_cache .pytest_cache .ruff_cache
+
+# $(call install,ENVIRONMENT,EXTRAS): the mark says "begun, not finished", so that an interrupted
+# installation is thrown away and made anew.
+define install
+	@if [ -e $(1)/.unfinished ]; then rm -rf $(1); fi
+	@mkdir -p $(1) && touch $(1)/.unfinished
+	[ -x $(1)/bin/pip ] || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]'
+	@rm $(1)/.unfinished
+	@touch $@
+endef
+
+.venv/.tour: pyproject.toml constraints.txt
+	$(call install,.venv,tour)
+
+.venv/.dev: pyproject.toml constraints.txt
+	$(call install,.venv,tour$(comma)dev)
+	@touch .venv/.tour
+
+# an environment of its own: the peer's requirements (torchvision) get in the way of other libraries
+.venv-peer/.peer: pyproject.toml constraints.txt
+	$(call install,.venv-peer,tour$(comma)peer)
+
+comma := ,

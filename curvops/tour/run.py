@@ -1,0 +1,161 @@
+"""The tour from beginning to end: setups, matrices, table, figures and files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvops.tour.figure import color_domain, log_abs, plot_matrices, save_figure, unchanged
+from curvops.tour.files import save_matrices
+from curvops.tour.matrices import OPERATORS, Measured, each_matrix
+from curvops.tour.meter import memory_kind
+from curvops.tour.output import prepare_output
+from curvops.tour.setups import SIZES, Setup, digits, tutorial
+
+MATRICES = "matrices.safetensors"
+UNALTERED_SHARE = 0.99
+"""Share of the unaltered entries within the colour domain; a handful of large ones would leave the rest blank."""
+
+_FIGURE_BYTES = 12_000_000  # both figures of a setup, generously
+
+
+@dataclass
+class Finished:
+    """What a tour has written so far.
+
+    Attributes:
+        matrices: From file to the titles of the matrices in it.
+        figures: The figures' files.
+    """
+
+    matrices: dict[Path, list[str]] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kept = [f"{', '.join(titles)} in {path}" for path, titles in self.matrices.items()]
+        if self.figures:
+            kept.append(f"{len(self.figures)} figures")
+        return "; ".join(kept) or "nothing"
+
+
+def run_tour(
+    output: str | Path = "tour",
+    *,
+    setups: Sequence[str] = tuple(SIZES),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    finished: Finished | None = None,
+    say: Callable[[str], None] = print,
+) -> Finished:
+    """Compute, tabulate, draw and keep the six matrices of each setup.
+
+    For each setup these files are written, each whole or not at all: `matrices.safetensors` after
+    every matrix, and `curvature_matrices_log_abs` and `curvature_matrices` (unaltered) as PDF and
+    PNG at the end. The tutorial's are in `output` itself, those of the digits in `digits/before`
+    and `digits/after`, on one colour domain.
+
+    Args:
+        output: A folder; it is made if it is missing.
+        setups: Some of `setups.SIZES`.
+        device: Where to compute; a GPU if there is one.
+        dtype: In which precision.
+        seed: Of data, weights and Monte-Carlo samples.
+        finished: Filled in while the tour runs, for a caller that may be interrupted.
+        say: Takes the lines that are printed.
+
+    Returns:
+        What was written.
+
+    Raises:
+        OutputError: If the output folder cannot take the files; then nothing was computed.
+        ValueError: If a setup is unknown.
+    """
+    unknown = [name for name in setups if name not in SIZES]
+    if unknown or not setups:
+        raise ValueError(f"run_tour: setups must be some of {list(SIZES)}, got {list(setups)}.")
+    finished = finished if finished is not None else Finished()
+    output = prepare_output(output, _expected_bytes(setups, dtype))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name in setups:
+        made = (
+            (tutorial(device=device, dtype=dtype, seed=seed),)
+            if name == "tutorial"
+            else digits(device=device, dtype=dtype, seed=seed)
+        )
+        results = [_compute(setup, output / setup.name, seed, finished, say) for setup in made]
+        _draw(made, results, output, finished)
+        say(f"Figures and matrices: {', '.join(str(output / setup.name) for setup in made)}\n")
+    return finished
+
+
+def _compute(
+    setup: Setup, folder: Path, seed: int, finished: Finished, say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    say(str(setup))
+    folder.mkdir(parents=True, exist_ok=True)
+    path, done, matrices = folder / MATRICES, [], {}
+    settings = {"setup": setup.title, "seed": seed, "device": str(setup.device), "layers": list(setup.layers)}
+    with tqdm(total=len(OPERATORS), desc="Matrices", file=sys.stderr, disable=None, leave=False) as bar:
+        bar.set_postfix_str(next(iter(OPERATORS)))
+        titles = list(OPERATORS)
+        for k, result in enumerate(each_matrix(setup, seed=seed)):
+            done.append(result)
+            matrices[result.title] = result.matrix.cpu()
+            save_matrices(
+                path,
+                matrices,
+                parameters={name: tuple(p.shape) for name, p in setup.params.items()},
+                groups=setup.groups,
+                settings=settings,
+            )
+            finished.matrices[path] = list(matrices)
+            bar.update()
+            bar.set_postfix_str("".join(titles[k + 1 : k + 2]))
+    say(_table(done, setup.device))
+    return matrices
+
+
+def _table(results: Sequence[Measured], device: torch.device) -> str:
+    hessian = next((r.matrix for r in results if r.title == "Hessian"), None)
+    lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory_kind(device)})':>24}{'trace':>11}{'off Hessian':>13}"]
+    for result in results:
+        peak = "unknown" if result.cost.peak_bytes is None else f"{result.cost.peak_bytes / 1e6:.1f}"
+        off = "" if hessian is None else f"{float((result.matrix - hessian).norm() / hessian.norm()):.1%}"
+        trace = float(result.matrix.trace())
+        lines.append(f"{result.title:<26}{result.cost.seconds:>9.3f}{peak:>24}{trace:>11.4g}{off:>13}")
+    seconds = sum(result.cost.seconds for result in results)
+    return "\n".join([*lines, f"{'all':<26}{seconds:>9.3f}"])
+
+
+def _draw(setups: Sequence[Setup], results: Sequence[dict[str, Tensor]], output: Path, finished: Finished) -> None:
+    everything = [matrix for matrices in results for matrix in matrices.values()]
+    kinds = {
+        "curvature_matrices_log_abs": (log_abs, color_domain([log_abs(m) for m in everything], signed=False), None),
+        "curvature_matrices": (
+            unchanged,
+            color_domain(everything, signed=True, clip=UNALTERED_SHARE),
+            f"Unaltered matrix entries ({UNALTERED_SHARE:.0%} within the colours)",
+        ),
+    }
+    for setup, matrices in zip(setups, results, strict=True):
+        for stem, (transform, limits, label) in kinds.items():
+            fig, _ = plot_matrices(
+                matrices, groups=setup.groups, transform=transform, limits=limits, transform_title=label
+            )
+            for suffix in ("pdf", "png"):
+                finished.figures.append(save_figure(fig, output / setup.name / f"{stem}.{suffix}"))
+            plt.close(fig)
+
+
+def _expected_bytes(setups: Sequence[str], dtype: torch.dtype) -> int:
+    """All files of a tour, and the largest one twice: it is written beside the one it replaces."""
+    sizes = [len(OPERATORS) * side**2 * dtype.itemsize for name in setups for side in SIZES[name]]
+    return sum(sizes) + max(sizes) + _FIGURE_BYTES * len(sizes)

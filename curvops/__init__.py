@@ -1,0 +1,16 @@
+"""Curvature of PyTorch models as linear operators: correct on any model, fast, and visible."""
+
+from curvops.operators.ggn import EFLinearOperator, GGNLinearOperator
+from curvops.operators.hessian import HessianLinearOperator
+from curvops.operators.linear_operator import LinearOperator
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.space import TensorSpace
+
+__all__ = [
+    "EFLinearOperator",
+    "EmpiricalRisk",
+    "GGNLinearOperator",
+    "HessianLinearOperator",
+    "LinearOperator",
+    "TensorSpace",
+]

@@ -1,0 +1,1 @@
+"""Derivatives of one batch: the reference, the fast ways and their certificates."""

@@ -1,0 +1,188 @@
+"""A judge that knows no rule of second order: central differences of first-order autodiff.
+
+It looks at a few data in double precision, and gives a verdict only where the differences at several
+steps agree with each other (at kinks such as ReLU's they do not).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from curvops.linearize.reference import GradientLinearization, OutputLinearization
+from curvops.risk.data import Batch
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.model import floating_to
+from curvops.risk.tree import map_tensors, select, tensors_of
+from curvops.space import TensorSpace
+
+STEPS = (1e-4, 1e-5, 1e-6)
+STEADY = 1e-4  # relative difference between steps up to which they agree
+WRONG = 1e-3  # relative error from which a derivative is called wrong
+DATA = 4  # data that are looked at
+LARGEST = 10_000_000  # parameters up to which a copy in double precision is cheap
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative error of a product against central differences; ``None`` where those do not agree."""
+
+    error: float | None
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the product is certainly wrong."""
+        return self.error is not None and self.error > WRONG
+
+
+def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
+    """Verdict on a directional derivative at 0 of ``at``, a function of the step."""
+    slopes = [(at(step) - at(-step)) / (2 * step) for step in STEPS]
+    scale = max(float(slope.norm()) for slope in slopes)
+    spread = min(float((a - b).norm()) for a, b in zip(slopes, slopes[1:]))
+    if not torch.isfinite(torch.tensor(scale)) or spread > STEADY * scale:
+        return Verdict(None)
+    error = min(float((product - slope).norm()) for slope in slopes)
+    return Verdict(error / scale if scale > 1e-12 else error)
+
+
+def judge_hessian(risk: EmpiricalRisk) -> Verdict:
+    """Judge the Hessian's product on a random vector; warn if it is wrong."""
+    problem = _double_problem(risk)
+    if problem is None:
+        return Verdict(None)
+    params, batch, space, v = problem
+
+    def slopes(step: float) -> Tensor:
+        leaves = _moved(params, space, v, step)
+        value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
+        return space.join(grad(value, list(leaves.values()), allow_unused=True)) if value.requires_grad else v * 0
+
+    with risk.evaluation():
+        leaves = _moved(params, space, v, 0.0)
+        value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
+        verdict = compare(GradientLinearization(value, leaves, space).hvp(v), slopes)
+        if verdict.wrong:
+            _warn("Hessian", verdict, lambda: risk.forward(leaves, batch.X))
+    return verdict
+
+
+def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
+    """Judge the product of the model's Jacobian with a random vector; warn if it is wrong."""
+    problem = _double_problem(risk)
+    if problem is None:
+        return Verdict(None)
+    params, batch, space, v = problem
+
+    def outputs(step: float) -> Tensor:
+        with torch.no_grad():
+            return risk.forward(_moved(params, space, v, step), batch.X)
+
+    with risk.evaluation():
+        leaves = _moved(params, space, v, 0.0)
+        z = risk.forward(leaves, batch.X)
+        verdict = compare(OutputLinearization(z, leaves, space).jvp(v), outputs)
+        if verdict.wrong:
+            _warn("Jacobian", verdict, lambda: risk.forward(leaves, batch.X))
+    return verdict
+
+
+def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | None:
+    """Parameters and a few data in double precision, their space, and a random direction."""
+    if risk.space.dim > LARGEST:
+        return None
+    with risk.evaluation(), closing(iter(risk.data)) as batches:
+        batch = next(batches)
+    few = min(DATA, batch.size) if _sliceable(batch) else batch.size
+    X, y = (
+        map_tensors(lambda t: floating_to(t, torch.float64), select(part, batch.size, slice(0, few)))
+        for part in (batch.X, batch.y)
+    )
+    params = {name: p.detach().double() for name, p in risk.model.params.items()}
+    space = TensorSpace(params)
+    v = space.random(torch.Generator().manual_seed(0))
+    small = Batch(X, y, few, batch.start)
+    try:
+        with risk.evaluation(), torch.no_grad():
+            risk.output_curvature(risk.forward(params, small.X), small)
+    except (RuntimeError, TypeError, ValueError):
+        return None  # the model is tied to its own precision or batch size: no verdict
+    return params, small, space, v
+
+
+def _sliceable(batch: Batch) -> bool:
+    return all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
+
+
+def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float) -> dict[str, Tensor]:
+    """Leaves at θ + step · v."""
+    flat = space.join(params.values()) + step * v
+    return {name: t.detach().requires_grad_() for name, t in zip(params, space.split(flat))}
+
+
+def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
+    names = suspects(run)
+    where = f"The operations that are off on their own: {', '.join(names)}." if names else "No single operation could be named."
+    warnings.warn(
+        f"{what}: PyTorch's second-order derivative differs from central differences by {verdict.error:.1e} (relative) on "
+        f"this model. {where} Replace these operations by plain ones, or expect wrong products.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps one call of each operation that takes and gives floating-point tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        detached = map_tensors(lambda t: t.detach().clone(), list(args)), map_tensors(lambda t: t.detach().clone(), kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.requires_grad:
+            name = resolve_name(func) or getattr(func, "__name__", str(func))
+            self.calls.setdefault(name, (func, tuple(detached[0]), detached[1]))
+        return out
+
+
+def suspects(run: Callable[[], Tensor]) -> list[str]:
+    """Names of the operations of a computation whose own second derivative central differences refute."""
+    with _Recorder() as recorder:
+        run()
+    return [name for name, call in recorder.calls.items() if _is_wrong(*call)]
+
+
+def _is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    inputs = {str(k): t for k, t in enumerate(tensors_of((args, kwargs))) if t.is_floating_point()}
+    if not inputs:
+        return False
+    space = TensorSpace(inputs)
+    v = space.random(torch.Generator().manual_seed(0))
+
+    def scalar(xs: dict[str, Tensor]) -> Tensor:
+        values = iter(xs.values())
+        given, named = map_tensors(lambda t: next(values).clone() if t.is_floating_point() else t, [list(args), kwargs])
+        out: Tensor = func(*given, **named)
+        ramp = torch.arange(1, out.numel() + 1, device=out.device, dtype=out.dtype)
+        return (out.flatten() * ramp.cos()).tanh().sum()  # any smooth scalar of the output
+
+    def slopes(step: float) -> Tensor:
+        xs = _moved(inputs, space, v, step)
+        return space.join(grad(scalar(xs), list(xs.values()), allow_unused=True))
+
+    try:
+        leaves = _moved(inputs, space, v, 0.0)
+        return compare(GradientLinearization(scalar(leaves), leaves, space).hvp(v), slopes).wrong
+    except (RuntimeError, TypeError, ValueError):
+        return False  # cannot be differentiated on its own, so nothing is said of it

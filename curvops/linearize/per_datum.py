@@ -1,0 +1,72 @@
+"""Rows Sᵀ J datum by datum: one `vmap` over the data, for dense matrices of small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from curvops.risk.tree import map_tensors, tensors_of
+from curvops.space import TensorSpace
+
+
+def pulled_rows(
+    forward: Callable[[Mapping[str, Tensor], Any], Tensor],
+    params: Mapping[str, Tensor],
+    X: Any,
+    cotangents: Tensor,
+    space: TensorSpace,
+    budget: int,
+) -> Iterator[Tensor]:
+    """Rows Jᵀu, datum by datum, for a model that does not mix the data of a batch.
+
+    Args:
+        forward: The model, from parameters and an input.
+        params: The parameters.
+        X: Input of N data, each tensor with the data along its first axis.
+        cotangents: ``[N, P, *output]``, P of them for each datum, in the output's shape of one datum.
+        space: The space of the parameters.
+        budget: Memory in bytes that decides how many data go together.
+
+    Yields:
+        Rows ``[n P, D]`` of some consecutive data.
+
+    Raises:
+        ValueError: If a tensor of ``X`` has no axis of data.
+    """
+    tensors = tensors_of(X)
+    size, width = cotangents.shape[:2]
+    if any(t.ndim == 0 or t.shape[0] != size for t in tensors):
+        raise ValueError("a tensor of X does not have the data along its first axis")
+
+    def single(inputs: list[Tensor], us: Tensor) -> list[Tensor]:
+        remaining = iter(inputs)
+        x = map_tensors(lambda _: next(remaining).unsqueeze(0), X)
+        _, pull = vjp(lambda p: forward(p, x), dict(params))
+        (slopes,) = vmap(pull)(us.unsqueeze(1))
+        return list(slopes.values())
+
+    # rows, their parts before joining, and what autograd holds of as many
+    chunk = max(1, budget // max(1, 4 * width * space.dim * space.dtype.itemsize))
+    for start in range(0, size, chunk):
+        part = slice(start, start + chunk)
+        slopes = vmap(single)([t[part] for t in tensors], cotangents[part])
+        yield torch.cat([s.flatten(2).to(space.dtype) for s in slopes], 2).flatten(0, 1).detach()
+
+
+def term_cotangents(outputs: Callable[[Tensor], Tensor], factor: Tensor, size: int) -> Tensor:
+    """One cotangent for each datum, term and column: ``[T, C, K]`` to ``[N, (T/N) K, *output]``.
+
+    Terms are squared separately, so a cotangent is zero at all but one term of its datum.
+    """
+    terms, width, columns = factor.shape
+    per_datum = terms // size
+    rows = factor.reshape(size, per_datum, width, columns)
+    spread = torch.zeros(per_datum, columns, size, per_datum, width, dtype=factor.dtype, device=factor.device)
+    for r in range(per_datum):
+        spread[r, :, :, r] = rows[:, r].movedim(-1, 0)
+    shaped = [outputs(u.reshape(terms, width)) for u in spread.flatten(0, 1)]
+    return torch.stack(shaped, 1)

@@ -1,0 +1,149 @@
+"""The matrices c Σ Jᵀ S Sᵀ J: GGN, Monte-Carlo Fisher and empirical Fisher, as linear operators."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from curvops.linearize.judge import judge_jacobian
+from curvops.linearize.per_datum import pulled_rows, term_cotangents
+from curvops.linearize.reference import OutputLinearization
+from curvops.losses import Factor, Noise, OutputCurvature
+from curvops.operators.risk_operator import RiskOperator
+from curvops.risk.data import Batch
+from curvops.risk.model import ModelFunction
+
+
+class OutputFactorOperator(RiskOperator):
+    """c Σ_n J_nᵀ S_n S_nᵀ J_n; subclasses say what the output factor S is."""
+
+    dense_way = "per-datum Jacobian and one matrix product"
+
+    def _judge(self) -> None:
+        judge_jacobian(self.risk)
+
+    @abstractmethod
+    def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
+        """The output factor S of a batch whose first datum is the ``start``-th of the data set."""
+
+    def _output_product(self, curvature: OutputCurvature, start: int) -> Callable[[Tensor], Tensor]:
+        """The product u ↦ S Sᵀ u of a batch, both of the output's shape."""
+        factor = self._factor(curvature, start)
+        return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
+
+    def _add_product(self, batch: Batch, columns: Tensor, total: Tensor) -> None:
+        leaves = self.risk.model.leaves()
+        jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
+        output_product = self._output_product(self.risk.output_curvature(jacobian.z.detach(), batch), batch.start)
+        for k, column in enumerate(columns.unbind(1)):
+            total[:, k] += jacobian.vjp(output_product(jacobian.jvp(column)))
+
+    def _add_dense(self, batch: Batch, total: Tensor) -> None:
+        params = {name: p.detach() for name, p in self.risk.model.params.items()}
+        with torch.no_grad():
+            curvature = self.risk.output_curvature(self.risk.forward(params, batch.X), batch)
+        factor = self._factor(curvature, batch.start)
+        if curvature.terms_per_datum is None:
+            raise ValueError("the number of loss terms is not a multiple of the number of data")
+        if curvature.terms_per_datum * factor.num_columns > 3 * self.domain.dim:
+            raise ValueError("more outputs than three times the parameters, so columns are cheaper")
+        cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
+        for rows in pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget()):
+            total.addmm_(rows.T, rows)
+
+
+class GGNLinearOperator(OutputFactorOperator):
+    """Generalized Gauss-Newton matrix (Schraudolph 2002), or its Monte-Carlo approximation.
+
+    For losses that are negative log-likelihoods the GGN is the Fisher matrix (Martens 2020, arXiv
+    1412.1193), and with ``mc_samples`` labels sampled from the model's likelihood the operator is the
+    Monte-Carlo Fisher. That is a fixed matrix: the noise belongs to the datum and the seed, not to the batch.
+
+    Args:
+        mc_samples: Number of sampled labels a loss term; 0 for the exact matrix.
+        seed: Seed of the samples.
+
+    Raises:
+        ValueError: If ``mc_samples`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from curvops import GGNLinearOperator
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+        >>> params = dict(model.named_parameters())
+        >>> fisher = GGNLinearOperator(model, torch.nn.CrossEntropyLoss(), params, data, mc_samples=1)
+        >>> fisher.to_dense().shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(
+        self,
+        model_func: Module | ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[tuple[Any, Any]],
+        *,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        mc_samples: int = 0,
+        seed: int = 2147483647,
+        reduction: str | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        if not isinstance(mc_samples, int) or mc_samples < 0:
+            raise ValueError(f"mc_samples: expected a number ≥ 0 (0 for the exact GGN), got {mc_samples!r}.")
+        self.mc_samples, self.seed = mc_samples, seed
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar=progressbar,
+            check_deterministic=check_deterministic,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            reduction=reduction,
+            memory_budget=memory_budget,
+        )
+
+    def _is_psd(self) -> bool:
+        return self.mc_samples > 0 or bool(getattr(self.risk.loss, "psd", False))
+
+    def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
+        if self.mc_samples:
+            return curvature.factor("mc", self.mc_samples, Noise(self.seed, start))
+        return curvature.factor("type-2")
+
+    def _output_product(self, curvature: OutputCurvature, start: int) -> Callable[[Tensor], Tensor]:
+        # the exact product needs no factor, so it exists for losses that are not convex in the output too
+        return super()._output_product(curvature, start) if self.mc_samples else curvature.hessian_product
+
+
+class EFLinearOperator(OutputFactorOperator):
+    """Empirical Fisher: the outer products of the loss terms' gradients at the true labels.
+
+    It is not the Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558).
+
+    Example:
+        >>> import torch
+        >>> from curvops import EFLinearOperator
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+        >>> ef = EFLinearOperator(model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+        >>> ef.psd
+        True
+    """
+
+    def _is_psd(self) -> bool:
+        return True
+
+    def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
+        return curvature.factor("empirical")

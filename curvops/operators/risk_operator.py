@@ -1,0 +1,124 @@
+"""Operators that are sums over batches of an empirical risk: Hessian and the GGN family."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from curvops.linearize.certify import Account, certified, relative_difference
+from curvops.memory import budget
+from curvops.operators.linear_operator import LinearOperator
+from curvops.risk.data import Batch
+from curvops.risk.determinism import check_deterministic as check
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.model import ModelFunction
+
+
+class RiskOperator(LinearOperator):
+    """A symmetric matrix c Σ_batches (…) of an empirical risk.
+
+    Args:
+        model_func: Module called as ``model(X)``, or a function ``(params, X)``.
+        loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
+        params: Parameters by name, any subset of the module's.
+        data: Iterable of ``(X, y)`` that can be walked again.
+        progressbar: Show a progress bar over the batches (needs ``tqdm``).
+        check_deterministic: Compare two passes over the data, and the derivatives of second order with
+            central differences on a few data, before anything is computed.
+        num_data: Number of data, if known; it is compared with what the loader yields.
+        batch_size_fn: Number of data in ``X`` where it cannot be seen.
+        reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
+        memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
+
+    Raises:
+        TypeError, ValueError: If an argument does not fit; the message says which and how.
+        RuntimeError: If two passes over the data differ.
+    """
+
+    def __init__(
+        self,
+        model_func: Module | ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[tuple[Any, Any]],
+        *,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        reduction: str | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.risk = EmpiricalRisk(
+            model_func,
+            loss_func,
+            params,
+            data,
+            reduction=reduction,
+            progressbar=progressbar,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+        )
+        super().__init__(self.risk.space, symmetric=True, psd=self._is_psd())
+        self.memory_budget = memory_budget
+        self.account = Account()
+        if check_deterministic:
+            check(self.risk)
+            self._judge()
+
+    def explain(self) -> str:
+        """What was chosen for each piece of work so far, and why."""
+        rows = str(self.account) or "  nothing has been computed yet"
+        return f"{self!r}\n{rows}"
+
+    def _is_psd(self) -> bool:
+        return False
+
+    def _judge(self) -> None:
+        """Compare this operator's kind of derivative with central differences."""
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        c = self.risk.constant
+        total = torch.zeros_like(columns)
+        with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
+            for batch in batches:
+                self._add_product(batch, columns, total)
+        self.account.note("products", "reference", "reverse over reverse")
+        return c * total
+
+    @abstractmethod
+    def _add_product(self, batch: Batch, columns: Tensor, total: Tensor) -> None:
+        """Add one batch's product, without the constant c, to ``total``, both ``[D, K]``."""
+
+    @abstractmethod
+    def _add_dense(self, batch: Batch, total: Tensor) -> None:
+        """Add one batch's matrix, without the constant c, to ``total`` ``[D, D]``, by a fast way."""
+
+    #: name of the fast way of `_add_dense`
+    dense_way: str
+
+    def _dense(self) -> Tensor:
+        probe = self.domain.random(torch.Generator().manual_seed(0), columns=1)
+
+        def difference(matrix: Tensor) -> float:
+            return relative_difference(matrix @ probe, self._apply(probe))
+
+        dense = certified("dense matrix", self.dense_way, self._fast_dense, difference, self.dtype, self.account)
+        return super()._dense() if dense is None else dense
+
+    def _fast_dense(self) -> Tensor:
+        c = self.risk.constant
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
+            for batch in batches:
+                self._add_dense(batch, total)
+        return total.mul_(c)
+
+    def _budget(self) -> int:
+        return budget(self.device, self.memory_budget)

@@ -1,0 +1,1 @@
+"""Model, loss, parameters and data as one function: the empirical risk."""

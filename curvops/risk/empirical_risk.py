@@ -1,0 +1,171 @@
+"""The empirical risk: model, loss, parameters and data, and the only loop over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.nn import Module
+
+from curvops.substitutions import substitutions
+from curvops.losses import OutputCurvature, output_loss
+from curvops.risk.data import Batch, Data
+from curvops.risk.model import Model, ModelFunction
+from curvops.space import Vector
+from curvops.state import Autocast, differentiable, preserved_random_state
+
+
+class EmpiricalRisk:
+    """L(θ) = c · Σ_n ℓ_n(f(θ; x_n)), exactly as PyTorch would compute it in one batch of all data.
+
+    Args:
+        model_func: Module called as ``model(X)``, or a function ``(params, X)``.
+        loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
+        params: Parameters by name, any subset of the module's.
+        data: Iterable of ``(X, y)`` that can be walked again.
+        reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
+        progressbar: Show a progress bar over the batches (needs ``tqdm``).
+        num_data: Number of data, if known; it is compared with what the loader yields.
+        batch_size_fn: Number of data in ``X`` where it cannot be seen.
+
+    Raises:
+        TypeError, ValueError: If one of the arguments does not fit; the message says which and how.
+
+    Example:
+        >>> import torch
+        >>> model, loss = torch.nn.Linear(3, 2), torch.nn.MSELoss()
+        >>> X, y = torch.rand(5, 3), torch.rand(5, 2)
+        >>> risk = EmpiricalRisk(model, loss, dict(model.named_parameters()), [(X[:3], y[:3]), (X[3:], y[3:])])
+        >>> torch.allclose(risk.value(), loss(model(X), y))
+        True
+    """
+
+    def __init__(
+        self,
+        model_func: Module | ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[tuple[Any, Any]],
+        *,
+        reduction: str | None = None,
+        progressbar: bool = False,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+    ) -> None:
+        self.loss = output_loss(loss_func, reduction)
+        self.model = Model(model_func, params)
+        self.space = self.model.space
+        self.data = Data(data, self.space.device, batch_size_fn)
+        self.progressbar = progressbar
+        self.num_data = num_data
+        self._autocast = Autocast(self.space.device)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The context of every computation: differentiable, certified operations, nothing of the caller's changed."""
+        ambient, before = Autocast(self.space.device), self._autocast
+        with ExitStack() as stack:
+            stack.enter_context(preserved_random_state(self.data.batches))
+            stack.enter_context(differentiable())
+            stack.enter_context(substitutions())
+            stack.enter_context(ambient.off())
+            self._autocast = ambient
+            stack.callback(setattr, self, "_autocast", before)
+            yield
+
+    def forward(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
+        """Output of the model at some parameters, under the caller's autocast state."""
+        with self._autocast.on():
+            return self.model(params, X)
+
+    def output_curvature(self, z: Tensor, batch: Batch) -> OutputCurvature:
+        """The loss at the outputs ``z`` of a batch, summed over its terms without the constant c."""
+        return self.loss.at(z, batch.y, batch.size)
+
+    def batches(self, title: str) -> Iterator[Batch]:
+        """The batches of the data, on the parameters' device, with a progress bar if asked for."""
+        if not self.progressbar:
+            yield from self.data
+            return
+        from tqdm import tqdm
+
+        yield from tqdm(self.data, desc=title, total=len(self.data) or None)
+
+    @cached_property
+    def constant(self) -> float:
+        """The factor c in front of the sum over loss terms, over the whole data set."""
+        if self.loss.reduction == "sum" and self.num_data is None:
+            return 1.0
+        count, size = 0.0, 0
+        with self.evaluation(), closing(self.batches("Loss terms")) as batches:
+            for batch in batches:
+                z = None
+                if self.loss.needs_output_to_count:
+                    with torch.no_grad():
+                        z = self.forward(self.model.params, batch.X)
+                count += self.loss.count(batch.y, batch.size, z)
+                size += batch.size
+        self._check_size(size)
+        return 1.0 if self.loss.reduction == "sum" else self.from_count(count)
+
+    @staticmethod
+    def from_count(count: float) -> float:
+        """The constant c of a mean over ``count`` loss entries.
+
+        Raises:
+            ValueError: If there is none, so that PyTorch's mean is 0/0.
+        """
+        if count <= 0:
+            raise ValueError(
+                f"loss: the mean runs over {count:g} entries (all targets ignored, or all weights zero), so it is "
+                'undefined. Use targets that count, or reduction="sum".'
+            )
+        return 1.0 / count
+
+    def value(self) -> Tensor:
+        """The risk, a scalar tensor."""
+        return self.value_and_gradient(gradient=False)[0]
+
+    def gradient(self) -> list[Tensor]:
+        """The gradient of the risk, a list of tensors of the parameters' shapes."""
+        flat = self.value_and_gradient()[1]
+        assert flat is not None
+        return self.space.split(flat)
+
+    def value_and_gradient(self, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The risk, a scalar, and its gradient, a flat vector ``[D]`` (``None`` if not asked for)."""
+        c = self.constant
+        value = torch.zeros((), dtype=self.space.dtype, device=self.space.device)
+        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device) if gradient else None
+        with self.evaluation(), closing(self.batches("Risk")) as batches:
+            for batch in batches:
+                part, slope = self.batch_value_and_gradient(batch, gradient)
+                value += part
+                if total is not None and slope is not None:
+                    total += slope
+        return c * value, None if total is None else c * total
+
+    def batch_value_and_gradient(self, batch: Batch, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The sum of a batch's loss terms, and its gradient as a flat vector, without the constant c."""
+        leaves = self.model.leaves()
+        with torch.set_grad_enabled(gradient):
+            value = self.output_curvature(self.forward(leaves, batch.X), batch).value()
+        if not gradient or not value.requires_grad:
+            return value.detach(), self.space.join([None] * len(leaves)) if gradient else None
+        return value.detach(), self.space.join(grad(value, list(leaves.values()), allow_unused=True))
+
+    def vector(self, vector: Vector, context: str) -> Tensor:
+        """Flat vector ``[D]`` from one in any format."""
+        columns, form = self.space.to_columns(vector, context)
+        if form.columns:
+            raise ValueError(f"{context}: expected one vector, got {columns.shape[1]} columns.")
+        return columns.squeeze(1)
+
+    def _check_size(self, size: int) -> None:
+        if self.num_data is not None and size != self.num_data:
+            raise ValueError(f"num_data: expected {self.num_data} data, the loader yields {size}. Leave num_data out, or correct it.")

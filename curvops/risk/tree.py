@@ -1,0 +1,43 @@
+"""Nested inputs (tensors in tuples, lists and mappings): find, replace and slice their tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same structure with each tensor replaced; anything else is kept as it is."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        items = {key: map_tensors(function, value) for key, value in tree.items()}
+        if type(tree) is dict:
+            return items
+        if hasattr(tree, "data") and hasattr(tree, "convert_to_tensors"):
+            # a tokenizer's BatchEncoding keeps its items in `.data`; its `.to` would change the caller's
+            new = copy.copy(tree)
+            new.data = items
+            return new
+        return type(tree)(items)  # type: ignore[call-arg]  # a mapping type that is built from a dict
+    if isinstance(tree, tuple):
+        parts = [map_tensors(function, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        return [map_tensors(function, part) for part in tree]
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of a structure, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, tree)
+    return found
+
+
+def select(tree: Any, size: int, index: Any) -> Any:
+    """The structure with each tensor whose first axis has ``size`` entries indexed along it."""
+    return map_tensors(lambda t: t[index] if t.ndim and t.shape[0] == size else t, tree)

@@ -1,0 +1,216 @@
+"""Named tensors as vectors: flat, list and dict formats, each with optional columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, Union
+
+import torch
+from torch import Tensor
+
+Vector: TypeAlias = Union[Tensor, Sequence[Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a vector was given, so that the answer can be given likewise."""
+
+    kind: Literal["flat", "list", "tuple", "dict"]
+    columns: bool
+
+
+class TensorSpace:
+    """The space of vectors with one entry per entry of some named tensors.
+
+    A vector is the concatenation of the flattened (row-major) tensors in their order. It can be
+    given as a tensor ``[D]`` or ``[D, K]``, as a list of tensors (each of its shape, optionally with
+    one trailing axis of ``K`` columns), or as a dict of such tensors by name.
+
+    Args:
+        tensors: The named tensors. Only shapes, dtypes and the device are read.
+
+    Raises:
+        ValueError: If there is no tensor, or they are spread over several devices.
+        TypeError: If an entry is not a real floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from curvops import TensorSpace
+        >>> space = TensorSpace({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+        >>> space.dim, space.slice("bias")
+        (8, slice(6, 8, None))
+        >>> [tuple(t.shape) for t in space.split(torch.arange(8.0))]
+        [(2, 3), (2,)]
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        if not isinstance(tensors, Mapping):
+            raise TypeError(
+                f"expected a dict of named tensors, got {type(tensors).__name__}. "
+                "Pass dict(model.named_parameters()) or a subset of it."
+            )
+        if not tensors:
+            raise ValueError("expected at least one named tensor, got an empty dict.")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name!r}: expected a real floating-point tensor, got {got}.")
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"expected all tensors on one device, got {sorted(map(str, devices))}. "
+                "Move the model to one device, or pass the parameters of one device only."
+            )
+        self.device = devices.pop()
+        self.dtype = next(iter(self.dtypes.values()))
+        for dtype in self.dtypes.values():
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        self.dim = sum(self.sizes)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors, in order."""
+        return list(self.shapes)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TensorSpace)
+            and list(self.shapes.items()) == list(other.shapes.items())
+            and self.dtype == other.dtype
+            and self.device == other.device
+        )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.shapes.items()), self.dtype, self.device))
+
+    def __repr__(self) -> str:
+        return f"TensorSpace({describe(self.names)}; dim={self.dim}, {self.dtype}, {self.device})"
+
+    def slice(self, name: str) -> slice:
+        """Rows that a tensor takes in a flat vector.
+
+        Raises:
+            KeyError: If no tensor has this name.
+        """
+        if name not in self.shapes:
+            raise KeyError(f"no tensor is named {name!r}; there are {describe(self.names)}.")
+        position = self.names.index(name)
+        start = sum(self.sizes[:position])
+        return slice(start, start + self.sizes[position])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Tensors of a flat vector ``[D]``, or with trailing columns of ``[D, K]``, in their own dtypes."""
+        parts = flat.split(self.sizes)
+        trailing = flat.shape[1:]
+        named = zip(parts, self.shapes.values(), self.dtypes.values())
+        return [part.reshape(*shape, *trailing).to(dtype) for part, shape, dtype in named]
+
+    def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
+        """Flat vector ``[D]`` of tensors in order; ``None`` stands for zeros."""
+        parts = [
+            torch.zeros(size, dtype=self.dtype, device=self.device)
+            if tensor is None
+            else tensor.reshape(size).to(self.dtype)
+            for tensor, size in zip(tensors, self.sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def random(self, generator: torch.Generator, columns: int | None = None) -> Tensor:
+        """Standard normal vector ``[D]`` or ``[D, K]`` from a CPU generator."""
+        shape = (self.dim,) if columns is None else (self.dim, columns)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return noise.to(self.device, self.dtype)
+
+    def to_columns(self, vector: Vector, context: str) -> tuple[Tensor, Format]:
+        """Columns ``[D, K]`` of a vector in any format, and the format.
+
+        Args:
+            vector: Vector in any of the formats of this class.
+            context: What is being computed, for the error message.
+
+        Raises:
+            TypeError: If the vector is of no known format, or of another dtype.
+            ValueError: If lengths, shapes, names or devices do not fit.
+        """
+        if isinstance(vector, Tensor):
+            return self._flat_columns(vector, context)
+        if isinstance(vector, Mapping):
+            if set(vector) != set(self.names):
+                raise ValueError(f"{context}: {self._name_mismatch(vector)}")
+            tensors, kind = [vector[name] for name in self.names], "dict"
+        elif isinstance(vector, (list, tuple)):
+            if len(vector) != len(self.shapes):
+                raise ValueError(f"{context}: expected {len(self.shapes)} tensors ({describe(self.names)}), got {len(vector)}. {self._hint()}")
+            tensors, kind = list(vector), "tuple" if isinstance(vector, tuple) else "list"
+        else:
+            raise TypeError(f"{context}: expected a tensor, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint()}")
+        return self._tensor_columns(tensors, kind, context)  # type: ignore[arg-type]  # kind is a literal in each branch
+
+    def from_columns(self, columns: Tensor, form: Format) -> Any:
+        """Vector in the given format from columns ``[D, K]``."""
+        flat = columns if form.columns else columns.squeeze(1)
+        if form.kind == "flat":
+            return flat
+        tensors = self.split(flat)
+        if form.kind == "dict":
+            return dict(zip(self.names, tensors))
+        return tuple(tensors) if form.kind == "tuple" else tensors
+
+    def _flat_columns(self, vector: Tensor, context: str) -> tuple[Tensor, Format]:
+        self._check_kind(vector, self.dtype, context)
+        if vector.ndim not in (1, 2):
+            raise ValueError(f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint()}")
+        if vector.shape[0] != self.dim:
+            raise ValueError(f"{context}: expected {self.dim} rows (the entries of {describe(self.names)}), got {vector.shape[0]}. {self._hint()}")
+        return (vector if vector.ndim == 2 else vector.unsqueeze(1)), Format("flat", vector.ndim == 2)
+
+    def _tensor_columns(
+        self, tensors: list[Tensor], kind: Literal["list", "tuple", "dict"], context: str
+    ) -> tuple[Tensor, Format]:
+        trailing: set[tuple[int, ...]] = set()
+        for (name, shape), tensor in zip(self.shapes.items(), tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{context}: expected a tensor for {name!r}, got {type(tensor).__name__}.")
+            self._check_kind(tensor, self.dtypes[name], f"{context}, {name!r}")
+            rest = tuple(tensor.shape[len(shape) :])
+            if tensor.shape[: len(shape)] != shape or len(rest) > 1:
+                raise ValueError(
+                    f"{context}: expected shape {tuple(shape)} for {name!r}, "
+                    f"or with one trailing axis of columns, got {tuple(tensor.shape)}."
+                )
+            trailing.add(rest)
+        if len(trailing) > 1:
+            raise ValueError(f"{context}: expected the same columns for each tensor, got trailing axes {sorted(trailing)}.")
+        (rest,) = trailing
+        width = rest[0] if rest else 1
+        columns = torch.cat([t.reshape(size, width).to(self.dtype) for t, size in zip(tensors, self.sizes)])
+        return columns, Format(kind, bool(rest))
+
+    def _check_kind(self, tensor: Tensor, dtype: torch.dtype, context: str) -> None:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{context}: expected {dtype}, got {tensor.dtype}. Convert it with .to({dtype}).")
+        if tensor.device != self.device:
+            raise ValueError(f"{context}: expected a tensor on {self.device}, got one on {tensor.device}. Move it with .to({str(self.device)!r}).")
+
+    def _name_mismatch(self, vector: Mapping[str, Tensor]) -> str:
+        missing = [name for name in self.names if name not in vector]
+        unknown = [name for name in vector if name not in self.shapes]
+        return (
+            f"expected a dict with the names {describe(self.names)}"
+            + (f"; missing: {describe(missing)}" if missing else "")
+            + (f"; unknown: {describe(unknown)}" if unknown else "")
+            + "."
+        )
+
+    def _hint(self) -> str:
+        return f"Pass one vector of length {self.dim}, a list of {len(self.shapes)} tensors, or a dict with these names."
+
+
+def describe(names: Sequence[str]) -> str:
+    """Some names for a message: all of a few, else the first two and the last."""
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted if len(quoted) <= 4 else [*quoted[:2], "…", quoted[-1]])

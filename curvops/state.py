@@ -1,0 +1,64 @@
+"""What must be as the caller left it: random generators, autocast and gradient mode."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def preserved_random_state(data: object = None) -> Iterator[None]:
+    """Put back the global random state (PyTorch's on all devices, NumPy's, Python's) on the way out.
+
+    Args:
+        data: A data loader, whose own generator is put back as well if it has one.
+    """
+    own = getattr(data, "generator", None)
+    generator = own if isinstance(own, torch.Generator) else None
+    before = None if generator is None else generator.get_state()
+    numpy: Any = sys.modules.get("numpy.random")
+    numpy_state = None if numpy is None else numpy.get_state()
+    python_state = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.set_state(numpy_state)
+            if generator is not None and before is not None:
+                generator.set_state(before)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients on, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+class Autocast:
+    """The caller's autocast state: the model runs in it, our own algebra without it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.kind = device.type
+        self.enabled = torch.is_autocast_enabled(self.kind)
+        self.dtype = torch.get_autocast_dtype(self.kind)
+
+    def off(self) -> torch.autocast:
+        """A context without autocast."""
+        return torch.autocast(self.kind, enabled=False)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """A context in the caller's state (without the cache of cast weights, which would outlive the graph)."""
+        with ExitStack() as stack:
+            if self.enabled:
+                stack.enter_context(torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False))
+            yield

@@ -1,0 +1,188 @@
+"""Operations whose second derivative PyTorch lacks or has wrong, and what stands in for them.
+
+`tests/test_substitutions.py` compares each entry with central differences of the gradient.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+TABLE: dict[Any, Callable[..., Any]] = {}
+
+
+@contextmanager
+def substitutions() -> Iterator[None]:
+    """A context in which models run with operations that have right second derivatives."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(Substitutions())
+        yield
+
+
+class Substitutions(TorchFunctionMode):
+    """Replaces the operations of the table wherever a model calls them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return TABLE.get(func, func)(*args, **(kwargs or {}))
+
+
+def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        TABLE.update({function: replacement for function in functions if function is not None})
+        return replacement
+
+    return register
+
+
+@_for(F.hardsigmoid)
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return (input + 3).clamp(0, 6) / 6
+
+
+@_for(torch._weight_norm)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ‖v‖ (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2), the norm over all axes but ``dim``."""
+    return v * (g / norm_except_dim(v, 2, dim))
+
+
+@_for(torch.norm_except_dim)
+def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
+    axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
+    return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=True)
+
+
+@_for(F.batch_norm)
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In train mode without the running statistics, whose update in place no transform allows."""
+    if training:
+        running_mean = running_var = None
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@_for(F.embedding_bag)
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Embed, then reduce each bag over a padded axis."""
+    if weight.dtype == torch.long and input.is_floating_point():
+        input, weight = weight, input
+    seen = torch.ones_like(input, dtype=torch.bool)
+    if input.ndim == 1:
+        assert offsets is not None
+        ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
+        starts = offsets[:-1] if include_last_offset else offsets
+        place = starts[:, None] + torch.arange(max(int((ends - starts).max()), 1), device=input.device)
+        seen, place = place < ends[:, None], place.clamp(max=max(len(input) - 1, 0))
+        input = input[place]
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights[place]
+    if padding_idx is not None:
+        seen = seen & (input != padding_idx % weight.shape[0])
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[..., None]
+    if mode == "max":
+        largest = rows.masked_fill(~seen[..., None], -torch.inf).amax(1)
+        return torch.where(seen.any(1)[:, None], largest, 0.0)
+    total = (rows * seen[..., None]).sum(1)
+    return total if mode == "sum" else total / seen.sum(1, keepdim=True).clamp(min=1)
+
+
+@_for(getattr(F, "linear_cross_entropy", None))
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """Plain, since the chunked form's second derivative is wrong."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    ignored = -100 if ignore_index is None else ignore_index
+    return F.cross_entropy(
+        logits, target, weight, ignore_index=ignored, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+@_for(F.multi_margin_loss)
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    rows, labels = torch.atleast_2d(input), torch.atleast_1d(target)
+    violation = (margin - rows.gather(1, labels[:, None]) + rows).clamp(min=0) ** p
+    if weight is not None:
+        violation = violation * weight[labels][:, None]
+    others = ~F.one_hot(labels, rows.shape[1]).bool()
+    losses = (violation * others).sum(1) / rows.shape[1]
+    if reduction == "none":
+        return losses.reshape(target.shape)
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+# cuDNN's recurrent layers have no second derivative, the native ones have
+for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    TABLE[_function] = _without_cudnn(_function)
+
+
+@cache
+def opened(function: Any) -> Callable[..., Any]:
+    """A copy of one of `torch.nn.functional`'s Python functions that does not stop at a function mode.
+
+    Calling the original inside a mode hands the whole call back to the mode; the copy runs its body, so
+    that the mode sees the operations inside.
+    """
+    closed = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
+    copy = types.FunctionType(
+        function.__code__, {**function.__globals__, **closed}, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -7,10 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from curvops.losses.autodiff import AutodiffLoss
 from curvops.losses.base import OutputLoss
 from curvops.losses.bce import BinaryCrossEntropyLoss
 from curvops.losses.cross_entropy import CrossEntropyLoss
 from curvops.losses.mse import SquaredErrorLoss
+from curvops.losses.scalar import ScalarLoss, default_reduction
 
 # functional forms take the options of their modules
 _FUNCTIONAL: tuple[tuple[Any, type[nn.Module]], ...] = (
@@ -53,39 +55,32 @@ def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> 
         ValueError: 'output_loss': the reduction of '<lambda>' is not known. Pass \
 reduction='sum' if it sums over the data, or reduction='mean' if it averages.
     """
-    loss_func = _uncompiled(loss_func)
-    function, keywords = _split_partial(loss_func)
-    stated: str | None
+    function, keywords = _split_partial(_uncompiled(loss_func))
+    name = str(getattr(function, "__name__", type(function).__name__))
     functional = [kind for form, kind in _FUNCTIONAL if form is function]
-    if functional:
-        stated = _stated_reduction(keywords)
-        stated = stated or ("mean" if reduction is None else None)
-        module = _as_module(functional[0], keywords)
-    else:
-        stated = getattr(function, "reduction", None)
-        module = function
+    stated, averaging = _stated_reduction(function, keywords), "mean"
+    if stated is None and reduction is None:
+        stated = default_reduction(function)
+    if stated == "batchmean":
+        stated, averaging = "mean", "batchmean"
+    agreed = _agreed_reduction(name, stated, reduction)
+    module = _as_module(functional[0], keywords) if functional else function
     if _computes_like(module, nn.CrossEntropyLoss):
-        return CrossEntropyLoss(
-            _agreed_reduction(_name(function), stated, reduction),
-            module.weight,
-            module.ignore_index,
-            module.label_smoothing,
-        )
+        return CrossEntropyLoss(agreed, module.weight, module.ignore_index, module.label_smoothing)
     if _computes_like(module, nn.BCEWithLogitsLoss):
-        return BinaryCrossEntropyLoss(
-            _agreed_reduction(_name(function), stated, reduction),
-            module.weight,
-            module.pos_weight,
-        )
+        return BinaryCrossEntropyLoss(agreed, module.weight, module.pos_weight)
     if _computes_like(module, nn.MSELoss):
-        return SquaredErrorLoss(_agreed_reduction(_name(function), stated, reduction))
-    raise NotImplementedError("the autodiff fallback follows in the next commit")
+        return SquaredErrorLoss(agreed)
+    return AutodiffLoss(ScalarLoss(function, keywords), agreed, averaging)
 
 
 def _uncompiled(loss_func: Any) -> Callable[..., Any]:
     """Take the eager module or function out of a compiled one."""
     for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):
         loss_func = getattr(loss_func, attribute, loss_func)
+    # PyTorch's own functions are compiled inside one more wrapper
+    if getattr(loss_func, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
+        loss_func = getattr(loss_func, "__wrapped__", loss_func)
     if not callable(loss_func):
         raise TypeError(f"'output_loss': expected a loss module or function of (output, target), got {loss_func!r}.")
     eager: Callable[..., Any] = loss_func
@@ -93,9 +88,11 @@ def _uncompiled(loss_func: Any) -> Callable[..., Any]:
 
 
 def _split_partial(loss_func: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Split a partial with keywords only into its function and the keywords."""
+    """Split a partial of a function, with keywords only, into the two."""
     if isinstance(loss_func, functools.partial) and not loss_func.args:
-        return _uncompiled(loss_func.func), loss_func.keywords
+        function = _uncompiled(loss_func.func)
+        if not isinstance(function, nn.Module):
+            return function, loss_func.keywords
     return loss_func, {}
 
 
@@ -112,13 +109,14 @@ def _as_module(kind: type[nn.Module], keywords: Mapping[str, Any]) -> Any:
     return kind(**options)
 
 
-def _stated_reduction(keywords: Mapping[str, Any]) -> str | None:
-    """Read the reduction that the keywords of a functional form ask for, if any."""
+def _stated_reduction(function: Any, keywords: Mapping[str, Any]) -> str | None:
+    """Read the reduction of a module or of a function's keywords, if any."""
     average, reduce = keywords.get("size_average"), keywords.get("reduce")
     if average is not None or reduce is not None:
         # PyTorch resolves and announces its deprecated options
         return nn.L1Loss(size_average=average, reduce=reduce).reduction
-    return keywords.get("reduction")
+    stated = keywords.get("reduction", getattr(function, "reduction", None))
+    return stated if isinstance(stated, str) else None
 
 
 def _agreed_reduction(name: str, stated: str | None, asked: str | None) -> str:
@@ -142,10 +140,6 @@ def _agreed_reduction(name: str, stated: str | None, asked: str | None) -> str:
             "averages."
         )
     return agreed
-
-
-def _name(loss_func: Any) -> str:
-    return str(getattr(loss_func, "__name__", type(loss_func).__name__))
 
 
 def _computes_like(loss_func: Any, kind: type[nn.Module]) -> bool:

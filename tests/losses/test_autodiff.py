@@ -1,0 +1,276 @@
+"""The fallback: against closed forms, against dense autograd, and at its limits."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvops.losses import Noise, output_loss
+
+from .oracles import check_factor, close, factor_matrix, gradient, hessian
+
+W = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+# name -> (module, output, target) of 6 data with 4 entries
+LOSSES = {
+    "huber": lambda d: (nn.HuberLoss(delta=0.7), d.z, d.real),
+    "smooth_l1": lambda d: (nn.SmoothL1Loss(beta=0.7), d.z, d.real),
+    "l1": lambda d: (nn.L1Loss(), d.z, d.real),
+    "poisson": lambda d: (nn.PoissonNLLLoss(), d.z, d.real.abs()),
+    "soft_margin": lambda d: (nn.SoftMarginLoss(), d.z, d.real.sign()),
+    "hinge_embedding": lambda d: (nn.HingeEmbeddingLoss(), d.z, d.real.sign()),
+    "bce": lambda d: (nn.BCELoss(), 0.1 + 0.8 * d.z.sigmoid(), d.unit),
+    "bce_weighted": lambda d: (nn.BCELoss(weight=W), 0.1 + 0.8 * d.z.sigmoid(), d.unit),
+    "kl_batchmean": lambda d: (nn.KLDivLoss(reduction="batchmean"), d.z.log_softmax(1), d.unit),
+    "nll": lambda d: (nn.NLLLoss(), d.z.log_softmax(1), d.labels),
+    "nll_weighted": lambda d: (nn.NLLLoss(weight=W, ignore_index=1), d.z, d.labels),
+    "nll_positions": lambda d: (nn.NLLLoss(weight=W), d.z.view(3, 4, 2), d.labels.view(3, 2)),
+    "multi_margin": lambda d: (nn.MultiMarginLoss(), d.z, d.labels),
+    "multi_margin_2": lambda d: (nn.MultiMarginLoss(p=2, margin=0.5, weight=W), d.z, d.labels),
+    "multilabel_margin": lambda d: (nn.MultiLabelMarginLoss(), d.z, d.lists),
+    "multilabel_soft": lambda d: (nn.MultiLabelSoftMarginLoss(), d.z, d.unit.round()),
+}
+
+
+class Data:
+    def __init__(self):
+        g = torch.Generator().manual_seed(3)
+        self.z, self.real = torch.randn(2, 6, 4, generator=g, dtype=torch.float64)
+        self.unit = torch.rand(6, 4, generator=g, dtype=torch.float64)
+        self.labels = torch.randint(4, (6,), generator=g)
+        self.lists = torch.tensor(
+            [[0, 2, -1, 1], [3, -1, 0, 0], [-1, 1, 2, 3], [0, 1, 2, 3], [2, 2, -1, -1], [1, 0, 3, -1]]
+        )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_matches_pytorch(name):
+    module, z, y = LOSSES[name](Data())
+    total = copy.deepcopy(module)
+    total.reduction = "sum"
+    batch_size = len(z)
+    loss = output_loss(module)
+    assert loss.needs_output_to_count
+    curvature = loss.at(z, y, batch_size)
+    close(curvature.value(), total(z, y))
+    close(curvature.outputs(curvature.gradient()), gradient(lambda z: total(z, y), z))
+    # the shares of a cut add up, and give the mean
+    count = sum(loss.count(y[a:b], b - a, z[a:b]) for a, b in ((0, 1), (1, batch_size)))
+    close(curvature.value() / count, module(z, y))
+    # the Hessian by central differences of PyTorch's own gradient
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    shifted = [gradient(lambda z: total(z, y), z + s * 1e-5 * u) for s in (1, -1)]
+    close(curvature.hessian_product(u), (shifted[0] - shifted[1]) / 2e-5, 1e-8)
+    # factors
+    exact = curvature.factor("type-2")
+    check_factor(exact)
+    eye = torch.eye(z.numel(), dtype=torch.float64)
+    H = torch.stack([curvature.hessian_product(e.view_as(z)).flatten() for e in eye])
+    close(factor_matrix(curvature, exact), H)
+    assert torch.linalg.eigvalsh(H).min() > -1e-12
+    assert curvature.psd or name == "poisson"
+    check_factor(curvature.factor("empirical"))
+
+
+def test_agrees_with_the_closed_forms(randn, randint, rand):
+    z = randn(4, 3, 2)
+    cases = (
+        (nn.CrossEntropyLoss(), randint(3, 4, 2)),
+        (nn.MSELoss(), randn(4, 3, 2)),
+        (nn.BCEWithLogitsLoss(), rand(4, 3, 2)),
+    )
+    for module, y in cases:
+        closed = output_loss(module).at(z, y, 4)
+        opaque = output_loss(lambda z, y, m=module: m(z, y), reduction="mean")
+        assert opaque.count(y, 4) == 4
+        curvature = opaque.at(z, y, 4)
+        # a mean over entries is a mean over data, of means
+        scale = output_loss(module).count(y, 4) / 4
+        close(scale * curvature.value(), closed.value())
+        close(scale * curvature.hessian_product(z), closed.hessian_product(z))
+        matrix = factor_matrix(curvature, curvature.factor("type-2"))
+        close(scale * matrix, factor_matrix(closed, closed.factor("type-2")))
+
+
+def test_terms_are_probed(randn, randint):
+    z, y = randn(4, 3, 2), randint(3, 4, 2)
+
+    def by_position(z, y):
+        return F.cross_entropy(z, y, reduction="sum")
+
+    # the class axis is not the last: a term is a whole datum
+    curvature = output_loss(by_position, reduction="sum").at(z, y, 4)
+    assert (curvature.num_terms, curvature.width, curvature.terms_per_datum) == (4, 6, 1)
+    curvature = output_loss(lambda z, y: (z - y).cosh().sum(), reduction="sum").at(z, z, 4)
+    assert (curvature.num_terms, curvature.width, curvature.terms_per_datum) == (12, 2, 3)
+    single = output_loss(lambda z, y: (z - y).cosh().sum(), reduction="sum").at(z[:, 0, 0], z[:, 1, 0], 4)
+    assert (single.num_terms, single.width) == (4, 1)
+    scalar = output_loss(lambda z, y: z.cosh(), reduction="sum").at(z[0, 0, 0], y, 1)
+    assert scalar.factor("type-2").dense().shape == (1, 1, 1)
+
+
+def test_many_terms_are_probed(randn):
+    """Beyond 16 terms the probe is random."""
+    z = randn(40, 3)
+
+    def neighbours(z, y):
+        return (z[1:] * z[:-1]).sum() + z.square().sum()
+
+    loss = output_loss(neighbours, reduction="sum")
+    # without targets to cut, only the probe can tell
+    curvature = loss.at(z, (), 40)
+    with pytest.raises(ValueError, match="couples the data of a batch"):
+        curvature.factor("type-2")
+    H = hessian(lambda z: neighbours(z, ()), z)
+    close(curvature.hessian_product(z).flatten(), H @ z.flatten())
+
+
+def test_mixing_data_is_refused(randn, randint):
+    z, y = randn(4, 3), randint(3, 4)
+    weight = torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64)
+    weighted = functools.partial(F.cross_entropy, weight=weight)
+    for loss in (lambda z, y: weighted(z, y), lambda z, y: (z - z.mean(0)).square().mean()):
+        with pytest.raises(ValueError, match="mixes data, or divides by something else"):
+            output_loss(loss, reduction="mean").at(z, torch.tensor([0, 1, 1, 2]), 4)
+    with pytest.raises(ValueError, match="is not the sum of the losses of its data"):
+        output_loss(lambda z, y: F.cross_entropy(z, y), reduction="sum").at(z, y, 4)
+
+    class Deaf(nn.Module):
+        reduction = "mean"
+
+        def forward(self, z, y):
+            return F.cross_entropy(z, y)
+
+    with pytest.raises(ValueError, match="is not the sum of the losses of its data"):
+        output_loss(Deaf()).at(z, y, 4)
+
+
+def test_flattened_positions_are_data_of_equal_size(randn, randint):
+    z, y = randn(6, 3), randint(3, 6)
+    loss = output_loss(lambda z, y: F.cross_entropy(z, y), reduction="mean")
+    curvature = loss.at(z, y, 3)  # two positions for each of three data
+    close(curvature.value(), 3 * F.cross_entropy(z, y))
+    assert curvature.terms_per_datum == 2
+
+
+def test_not_convex_has_products_but_no_factor(randn):
+    z = randn(4, 3)
+
+    def wavy(z, y):
+        return (z - y).cos().sum()
+
+    curvature = output_loss(wavy, reduction="sum").at(z, 0 * z, 4)
+    assert not curvature.psd
+    close(curvature.hessian_product(z), -z.cos() * z)
+    for kind in ("type-2", "mc"):
+        with pytest.raises(ValueError, match=r"'wavy' is not convex .* use 'empirical'"):
+            curvature.factor(kind, noise=Noise(0, 0))
+    close(curvature.factor("empirical").dense()[..., 0], -z.sin())
+
+
+def test_sampled_factor_approaches_the_hessian(randn, randint):
+    z, y = randn(3, 4), randint(4, 3)
+    loss = output_loss(lambda z, y: F.cross_entropy(z, y), reduction="mean")
+    curvature = loss.at(z, y, 3)
+    samples = 20_000
+    factor = curvature.factor("mc", samples, Noise(0, 0))
+    H = hessian(lambda z: F.cross_entropy(z, y, reduction="sum"), z)
+    # an entry of ssᵀ is at most the trace of H_t: five standard errors
+    error = (factor_matrix(curvature, factor) - H).abs().max()
+    assert error < 5 / samples**0.5
+    check_factor(curvature.factor("mc", 3, Noise(0, 0)))
+
+
+def test_noise_belongs_to_the_datum(randn):
+    z, y = randn(5, 2, 3), randn(5, 2, 3)
+    loss = output_loss(nn.HuberLoss())  # degenerate eigenvalues
+    whole = loss.at(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
+    tail = loss.at(z[2:], y[2:], 3).factor("mc", 2, Noise(1, 2)).dense()
+    torch.testing.assert_close(whole[4:], tail, rtol=0, atol=1e-14)
+
+
+def test_weights_of_nll_enter_by_their_root():
+    d = Data()
+    module = nn.NLLLoss(weight=W)
+    for z, y in ((d.z, d.labels), (d.z.view(3, 4, 2), d.labels.view(3, 2))):
+        curvature = output_loss(module).at(z, y, len(z))
+        expected = torch.zeros(6, 4, dtype=torch.float64)
+        expected[torch.arange(6), y.flatten()] = -W[y.flatten()].sqrt()
+        close(curvature.factor("empirical").dense()[..., 0], expected)
+    probability = d.z.sigmoid()
+    curvature = output_loss(nn.BCELoss(weight=W)).at(probability, d.unit, 6)
+    g = gradient(lambda z: F.binary_cross_entropy(z, d.unit, reduction="sum"), probability)
+    close(curvature.factor("empirical").dense()[..., 0], W.sqrt() * g)
+    with pytest.raises(ValueError, match="batch axis"):
+        output_loss(nn.BCELoss(weight=d.unit)).at(probability, d.unit, 6).factor("empirical")
+
+
+def test_count_where_the_loss_vanishes(randn):
+    z = randn(3, 2)
+    assert output_loss(nn.HuberLoss()).count(z, 3, z) == 6
+    ignored = torch.full((3,), -100)
+    assert output_loss(nn.NLLLoss()).count(ignored, 3, z) == 0
+    far = torch.tensor([[100.0, 0.0]])
+    assert output_loss(nn.MultiMarginLoss()).count(torch.tensor([0]), 1, far) == 1
+    with pytest.raises(ValueError, match="needs the model's output"):
+        output_loss(nn.HuberLoss()).count(z, 3)
+
+
+def test_nothing_of_the_callers_changes(randn, randint):
+    z = randn(4, 3).requires_grad_()
+    y = randint(3, 4)
+    module = nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    state = torch.get_rng_state()
+    loss = output_loss(module)
+    loss.count(y, 4, z)
+    curvature = loss.at(z, y, 4)
+    curvature.factor("mc", 2, Noise(0, 0))
+    curvature.hessian_product(z.detach())
+    assert module.reduction == "mean" and module.weight.dtype == torch.float32
+    assert z.grad is None and torch.equal(state, torch.get_rng_state())
+    # the value keeps z's graph
+    (g,) = torch.autograd.grad(curvature.value(), z)
+    close(g, curvature.outputs(curvature.gradient()))
+
+
+def test_products_under_vmap_and_without_grad_mode(randn, randint):
+    z, y = randn(4, 3), randint(3, 4)
+    us = randn(5, 4, 3)
+    for loss in (nn.CrossEntropyLoss(), nn.SoftMarginLoss()):
+        targets = y if isinstance(loss, nn.CrossEntropyLoss) else z.sign()
+        with torch.no_grad():
+            curvature = output_loss(loss).at(z, targets, 4)
+            loop = torch.stack([curvature.hessian_product(u) for u in us])
+            close(torch.func.vmap(curvature.hessian_product)(us), loop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_is_computed_in_single(dtype, randn):
+    z, y = randn(4, 3).to(dtype), randn(4, 3).to(dtype)
+    for loss in (nn.HuberLoss(), nn.SoftMarginLoss(), nn.BCELoss(weight=torch.ones(3))):
+        if isinstance(loss, nn.BCELoss):
+            z, y = z.sigmoid(), y.sigmoid()
+        found = output_loss(loss)
+        assert found.count(y, 4, z) == pytest.approx(12, rel=1e-12)
+        curvature = found.at(z, y, 4)
+        assert curvature.value().dtype == curvature.gradient().dtype == torch.float32
+        assert curvature.factor("type-2").dense().dtype == torch.float32
+        assert curvature.factor("mc", 1, Noise(0, 0)).dense().dtype == torch.float32
+        assert curvature.hessian_product(z).dtype == dtype
+
+
+def test_clear_errors(randn):
+    z = randn(3, 2)
+    with pytest.raises(ValueError, match=r"expected a scalar loss, got shape \(3, 2\)"):
+        output_loss(lambda z, y: z - y, reduction="sum").at(z, z, 3)
+    with pytest.raises(ValueError, match="does not depend differentiably"):
+        output_loss(lambda z, y: z.detach().sum(), reduction="sum").at(z, z, 3).gradient()
+
+    def margin(z, y):
+        labels = torch.zeros(len(z), dtype=torch.long)
+        return F.multi_margin_loss(z, labels, reduction="sum")
+
+    with pytest.raises(NotImplementedError, match="'margin' cannot be differentiated twice"):
+        output_loss(margin, reduction="sum").at(z, z, 3).hessian_product(z)

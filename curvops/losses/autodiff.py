@@ -15,6 +15,9 @@ from curvops.losses.noise import Noise
 from curvops.losses.probes import couples_terms, is_additive
 from curvops.losses.scalar import ScalarLoss
 
+# how PyTorch says that there is no second derivative
+_ONCE_DIFFERENTIABLE = ("not implemented", "once_differentiable", "double backward")
+
 
 class AutodiffLoss(OutputLoss):
     """A loss without a closed form.
@@ -137,20 +140,9 @@ class AutodiffCurvature(OutputCurvature):
         return self.layout.rows(self._graph[1].detach())
 
     def _hessian_product(self, u: Tensor) -> Tensor:
-        z, gradient = self._graph
-        if not gradient.requires_grad:  # linear in the output
-            return torch.zeros_like(u)
-        try:
-            (product,) = torch.autograd.grad(
-                gradient, z, u, retain_graph=True, create_graph=u.requires_grad, materialize_grads=True
-            )
-        except RuntimeError as error:
-            if "not implemented" not in str(error):
-                raise
-            raise NotImplementedError(
-                f"{self._loss.name!r} cannot be differentiated twice in PyTorch: {error}. Write it in plain operations."
-            ) from error
-        return product
+        if not self._twice_differentiable:
+            raise NotImplementedError(self._no_second_derivative)
+        return self._second_backward(self._graph[0], u)
 
     def _exact_factor(self) -> Factor:
         return StackedFactor(self._root.to(self.dtype))
@@ -168,15 +160,44 @@ class AutodiffCurvature(OutputCurvature):
         return StackedFactor(gradient.unsqueeze(-1))
 
     @cached_property
-    def _graph(self) -> tuple[Tensor, Tensor]:
-        """The output as a leaf, and the loss's gradient in it with its graph."""
+    def _graph(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The output as a leaf, the loss's gradient in it with its graph, and the cotangent of the loss, 1."""
         with torch.enable_grad():
             z = self._constant.clone().requires_grad_()
             value = self._total(z, self.y, self.batch_size)
             if not value.requires_grad:
                 raise ValueError(f"{self._loss.name!r}: the loss does not depend differentiably on the output.")
-            (gradient,) = torch.autograd.grad(value, z, create_graph=True, materialize_grads=True)
-        return z, gradient
+            one = torch.ones_like(value).requires_grad_()
+            (gradient,) = torch.autograd.grad(value, z, one, create_graph=True, materialize_grads=True)
+        return z, gradient, one
+
+    def _second_backward(self, source: Tensor, u: Tensor) -> Tensor:
+        """Differentiate the gradient along u in the output or the cotangent."""
+        try:
+            (product,) = torch.autograd.grad(
+                self._graph[1], source, u, retain_graph=True, create_graph=u.requires_grad, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if not any(reason in str(error) for reason in _ONCE_DIFFERENTIABLE):
+                raise
+            raise NotImplementedError(self._no_second_derivative) from error
+        return product
+
+    @cached_property
+    def _twice_differentiable(self) -> bool:
+        """Whether the gradient's graph is whole.
+
+        A function whose backward is hidden from autograd (`once_differentiable`) would silently pass as linear.
+        But every gradient is linear in the cotangent, unless its graph is cut.
+        """
+        _, gradient, one = self._graph
+        gradient = gradient.detach()
+        echo, expected = self._second_backward(one, gradient), gradient.square().sum()
+        return not bool((echo - expected).abs() > torch.finfo(self.dtype).eps ** 0.5 * expected)
+
+    @property
+    def _no_second_derivative(self) -> str:
+        return f"{self._loss.name!r} cannot be differentiated twice in PyTorch. Write it in plain operations."
 
     @cached_property
     def _root(self) -> Tensor:

@@ -1,61 +1,41 @@
-"""Plain formulas for PyTorch's losses that have no second derivative."""
+"""Plain formulas for what a loss may use and PyTorch cannot differentiate twice."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from curvops.substitutions import TABLE
 
 
-def plain_form(function: Callable[..., Any], keywords: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Replace a loss without a double backward by a formula, and leave others alone.
+class PlainLosses(TorchFunctionMode):
+    """A context in which losses run with operations that have right second derivatives."""
 
-    Args:
-        function: A loss module or function.
-        keywords: Options of the function.
-
-    Returns:
-        A module or function, and its options.
-    """
-    if type(function) is nn.MultiMarginLoss:
-        options = {"p": function.p, "margin": function.margin, "weight": function.weight}
-        return multi_margin_loss, options
-    if type(function) is nn.MultiLabelMarginLoss:
-        return multilabel_margin_loss, {}
-    if function is F.multi_margin_loss:
-        return multi_margin_loss, dict(keywords)
-    if function is F.multilabel_margin_loss:
-        return multilabel_margin_loss, dict(keywords)
-    return function, dict(keywords)
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, or what stands in for it."""
+        return _TABLE.get(func, func)(*args, **(kwargs or {}))
 
 
-def multi_margin_loss(
-    z: Tensor, y: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, reduction: str = "mean"
+def multilabel_margin_loss(
+    z: Tensor, y: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Compute `F.multi_margin_loss` from operations that can be differentiated twice."""
-    rows, labels = _batched(z), y.reshape(-1, 1)
-    slack = (margin - rows.gather(1, labels) + rows).clamp(min=0)
-    others = torch.ones_like(rows).scatter(1, labels, 0)
-    terms = (others * slack**p).sum(1) / rows.shape[1]
-    if weight is not None:
-        terms = terms * weight[labels.squeeze(1)]
-    return terms.mean() if reduction == "mean" else terms.sum()
-
-
-def multilabel_margin_loss(z: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-    """Compute `F.multilabel_margin_loss` from operations that can be differentiated twice.
+    """Compute `F.multilabel_margin_loss`.
 
     A row of targets is a list of labels that ends at its first -1.
     """
-    rows, labels = _batched(z), _batched(y)
+    rows, labels = torch.atleast_2d(z), torch.atleast_2d(y)
     listed = (labels >= 0).cumprod(1).to(rows.dtype)
     labels = labels.clamp(min=0)
     others = 1 - torch.zeros_like(rows).scatter_reduce(1, labels, listed, "amax")
     slack = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)
     terms = (listed.unsqueeze(2) * others.unsqueeze(1) * slack).sum((1, 2)) / rows.shape[1]
-    return terms.mean() if reduction == "mean" else terms.sum()
+    loss: Tensor = terms.mean() if reduction == "mean" else terms.sum()
+    return loss
 
 
-def _batched(z: Tensor) -> Tensor:
-    return z if z.ndim > 1 else z.reshape(1, -1)
+_TABLE: dict[Any, Callable[..., Any]] = {**TABLE, F.multilabel_margin_loss: multilabel_margin_loss}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvops.losses.plain import plain_form
+from curvops.losses.plain import PlainLosses
 
 
 class ScalarLoss:
@@ -48,7 +48,9 @@ class ScalarLoss:
         """
         if isinstance(y, Tensor) and y.is_floating_point():
             y = y.to(z.dtype)
-        value = self._callable(reduction, z.device, z.dtype)(z, y)
+        function = self._callable(reduction, z.device, z.dtype)
+        with PlainLosses():
+            value = function(z, y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
             raise ValueError(f"{self.name!r}: expected a scalar loss, got {got}. Reduce it by a sum or a mean.")
@@ -61,7 +63,7 @@ class ScalarLoss:
         return self._prepared[key]
 
     def _prepare(self, reduction: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-        function, keywords = plain_form(self.function, self.keywords)
+        function, keywords = self.function, self.keywords
         if self.switchable and not isinstance(function, nn.Module):
             keywords = {**keywords, "reduction": reduction}
         if isinstance(function, nn.Module):

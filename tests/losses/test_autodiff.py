@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from curvops.losses import Noise, output_loss
 
@@ -268,9 +269,32 @@ def test_clear_errors(randn):
     with pytest.raises(ValueError, match="does not depend differentiably"):
         output_loss(lambda z, y: z.detach().sum(), reduction="sum").at(z, z, 3).gradient()
 
-    def margin(z, y):
-        labels = torch.zeros(len(z), dtype=torch.long)
-        return F.multi_margin_loss(z, labels, reduction="sum")
 
-    with pytest.raises(NotImplementedError, match="'margin' cannot be differentiated twice"):
-        output_loss(margin, reduction="sum").at(z, z, 3).hessian_product(z)
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+def test_no_second_derivative(randn):
+    z = randn(3, 2)
+    once = output_loss(lambda z, y: Once.apply(z).sum(), reduction="sum")
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        once.at(z, z, 3).hessian_product(z)
+
+
+def test_substitutions_reach_into_functions(randn):
+    """Margin losses have no double backward in PyTorch, called from anywhere."""
+    z = randn(3, 2)
+    y = torch.zeros(3, dtype=torch.long)
+    loss = output_loss(lambda z, y: F.multi_margin_loss(z, y, p=2, margin=3.0), reduction="mean")
+    module = nn.MultiMarginLoss(p=2, margin=3.0)
+    same = output_loss(module).at(z, y, 3)
+    close(loss.at(z, y, 3).hessian_product(z), same.hessian_product(z))
+    assert same.hessian_product(z).abs().max() > 0

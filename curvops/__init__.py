@@ -1,5 +1,6 @@
 """Curvature of PyTorch models as linear operators: correct on any model, fast, and visible."""
 
+from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvops.operators.ggn import EFLinearOperator, GGNLinearOperator
 from curvops.operators.hessian import HessianLinearOperator
 from curvops.operators.linear_operator import LinearOperator
@@ -8,9 +9,11 @@ from curvops.space import TensorSpace
 
 __all__ = [
     "EFLinearOperator",
+    "EKFACLinearOperator",
     "EmpiricalRisk",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "KFACLinearOperator",
     "LinearOperator",
     "TensorSpace",
 ]

@@ -1,0 +1,1 @@
+"""Kronecker-factored approximations from taps on the forward pass."""

@@ -1,0 +1,251 @@
+"""Accumulates what a sweep gives: Kronecker factors, whole-gradient blocks, and diagonals in a basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, pieces, vector_gradients
+from curvops.kronecker.sweep import Captured
+from curvops.kronecker.uses import LinearUse, OneHot
+
+LARGEST_FACTOR = 10_000  # side of a Kronecker factor up to which it is dense; beyond, its diagonal is kept
+LARGEST_BLOCK = 1_024  # entries of a parameter up to which a block without Kronecker structure is dense
+
+
+@dataclass
+class Side:
+    """Second moments of the rows on one side, for one way of using the weight.
+
+    Attributes:
+        inputs: Σ a aᵀ ``[groups, in, in]``, or its diagonal ``[groups, in]``.
+        outputs: Σ g gᵀ likewise.
+        rows: Number of rows in ``inputs``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    rows: int = 0
+
+
+@dataclass
+class Factors:
+    """Second moments of one group, by the side that the inputs are on (a tied weight has both)."""
+
+    sides: dict[str, Side] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adds a backward pass's rows to the Kronecker factors of its groups.
+
+    Args:
+        approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
+        dtype: Precision of the accumulation.
+    """
+
+    approximation: str
+    dtype: torch.dtype
+
+    def add(self, group: Group, factors: Factors, captured: Captured) -> None:
+        """Add the rows of one backward pass."""
+        if self.approximation == "expand":
+            self._expand(group, factors, captured)
+        else:
+            self._reduce(group, factors, captured)
+
+    def _expand(self, group: Group, factors: Factors, captured: Captured) -> None:
+        tape = captured.tape
+        for k, role in captured.uses[group.key]:
+            a = arranged_inputs(tape, k, role)
+            side = self._side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
+            if captured.first:
+                side.rows += _count(a)
+                _add_moment(side.inputs, a, self.dtype)
+            g = captured.slopes.get(k)
+            if g is not None:
+                _add_moment(side.outputs, arranged_outputs(tape, k, role, g), self.dtype)
+
+    def _reduce(self, group: Group, factors: Factors, captured: Captured) -> None:
+        """Rows of a unit are added over its uses before they are squared; inputs are averaged."""
+        tape, uses = captured.tape, captured.uses[group.key]
+        for input_side in sorted({_input_side(captured, k, role) for k, role in uses}):
+            mine = [(k, role) for k, role in uses if _input_side(captured, k, role) == input_side]
+            inputs = [arranged_inputs(tape, k, role) for k, role in mine]
+            side = self._side(group, factors, input_side, any(isinstance(a, OneHot) for a in inputs))
+            if captured.first:
+                rows = sum(_count(a) for a in inputs) // tape.units
+                side.rows += tape.units
+                total = sum(_summed(a, self.dtype) for a in inputs)
+                assert isinstance(total, Tensor)
+                _add_moment(side.inputs, total.unsqueeze(1) / max(rows, 1), self.dtype)
+            slopes = [(k, role, g) for k, role in mine if (g := captured.slopes.get(k)) is not None]
+            if slopes:
+                total = sum(arranged_outputs(tape, k, role, g).to(self.dtype).sum(1) for k, role, g in slopes)
+                assert isinstance(total, Tensor)
+                _add_moment(side.outputs, total.unsqueeze(1), self.dtype)
+
+    def _side(self, group: Group, factors: Factors, input_side: str, one_hot: bool) -> Side:
+        if input_side not in factors.sides:
+            count, left, right = group.shape
+            a, g = (right, left) if input_side == "right" else (left, right)
+            device = group.positions.device
+            factors.sides[input_side] = Side(
+                _zeros(count, a, one_hot, self.dtype, device), _zeros(count, g, False, self.dtype, device)
+            )
+        return factors.sides[input_side]
+
+
+class WholeGradients:
+    """Adds whole gradients to a dense block Σ G Gᵀ, or to its diagonal where that is too large."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, largest: int) -> None:
+        shape = (size, size) if size <= largest else (size,)
+        self.moment = torch.zeros(shape, dtype=dtype, device=device)
+
+    def add(self, gradients: Tensor) -> None:
+        """Add gradients ``[units, size]``."""
+        rows = gradients.to(self.moment.dtype)
+        if self.moment.ndim == 2:
+            self.moment.addmm_(rows.T, rows)
+        else:
+            self.moment += rows.square().sum(0)
+
+
+def whole_gradients(group: Group, captured: Captured) -> Tensor | None:
+    """Gradients ``[units, size]`` of a vector or leaf group, if the pass reached it."""
+    if group.kind == "leaf":
+        return captured.leaves.get(group.key)
+    if group.key not in captured.uses:
+        return None
+    return vector_gradients(captured.uses[group.key], captured.tape, captured.slopes)
+
+
+class BasisDiagonal:
+    """Adds Σ (U_Lᵀ G U_R)² over whole per-unit gradients G: George et al. 2018 (1806.03884), eq. 12.
+
+    Args:
+        group: The group.
+        left: Orthonormal columns ``[groups, left, left]``; ``None`` for the identity.
+        right: Likewise.
+        dtype: Precision.
+        budget: Bytes that the gradients of some units may take together.
+    """
+
+    def __init__(self, group: Group, left: Tensor | None, right: Tensor | None, dtype: torch.dtype, budget: int) -> None:
+        self.group, self.left, self.right, self.dtype = group, left, right, dtype
+        self.total = torch.zeros(group.shape, dtype=dtype, device=group.positions.device)
+        self._chunk = max(1, budget // (4 * self.total.numel() * dtype.itemsize))
+        self._projected: dict[tuple[int, int], Tensor | OneHot] = {}
+
+    def add(self, captured: Captured) -> None:
+        """Add one backward pass."""
+        found = pieces(self.group, captured.uses[self.group.key], captured.tape, captured.slopes)
+        if not found:
+            return
+        positions = sum(piece.outputs.shape[1] for piece in found)
+        _, left, right = self.group.shape
+        rows_first = positions * (left * left + right * right) <= left * right * (left + right)
+        if rows_first:
+            sides = [
+                (_project(piece.sides[0], self.left, self.dtype), _project(piece.sides[1], self.right, self.dtype))
+                for piece in found
+            ]
+        else:
+            sides = [(_cast(piece.sides[0], self.dtype), _cast(piece.sides[1], self.dtype)) for piece in found]
+        if positions == 1 and rows_first and all(isinstance(t, Tensor) for pair in sides for t in pair):
+            # one row a unit: the square of an outer product is the outer product of the squares
+            (l, r), = sides
+            assert isinstance(l, Tensor) and isinstance(r, Tensor)
+            self.total += torch.einsum("nogl,nogr->glr", l.square(), r.square())
+            return
+        units = captured.tape.units
+        for start in range(0, units, self._chunk):
+            stop = min(start + self._chunk, units)
+            gradient = self._gradient(sides, start, stop)
+            if not rows_first:
+                gradient = _rotate(gradient, self.left, self.right)
+            self.total += gradient.square().sum(0)
+
+    def _gradient(self, sides: Sequence[tuple[Tensor | OneHot, Tensor | OneHot]], start: int, stop: int) -> Tensor:
+        """Whole gradients ``[units, groups, left, right]`` of some units."""
+        total = torch.zeros(stop - start, *self.group.shape, dtype=self.dtype, device=self.total.device)
+        for left, right in sides:
+            assert isinstance(right, Tensor)
+            r = right[start:stop]
+            if isinstance(left, OneHot):
+                _scatter_rows(total, left.ids[start:stop], r)
+            else:
+                total += torch.einsum("nogl,nogr->nglr", left[start:stop], r)
+        return total
+
+
+def _scatter_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add rows ``[n, o, 1, r]`` to ``total`` ``[n, 1, width, r]`` at ``ids`` ``[n, o, 1]``; −1 is dropped."""
+    n, _, width, right = total.shape
+    offsets = torch.arange(n, device=ids.device).view(-1, 1, 1) * width
+    seen = ids >= 0
+    flat = total.view(n * width, right)
+    flat.index_add_(0, (ids.clamp(min=0) + offsets).flatten(), (rows * seen.unsqueeze(-1)).reshape(-1, right))
+
+
+def _rotate(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is not None:
+        gradient = left.mT @ gradient
+    return gradient if right is None else gradient @ right
+
+
+def _project(rows: Tensor | OneHot, basis: Tensor | None, dtype: torch.dtype) -> Tensor | OneHot:
+    if isinstance(rows, OneHot):
+        return rows if basis is None else torch.einsum("nogc,gck->nogk", rows.dense(dtype), basis)
+    rows = rows.to(dtype)
+    return rows if basis is None else torch.einsum("nogc,gck->nogk", rows, basis)
+
+
+def _cast(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor | OneHot:
+    return rows if isinstance(rows, OneHot) else rows.to(dtype)
+
+
+def _zeros(count: int, size: int, diagonal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    shape = (count, size) if diagonal or size > LARGEST_FACTOR else (count, size, size)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> None:
+    """Add Σ rows rowsᵀ, or its diagonal, for rows ``[units, positions, groups, c]``."""
+    if isinstance(rows, OneHot):
+        ids = rows.ids.flatten()
+        moment += torch.bincount(ids[ids >= 0], minlength=rows.width).to(dtype)
+        return
+    rows = rows.to(dtype).flatten(0, 1)
+    if moment.ndim == 2:
+        moment += rows.square().sum(0)
+    elif moment.shape[0] == 1:
+        flat = rows.squeeze(1)
+        moment[0].addmm_(flat.T, flat)
+    else:
+        by_group = rows.movedim(1, 0)
+        moment.baddbmm_(by_group.mT, by_group)
+
+
+def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
+    """Sum over positions, ``[units, groups, c]``."""
+    if not isinstance(rows, OneHot):
+        return rows.to(dtype).sum(1)
+    total = torch.zeros(rows.ids.shape[0], rows.width + 1, dtype=dtype, device=rows.ids.device)
+    ids = rows.ids.flatten(1) % (rows.width + 1)
+    total.scatter_add_(1, ids, torch.ones_like(ids, dtype=dtype))
+    return total[:, None, :-1]
+
+
+def _count(rows: Tensor | OneHot) -> int:
+    return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
+
+
+def _input_side(captured: Captured, k: int, role: str) -> str:
+    use = captured.tape.uses[k]
+    assert isinstance(use, LinearUse)
+    return "right" if role == "bias" else use.input_side

@@ -1,0 +1,219 @@
+"""Groups of parameters that share one block, and their rows in one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvops.kronecker.layout import Layout
+from curvops.kronecker.tape import Tape, views
+from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, lead
+from curvops.space import TensorSpace
+
+Key = tuple[tuple[object, ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with one block of the matrix.
+
+    Attributes:
+        key: Its identity from batch to batch.
+        names: The parameters, the weight first.
+        kind: ``"linear"`` (gradients are sums of left ⊗ right), ``"vector"`` or ``"leaf"`` (whole gradients).
+        shape: ``(groups, left, right)``; ``(1, size, 1)`` for the others.
+        positions: Place of each entry of the block in the flat vector of all parameters.
+        operation: What the parameters are used by.
+    """
+
+    key: Key
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, int, int]
+    positions: Tensor
+    operation: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows of a group in one use: inputs ``[units, positions, groups, in]`` and output gradients likewise."""
+
+    inputs: Tensor | OneHot
+    outputs: Tensor
+    input_side: str
+
+    @property
+    def sides(self) -> tuple[Tensor | OneHot, Tensor | OneHot]:
+        """Left and right."""
+        return (self.outputs, self.inputs) if self.input_side == "right" else (self.inputs, self.outputs)
+
+
+def positions(space: TensorSpace, view: View) -> Tensor:
+    """Places of a view's entries in the flat vector, in the view's order."""
+    start, stop = space.slice(view.name).start, space.slice(view.name).stop
+    if view.index is None:
+        return torch.arange(start, stop, device=space.device)
+    return view.index.flatten() + start
+
+
+class Grouping:
+    """Assigns uses to groups, the same way in every batch.
+
+    Args:
+        space: The space of the parameters.
+        joint: Whether a bias joins its weight's block.
+    """
+
+    def __init__(self, space: TensorSpace, joint: bool) -> None:
+        self.space, self.joint = space, joint
+        self.groups: dict[Key, Group] = {}
+        self._partners: dict[tuple[object, ...], set[tuple[object, ...] | None]] = {}
+
+    def learn(self, tape: Tape) -> None:
+        """Note which weights and biases come together; only exclusive pairs join."""
+        for use in tape.uses:
+            if isinstance(use, LinearUse):
+                w, b = _identity(use.weight), _identity(use.bias)
+                for one, other in ((w, b), (b, w)):
+                    if one is not None:
+                        self._partners.setdefault(one, set()).add(other)
+
+    def overlapping(self, tape: Tape) -> dict[str, str]:
+        """Parameters whose parts in different uses overlap, so that no block-diagonal form fits."""
+        parts: dict[str, dict[tuple[object, ...], View]] = {}
+        for use in tape.uses:
+            for view in views(use):
+                parts.setdefault(view.name, {})[view.key] = view
+        found = {}
+        for name, several in parts.items():
+            kinds = {isinstance(use, LinearUse) for use in tape.uses if any(v.name == name for v in views(use))}
+            places = torch.cat([positions(self.space, view) for view in several.values()])
+            if len(kinds) > 1 or (len(several) > 1 and places.unique().numel() < places.numel()):
+                found[name] = "it is used in overlapping parts"
+        return found
+
+    def assign(self, tape: Tape, names: set[str]) -> dict[Key, list[tuple[int, str]]]:
+        """For each group the uses of a tape that belong to it, each as ``(index, role)``.
+
+        Roles: ``"joint"``, ``"weight"``, ``"bias"``, ``"vector"``.
+        """
+        found: dict[Key, list[tuple[int, str]]] = {}
+        for k, use in enumerate(tape.uses):
+            for role, parts in self._roles(use, names):
+                key = tuple((part.name, *part.key) for part in parts)
+                if key not in self.groups:
+                    self.groups[key] = self._create(key, use, role, parts)
+                found.setdefault(key, []).append((k, role))
+        return found
+
+    def leaf(self, name: str, reason: str) -> Group:
+        """The group of a parameter that is known by its whole gradients only."""
+        size = self.space.shapes[name].numel()
+        where = self.space.slice(name)
+        key: Key = (("leaf", name),)
+        places = torch.arange(where.start, where.stop, device=self.space.device)
+        return self.groups.setdefault(key, Group(key, (name,), "leaf", (1, size, 1), places, reason))
+
+    def _roles(self, use: LinearUse | VectorUse, names: set[str]) -> Iterator[tuple[str, list[View]]]:
+        if isinstance(use, VectorUse):
+            if use.vector.name in names:
+                yield "vector", [use.vector]
+            return
+        weight = use.weight if use.weight is not None and use.weight.name in names else None
+        bias = use.bias if use.bias is not None and use.bias.name in names else None
+        if weight is not None and bias is not None and self._joined(use):
+            yield "joint", [weight, bias]
+            return
+        if weight is not None:
+            yield "weight", [weight]
+        if bias is not None:
+            yield "bias", [bias]
+
+    def _joined(self, use: LinearUse) -> bool:
+        w, b = _identity(use.weight), _identity(use.bias)
+        if not (self.joint and use.joint) or w is None or b is None:
+            return False
+        return self._partners.get(w, {b}) == {b} and self._partners.get(b, {w}) == {w}
+
+    def _create(self, key: Key, use: LinearUse | VectorUse, role: str, parts: list[View]) -> Group:
+        places = [positions(self.space, part) for part in parts]
+        names = tuple(part.name for part in parts)
+        if isinstance(use, VectorUse):
+            return Group(key, names, "vector", (1, len(places[0]), 1), places[0], use.kind)
+        if role == "bias":
+            return Group(key, names, "linear", (1, len(places[0]), 1), places[0], use.kind)
+        shape = _shape(use, parts[0])
+        where = places[0].view(shape)
+        if role == "joint":
+            extra = places[1].view(shape[0], -1)
+            axis = 2 if use.input_side == "right" else 1
+            where = torch.cat([where, extra.unsqueeze(axis)], axis)
+        return Group(key, names, "linear", (where.shape[0], where.shape[1], where.shape[2]), where.flatten(), use.kind)
+
+
+def pieces(group: Group, uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]) -> list[Piece]:
+    """Rows of a linear group in one backward pass, one piece for each use that the pass reached."""
+    found = []
+    for k, role in uses:
+        use, g = tape.uses[k], slopes.get(k)
+        assert isinstance(use, LinearUse)
+        if g is not None:
+            side = "right" if role == "bias" else use.input_side
+            found.append(Piece(arranged_inputs(tape, k, role), arranged_outputs(tape, k, role, g), side))
+    return found
+
+
+def arranged_outputs(tape: Tape, k: int, role: str, g: Tensor) -> Tensor:
+    """The output gradients of a use unit by unit, ``[units, positions, groups, out]``."""
+    use, layout = tape.uses[k], tape.layouts[k]
+    assert isinstance(use, LinearUse) and layout is not None
+    rows = layout.arrange(use.outputs(g), 2, tape.units)
+    return rows.flatten(2).unsqueeze(2) if role == "bias" else rows
+
+
+def arranged_inputs(tape: Tape, k: int, role: str) -> Tensor | OneHot:
+    """The inputs of a use unit by unit, with a one appended for a joint bias, and ones for a lone one."""
+    if (k, role) not in tape.inputs:
+        tape.inputs[k, role] = _arranged_inputs(tape, k, role)
+    return tape.inputs[k, role]
+
+
+def _arranged_inputs(tape: Tape, k: int, role: str) -> Tensor | OneHot:
+    use, layout = tape.uses[k], tape.layouts[k]
+    assert isinstance(use, LinearUse) and layout is not None
+    if role == "bias":
+        return torch.ones(tape.units, lead(use).numel() // tape.units, 1, 1, dtype=tape.z.dtype, device=tape.z.device)
+    a = use.inputs()
+    if isinstance(a, OneHot):
+        return OneHot(layout.arrange(a.ids, 1, tape.units), a.width)
+    a = layout.arrange(a, 2, tape.units)
+    if role == "joint":
+        a = torch.cat([a, torch.ones(*a.shape[:-1], 1, dtype=a.dtype, device=a.device)], -1)
+    return a
+
+
+def vector_gradients(uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]) -> Tensor | None:
+    """Whole gradients ``[units, size]`` of a vector group, summed over its uses."""
+    total: Tensor | None = None
+    for k, _ in uses:
+        use, g, layout = tape.uses[k], slopes.get(k), tape.layouts[k]
+        assert isinstance(use, VectorUse) and layout is not None
+        if g is not None:
+            part = layout.arrange(use.rows(g), 1, tape.units).sum(1)
+            total = part if total is None else total + part
+    return total
+
+
+def _identity(view: View | None) -> tuple[object, ...] | None:
+    return None if view is None else (view.name, *view.key)
+
+
+def _shape(use: LinearUse, weight: View) -> tuple[int, int, int]:
+    """``(groups, left, right)`` of a weight."""
+    a = use.inputs()
+    groups, width = (1, a.width) if isinstance(a, OneHot) else (a.shape[-2], a.shape[-1])
+    rest = weight.shape.numel() // (groups * width)
+    return (groups, rest, width) if use.input_side == "right" else (groups, width, rest)

@@ -1,0 +1,228 @@
+"""The passes over the data that Kronecker operators make: forward once, backward for each cotangent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvops.kronecker.cotangents import Cotangents
+from curvops.kronecker.groups import Group, Grouping, Key
+from curvops.kronecker.layout import ONE_UNIT
+from curvops.kronecker.tape import Tape, certify, record
+from curvops.kronecker.uses import lead
+from curvops.linearize.certify import relative_difference, tolerance
+from curvops.losses import Noise, OutputCurvature
+from curvops.risk.data import Batch
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.tree import select, tensors_of
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a parameter is seen: by which pass, through taps or by its whole gradient, and why.
+
+    Attributes:
+        units: ``"batch"`` (rows of a batch belong to data), ``"datum"`` (each datum alone) or ``"whole"``
+            (the model mixes data, so that a batch is one unit).
+        tapped: Whether the taps explain the parameter; otherwise its whole gradient is taken.
+        why: The reason, for the account.
+    """
+
+    units: str
+    tapped: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one backward pass gave.
+
+    Attributes:
+        tape: The forward pass.
+        uses: The uses of each group, as ``(index, role)``.
+        slopes: Gradients at the outputs of the uses, by their index.
+        leaves: Whole gradients of parameters that are not tapped, by group, ``[1, size]``.
+        first: Whether it is the first backward pass of this forward pass.
+    """
+
+    tape: Tape
+    uses: Mapping[Key, list[tuple[int, str]]]
+    slopes: Mapping[int, Tensor | None]
+    leaves: Mapping[Key, Tensor]
+    first: bool
+
+
+class Demoted(Exception):
+    """A later batch refuted what was certified on the first; the routes have changed."""
+
+
+class Sweep:
+    """Walks the data and yields what each backward pass gives.
+
+    Args:
+        risk: The empirical risk.
+        fisher_type: Kind of the output factor.
+        mc_samples: Monte-Carlo samples.
+        seed: Seed of the samples.
+        joint: Whether a bias joins its weight's block.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, fisher_type: str, mc_samples: int, seed: int, joint: bool) -> None:
+        self.risk = risk
+        self.fisher_type, self.mc_samples, self.seed = fisher_type, mc_samples, seed
+        self.grouping = Grouping(risk.space, joint)
+        self.routes: dict[str, Route] = {}
+        self.signed = False
+        self.backward_passes = 0
+        self._signature: tuple[object, ...] | None = None
+        self._layouts: list[Any] = []
+
+    @property
+    def groups(self) -> dict[Key, Group]:
+        """The groups seen so far."""
+        return self.grouping.groups
+
+    def captures(self, title: str, skip: int = 0) -> Iterator[tuple[int, Captured]]:
+        """What each backward pass gives, with the place of its batch.
+
+        Args:
+            title: For the progress bar.
+            skip: Number of batches at the beginning that are not needed.
+
+        Raises:
+            Demoted: If a batch refutes what was certified before; start again.
+        """
+        with closing(self.risk.batches(title)) as batches:
+            for place, batch in enumerate(batches):
+                if place >= skip:
+                    for captured in self._captures(batch):
+                        yield place, captured
+
+    def _captures(self, batch: Batch) -> Iterator[Captured]:
+        tape = record(self.risk, batch.X, batch.size)
+        curvature = self.risk.output_curvature(tape.z.detach(), batch)
+        self._certify(batch, tape, curvature)
+        noise = Noise(self.seed, batch.start)
+        factor = curvature.factor(self.fisher_type, self.mc_samples, noise)
+        data_units = batch.size if curvature.terms_per_datum is not None else 1
+        columns = Cotangents(curvature, factor, self.fisher_type, noise, data_units)
+        together = self._names("batch")
+        if together:
+            yield from self._pull(tape, together, columns)
+        if self._names("whole"):
+            whole = Cotangents(curvature, factor, self.fisher_type, noise, 1)
+            yield from self._pull(_as_one_unit(tape), self._names("whole"), whole)
+        del tape
+        if alone := self._names("datum"):
+            for n in range(batch.size):
+                single = record(self.risk, select(batch.X, batch.size, slice(n, n + 1)), 1)
+                yield from self._pull(single, alone, columns, n, batch.size)
+
+    def _names(self, units: str) -> set[str]:
+        return {name for name, route in self.routes.items() if route.units == units}
+
+    def _pull(
+        self, tape: Tape, names: set[str], columns: Cotangents, datum: int | None = None, size: int = 1
+    ) -> Iterator[Captured]:
+        """One backward pass for each cotangent."""
+        uses = self.grouping.assign(tape, {name for name in names if self.routes[name].tapped})
+        plain = {n: self.grouping.leaf(n, self.routes[n].why) for n in names if not self.routes[n].tapped}
+        indices = sorted({k for several in uses.values() for k, _ in several})
+        self.signed = self.signed or columns.signed
+        for position in range(max(len(columns), 1)):
+            slopes: Mapping[int, Tensor | None] = {}
+            whole: dict[Key, Tensor] = {}
+            if len(columns):  # forward-only has none
+                u = columns[position]
+                if datum is not None:
+                    u = u.unflatten(0, (size, -1))[datum].reshape(tape.z.shape)
+                found, totals = tape.gradients(u, indices, list(plain))
+                self.backward_passes += 1
+                slopes = dict(zip(indices, found))
+                whole = {
+                    group.key: total.reshape(1, -1) for group, total in zip(plain.values(), totals) if total is not None
+                }
+            yield Captured(tape, uses, slopes, whole, position == 0)
+
+    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> None:
+        """Give the tape its layouts; find the routes on the first batch, and again where it looks different."""
+        signature = tape.signature()
+        known = signature == self._signature and len(self._layouts) == len(tape.uses) and not tape.data_dependent
+        if known:
+            shapes = [lead(use) for use in tape.uses]
+            if all(lay is None or lay.fits(shape, batch.size) for lay, shape in zip(self._layouts, shapes)):
+                tape.layouts = list(self._layouts)
+                return
+        names = list(self.risk.space.names)
+        failed = self._failures(tape, curvature, names)
+        # layouts of a batch with one datum say nothing of others
+        self._signature, self._layouts = (signature, list(tape.layouts)) if batch.size > 1 else (None, [])
+        if not self.routes:
+            self.grouping.learn(tape)
+            self.routes = self._find_routes(batch, tape, failed)
+            return
+        broken = [name for name in failed if self.routes[name].units == "batch"]
+        if broken:
+            fresh = self._find_routes(batch, tape, {name: failed[name] for name in broken})
+            self.routes.update({name: fresh[name] for name in broken})
+            raise Demoted
+
+    def _failures(self, tape: Tape, curvature: OutputCurvature, names: list[str]) -> dict[str, str]:
+        if tape.units > 1 and curvature.terms_per_datum is None:
+            return dict.fromkeys(names, "the number of loss terms is not a multiple of the number of data")
+        generator = torch.Generator().manual_seed(1)
+        unit_weights = (0.5 + torch.rand(tape.units, generator=generator, dtype=torch.float64)).to(tape.z.device)
+        rows = unit_weights.repeat_interleave(curvature.num_terms // tape.units)
+        spread = rows[:, None].expand(-1, curvature.width).to(curvature.dtype)
+        failed = certify(tape, unit_weights, curvature.outputs(spread.contiguous()), names)
+        return {**self.grouping.overlapping(tape), **failed}
+
+    def _find_routes(self, batch: Batch, tape: Tape, failed: Mapping[str, str]) -> dict[str, Route]:
+        routes = {name: Route("batch", True, "tapped") for name in self.risk.space.names}
+        if not failed:
+            return routes
+        units = "whole" if self._mixes(batch, tape) else "datum"
+        again = _as_one_unit(tape) if units == "whole" else record(self.risk, select(batch.X, batch.size, slice(0, 1)), 1)
+        ones = torch.ones(1, dtype=torch.float64, device=again.z.device)
+        still = {**self.grouping.overlapping(again), **certify(again, ones, torch.ones_like(again.z), list(failed))}
+        for name, why in failed.items():
+            tapped = name not in still
+            routes[name] = Route(units, tapped, why if tapped else still[name])
+        return routes
+
+    def _mixes(self, batch: Batch, tape: Tape) -> bool:
+        """Whether a datum's output depends on the other data of its batch, or cannot be had alone."""
+        if batch.size == 1:
+            return False
+        if any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)) or tape.z.shape[0] % batch.size:
+            return True
+        n = batch.size - 1
+        try:
+            with torch.no_grad():
+                alone = self.risk.forward(self.risk.model.params, select(batch.X, batch.size, slice(n, n + 1)))
+        except (RuntimeError, ValueError, IndexError):
+            return True  # such as batch norm, which refuses a single datum
+        expected = tape.z.detach().unflatten(0, (batch.size, -1))[n]
+        if alone.numel() != expected.numel():
+            return True
+        return not relative_difference(alone.reshape(expected.shape), expected) <= tolerance(expected.dtype)
+
+
+def _as_one_unit(tape: Tape) -> Tape:
+    return Tape(
+        tape.z, tape.leaves, tape.uses, tape.unknowns, tape.data_dependent, 1, [ONE_UNIT] * len(tape.uses)
+    )
+
+
+def run(sweep: Callable[[], None]) -> None:
+    """Run a sweep until no batch refutes what was certified."""
+    while True:
+        try:
+            return sweep()
+        except Demoted:
+            continue

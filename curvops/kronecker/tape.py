@@ -1,0 +1,161 @@
+"""A forward pass on tape: the uses of the parameters, and certificates of what is known about their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.autograd.graph import GradientEdge
+
+from curvops.kronecker.layout import ONE_UNIT, Layout, candidates
+from curvops.kronecker.taps import Taps
+from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
+from curvops.linearize.certify import relative_difference, tolerance
+from curvops.risk.empirical_risk import EmpiricalRisk
+
+
+@dataclass
+class Tape:
+    """One forward pass.
+
+    Attributes:
+        z: The output, carrying the graph.
+        leaves: The parameters that it was run with.
+        uses: The applications of parameters that the taps know.
+        unknowns: Parameters that also enter otherwise, and an operation where they do.
+        data_dependent: Whether rows may be ordered by the data's values.
+        units: Number of units (data, or one for the whole pass) that rows are attributed to.
+        layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
+        inputs: Inputs already arranged, by use and role.
+    """
+
+    z: Tensor
+    leaves: Mapping[str, Tensor]
+    uses: Sequence[Use]
+    unknowns: Mapping[str, str]
+    data_dependent: bool
+    units: int
+    layouts: list[Layout | None] = field(default_factory=list)
+    inputs: dict[tuple[int, str], Any] = field(default_factory=dict)
+
+    def gradients(self, cotangent: Tensor, uses: Sequence[int], leaves: Sequence[str] = ()) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients at the outputs of some uses, and in some leaves, for one cotangent of the output."""
+        targets: list[Tensor | GradientEdge] = [self.uses[k].edge for k in uses] + [self.leaves[n] for n in leaves]
+        if not targets or not self.z.requires_grad:
+            return [None] * len(uses), [None] * len(leaves)
+        found = grad(self.z, targets, cotangent.to(self.z.dtype), retain_graph=True, allow_unused=True)
+        return list(found[: len(uses)]), list(found[len(uses) :])
+
+    def signature(self) -> tuple[object, ...]:
+        """What must stay the same from batch to batch for certificates to hold."""
+        return tuple((use.kind, *(view.key + (view.name,) for view in views(use))) for use in self.uses)
+
+
+def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
+    """Run the model under the taps."""
+    leaves = risk.model.leaves()
+    taps = Taps(leaves)
+    with taps:
+        z = risk.forward(leaves, X)
+    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units)
+    tape.layouts = [ONE_UNIT if units == 1 else None] * len(taps.uses)
+    return tape
+
+
+def views(use: Use) -> list[View]:
+    """The parameters of a use."""
+    if isinstance(use, VectorUse):
+        return [use.vector]
+    return [view for view in (use.weight, use.bias) if view is not None]
+
+
+def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[str]) -> dict[str, str]:
+    """Find the layouts of a tape's rows, and which parameters are explained by their uses.
+
+    Each unit's cotangent is scaled by a weight of its own. A row that belongs to one unit comes back
+    scaled by that unit's weight; and a parameter is explained if its gradient is the sum over its uses' rows.
+
+    Args:
+        tape: The forward pass; its layouts are set.
+        unit_weights: One weight for each unit, all different.
+        weights: The same, spread over the output: of its shape.
+        names: The parameters to look at.
+
+    Returns:
+        The parameters that are not explained, and why.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tape.z.shape, generator=generator, dtype=torch.float64).to(tape.z)
+    every = range(len(tape.uses))
+    scaled, totals = tape.gradients(noise * weights, every, names)
+    failed: dict[str, str] = {}
+    if tape.units > 1:
+        plain, _ = tape.gradients(noise, every)
+        for k, use in enumerate(tape.uses):
+            tape.layouts[k] = _layout(use, plain[k], scaled[k], unit_weights)
+            if tape.layouts[k] is None:
+                failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
+    for name, total in zip(names, totals):
+        if name in tape.unknowns and total is not None:
+            failed[name] = f"it enters {tape.unknowns[name]}"
+        elif name not in failed and not _explained(tape, name, scaled, total):
+            failed[name] = "its gradient is not the sum over the operations that were seen"
+    return failed
+
+
+def _layout(use: Use, plain: Tensor | None, scaled: Tensor | None, units: Tensor) -> Layout | None:
+    rows = _output_rows(use)
+    if plain is None or scaled is None:
+        return ONE_UNIT if len(units) == 1 else Layout(0)
+    before, after = rows(plain), rows(scaled)
+    tail = 2 if isinstance(use, LinearUse) else 1
+    for layout in candidates(tuple(before.shape[:-tail]), len(units)):
+        a, b = (layout.arrange(t, tail, len(units)) for t in (before, after))
+        if relative_difference(b, a * units.to(a).view(-1, *[1] * (a.ndim - 1))) <= tolerance(a.dtype):
+            return layout
+    return None
+
+
+def _output_rows(use: Use) -> Any:
+    return use.outputs if isinstance(use, LinearUse) else use.rows
+
+
+def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Tensor | None) -> bool:
+    """Whether a parameter's gradient is the sum over its uses."""
+    leaf = tape.leaves[name]
+    found = torch.zeros(leaf.numel(), dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device)
+    for use, g in zip(tape.uses, slopes):
+        if g is None:
+            continue
+        for view in views(use):
+            if view.name == name:
+                part = _pooled(use, view, g).to(found.dtype).flatten()
+                if view.index is None:
+                    found += part
+                else:
+                    found.index_add_(0, view.index.flatten(), part)
+    expected = torch.zeros_like(found) if total is None else total.flatten().to(found.dtype)
+    lowest = min((g.dtype for g in slopes if g is not None), key=lambda d: -torch.finfo(d).eps, default=leaf.dtype)
+    return relative_difference(found, expected) <= tolerance(lowest)
+
+
+def _pooled(use: Use, view: View, g: Tensor) -> Tensor:
+    """The gradient of one view, summed over all rows."""
+    if isinstance(use, VectorUse):
+        rows = use.rows(g)
+        return rows.reshape(-1, rows.shape[-1]).sum(0)
+    out = use.outputs(g)
+    out = out.reshape(-1, *out.shape[-2:])
+    if view is use.bias:
+        return out.sum(0)
+    a = use.inputs()
+    if isinstance(a, OneHot):
+        total = torch.zeros(a.width + 1, out.shape[-1], dtype=out.dtype, device=out.device)
+        return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]
+    a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
+    pair = (out, a) if use.input_side == "right" else (a, out)
+    return torch.einsum("mgl,mgr->glr", *pair)

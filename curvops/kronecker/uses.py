@@ -1,0 +1,123 @@
+"""What a tap keeps of one application of a parameter: the two sides of its gradient, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter, or a part or rearrangement of it, as an operation saw it.
+
+    Attributes:
+        name: The parameter.
+        key: Tells views of one parameter apart.
+        index: Place of each entry in the flattened parameter, of the view's shape; ``None`` for the
+            parameter as it is.
+    """
+
+    name: str
+    key: tuple[object, ...]
+    index: Tensor | None
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Rows that are unit vectors: ``ids`` of any shape, each the place of the one; −1 for a zero row."""
+
+    ids: Tensor
+    width: int
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The rows as a tensor ``[*ids.shape, width]``."""
+        rows = torch.zeros(*self.ids.shape, self.width + 1, dtype=dtype, device=self.ids.device)
+        rows.scatter_(-1, (self.ids % (self.width + 1)).unsqueeze(-1), 1.0)
+        return rows[..., :-1]
+
+
+Rows = Tensor | OneHot
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """One application of a weight as a linear map of rows, ``g = W a`` up to the order of the axes.
+
+    The gradient in the weight, arranged as ``[groups, left, right]``, is Σ_rows left ⊗ right, where one side
+    holds the inputs a and the other the gradients g at the outputs.
+
+    Attributes:
+        weight: The weight, or ``None`` for a bias alone.
+        bias: The bias that is added to the same rows, if it is a parameter.
+        edge: Where the gradient at the output is read.
+        inputs: Gives a, ``[*rows, groups, in]``.
+        outputs: Gives g from the gradient at the output, ``[*rows, groups, out]``.
+        input_side: ``"right"`` for a weight stored as out × in, ``"left"`` for in × out.
+        joint: Whether the bias can join the weight by a one that is appended to a.
+        kind: The operation's name.
+        shape: Shape of the output.
+    """
+
+    weight: View | None
+    bias: View | None
+    edge: GradientEdge
+    inputs: Callable[[], Rows]
+    outputs: Callable[[Tensor], Tensor]
+    input_side: str
+    joint: bool
+    kind: str
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class VectorUse:
+    """One application of a vector entry by entry, such as a norm's scale.
+
+    Attributes:
+        vector: The parameter.
+        edge: Where the gradient at the output is read.
+        rows: Gives the vector's gradient row by row from the gradient at the output, ``[*rows, size]``.
+        kind: The operation's name.
+        lead: The axes of the rows.
+    """
+
+    vector: View
+    edge: GradientEdge
+    rows: Callable[[Tensor], Tensor]
+    kind: str
+    lead: torch.Size
+
+
+Use = LinearUse | VectorUse
+
+
+def lead(use: Use) -> torch.Size:
+    """The axes of a use's rows."""
+    if isinstance(use, VectorUse):
+        return use.lead
+    return use.outputs(torch.empty(use.shape, device="meta")).shape[:-2]
+
+
+def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[tuple[int, int], ...], dilation: tuple[int, ...], groups: int) -> Tensor:
+    """Windows of a map: ``[N, C, *space]`` to ``[N, windows, groups, C/groups · kernel]``."""
+    amounts = [amount for pair in reversed(padding) for amount in pair]
+    if any(amounts):
+        x = torch.nn.functional.pad(x, amounts)
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation)):
+        x = x.unfold(2 + axis, (size - 1) * spread + 1, step)[..., ::spread]
+    n, channels = x.shape[:2]
+    order = len(kernel)
+    space = x.shape[2 : 2 + order].numel()
+    x = x.movedim(1, 1 + order)
+    return x.reshape(n, space, groups, channels // groups * torch.Size(kernel).numel())
+
+
+def channels_last(x: Tensor, groups: int = 1) -> Tensor:
+    """``[N, C, *space]`` to ``[N, positions, groups, C/groups]``."""
+    n, channels = x.shape[:2]
+    return x.reshape(n, channels, -1).movedim(1, -1).reshape(n, -1, groups, channels // groups)

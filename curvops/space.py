@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, Union
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-Vector: TypeAlias = Union[Tensor, Sequence[Tensor], Mapping[str, Tensor]]
+Vector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TensorSpace:
         """Tensors of a flat vector ``[D]``, or with trailing columns of ``[D, K]``, in their own dtypes."""
         parts = flat.split(self.sizes)
         trailing = flat.shape[1:]
-        named = zip(parts, self.shapes.values(), self.dtypes.values())
+        named = zip(parts, self.shapes.values(), self.dtypes.values(), strict=True)
         return [part.reshape(*shape, *trailing).to(dtype) for part, shape, dtype in named]
 
     def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
@@ -144,10 +144,14 @@ class TensorSpace:
             tensors, kind = [vector[name] for name in self.names], "dict"
         elif isinstance(vector, (list, tuple)):
             if len(vector) != len(self.shapes):
-                raise ValueError(f"{context}: expected {len(self.shapes)} tensors ({describe(self.names)}), got {len(vector)}. {self._hint()}")
+                raise ValueError(
+                    f"{context}: expected {len(self.shapes)} tensors ({describe(self.names)}), got {len(vector)}. {self._hint()}"
+                )
             tensors, kind = list(vector), "tuple" if isinstance(vector, tuple) else "list"
         else:
-            raise TypeError(f"{context}: expected a tensor, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint()}")
+            raise TypeError(
+                f"{context}: expected a tensor, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint()}"
+            )
         return self._tensor_columns(tensors, kind, context)  # type: ignore[arg-type]  # kind is a literal in each branch
 
     def from_columns(self, columns: Tensor, form: Format) -> Any:
@@ -157,22 +161,26 @@ class TensorSpace:
             return flat
         tensors = self.split(flat)
         if form.kind == "dict":
-            return dict(zip(self.names, tensors))
+            return dict(zip(self.names, tensors, strict=True))
         return tuple(tensors) if form.kind == "tuple" else tensors
 
     def _flat_columns(self, vector: Tensor, context: str) -> tuple[Tensor, Format]:
         self._check_kind(vector, self.dtype, context)
         if vector.ndim not in (1, 2):
-            raise ValueError(f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint()}")
+            raise ValueError(
+                f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint()}"
+            )
         if vector.shape[0] != self.dim:
-            raise ValueError(f"{context}: expected {self.dim} rows (the entries of {describe(self.names)}), got {vector.shape[0]}. {self._hint()}")
+            raise ValueError(
+                f"{context}: expected {self.dim} rows (the entries of {describe(self.names)}), got {vector.shape[0]}. {self._hint()}"
+            )
         return (vector if vector.ndim == 2 else vector.unsqueeze(1)), Format("flat", vector.ndim == 2)
 
     def _tensor_columns(
         self, tensors: list[Tensor], kind: Literal["list", "tuple", "dict"], context: str
     ) -> tuple[Tensor, Format]:
         trailing: set[tuple[int, ...]] = set()
-        for (name, shape), tensor in zip(self.shapes.items(), tensors):
+        for (name, shape), tensor in zip(self.shapes.items(), tensors, strict=True):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{context}: expected a tensor for {name!r}, got {type(tensor).__name__}.")
             self._check_kind(tensor, self.dtypes[name], f"{context}, {name!r}")
@@ -184,17 +192,23 @@ class TensorSpace:
                 )
             trailing.add(rest)
         if len(trailing) > 1:
-            raise ValueError(f"{context}: expected the same columns for each tensor, got trailing axes {sorted(trailing)}.")
+            raise ValueError(
+                f"{context}: expected the same columns for each tensor, got trailing axes {sorted(trailing)}."
+            )
         (rest,) = trailing
         width = rest[0] if rest else 1
-        columns = torch.cat([t.reshape(size, width).to(self.dtype) for t, size in zip(tensors, self.sizes)])
+        columns = torch.cat(
+            [t.reshape(size, width).to(self.dtype) for t, size in zip(tensors, self.sizes, strict=True)]
+        )
         return columns, Format(kind, bool(rest))
 
     def _check_kind(self, tensor: Tensor, dtype: torch.dtype, context: str) -> None:
         if tensor.dtype != dtype:
             raise TypeError(f"{context}: expected {dtype}, got {tensor.dtype}. Convert it with .to({dtype}).")
         if tensor.device != self.device:
-            raise ValueError(f"{context}: expected a tensor on {self.device}, got one on {tensor.device}. Move it with .to({str(self.device)!r}).")
+            raise ValueError(
+                f"{context}: expected a tensor on {self.device}, got one on {tensor.device}. Move it with .to({str(self.device)!r})."
+            )
 
     def _name_mismatch(self, vector: Mapping[str, Tensor]) -> str:
         missing = [name for name in self.names if name not in vector]
@@ -207,7 +221,9 @@ class TensorSpace:
         )
 
     def _hint(self) -> str:
-        return f"Pass one vector of length {self.dim}, a list of {len(self.shapes)} tensors, or a dict with these names."
+        return (
+            f"Pass one vector of length {self.dim}, a list of {len(self.shapes)} tensors, or a dict with these names."
+        )
 
 
 def describe(names: Sequence[str]) -> str:

@@ -182,7 +182,11 @@ def opened(function: Any) -> Callable[..., Any]:
     """
     closed = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **closed}, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        {**function.__globals__, **closed},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

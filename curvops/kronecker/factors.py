@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, pieces, vector_gradients
+from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, pieces, vector_gradients
 from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot
 
@@ -135,7 +135,9 @@ class BasisDiagonal:
         budget: Bytes that the gradients of some units may take together.
     """
 
-    def __init__(self, group: Group, left: Tensor | None, right: Tensor | None, dtype: torch.dtype, budget: int) -> None:
+    def __init__(
+        self, group: Group, left: Tensor | None, right: Tensor | None, dtype: torch.dtype, budget: int
+    ) -> None:
         self.group, self.left, self.right, self.dtype = group, left, right, dtype
         self.total = torch.zeros(group.shape, dtype=dtype, device=group.positions.device)
         self._chunk = max(1, budget // (4 * self.total.numel() * dtype.itemsize))
@@ -158,9 +160,9 @@ class BasisDiagonal:
             sides = [(_cast(piece.sides[0], self.dtype), _cast(piece.sides[1], self.dtype)) for piece in found]
         if positions == 1 and rows_first and all(isinstance(t, Tensor) for pair in sides for t in pair):
             # one row a unit: the square of an outer product is the outer product of the squares
-            (l, r), = sides
-            assert isinstance(l, Tensor) and isinstance(r, Tensor)
-            self.total += torch.einsum("nogl,nogr->glr", l.square(), r.square())
+            ((rows, others),) = sides
+            assert isinstance(rows, Tensor) and isinstance(others, Tensor)
+            self.total += torch.einsum("nogl,nogr->glr", rows.square(), others.square())
             return
         units = captured.tape.units
         for start in range(0, units, self._chunk):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvops.kronecker.layout import Layout
 from curvops.kronecker.tape import Tape, views
 from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, lead
 from curvops.space import TensorSpace
@@ -154,7 +153,9 @@ class Grouping:
         return Group(key, names, "linear", (where.shape[0], where.shape[1], where.shape[2]), where.flatten(), use.kind)
 
 
-def pieces(group: Group, uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]) -> list[Piece]:
+def pieces(
+    group: Group, uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]
+) -> list[Piece]:
     """Rows of a linear group in one backward pass, one piece for each use that the pass reached."""
     found = []
     for k, role in uses:

@@ -124,7 +124,9 @@ class KFACLinearOperator(BlockDiagonalOperator):
         factors, wholes = self._moments()
         placed = []
         for key, group in self._sweep.groups.items():
-            block = self._whole_block(wholes[key], c) if key in wholes else self._linear_block(group, factors.get(key), c)
+            block = (
+                self._whole_block(wholes[key], c) if key in wholes else self._linear_block(group, factors.get(key), c)
+            )
             if block is not None:
                 placed.append(Placed(group.names, group.positions, block))
         return placed
@@ -136,7 +138,9 @@ class KFACLinearOperator(BlockDiagonalOperator):
         one = torch.ones(1, 1, dtype=whole.moment.dtype, device=whole.moment.device)
         if self.fisher_type == "forward-only":
             # no gradient is taken, so the curvature of what is no linear map is the identity
-            return KroneckerBlock(torch.ones_like(whole.moment[0] if whole.moment.ndim == 2 else whole.moment)[None], one)
+            return KroneckerBlock(
+                torch.ones_like(whole.moment[0] if whole.moment.ndim == 2 else whole.moment)[None], one
+            )
         return KroneckerBlock(whole.moment[None] * c, one)
 
     def _moments(self) -> tuple[dict[Key, Factors], dict[Key, WholeGradients]]:
@@ -155,9 +159,13 @@ class KFACLinearOperator(BlockDiagonalOperator):
                     if group.kind == "linear":
                         moments.add(group, factors.setdefault(key, Factors()), captured)
                 for key, group in self._sweep.groups.items():
-                    if group.kind != "linear" and (key in captured.uses or key in captured.leaves or self.fisher_type == "forward-only"):
+                    if group.kind != "linear" and (
+                        key in captured.uses or key in captured.leaves or self.fisher_type == "forward-only"
+                    ):
                         if key not in wholes:
-                            wholes[key] = WholeGradients(len(group.positions), self._compute_dtype, self.device, LARGEST_BLOCK)
+                            wholes[key] = WholeGradients(
+                                len(group.positions), self._compute_dtype, self.device, LARGEST_BLOCK
+                            )
                         gradients = whole_gradients(group, captured)
                         if gradients is not None:
                             wholes[key].add(gradients)

@@ -42,7 +42,9 @@ def linear(taps: Taps, func: Any, input: Tensor, weight: Tensor, bias: Tensor | 
 
 
 @rule(torch.addmm, Tensor.addmm)
-def addmm(taps: Taps, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def addmm(
+    taps: Taps, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
     out: Tensor = func(input, mat1, mat2, beta=beta, alpha=alpha)
     if taps.view(mat1) is not None or beta != 1 or alpha != 1 or input.ndim != 1:
         taps.unknown(mat1, mat2, input)
@@ -140,7 +142,9 @@ def transposed_convolution(
 
 
 @rule(torch.embedding)
-def embedding(taps: Taps, func: Any, weight: Tensor, input: Tensor, padding_idx: int = -1, *rest: Any, **options: Any) -> Tensor:
+def embedding(
+    taps: Taps, func: Any, weight: Tensor, input: Tensor, padding_idx: int = -1, *rest: Any, **options: Any
+) -> Tensor:
     out: Tensor = func(weight, input, padding_idx, *rest, **options)
     # rows of the padding index get no gradient
     ids = input if padding_idx < 0 else input.masked_fill(input == padding_idx, -1)
@@ -149,7 +153,9 @@ def embedding(taps: Taps, func: Any, weight: Tensor, input: Tensor, padding_idx:
 
 
 @rule(torch.bilinear, F.bilinear)
-def bilinear(taps: Taps, func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(
+    taps: Taps, func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     out: Tensor = func(input1, input2, weight, bias)
 
     def inputs() -> Tensor:
@@ -175,7 +181,9 @@ def layer_norm(
 
 
 @rule(F.rms_norm, torch.rms_norm)
-def rms_norm(taps: Taps, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def rms_norm(
+    taps: Taps, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     normal = func(input, normalized_shape, None, eps)
     return _affine(taps, normal, weight, None, normal.ndim - len(normalized_shape), "rms_norm")
 
@@ -252,7 +260,7 @@ def _tuple(value: Any, order: int) -> tuple[int, ...]:
 
 def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation)]
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     amounts = (0,) * len(kernel) if padding == "valid" else _tuple(padding, len(kernel))
     return tuple((p, p) for p in amounts)

@@ -143,9 +143,11 @@ class Sweep:
                     u = u.unflatten(0, (size, -1))[datum].reshape(tape.z.shape)
                 found, totals = tape.gradients(u, indices, list(plain))
                 self.backward_passes += 1
-                slopes = dict(zip(indices, found))
+                slopes = dict(zip(indices, found, strict=True))
                 whole = {
-                    group.key: total.reshape(1, -1) for group, total in zip(plain.values(), totals) if total is not None
+                    group.key: total.reshape(1, -1)
+                    for group, total in zip(plain.values(), totals, strict=True)
+                    if total is not None
                 }
             yield Captured(tape, uses, slopes, whole, position == 0)
 
@@ -155,7 +157,9 @@ class Sweep:
         known = signature == self._signature and len(self._layouts) == len(tape.uses) and not tape.data_dependent
         if known:
             shapes = [lead(use) for use in tape.uses]
-            if all(lay is None or lay.fits(shape, batch.size) for lay, shape in zip(self._layouts, shapes)):
+            if all(
+                lay is None or lay.fits(shape, batch.size) for lay, shape in zip(self._layouts, shapes, strict=True)
+            ):
                 tape.layouts = list(self._layouts)
                 return
         names = list(self.risk.space.names)
@@ -187,7 +191,9 @@ class Sweep:
         if not failed:
             return routes
         units = "whole" if self._mixes(batch, tape) else "datum"
-        again = _as_one_unit(tape) if units == "whole" else record(self.risk, select(batch.X, batch.size, slice(0, 1)), 1)
+        again = (
+            _as_one_unit(tape) if units == "whole" else record(self.risk, select(batch.X, batch.size, slice(0, 1)), 1)
+        )
         ones = torch.ones(1, dtype=torch.float64, device=again.z.device)
         still = {**self.grouping.overlapping(again), **certify(again, ones, torch.ones_like(again.z), list(failed))}
         for name, why in failed.items():
@@ -214,9 +220,7 @@ class Sweep:
 
 
 def _as_one_unit(tape: Tape) -> Tape:
-    return Tape(
-        tape.z, tape.leaves, tape.uses, tape.unknowns, tape.data_dependent, 1, [ONE_UNIT] * len(tape.uses)
-    )
+    return Tape(tape.z, tape.leaves, tape.uses, tape.unknowns, tape.data_dependent, 1, [ONE_UNIT] * len(tape.uses))
 
 
 def run(sweep: Callable[[], None]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.autograd.graph import GradientEdge
 
 from curvops.kronecker.layout import ONE_UNIT, Layout, candidates
 from curvops.kronecker.taps import Taps
@@ -42,9 +41,11 @@ class Tape:
     layouts: list[Layout | None] = field(default_factory=list)
     inputs: dict[tuple[int, str], Any] = field(default_factory=dict)
 
-    def gradients(self, cotangent: Tensor, uses: Sequence[int], leaves: Sequence[str] = ()) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def gradients(
+        self, cotangent: Tensor, uses: Sequence[int], leaves: Sequence[str] = ()
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients at the outputs of some uses, and in some leaves, for one cotangent of the output."""
-        targets: list[Tensor | GradientEdge] = [self.uses[k].edge for k in uses] + [self.leaves[n] for n in leaves]
+        targets: Any = [self.uses[k].edge for k in uses] + [self.leaves[n] for n in leaves]
         if not targets or not self.z.requires_grad:
             return [None] * len(uses), [None] * len(leaves)
         found = grad(self.z, targets, cotangent.to(self.z.dtype), retain_graph=True, allow_unused=True)
@@ -52,7 +53,7 @@ class Tape:
 
     def signature(self) -> tuple[object, ...]:
         """What must stay the same from batch to batch for certificates to hold."""
-        return tuple((use.kind, *(view.key + (view.name,) for view in views(use))) for use in self.uses)
+        return tuple((use.kind, *((view.name, *view.key) for view in views(use))) for use in self.uses)
 
 
 def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
@@ -98,8 +99,10 @@ def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[s
         for k, use in enumerate(tape.uses):
             tape.layouts[k] = _layout(use, plain[k], scaled[k], unit_weights)
             if tape.layouts[k] is None:
-                failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
-    for name, total in zip(names, totals):
+                failed.update(
+                    {view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)}
+                )
+    for name, total in zip(names, totals, strict=True):
         if name in tape.unknowns and total is not None:
             failed[name] = f"it enters {tape.unknowns[name]}"
         elif name not in failed and not _explained(tape, name, scaled, total):
@@ -128,7 +131,7 @@ def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Te
     """Whether a parameter's gradient is the sum over its uses."""
     leaf = tape.leaves[name]
     found = torch.zeros(leaf.numel(), dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device)
-    for use, g in zip(tape.uses, slopes):
+    for use, g in zip(tape.uses, slopes, strict=True):
         if g is None:
             continue
         for view in views(use):

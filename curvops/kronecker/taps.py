@@ -22,19 +22,83 @@ TRANSPARENT = {embedding_bag, linear_cross_entropy}
 # operations that give a part or a rearrangement of a parameter
 VIEWS = {
     getattr(owner, name)
-    for name in (
-        "t transpose permute view reshape flatten unflatten chunk split unbind narrow select squeeze unsqueeze "
-        "contiguous movedim swapaxes swapdims view_as reshape_as tensor_split split_with_sizes adjoint moveaxis index_select"
-    ).split()
+    for name in [
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "chunk",
+        "split",
+        "unbind",
+        "narrow",
+        "select",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "view_as",
+        "reshape_as",
+        "tensor_split",
+        "split_with_sizes",
+        "adjoint",
+        "moveaxis",
+        "index_select",
+    ]
     for owner in (torch, Tensor)
     if hasattr(owner, name)
 } | {Tensor.T.__get__, Tensor.mT.__get__, Tensor.__getitem__, torch.split, Tensor.split}  # type: ignore[attr-defined]
-CASTS = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as, Tensor.clone, torch.clone}
+CASTS = {
+    Tensor.to,
+    Tensor.float,
+    Tensor.double,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.type,
+    Tensor.type_as,
+    Tensor.clone,
+    torch.clone,
+}
 # what reads a tensor without its values
 NEUTRAL = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad", "is_leaf", "grad_fn"}
-QUERIES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__, Tensor.__hash__, Tensor.is_floating_point, torch.is_tensor, Tensor.storage_offset, Tensor.untyped_storage, Tensor.data_ptr, Tensor.element_size, Tensor.get_device, torch.is_floating_point, Tensor.detach, torch.is_autocast_enabled}
+QUERIES = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.__len__,
+    Tensor.__hash__,
+    Tensor.is_floating_point,
+    torch.is_tensor,
+    Tensor.storage_offset,
+    Tensor.untyped_storage,
+    Tensor.data_ptr,
+    Tensor.element_size,
+    Tensor.get_device,
+    torch.is_floating_point,
+    Tensor.detach,
+    torch.is_autocast_enabled,
+}
 # operations whose rows depend on the data's values: the layout must be certified for each batch
-DATA_DEPENDENT = {torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.argwhere, Tensor.argwhere, torch.sort, Tensor.sort, torch.argsort, Tensor.argsort, torch.unique, Tensor.unique}
+DATA_DEPENDENT = {
+    torch.nonzero,
+    Tensor.nonzero,
+    torch.masked_select,
+    Tensor.masked_select,
+    torch.argwhere,
+    Tensor.argwhere,
+    torch.sort,
+    Tensor.sort,
+    torch.argsort,
+    Tensor.argsort,
+    torch.unique,
+    Tensor.unique,
+}
 
 
 class Taps(TorchFunctionMode):
@@ -88,16 +152,22 @@ class Taps(TorchFunctionMode):
         if w is None:
             self.bias(out, bias, outputs, kind)
         elif out.requires_grad:
-            self.uses.append(LinearUse(w, b, get_gradient_edge(out), inputs, outputs, input_side, b is not None, kind, out.shape))
+            self.uses.append(
+                LinearUse(w, b, get_gradient_edge(out), inputs, outputs, input_side, b is not None, kind, out.shape)
+            )
 
     def bias(self, out: Tensor, bias: Tensor | None, outputs: Callable[[Tensor], Tensor], kind: str) -> None:
         """Record a bias whose weight is no parameter, or that cannot join it."""
         b = self.view(bias)
         if b is not None and out.requires_grad:
             edge = get_gradient_edge(out)
-            self.uses.append(LinearUse(None, b, edge, lambda: OneHot(torch.empty(0), 1), outputs, "right", False, kind, out.shape))
+            self.uses.append(
+                LinearUse(None, b, edge, lambda: OneHot(torch.empty(0), 1), outputs, "right", False, kind, out.shape)
+            )
 
-    def vector(self, out: Tensor, vector: Tensor | None, rows: Callable[[Tensor], Tensor], lead: torch.Size, kind: str) -> None:
+    def vector(
+        self, out: Tensor, vector: Tensor | None, rows: Callable[[Tensor], Tensor], lead: torch.Size, kind: str
+    ) -> None:
         """Record a vector that is applied entry by entry."""
         v = self.view(vector)
         if v is not None and out.requires_grad:
@@ -105,7 +175,11 @@ class Taps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in DATA_DEPENDENT or (func is Tensor.__getitem__ and _has_mask(args[1])) or (func is torch.where and len(args) == 1):
+        if (
+            func in DATA_DEPENDENT
+            or (func is Tensor.__getitem__ and _has_mask(args[1]))
+            or (func is torch.where and len(args) == 1)
+        ):
             self.data_dependent = True
         parameters = [t for t in _tensors(args, kwargs) if id(t) in self._views]
         substitute = TABLE.get(func, func)
@@ -136,7 +210,7 @@ class Taps(TorchFunctionMode):
         if index is None:
             index = torch.arange(parent.shape.numel(), device=args[0].device).view(parent.shape)
         places = func(index, *args[1:], **kwargs)
-        for tensor, place in zip(*((out,), (places,)) if isinstance(out, Tensor) else (out, places)):
+        for tensor, place in zip(*((out,), (places,)) if isinstance(out, Tensor) else (out, places), strict=True):
             size = self._sizes[parent.name]
             if _is_natural(place, size):
                 self._remember(tensor, View(parent.name, (), None, tensor.shape))

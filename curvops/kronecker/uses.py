@@ -103,12 +103,19 @@ def lead(use: Use) -> torch.Size:
     return use.outputs(torch.empty(use.shape, device="meta")).shape[:-2]
 
 
-def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[tuple[int, int], ...], dilation: tuple[int, ...], groups: int) -> Tensor:
+def patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
     """Windows of a map: ``[N, C, *space]`` to ``[N, windows, groups, C/groups · kernel]``."""
     amounts = [amount for pair in reversed(padding) for amount in pair]
     if any(amounts):
         x = torch.nn.functional.pad(x, amounts)
-    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation)):
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
         x = x.unfold(2 + axis, (size - 1) * spread + 1, step)[..., ::spread]
     n, channels = x.shape[:2]
     order = len(kernel)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
     """Verdict on a directional derivative at 0 of ``at``, a function of the step."""
     slopes = [(at(step) - at(-step)) / (2 * step) for step in STEPS]
     scale = max(float(slope.norm()) for slope in slopes)
-    spread = min(float((a - b).norm()) for a, b in zip(slopes, slopes[1:]))
+    spread = min(float((a - b).norm()) for a, b in pairwise(slopes))
     if not torch.isfinite(torch.tensor(scale)) or spread > STEADY * scale:
         return Verdict(None)
     error = min(float((product - slope).norm()) for slope in slopes)
@@ -125,12 +126,16 @@ def _sliceable(batch: Batch) -> bool:
 def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float) -> dict[str, Tensor]:
     """Leaves at θ + step · v."""
     flat = space.join(params.values()) + step * v
-    return {name: t.detach().requires_grad_() for name, t in zip(params, space.split(flat))}
+    return {name: t.detach().requires_grad_() for name, t in zip(params, space.split(flat), strict=True)}
 
 
 def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
     names = suspects(run)
-    where = f"The operations that are off on their own: {', '.join(names)}." if names else "No single operation could be named."
+    where = (
+        f"The operations that are off on their own: {', '.join(names)}."
+        if names
+        else "No single operation could be named."
+    )
     warnings.warn(
         f"{what}: PyTorch's second-order derivative differs from central differences by {verdict.error:.1e} (relative) on "
         f"this model. {where} Replace these operations by plain ones, or expect wrong products.",
@@ -148,7 +153,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        detached = map_tensors(lambda t: t.detach().clone(), list(args)), map_tensors(lambda t: t.detach().clone(), kwargs)
+        detached = (
+            map_tensors(lambda t: t.detach().clone(), list(args)),
+            map_tensors(lambda t: t.detach().clone(), kwargs),
+        )
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.requires_grad:
             name = resolve_name(func) or getattr(func, "__name__", str(func))

@@ -13,7 +13,9 @@ from curvops.space import TensorSpace
 COLUMNS = 64  # tangents that go together; more of them, or all, measured slower on the CPU
 
 
-def layered_hessian(value: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor], space: TensorSpace) -> Tensor:
+def layered_hessian(
+    value: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor], space: TensorSpace
+) -> Tensor:
     """Hessian ``[D, D]`` of a scalar function of named parameters.
 
     Tangents live in one layer's parameters, so that the forward derivative starts there, and gradients
@@ -27,14 +29,14 @@ def layered_hessian(value: Callable[[dict[str, Tensor]], Tensor], params: Mappin
         own = {name: params[name] for name in names}
 
         def slopes(own: dict[str, Tensor], later: dict[str, Tensor] = remaining) -> dict[str, Tensor]:
-            return grad(lambda p: value({**params, **p}))({**later, **own})
+            return grad(lambda some: value({**params, **some}))({**later, **own})
 
         start = space.slice(names[0]).start
         stop = space.slice(names[-1]).stop
         block = torch.cat([_columns(slopes, own, part) for part in _identity(own, space)])
         hessian[start:stop, start:] = block
         hessian[start:, start:stop] = block.T
-        remaining = {name: p for name, p in remaining.items() if name not in own}
+        remaining = {name: rest for name, rest in remaining.items() if name not in own}
     return hessian
 
 
@@ -62,5 +64,6 @@ def _identity(own: dict[str, Tensor], space: TensorSpace) -> list[dict[str, Tens
     inner = TensorSpace(own)
     eye = torch.eye(inner.dim, dtype=space.dtype, device=space.device)
     return [
-        {name: t.movedim(-1, 0) for name, t in zip(inner.names, inner.split(part.T))} for part in eye.split(COLUMNS)
+        {name: t.movedim(-1, 0) for name, t in zip(inner.names, inner.split(part.T), strict=True)}
+        for part in eye.split(COLUMNS)
     ]

@@ -45,7 +45,7 @@ def pulled_rows(
     def single(inputs: list[Tensor], us: Tensor) -> list[Tensor]:
         remaining = iter(inputs)
         x = map_tensors(lambda _: next(remaining).unsqueeze(0), X)
-        _, pull = vjp(lambda p: forward(p, x), dict(params))
+        pull = vjp(lambda p: forward(p, x), dict(params))[1]
         (slopes,) = vmap(pull)(us.unsqueeze(1))
         return list(slopes.values())
 

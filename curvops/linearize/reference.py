@@ -68,8 +68,12 @@ class GradientLinearization:
 
 def _pull(outputs: list[Tensor | None], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor | None]:
     """Products of those outputs that depend on something; a missing dependence is a zero, not an error."""
-    used = [(out, u.to(out.dtype)) for out, u in zip(outputs, cotangents) if out is not None and out.requires_grad]
+    used = [
+        (out, u.to(out.dtype))
+        for out, u in zip(outputs, cotangents, strict=True)
+        if out is not None and out.requires_grad
+    ]
     if not used:
         return [None] * len(inputs)
-    outs, us = zip(*used)
+    outs, us = zip(*used, strict=True)
     return list(grad(outs, inputs, us, retain_graph=True, allow_unused=True))

@@ -79,7 +79,7 @@ class KroneckerBlock(Block):
 
     def dense(self) -> Tensor:
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
-        return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous())))
+        return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
     def trace(self) -> Tensor:
         return (_diagonal(self.left).sum(1) * _diagonal(self.right).sum(1)).sum()
@@ -109,7 +109,11 @@ class EigenBlock(Block):
             x = (basis @ x.reshape(groups, left, right * k)).view(groups, left, right, k)
         if self.right is not None:
             basis = self.right.mT if transposed else self.right
-            x = (basis @ x.transpose(1, 2).reshape(groups, right, left * k)).view(groups, right, left, k).transpose(1, 2)
+            x = (
+                (basis @ x.transpose(1, 2).reshape(groups, right, left * k))
+                .view(groups, right, left, k)
+                .transpose(1, 2)
+            )
         return x
 
     def diagonal(self) -> Tensor:
@@ -128,11 +132,11 @@ class EigenBlock(Block):
 
     def dense(self) -> Tensor:
         bases = []
-        for basis, size in zip((self.left, self.right), self.shape[1:]):
+        for basis, size in zip((self.left, self.right), self.shape[1:], strict=True):
             eye = torch.eye(size, dtype=self.values.dtype, device=self.values.device)
             bases.append(eye.expand(self.shape[0], size, size) if basis is None else basis)
-        both = [torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(*bases)]
-        return torch.block_diag(*((u * v.flatten()) @ u.T for u, v in zip(both, self.values)))
+        both = [torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(*bases, strict=True)]
+        return torch.block_diag(*((u * v.flatten()) @ u.T for u, v in zip(both, self.values, strict=True)))
 
 
 def _times(factor: Tensor, x: Tensor) -> Tensor:

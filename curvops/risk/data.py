@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,9 @@ class Data:
                 "curvature needs several passes. Pass a list of its batches or a DataLoader."
             )
         if isinstance(batches, (Mapping, Tensor)):
-            raise TypeError(f"data: expected an iterable of batches (X, y), got a {type(batches).__name__}. Pass [(X, y)].")
+            raise TypeError(
+                f"data: expected an iterable of batches (X, y), got a {type(batches).__name__}. Pass [(X, y)]."
+            )
         self.batches = batches
         self.device = device
         self.batch_size_fn = batch_size_fn
@@ -60,7 +62,7 @@ class Data:
         except TypeError:
             return 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         start = 0
         for item in self.batches:
             if not isinstance(item, (tuple, list)) or len(item) != 2:

@@ -40,7 +40,11 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:
-    prints, value, gradient = [], torch.tensor(0.0, device=risk.space.device), torch.tensor(0.0, device=risk.space.device)
+    prints, value, gradient = (
+        [],
+        torch.tensor(0.0, device=risk.space.device),
+        torch.tensor(0.0, device=risk.space.device),
+    )
     with closing(risk.batches("Determinism check")) as batches:
         for batch in batches:
             prints.append(_fingerprint(batch))

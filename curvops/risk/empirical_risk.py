@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn import Module
 
-from curvops.substitutions import substitutions
 from curvops.losses import OutputCurvature, output_loss
 from curvops.risk.data import Batch, Data
 from curvops.risk.model import Model, ModelFunction
 from curvops.space import Vector
 from curvops.state import Autocast, differentiable, preserved_random_state
+from curvops.substitutions import substitutions
 
 
 class EmpiricalRisk:
@@ -87,7 +87,7 @@ class EmpiricalRisk:
         """The loss at the outputs ``z`` of a batch, summed over its terms without the constant c."""
         return self.loss.at(z, batch.y, batch.size)
 
-    def batches(self, title: str) -> Iterator[Batch]:
+    def batches(self, title: str) -> Generator[Batch, None, None]:
         """The batches of the data, on the parameters' device, with a progress bar if asked for."""
         if not self.progressbar:
             yield from self.data
@@ -168,4 +168,6 @@ class EmpiricalRisk:
 
     def _check_size(self, size: int) -> None:
         if self.num_data is not None and size != self.num_data:
-            raise ValueError(f"num_data: expected {self.num_data} data, the loader yields {size}. Leave num_data out, or correct it.")
+            raise ValueError(
+                f"num_data: expected {self.num_data} data, the loader yields {size}. Leave num_data out, or correct it."
+            )

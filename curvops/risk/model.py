@@ -34,7 +34,9 @@ class Model:
 
     def __init__(self, model_func: Module | ModelFunction, params: Mapping[str, Tensor]) -> None:
         if not callable(model_func):
-            raise TypeError(f"model_func: expected a module or a function (params, X), got {type(model_func).__name__}.")
+            raise TypeError(
+                f"model_func: expected a module or a function (params, X), got {type(model_func).__name__}."
+            )
         self.space = TensorSpace(params)
         self.params = dict(params)
         self.module: Module | None = None

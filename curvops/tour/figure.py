@@ -10,7 +10,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
@@ -24,8 +26,11 @@ from curvops.tour.style import Style, figure_style
 
 SEQUENTIAL = "magma_r"
 DIVERGING = "RdBu_r"  # in both maps little ink means a small entry, also in grey
-MAX_PIXELS = 720
-"""Side up to which a panel shows every entry; larger ones are averaged down to what print at full width can show."""
+LEVELS = 128  # as many colours as an eye tells apart; more would only make the files larger
+EVERY_ENTRY = 700
+"""Number of rows up to which a panel shows every entry."""
+PRINTED = 600
+"""Side in pixels to which larger matrices are averaged: 300 to an inch, when six panels fill a page's width."""
 
 _FOR_SAVING: Style = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
 
@@ -128,7 +133,7 @@ def plot_matrices(
                 _shrunk(image).numpy(),
                 vmin=lower,
                 vmax=upper,
-                cmap=cmap or (DIVERGING if signed else SEQUENTIAL),
+                cmap=_color_map(cmap, signed),
                 extent=(-0.5, side - 0.5, side - 0.5, -0.5),
                 interpolation="none",
             )
@@ -146,7 +151,7 @@ def plot_matrices(
     return fig, axes
 
 
-def save_figure(fig: Figure, path: str | Path, *, dpi: int = 400) -> Path:
+def save_figure(fig: Figure, path: str | Path, *, dpi: int = 300) -> Path:
     """Write a figure of `plot_matrices` in the format of the file's suffix, whole or not at all.
 
     Vector formats embed the panels losslessly, one pixel per entry; pixel formats are smoothed
@@ -197,9 +202,14 @@ def _beyond(images: Mapping[str, Tensor], lower: float, upper: float) -> str:
 
 
 def _shrunk(image: Tensor) -> Tensor:
-    if image.shape[0] <= MAX_PIXELS:
+    if image.shape[0] <= EVERY_ENTRY:
         return image
-    return adaptive_avg_pool2d(image[None], MAX_PIXELS)[0]
+    return adaptive_avg_pool2d(image[None], PRINTED)[0]
+
+
+def _color_map(name: str | None, signed: bool) -> Colormap:
+    # an odd number of colours has one in the middle, for zero
+    return colormaps[name or (DIVERGING if signed else SEQUENTIAL)].resampled(LEVELS + 1 if signed else LEVELS)
 
 
 def _mark_groups(ax: Axes, labels: Sequence[str], edges: Sequence[int]) -> None:
@@ -207,7 +217,8 @@ def _mark_groups(ax: Axes, labels: Sequence[str], edges: Sequence[int]) -> None:
         ax.axhline(edge - 0.5, color="0.2", lw=0.4)
         ax.axvline(edge - 0.5, color="0.2", lw=0.4)
     centres = [(a + b - 1) / 2 for a, b in pairwise(edges)] if labels else []
-    ax.set_xticks(centres, labels)
+    # names stand upright below a panel, where they would run into each other
+    ax.set_xticks(centres, labels, rotation=90 if max(map(len, labels), default=0) > 3 else 0)
     ax.set_yticks(centres, labels)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 _KEY = "curvops"
@@ -78,7 +78,8 @@ def save_matrices(
     tensors = {
         title: matrix.detach().cpu().clone(memory_format=torch.contiguous_format) for title, matrix in matrices.items()
     }
-    replace_atomically(path, lambda partial: save_file(tensors, partial, metadata={_KEY: json.dumps(about)}))
+    content = save(tensors, metadata={_KEY: json.dumps(about)})
+    replace_atomically(path, lambda partial: partial.write_bytes(content))
     return Path(path)
 
 

@@ -20,7 +20,12 @@ def arrange(fig: Figure, axes: npt.NDArray[Any], bar: Axes, axis_label: str) -> 
 
     The text is measured first; all that is left of the figure's width goes to the panels.
     """
-    fig.canvas.draw()
+    images = [image for ax in axes.flat for image in ax.get_images()]
+    for image in images:
+        image.set_visible(False)  # the text alone is measured, which is quick
+    fig.draw_without_rendering()
+    for image in images:
+        image.set_visible(True)
     rows, columns = axes.shape
     width = fig.get_figwidth()
     down = fig.supxlabel(axis_label, fontsize=axes.flat[0].title.get_fontsize())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     trial = folder / f".space.{os.getpid()}.part"
     try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with trial.open("wb") as file:

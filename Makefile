@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help tour test check format docs bench peer clean
+.PHONY: help tour test check format docs bench peer picture clean
 .NOTPARALLEL:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make bench    time of the tour's six matrices, beside the peer library"
 	@echo "make peer     the tour's six matrices agree with the peer library's in double precision"
+	@echo "make picture  the README's picture, after make tour"
 	@echo "make clean    remove the environments and what the chores leave behind"
 
 tour: .venv/.tour
@@ -33,14 +34,18 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 docs: .venv/.dev
-	MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops
-	$(BIN)/python -m pytest -q tests/tour/test_readme.py tests/tour/test_example.py
+	MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops tests/tour/test_readme.py
+	MPLBACKEND=agg $(BIN)/python examples/visual_tour.py
 
 bench: .venv-peer/.peer
 	.venv-peer/bin/python benchmarks/tour.py $(ARGS)
 
 peer: .venv-peer/.peer
 	.venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
+
+picture: .venv/.tour
+	MPLBACKEND=agg $(BIN)/python -c "from curvops.tour import *; m = load_matrices('tour/matrices.safetensors'); \
+	  save_figure(plot_matrices(m.matrices, groups=m.groups)[0], 'docs/curvature_matrices.png', dpi=140)"
 
 clean:
 	rm -rf .venv .venv-peer tour .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,130 @@
+"""Seconds of the tour's six matrices, ours and curvlinops' alternating in one process, and whether they agree.
+
+Usage: python benchmarks/tour.py [--rounds 7] [--dtype float32] [--device cpu] [--at-least RATIO]
+Both libraries get the same model, loss and data, construct their operator anew each time and run
+without the check for determinism. Exit status 1 if matrices disagree or the ratio is not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import curvlinops
+import torch
+from torch import Tensor
+
+from curvops import GGNLinearOperator
+from curvops.tour.matrices import OPERATORS, make_operator
+from curvops.tour.setups import Setup, tutorial
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+KRONECKER = {"fisher_type": "type-2", "separate_weight_and_bias": False}
+PEER = {
+    "Hessian": (curvlinops.HessianLinearOperator, {}),
+    "Generalized Gauss-Newton": (curvlinops.GGNLinearOperator, {}),
+    "Empirical Fisher": (curvlinops.EFLinearOperator, {}),
+    "EKFAC": (curvlinops.EKFACLinearOperator, KRONECKER),
+    "Monte-Carlo Fisher": (curvlinops.FisherMCLinearOperator, {"mc_samples": 1}),
+    "KFAC": (curvlinops.KFACLinearOperator, KRONECKER),
+}
+
+
+def ours(title: str, setup: Setup) -> Tensor:
+    """Return the matrix as the tour computes it."""
+    return make_operator(title, setup, check_deterministic=False).to_dense().detach()
+
+
+def peer(title: str, setup: Setup) -> Tensor:
+    """Return the matrix in the peer's documented way: the operator times the identity."""
+    make, options = PEER[title]
+    params = [p for p in setup.model.parameters() if p.requires_grad]
+    operator = make(setup.model, setup.loss, params, setup.data, check_deterministic=False, **options)
+    return (operator @ torch.eye(setup.num_params, device=setup.device, dtype=params[0].dtype)).detach()
+
+
+def timed(compute: Callable[[str, Setup], Tensor], title: str, setup: Setup) -> tuple[float, Tensor]:
+    """Return seconds and matrix."""
+    start = time.perf_counter()
+    matrix = compute(title, setup)
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize(setup.device)
+    return time.perf_counter() - start, matrix
+
+
+def compare_times(setup: Setup, rounds: int) -> float:
+    """Print the medians and return how many times faster all six are together."""
+    seconds: dict[tuple[str, Callable[[str, Setup], Tensor]], list[float]] = {}
+    for number in range(rounds + 1):
+        for title in OPERATORS:
+            for compute in (ours, peer) if number % 2 else (peer, ours):
+                taken, _ = timed(compute, title, setup)
+                if number:  # the first round warms up
+                    seconds.setdefault((title, compute), []).append(taken)
+    medians = {key: statistics.median(taken) for key, taken in seconds.items()}
+    print(f"{'matrix':<26}{'ours s':>9}{'peer s':>9}{'ratio':>8}   medians of {rounds} rounds")
+    for title in OPERATORS:
+        a, b = medians[title, ours], medians[title, peer]
+        print(f"{title:<26}{a:>9.4f}{b:>9.4f}{b / a:>8.1f}")
+    a, b = (sum(medians[title, compute] for title in OPERATORS) for compute in (ours, peer))
+    print(f"{'all':<26}{a:>9.4f}{b:>9.4f}{b / a:>8.1f}")
+    return b / a
+
+
+def compare_matrices(setup: Setup, dtype: torch.dtype) -> bool:
+    """Print how far the deterministic matrices are from the peer's, and the sampled ones from the GGN."""
+    agree = True
+    for title in OPERATORS:
+        if title == "Monte-Carlo Fisher":
+            continue
+        found, expected = ours(title, setup), peer(title, setup)
+        distance = float((found - expected).norm() / expected.norm())
+        agree &= distance <= TOLERANCE[dtype]
+        verdict = "ok" if distance <= TOLERANCE[dtype] else "DIFFERS"
+        print(f"{title:<26} relative distance to the peer's {distance:.1e} {verdict}")
+
+    exact = ours("Generalized Gauss-Newton", setup)
+    distances = []
+    for samples in (16, 256, 4096):
+        sampled = GGNLinearOperator(
+            setup.model, setup.loss, setup.params, setup.data, mc_samples=samples, check_deterministic=False
+        )
+        distances.append(float((sampled.to_dense() - exact).norm() / exact.norm()))
+    # 16 times the samples, a quarter of the distance; within a factor of 2, as these are draws
+    falls = all(2 < a / b < 8 for a, b in itertools.pairwise(distances))
+    shown = ", ".join(f"{d:.4f}" for d in distances)
+    verdict = "ok" if falls else "DIFFERS"
+    print(f"{'Monte-Carlo Fisher':<26} relative distance to the GGN with 16, 256, 4096 samples: {shown} {verdict}")
+    return agree and falls
+
+
+def main() -> int:
+    """Run the benchmark and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--at-least", type=float, default=0.0, metavar="RATIO", help="fail if all six are not so much faster"
+    )
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", module="curvlinops|backpack|einconv")
+    dtype = getattr(torch, given.dtype)
+    setup = tutorial(device=given.device, dtype=dtype)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.device}, {given.dtype}")
+    agree = compare_matrices(setup, dtype)
+    ratio = compare_times(setup, given.rounds)
+    if not agree:
+        print("the matrices disagree", file=sys.stderr)
+    if ratio < given.at_least:
+        print(f"{ratio:.1f} times faster, not {given.at_least:g}", file=sys.stderr)
+    return 0 if agree and ratio >= given.at_least else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""What every test relies on: figures without a window, a fixed seed, and global settings as they were."""
+
+import os
+from collections.abc import Iterator
+
+os.environ["MPLBACKEND"] = "agg"
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    plt.close("all")
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)

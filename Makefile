@@ -55,8 +55,9 @@ clean:
 define install
 	@if [ -e $(1)/.unfinished ]; then rm -rf $(1); fi
 	@mkdir -p $(1) && touch $(1)/.unfinished
-	[ -x $(1)/bin/pip ] || $(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]'
+	@echo "installing $(1), about a minute"
+	@[ -x $(1)/bin/pip ] || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(2)]'
 	@rm $(1)/.unfinished
 	@touch $@
 endef

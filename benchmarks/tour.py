@@ -8,12 +8,12 @@ without the check for determinism. Exit status 1 if matrices disagree or the rat
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import curvlinops
 import torch
@@ -24,6 +24,7 @@ from curvops.tour.matrices import OPERATORS, make_operator
 from curvops.tour.setups import Setup, tutorial
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+SAMPLES = (1, 16, 256)
 KRONECKER = {"fisher_type": "type-2", "separate_weight_and_bias": False}
 PEER = {
     "Hessian": (curvlinops.HessianLinearOperator, {}),
@@ -88,19 +89,24 @@ def compare_matrices(setup: Setup, dtype: torch.dtype) -> bool:
         verdict = "ok" if distance <= TOLERANCE[dtype] else "DIFFERS"
         print(f"{title:<26} relative distance to the peer's {distance:.1e} {verdict}")
 
-    exact = ours("Generalized Gauss-Newton", setup)
-    distances = []
-    for samples in (16, 256, 4096):
-        sampled = GGNLinearOperator(
-            setup.model, setup.loss, setup.params, setup.data, mc_samples=samples, check_deterministic=False
-        )
-        distances.append(float((sampled.to_dense() - exact).norm() / exact.norm()))
-    # 16 times the samples, a quarter of the distance; within a factor of 2, as these are draws
-    falls = all(2 < a / b < 8 for a, b in itertools.pairwise(distances))
+    distances = [sampling_error(setup, samples) for samples in SAMPLES]
+    # 16 times the samples, a quarter of the distance; the root mean square of draws is good to some 20 %
+    falls = all(3 < a / b < 5.3 for a, b in pairwise(distances))
     shown = ", ".join(f"{d:.4f}" for d in distances)
-    verdict = "ok" if falls else "DIFFERS"
-    print(f"{'Monte-Carlo Fisher':<26} relative distance to the GGN with 16, 256, 4096 samples: {shown} {verdict}")
+    print(f"{'Monte-Carlo Fisher':<26} relative distance to the GGN with {SAMPLES} samples: {shown}", end="")
+    print(" ok" if falls else " DIFFERS")
     return agree and falls
+
+
+def sampling_error(setup: Setup, samples: int, seeds: int = 30) -> float:
+    """Return the root mean square of a Monte-Carlo Fisher's relative distance to the GGN."""
+    arguments = setup.model, setup.loss, setup.params, setup.data
+    exact = GGNLinearOperator(*arguments, check_deterministic=False).to_dense()
+    squares = []
+    for seed in range(seeds):
+        sampled = GGNLinearOperator(*arguments, mc_samples=samples, seed=seed, check_deterministic=False).to_dense()
+        squares.append(float((sampled - exact).norm() / exact.norm()) ** 2)
+    return statistics.mean(squares) ** 0.5
 
 
 def main() -> int:

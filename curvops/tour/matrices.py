@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from curvops import (
@@ -16,7 +17,7 @@ from curvops import (
     KFACLinearOperator,
 )
 from curvops.tour.meter import Cost, measured
-from curvops.tour.setups import Setup
+from curvops.tour.setups import Setup, tiny
 
 Maker: TypeAlias = Callable[..., Any]
 
@@ -75,3 +76,10 @@ def each_matrix(setup: Setup, *, titles: Sequence[str] = tuple(OPERATORS), seed:
         with measured(setup.device) as cost:
             matrix = make_operator(title, setup, seed=seed).to_dense()
         yield Measured(title, matrix.detach(), cost)
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Use each operator once, on a tiny network: torch's first use of its machinery costs seconds
+    and memory that belong to none of the matrices."""
+    for _ in each_matrix(tiny(device=device, dtype=dtype)):
+        pass

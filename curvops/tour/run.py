@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from curvops.tour.figure import color_domain, log_abs, plot_matrices, save_figure, unchanged
 from curvops.tour.files import save_matrices
-from curvops.tour.matrices import OPERATORS, Measured, each_matrix
+from curvops.tour.matrices import OPERATORS, Measured, each_matrix, warm_up
 from curvops.tour.meter import memory_kind
 from curvops.tour.output import prepare_output
 from curvops.tour.setups import SIZES, Setup, digits, tutorial
@@ -84,12 +84,10 @@ def run_tour(
     finished = finished if finished is not None else Finished()
     output = prepare_output(output, _expected_bytes(setups, dtype))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    warm_up(device, dtype)
     for name in setups:
-        made = (
-            (tutorial(device=device, dtype=dtype, seed=seed),)
-            if name == "tutorial"
-            else digits(device=device, dtype=dtype, seed=seed)
-        )
+        make = (lambda **options: (tutorial(**options),)) if name == "tutorial" else digits
+        made = make(device=device, dtype=dtype, seed=seed)
         results = [_compute(setup, output / setup.name, seed, finished, say) for setup in made]
         _draw(made, results, output, finished)
         say(f"Figures and matrices: {', '.join(str(output / setup.name) for setup in made)}\n")

@@ -130,6 +130,14 @@ def digits(
     return setups[0], setups[1]
 
 
+def tiny(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Setup:
+    """Return a network with 12 parameters, on which everything can be tried in no time."""
+    with _seeded(0):
+        model = nn.Sequential(_conv(1, 1, 1, padding=0), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2, dtype=torch.float32))
+    images = torch.linspace(0, 1, 12, dtype=torch.float32).reshape(3, 1, 2, 2)
+    return _setup("tiny", "Three tiny images", model, images, torch.tensor([0, 1, 0]), 2, device, dtype)
+
+
 def _digits_model() -> nn.Sequential:
     return nn.Sequential(
         _conv(1, 6, 3, padding=1),

@@ -1,6 +1,10 @@
 """Curvature of PyTorch models as linear operators: correct on any model, fast, and visible."""
 
+from curvops.kronecker.diagonal import GGNDiagonalLinearOperator
+from curvops.kronecker.factors import BlockRule
 from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
+from curvops.kronecker.kfoc import KFOCLinearOperator
+from curvops.kronecker.operator import load
 from curvops.operators.ggn import EFLinearOperator, GGNLinearOperator
 from curvops.operators.hessian import HessianLinearOperator
 from curvops.operators.linear_operator import LinearOperator
@@ -8,12 +12,16 @@ from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import TensorSpace
 
 __all__ = [
+    "BlockRule",
     "EFLinearOperator",
     "EKFACLinearOperator",
     "EmpiricalRisk",
+    "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
     "KFACLinearOperator",
+    "KFOCLinearOperator",
     "LinearOperator",
     "TensorSpace",
+    "load",
 ]

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, pieces, vector_gradients
+from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot
+from curvops.space import describe
 
-LARGEST_FACTOR = 10_000  # side of a Kronecker factor up to which it is dense; beyond, its diagonal is kept
-LARGEST_BLOCK = 1_024  # entries of a parameter up to which a block without Kronecker structure is dense
+
+@dataclass(frozen=True)
+class BlockRule:
+    """When a block or a factor is kept as its diagonal.
+
+    Attributes:
+        largest_factor: Side of a Kronecker factor up to which it is dense. (The inputs of an embedding are unit
+            vectors, so their factor is diagonal by nature, whatever its side.)
+        largest_block: Entries of a parameter without Kronecker structure up to which its block is dense.
+        allow_diagonal: Whether diagonals may be kept at all; otherwise an error names the parameter.
+    """
+
+    largest_factor: int = 10_000
+    largest_block: int = 1_024
+    allow_diagonal: bool = True
+
+    def factor(self, size: int, group: Group) -> bool:
+        """Whether a factor is dense."""
+        return self._dense(size, self.largest_factor, "largest_factor", "Kronecker factor of side", group)
+
+    def block(self, size: int, group: Group) -> bool:
+        """Whether a block is dense."""
+        return self._dense(size, self.largest_block, "largest_block", "block of side", group)
+
+    def _dense(self, size: int, largest: int, option: str, what: str, group: Group) -> bool:
+        if size > largest and not self.allow_diagonal:
+            raise ValueError(
+                f"{describe(group.names)}: a {what} {size:,} is beyond {option}={largest:,}, and diagonals are not "
+                f"allowed. Pass rule=BlockRule({option}={size}), allow_diagonal=True, or leave the parameter out."
+            )
+        return size <= largest
 
 
 @dataclass
@@ -28,7 +58,7 @@ class Side:
 
     inputs: Tensor
     outputs: Tensor
-    rows: int = 0
+    rows: float = 0
 
 
 @dataclass
@@ -45,10 +75,12 @@ class Moments:
     Args:
         approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
         dtype: Precision of the accumulation.
+        rule: When a factor is kept as its diagonal.
     """
 
     approximation: str
     dtype: torch.dtype
+    rule: BlockRule
 
     def add(self, group: Group, factors: Factors, captured: Captured) -> None:
         """Add the rows of one backward pass."""
@@ -78,7 +110,6 @@ class Moments:
             side = self._side(group, factors, input_side, any(isinstance(a, OneHot) for a in inputs))
             if captured.first:
                 rows = sum(_count(a) for a in inputs) // tape.units
-                side.rows += tape.units
                 total = sum(_summed(a, self.dtype) for a in inputs)
                 assert isinstance(total, Tensor)
                 _add_moment(side.inputs, total.unsqueeze(1) / max(rows, 1), self.dtype)
@@ -92,19 +123,21 @@ class Moments:
         if input_side not in factors.sides:
             count, left, right = group.shape
             a, g = (right, left) if input_side == "right" else (left, right)
-            device = group.positions.device
-            factors.sides[input_side] = Side(
-                _zeros(count, a, one_hot, self.dtype, device), _zeros(count, g, False, self.dtype, device)
-            )
+            inputs = self._zeros(count, a, not one_hot and self.rule.factor(a, group), group)
+            outputs = self._zeros(count, g, self.rule.factor(g, group), group)
+            factors.sides[input_side] = Side(inputs, outputs)
         return factors.sides[input_side]
+
+    def _zeros(self, count: int, size: int, dense: bool, group: Group) -> Tensor:
+        shape = (count, size, size) if dense else (count, size)
+        return torch.zeros(shape, dtype=self.dtype, device=group.positions.device)
 
 
 class WholeGradients:
-    """Adds whole gradients to a dense block Σ G Gᵀ, or to its diagonal where that is too large."""
+    """Adds whole gradients to a dense block Σ G Gᵀ, or to its diagonal."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, largest: int) -> None:
-        shape = (size, size) if size <= largest else (size,)
-        self.moment = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, size: int, dense: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.moment = torch.zeros((size, size) if dense else (size,), dtype=dtype, device=device)
 
     def add(self, gradients: Tensor) -> None:
         """Add gradients ``[units, size]``."""
@@ -141,11 +174,9 @@ class BasisDiagonal:
         self.group, self.left, self.right, self.dtype = group, left, right, dtype
         self.total = torch.zeros(group.shape, dtype=dtype, device=group.positions.device)
         self._chunk = max(1, budget // (4 * self.total.numel() * dtype.itemsize))
-        self._projected: dict[tuple[int, int], Tensor | OneHot] = {}
 
-    def add(self, captured: Captured) -> None:
-        """Add one backward pass."""
-        found = pieces(self.group, captured.uses[self.group.key], captured.tape, captured.slopes)
+    def add(self, found: Sequence[Piece]) -> None:
+        """Add the rows of one backward pass."""
         if not found:
             return
         positions = sum(piece.outputs.shape[1] for piece in found)
@@ -157,32 +188,31 @@ class BasisDiagonal:
                 for piece in found
             ]
         else:
-            sides = [(_cast(piece.sides[0], self.dtype), _cast(piece.sides[1], self.dtype)) for piece in found]
+            sides = [(cast(piece.sides[0], self.dtype), cast(piece.sides[1], self.dtype)) for piece in found]
         if positions == 1 and rows_first and all(isinstance(t, Tensor) for pair in sides for t in pair):
             # one row a unit: the square of an outer product is the outer product of the squares
             ((rows, others),) = sides
             assert isinstance(rows, Tensor) and isinstance(others, Tensor)
             self.total += torch.einsum("nogl,nogr->glr", rows.square(), others.square())
             return
-        units = captured.tape.units
-        for start in range(0, units, self._chunk):
-            stop = min(start + self._chunk, units)
-            gradient = self._gradient(sides, start, stop)
-            if not rows_first:
-                gradient = _rotate(gradient, self.left, self.right)
-            self.total += gradient.square().sum(0)
+        for gradient in gradients(sides, self.total, self._chunk):
+            turned = gradient if rows_first else _rotate(gradient, self.left, self.right)
+            self.total += turned.square().sum(0)
 
-    def _gradient(self, sides: Sequence[tuple[Tensor | OneHot, Tensor | OneHot]], start: int, stop: int) -> Tensor:
-        """Whole gradients ``[units, groups, left, right]`` of some units."""
-        total = torch.zeros(stop - start, *self.group.shape, dtype=self.dtype, device=self.total.device)
+
+def gradients(sides: Sequence[tuple[Tensor | OneHot, Tensor | OneHot]], like: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Whole gradients ``[units, groups, left, right]``, some units at a time, from left and right rows."""
+    units = sides[0][1].shape[0] if isinstance(sides[0][1], Tensor) else sides[0][1].ids.shape[0]
+    for start in range(0, units, chunk):
+        stop = min(start + chunk, units)
+        total = torch.zeros(stop - start, *like.shape, dtype=like.dtype, device=like.device)
         for left, right in sides:
             assert isinstance(right, Tensor)
-            r = right[start:stop]
             if isinstance(left, OneHot):
-                _scatter_rows(total, left.ids[start:stop], r)
+                _scatter_rows(total, left.ids[start:stop], right[start:stop])
             else:
-                total += torch.einsum("nogl,nogr->nglr", left[start:stop], r)
-        return total
+                total += torch.einsum("nogl,nogr->nglr", left[start:stop], right[start:stop])
+        yield total
 
 
 def _scatter_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -207,13 +237,8 @@ def _project(rows: Tensor | OneHot, basis: Tensor | None, dtype: torch.dtype) ->
     return rows if basis is None else torch.einsum("nogc,gck->nogk", rows, basis)
 
 
-def _cast(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor | OneHot:
+def cast(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor | OneHot:
     return rows if isinstance(rows, OneHot) else rows.to(dtype)
-
-
-def _zeros(count: int, size: int, diagonal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    shape = (count, size) if diagonal or size > LARGEST_FACTOR else (count, size, size)
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ class Group:
         shape: ``(groups, left, right)``; ``(1, size, 1)`` for the others.
         positions: Place of each entry of the block in the flat vector of all parameters.
         operation: What the parameters are used by.
+        one_hot: Whether the inputs are unit vectors.
     """
 
     key: Key
@@ -34,6 +35,7 @@ class Group:
     shape: tuple[int, int, int]
     positions: Tensor
     operation: str
+    one_hot: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,18 @@ class Grouping:
             return Group(key, names, "vector", (1, len(places[0]), 1), places[0], use.kind)
         if role == "bias":
             return Group(key, names, "linear", (1, len(places[0]), 1), places[0], use.kind)
-        shape = _shape(use, parts[0])
+        shape, one_hot = _shape(use, parts[0])
         where = places[0].view(shape)
         if role == "joint":
             extra = places[1].view(shape[0], -1)
             axis = 2 if use.input_side == "right" else 1
             where = torch.cat([where, extra.unsqueeze(axis)], axis)
-        return Group(key, names, "linear", (where.shape[0], where.shape[1], where.shape[2]), where.flatten(), use.kind)
+        return Group(
+            key, names, "linear", (where.shape[0], where.shape[1], where.shape[2]), where.flatten(), use.kind, one_hot
+        )
 
 
-def pieces(
-    group: Group, uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]
-) -> list[Piece]:
+def pieces(uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]) -> list[Piece]:
     """Rows of a linear group in one backward pass, one piece for each use that the pass reached."""
     found = []
     for k, role in uses:
@@ -212,9 +214,10 @@ def _identity(view: View | None) -> tuple[object, ...] | None:
     return None if view is None else (view.name, *view.key)
 
 
-def _shape(use: LinearUse, weight: View) -> tuple[int, int, int]:
-    """``(groups, left, right)`` of a weight."""
+def _shape(use: LinearUse, weight: View) -> tuple[tuple[int, int, int], bool]:
+    """``(groups, left, right)`` of a weight, and whether its inputs are unit vectors."""
     a = use.inputs()
+    one_hot = isinstance(a, OneHot)
     groups, width = (1, a.width) if isinstance(a, OneHot) else (a.shape[-2], a.shape[-1])
     rest = weight.shape.numel() // (groups * width)
-    return (groups, rest, width) if use.input_side == "right" else (groups, width, rest)
+    return ((groups, rest, width) if use.input_side == "right" else (groups, width, rest)), one_hot

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import Module
-
-from curvops.kronecker.combine import kronecker_block
-from curvops.kronecker.factors import LARGEST_BLOCK, BasisDiagonal, Factors, Moments, WholeGradients, whole_gradients
-from curvops.kronecker.groups import Group, Key
-from curvops.kronecker.sweep import Captured, Sweep, run
-from curvops.linearize.certify import Account
-from curvops.memory import budget
-from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
-from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
-from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.model import ModelFunction
-
-FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
-APPROXIMATIONS = ("expand", "reduce")
+from curvops.kronecker.factors import BasisDiagonal
+from curvops.kronecker.groups import Key
+from curvops.kronecker.operator import KroneckerOperator
+from curvops.kronecker.replay import Replay
+from curvops.kronecker.state import Eigen, Entry
+from curvops.operators.blocks import KroneckerBlock
+from curvops.operators.eigen import eigh
+from curvops.space import describe
 
 
-class KFACLinearOperator(BlockDiagonalOperator):
+class KFACLinearOperator(KroneckerOperator):
     """Kronecker-factored approximate curvature (Martens & Grosse 2015, arXiv 1503.05671).
 
     Block-diagonal over parameters. The weight of a linear map of rows (linear, convolution, embedding, …) gets
-    a Kronecker product B ⊗ A; a norm's scale or bias and whatever else gets the block of its whole gradients,
-    dense up to 1,024 entries and diagonal beyond. `explain()` says how each parameter is treated.
+    a Kronecker product B ⊗ A; a norm's scale or bias, and whatever else, gets the block of its whole gradients,
+    dense while small and diagonal beyond. `explain()` says how each parameter is treated.
 
     Args:
         model_func: Module called as ``model(X)``, or a function ``(params, X)``.
@@ -51,6 +38,7 @@ class KFACLinearOperator(BlockDiagonalOperator):
         seed: Seed of the samples.
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
+        rule: When blocks and factors are kept as diagonals.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -62,187 +50,54 @@ class KFACLinearOperator(BlockDiagonalOperator):
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
         >>> kfac = KFACLinearOperator(model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
-        >>> kfac.shape, kfac.to_dense().shape
+        >>> kfac.shape, kfac.inverse(damping=1e-3).to_dense().shape
         ((26, 26), torch.Size([26, 26]))
     """
 
-    def __init__(
-        self,
-        model_func: Module | ModelFunction,
-        loss_func: Callable[[Any, Any], Tensor],
-        params: Mapping[str, Tensor],
-        data: Iterable[tuple[Any, Any]],
-        *,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        fisher_type: str = "mc",
-        mc_samples: int = 1,
-        kfac_approx: str = "expand",
-        separate_weight_and_bias: bool = True,
-        num_per_example_loss_terms: int | None = None,
-        seed: int = 2147483647,
-        reduction: str | None = None,
-        memory_budget: int | None = None,
-    ) -> None:
-        _one_of("fisher_type", fisher_type, FISHER_TYPES)
-        _one_of("kfac_approx", kfac_approx, APPROXIMATIONS)
-        if not isinstance(mc_samples, int) or mc_samples < 1:
-            raise ValueError(f"mc_samples: expected a number ≥ 1, got {mc_samples!r}.")
-        self.risk = EmpiricalRisk(
-            model_func,
-            loss_func,
-            params,
-            data,
-            reduction=reduction,
-            progressbar=progressbar,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
-        )
-        super().__init__(self.risk.space, psd=True)
-        self.fisher_type, self.kfac_approx = fisher_type, kfac_approx
-        self.num_per_example_loss_terms = num_per_example_loss_terms
-        self.account = Account()
-        self._sweep = Sweep(self.risk, fisher_type, mc_samples, seed, joint=not separate_weight_and_bias)
-        self._memory_budget = memory_budget
-        self._compute_dtype = torch.promote_types(self.dtype, torch.float32)
-        self._blocks: list[Placed] | None = None
-        if check_deterministic:
-            check(self.risk)
-
-    @property
-    def blocks(self) -> Sequence[Placed]:
-        """The blocks, computed at first use."""
-        if self._blocks is None:
-            with self.risk.evaluation():
-                self._blocks = self._compute()
-        return self._blocks
-
-    def _compute(self) -> list[Placed]:
-        c = self.risk.constant
-        factors, wholes = self._moments()
-        placed = []
-        for key, group in self._sweep.groups.items():
-            block = (
-                self._whole_block(wholes[key], c) if key in wholes else self._linear_block(group, factors.get(key), c)
-            )
-            if block is not None:
-                placed.append(Placed(group.names, group.positions, block))
-        return placed
-
-    def _linear_block(self, group: Group, factors: Factors | None, c: float) -> Block | None:
-        return None if factors is None else kronecker_block(factors, c, self.fisher_type != "forward-only")
-
-    def _whole_block(self, whole: WholeGradients, c: float) -> Block:
-        one = torch.ones(1, 1, dtype=whole.moment.dtype, device=whole.moment.device)
-        if self.fisher_type == "forward-only":
-            # no gradient is taken, so the curvature of what is no linear map is the identity
-            return KroneckerBlock(
-                torch.ones_like(whole.moment[0] if whole.moment.ndim == 2 else whole.moment)[None], one
-            )
-        return KroneckerBlock(whole.moment[None] * c, one)
-
-    def _moments(self) -> tuple[dict[Key, Factors], dict[Key, WholeGradients]]:
-        """One sweep over the data."""
-        moments = Moments(self.kfac_approx, self._compute_dtype)
-        factors: dict[Key, Factors] = {}
-        wholes: dict[Key, WholeGradients] = {}
-
-        def sweep() -> None:
-            factors.clear()
-            wholes.clear()
-            for place, captured in self._sweep.captures(self.name):
-                self._visit(place, captured)
-                for key in captured.uses:
-                    group = self._sweep.groups[key]
-                    if group.kind == "linear":
-                        moments.add(group, factors.setdefault(key, Factors()), captured)
-                for key, group in self._sweep.groups.items():
-                    if group.kind != "linear" and (
-                        key in captured.uses or key in captured.leaves or self.fisher_type == "forward-only"
-                    ):
-                        if key not in wholes:
-                            wholes[key] = WholeGradients(
-                                len(group.positions), self._compute_dtype, self.device, LARGEST_BLOCK
-                            )
-                        gradients = whole_gradients(group, captured)
-                        if gradients is not None:
-                            wholes[key].add(gradients)
-
-        run(sweep)
-        return factors, wholes
-
-    def _visit(self, place: int, captured: Captured) -> None:
-        """What else a subclass takes from the first sweep."""
-
-    def explain(self) -> str:
-        """How each parameter is treated, and why."""
-        lines = [repr(self)]
-        for placed in self.blocks:
-            groups, left, right = placed.block.shape
-            lines.append(f"  {', '.join(placed.names)}: {type(placed.block).__name__} {groups} × ({left} ⊗ {right})")
-        covered = {name for placed in self.blocks for name in placed.names}
-        lines += [f"  {name}: zero, the model does not use it" for name in self.domain.names if name not in covered]
-        for name, route in self._sweep.routes.items():
-            if route.units != "batch" or not route.tapped:
-                lines.append(f"  {name}: {route.units}, {route.why}")
-        return "\n".join(lines)
-
-    def _budget(self) -> int:
-        return budget(self.device, self._memory_budget)
+    def _compute(self) -> dict[Key, Entry]:
+        moments, wholes = self._moments(), self._wholes()
+        self._collect(moments, wholes)
+        return {**moments.entries(), **wholes.entries()}
 
 
-class EKFACLinearOperator(KFACLinearOperator):
+class EKFACLinearOperator(KroneckerOperator):
     """KFAC in its eigenbasis with the exact diagonal there (George et al. 2018, arXiv 1806.03884).
 
     The block of a weight is (U_B ⊗ U_A) diag(λ) (U_B ⊗ U_A)ᵀ, λ from whole per-datum gradients, so that with
-    ``fisher_type="type-2"`` each block has the GGN's trace. Arguments as for `KFACLinearOperator`.
+    ``fisher_type="type-2"`` each block has the GGN's trace. Arguments as for `KFACLinearOperator`. The rows of
+    the first sweep are kept for the correction while they fit the memory budget; beyond, a second sweep draws
+    the same samples.
 
     Example:
         >>> import torch
         >>> from curvops import EKFACLinearOperator, GGNLinearOperator
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double()
-        >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), [(torch.rand(5, 3).double(), torch.rand(5, 2).double())]
+        >>> data = [(torch.rand(5, 3).double(), torch.rand(5, 2).double())]
+        >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), data
         >>> ekfac = EKFACLinearOperator(*problem, fisher_type="type-2")
         >>> torch.allclose(ekfac.trace(), GGNLinearOperator(*problem).to_dense().trace())
         True
     """
 
-    def _compute(self) -> list[Placed]:
-        c = self.risk.constant
-        factors, wholes = self._moments()
-        bases = {}
-        for key, group in self._sweep.groups.items():
-            block = self._linear_block(group, factors.get(key), 1.0) if key not in wholes else None
+    _passes = 2
+
+    def _compute(self) -> dict[Key, Entry]:
+        if self.fisher_type == "forward-only":
+            raise ValueError(
+                "fisher_type: 'forward-only' takes no gradients, so there is nothing to correct the eigenvalues by. "
+                "Use KFACLinearOperator."
+            )
+        moments, wholes, replay = self._moments(), self._wholes(), Replay(self._sweep, self._budget())
+        self._collect(moments, wholes, replay)
+        self._kept_bytes = replay.kept_bytes
+        diagonals: dict[Key, BasisDiagonal] = {}
+        for key, entry in moments.entries().items():
+            block, group = entry.block(1.0), self._sweep.groups[key]
             if isinstance(block, KroneckerBlock):
-                bases[key] = (_eigenvectors(block.left), _eigenvectors(block.right))
-        diagonals = self._corrections(bases)
-        placed = []
-        for key, group in self._sweep.groups.items():
-            if key in wholes:
-                placed.append(Placed(group.names, group.positions, self._whole_block(wholes[key], c)))
-            elif key in bases:
-                placed.append(Placed(group.names, group.positions, EigenBlock(*bases[key], diagonals[key].total * c)))
-        return placed
-
-    def _corrections(self, bases: Mapping[Key, tuple[Tensor | None, Tensor | None]]) -> dict[Key, BasisDiagonal]:
-        """A second sweep with the same samples."""
-        groups, found = self._sweep.groups, {}
-        for key, (left, right) in bases.items():
-            found[key] = BasisDiagonal(groups[key], left, right, self._compute_dtype, self._budget())
-        for _, captured in self._sweep.captures(f"{self.name} correction"):
-            for key in captured.uses:
-                if key in found:
-                    found[key].add(captured)
-        return found
-
-
-def _eigenvectors(factor: Tensor) -> Tensor | None:
-    """Eigenvectors of a factor; ``None`` for a diagonal one, whose eigenbasis is the given one."""
-    return None if factor.ndim == 2 else torch.linalg.eigh(factor)[1]
-
-
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}.")
+                left, right = (eigh(f, f"block of {describe(group.names)}")[1] for f in (block.left, block.right))
+                diagonals[key] = BasisDiagonal(group, left, right, self._compute_dtype, self._budget())
+        for rows in replay.rows(f"{self.name} correction"):
+            for key, found in rows.items():
+                if key in diagonals:
+                    diagonals[key].add(found)
+        return {**{key: Eigen(d.left, d.right, d.total) for key, d in diagonals.items()}, **wholes.entries()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.kronecker.cotangents import Cotangents
+from curvops.kronecker.cotangents import LIMIT, Cotangents
 from curvops.kronecker.groups import Group, Grouping, Key
 from curvops.kronecker.layout import ONE_UNIT
 from curvops.kronecker.tape import Tape, certify, record
@@ -48,6 +48,8 @@ class Captured:
         slopes: Gradients at the outputs of the uses, by their index.
         leaves: Whole gradients of parameters that are not tapped, by group, ``[1, size]``.
         first: Whether it is the first backward pass of this forward pass.
+        route: The units of the forward pass, as in `Route`.
+        columns: Number of backward passes of this forward pass.
     """
 
     tape: Tape
@@ -55,6 +57,25 @@ class Captured:
     slopes: Mapping[int, Tensor | None]
     leaves: Mapping[Key, Tensor]
     first: bool
+    route: str
+    columns: int
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What the first batch takes.
+
+    Attributes:
+        batch_size: Number of data.
+        groups: The groups.
+        forward_passes: Forward passes.
+        backward_passes: Backward passes to the layers' outputs.
+    """
+
+    batch_size: int
+    groups: list[Group]
+    forward_passes: int
+    backward_passes: int
 
 
 class Demoted(Exception):
@@ -70,15 +91,25 @@ class Sweep:
         mc_samples: Monte-Carlo samples.
         seed: Seed of the samples.
         joint: Whether a bias joins its weight's block.
+        terms_per_datum: Loss terms of a datum, to compare with what is seen.
     """
 
-    def __init__(self, risk: EmpiricalRisk, fisher_type: str, mc_samples: int, seed: int, joint: bool) -> None:
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        fisher_type: str,
+        mc_samples: int,
+        seed: int,
+        joint: bool,
+        terms_per_datum: int | None = None,
+    ) -> None:
         self.risk = risk
         self.fisher_type, self.mc_samples, self.seed = fisher_type, mc_samples, seed
         self.grouping = Grouping(risk.space, joint)
         self.routes: dict[str, Route] = {}
         self.signed = False
         self.backward_passes = 0
+        self._terms_per_datum = terms_per_datum
         self._signature: tuple[object, ...] | None = None
         self._layouts: list[Any] = []
 
@@ -103,9 +134,10 @@ class Sweep:
                     for captured in self._captures(batch):
                         yield place, captured
 
-    def _captures(self, batch: Batch) -> Iterator[Captured]:
+    def _captures(self, batch: Batch, pull: bool = True) -> Iterator[Captured]:
         tape = record(self.risk, batch.X, batch.size)
         curvature = self.risk.output_curvature(tape.z.detach(), batch)
+        self._check_terms(curvature)
         self._certify(batch, tape, curvature)
         noise = Noise(self.seed, batch.start)
         factor = curvature.factor(self.fisher_type, self.mc_samples, noise)
@@ -113,33 +145,76 @@ class Sweep:
         columns = Cotangents(curvature, factor, self.fisher_type, noise, data_units)
         together = self._names("batch")
         if together:
-            yield from self._pull(tape, together, columns)
+            yield from self._pull(tape, together, columns, "batch", pull)
         if self._names("whole"):
             whole = Cotangents(curvature, factor, self.fisher_type, noise, 1)
-            yield from self._pull(_as_one_unit(tape), self._names("whole"), whole)
+            yield from self._pull(_as_one_unit(tape), self._names("whole"), whole, "whole", pull)
         del tape
         if alone := self._names("datum"):
             for n in range(batch.size):
                 single = record(self.risk, select(batch.X, batch.size, slice(n, n + 1)), 1)
-                yield from self._pull(single, alone, columns, n, batch.size)
+                yield from self._pull(single, alone, columns, "datum", pull, n, batch.size)
+
+    def first(self) -> FirstBatch:
+        """What one batch takes, from its forward passes alone."""
+        with closing(self.risk.batches("Plan")) as batches:
+            batch = next(batches)
+        before = self.backward_passes
+        forward, backward = 0, 0
+        seen: set[int] = set()
+        for captured in self._captures(batch, pull=False):
+            if id(captured.tape) not in seen:
+                seen.add(id(captured.tape))
+                forward += 1
+            backward += captured.columns
+        self.backward_passes = before
+        return FirstBatch(batch.size, list(self.groups.values()), forward, backward)
+
+    def notes(self) -> list[str]:
+        """What was done, for the account."""
+        found = [f"{self.backward_passes:,} backward passes to the layers' outputs"]
+        if self.signed:
+            found.append(
+                f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
+                "with random signs, so that cross terms vanish in expectation"
+            )
+        return found
+
+    def _check_terms(self, curvature: OutputCurvature) -> None:
+        expected, seen = self._terms_per_datum, curvature.terms_per_datum
+        if expected is not None and seen != expected:
+            raise ValueError(
+                f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}. "
+                "Leave it out: it is inferred."
+            )
 
     def _names(self, units: str) -> set[str]:
         return {name for name, route in self.routes.items() if route.units == units}
 
     def _pull(
-        self, tape: Tape, names: set[str], columns: Cotangents, datum: int | None = None, size: int = 1
+        self,
+        tape: Tape,
+        names: set[str],
+        columns: Cotangents,
+        route: str,
+        pull: bool,
+        datum: int = 0,
+        size: int = 1,
     ) -> Iterator[Captured]:
-        """One backward pass for each cotangent."""
+        """One backward pass for each cotangent; none if only the structure is asked for."""
         uses = self.grouping.assign(tape, {name for name in names if self.routes[name].tapped})
         plain = {n: self.grouping.leaf(n, self.routes[n].why) for n in names if not self.routes[n].tapped}
         indices = sorted({k for several in uses.values() for k, _ in several})
         self.signed = self.signed or columns.signed
+        if not pull:
+            yield Captured(tape, uses, {}, {}, True, route, len(columns))
+            return
         for position in range(max(len(columns), 1)):
             slopes: Mapping[int, Tensor | None] = {}
             whole: dict[Key, Tensor] = {}
             if len(columns):  # forward-only has none
                 u = columns[position]
-                if datum is not None:
+                if route == "datum":
                     u = u.unflatten(0, (size, -1))[datum].reshape(tape.z.shape)
                 found, totals = tape.gradients(u, indices, list(plain))
                 self.backward_passes += 1
@@ -149,7 +224,7 @@ class Sweep:
                     for group, total in zip(plain.values(), totals, strict=True)
                     if total is not None
                 }
-            yield Captured(tape, uses, slopes, whole, position == 0)
+            yield Captured(tape, uses, slopes, whole, position == 0, route, len(columns))
 
     def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> None:
         """Give the tape its layouts; find the routes on the first batch, and again where it looks different."""

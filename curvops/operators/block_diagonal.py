@@ -1,16 +1,19 @@
-"""Block-diagonal operators whose blocks sit at given places of the parameter vector."""
+"""Block-diagonal operators and what their blocks make cheap: inverses, powers, determinants, samples."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvops.operators.blocks import Block
+from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
 from curvops.operators.linear_operator import LinearOperator
+from curvops.space import TensorSpace, describe
+
+Damping = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,17 @@ class Placed:
     positions: Tensor
     block: Block
 
+    @property
+    def label(self) -> str:
+        """What the block is called in errors."""
+        return f"block of {describe(self.names)}"
+
 
 class BlockDiagonalOperator(LinearOperator):
-    """A symmetric operator of blocks; entries of no block are zero rows and columns."""
+    """A symmetric operator of blocks that cover all parameters; nothing here forms a dense matrix unasked.
+
+    Eigendecompositions are made once and kept, so that several dampings share them; the factors never change.
+    """
 
     @property
     @abstractmethod
@@ -39,8 +50,8 @@ class BlockDiagonalOperator(LinearOperator):
     def _apply(self, columns: Tensor) -> Tensor:
         result = torch.zeros_like(columns)
         for placed in self.blocks:
-            block = placed.block.matmul(columns[placed.positions].to(placed.block.diagonal().dtype))
-            result[placed.positions] = block.to(columns.dtype)
+            part = placed.block.matmul(columns[placed.positions].to(placed.block.dtype))
+            result[placed.positions] = part.to(columns.dtype)
         return result
 
     def _dense(self) -> Tensor:
@@ -52,10 +63,7 @@ class BlockDiagonalOperator(LinearOperator):
 
     def trace(self) -> Tensor:
         """The trace, a scalar tensor."""
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        for placed in self.blocks:
-            total += placed.block.trace().to(self.dtype)
-        return total
+        return self._total(placed.block.trace() for placed in self.blocks)
 
     def diagonal(self) -> Tensor:
         """The diagonal, ``[D]``."""
@@ -63,3 +71,191 @@ class BlockDiagonalOperator(LinearOperator):
         for placed in self.blocks:
             result[placed.positions] = placed.block.diagonal().to(self.dtype)
         return result
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a scalar tensor."""
+        return self._total(placed.block.frobenius_norm().square() for placed in self.blocks).sqrt()
+
+    def logdet(self, damping: Damping = 0.0) -> Tensor:
+        """Logarithm of the determinant of the matrix plus ``damping`` times the identity, a scalar tensor.
+
+        It is −∞ for a singular matrix, as every curvature with an unused parameter is without damping.
+        """
+        shifts = self._dampings(damping)
+        return self._total(
+            (placed.block.eigen(placed.label).values + shift).log().sum()
+            for placed, shift in zip(self.blocks, shifts, strict=True)
+        )
+
+    def det(self, damping: Damping = 0.0) -> Tensor:
+        """The determinant of the matrix plus ``damping`` times the identity; prefer `logdet` for many parameters."""
+        return self.logdet(damping).exp()
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in ascending order, ``[D]``."""
+        parts = [placed.block.eigen(placed.label).values.flatten() for placed in self.blocks]
+        return torch.cat(parts).to(self.dtype).sort().values
+
+    def eigenpairs(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest (or smallest) eigenvalues ``[k]`` in ascending order, and eigenvectors ``[D, k]``.
+
+        Raises:
+            ValueError: If there are not ``k``.
+        """
+        if not 1 <= k <= self.domain.dim:
+            raise ValueError(f"k: expected a number from 1 to {self.domain.dim}, got {k}.")
+        blocks = [(placed, placed.block.eigen(placed.label)) for placed in self.blocks]
+        values = torch.cat([block.values.flatten() for _, block in blocks])
+        order = values.argsort()
+        chosen = order[-k:] if largest else order[:k]
+        vectors = torch.zeros(self.domain.dim, k, dtype=self.dtype, device=self.device)
+        start = 0
+        for placed, block in blocks:
+            columns = ((chosen >= start) & (chosen < start + block.size)).nonzero().squeeze(1)
+            if len(columns):
+                found = block.eigenvectors(chosen[columns] - start)
+                vectors[placed.positions[:, None], columns] = found.to(self.dtype)
+            start += block.size
+        return values[chosen].to(self.dtype), vectors
+
+    def power(self, exponent: float, damping: Damping = 0.0) -> StructuredOperator:
+        """The matrix plus ``damping`` times the identity, to a power such as −1, ½ or −½.
+
+        Raises:
+            ValueError: If the power is negative and a block is singular.
+        """
+        shifts = self._dampings(damping)
+
+        def map_block(placed: Placed, shift: float) -> EigenBlock:
+            eigen = placed.block.eigen(placed.label)
+            values = eigen.values + shift
+            if exponent < 0 and not values.amin() > 0:
+                raise ValueError(
+                    f"{placed.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
+                    f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
+                )
+            return eigen.with_values(values**exponent)
+
+        return self._mapped(map_block, shifts, f"{self.name}^{exponent:g}")
+
+    def inverse(self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0) -> StructuredOperator:
+        """The inverse of the damped matrix.
+
+        Args:
+            damping: δ ≥ 0, or one for each parameter by name.
+            kind: ``"exact"`` for (F + δ I)⁻¹ in the eigenbasis. ``"heuristic"`` for Kronecker factors that are
+                damped each, by √δ times and over π (Martens & Grosse 2015, section 6.3); blocks that are no
+                Kronecker product of two matrices take the exact one.
+            min_damping: Least damping of a factor (``"heuristic"``) or of a block (``"exact"``).
+
+        Raises:
+            ValueError: If a block is singular, a damping is negative, or names do not fit.
+        """
+        if kind not in ("exact", "heuristic"):
+            raise ValueError(f"kind: expected 'exact' or 'heuristic', got {kind!r}.")
+        if not min_damping >= 0:
+            raise ValueError(f"min_damping: expected a number ≥ 0, got {min_damping!r}.")
+        shifts = self._dampings(damping)
+        if kind == "exact":
+            floors = {
+                name: max(shift, min_damping) for p, shift in zip(self.blocks, shifts, strict=True) for name in p.names
+            }
+            return self.power(-1.0, floors)
+
+        def map_block(placed: Placed, shift: float) -> Block:
+            block = placed.block
+            if isinstance(block, KroneckerBlock) and block.shape[2] > 1:
+                if shift == 0.0 and min_damping == 0.0:
+                    return self._undamped_inverse(placed)
+                return block.damped_inverse(shift, min_damping, placed.label)
+            eigen = block.eigen(placed.label)
+            values = eigen.values + max(shift, min_damping)
+            if not values.amin() > 0:
+                return self._undamped_inverse(placed)
+            return eigen.with_values(1.0 / values)
+
+        return self._mapped(map_block, shifts, f"{self.name}^-1")
+
+    def sample(self, num_samples: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of N(0, (F + δ I)⁻¹), for Laplace approximations.
+
+        Args:
+            num_samples: Number of samples K.
+            damping: δ, such as a prior precision; or one for each parameter by name.
+            generator: Source of randomness, on this operator's device; the global one if not given.
+
+        Returns:
+            Columns ``[D, K]``.
+        """
+        root = self.power(-0.5, damping)
+        noise = torch.randn(self.domain.dim, num_samples, generator=generator, dtype=self.dtype, device=self.device)
+        result = torch.zeros_like(noise)
+        for placed in root.blocks:
+            assert isinstance(placed.block, EigenBlock)
+            # U diag(λ^-½) ε: ε is as good as Uᵀε, so only one rotation is needed
+            scaled = noise[placed.positions].to(placed.block.dtype) * placed.block.values.flatten().unsqueeze(1)
+            result[placed.positions] = placed.block.rotate(scaled).to(self.dtype)
+        return result
+
+    def _undamped_inverse(self, placed: Placed) -> Block:
+        return StructuredOperator(self.domain, [placed], self.name).power(-1.0).blocks[0].block
+
+    def _mapped(
+        self, map_block: Callable[[Placed, float], Block], shifts: Sequence[float], name: str
+    ) -> StructuredOperator:
+        placed = [
+            Placed(p.names, p.positions, map_block(p, shift)) for p, shift in zip(self.blocks, shifts, strict=True)
+        ]
+        return StructuredOperator(self.domain, placed, name)
+
+    def _dampings(self, damping: Damping) -> list[float]:
+        """One damping for each block."""
+        if not isinstance(damping, Mapping):
+            if not float(damping) >= 0:
+                raise ValueError(f"damping: expected a number ≥ 0, got {damping!r}.")
+            return [float(damping)] * len(self.blocks)
+        missing = [name for name in self.domain.names if name not in damping]
+        unknown = [name for name in damping if name not in self.domain.shapes]
+        if missing or unknown:
+            raise ValueError(
+                f"damping: expected one number for each parameter; missing {describe(missing) or 'none'}, "
+                f"unknown {describe(unknown) or 'none'}."
+            )
+        found = []
+        for placed in self.blocks:
+            values = {float(damping[name]) for name in placed.names}
+            if len(values) > 1 or not min(values) >= 0:
+                raise ValueError(
+                    f"damping: expected one number ≥ 0 for the {placed.label}, got {sorted(values)}. "
+                    "Give the parameters of a joint block the same damping, or use separate_weight_and_bias=True."
+                )
+            found.append(values.pop())
+        return found
+
+    def _total(self, parts: Iterable[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        for part in parts:
+            total += part.to(self.dtype)
+        return total
+
+
+class StructuredOperator(BlockDiagonalOperator):
+    """Given blocks as an operator: an inverse, a power, or what was loaded from a file.
+
+    Args:
+        space: The space of the parameters.
+        blocks: Blocks that cover it.
+        name: What the operator is called.
+    """
+
+    def __init__(self, space: TensorSpace, blocks: Sequence[Placed], name: str) -> None:
+        super().__init__(space, psd=True)
+        self._blocks, self._name = list(blocks), name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def blocks(self) -> Sequence[Placed]:
+        return self._blocks

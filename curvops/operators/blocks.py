@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+
+from curvops.operators.eigen import eigh
 
 
 class Block(ABC):
@@ -40,14 +43,36 @@ class Block(ABC):
     def scaled(self, scalar: float) -> Block:
         """The block times a number."""
 
+    @abstractmethod
     def trace(self) -> Tensor:
         """The trace, a scalar."""
-        return self.diagonal().sum()
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The matrix, ``[size, size]``."""
-        like = self.diagonal()
-        return self.matmul(torch.eye(self.size, dtype=like.dtype, device=like.device))
+
+    @abstractmethod
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a scalar."""
+
+    @abstractmethod
+    def eigen(self, label: str) -> EigenBlock:
+        """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block is made of."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the block."""
+        return next(iter(self.tensors.values())).dtype
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the block takes."""
+        return sum(t.numel() * t.itemsize for t in self.tensors.values())
 
 
 class KroneckerBlock(Block):
@@ -63,6 +88,38 @@ class KroneckerBlock(Block):
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
         self.shape = (left.shape[0], left.shape[1], right.shape[1])
+        self._eigen: EigenBlock | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def frobenius_norm(self) -> Tensor:
+        # a factor's norm is the root of the sum of its squares, dense or diagonal
+        left, right = (factor.flatten(1).square().sum(1) for factor in (self.left, self.right))
+        return (left * right).sum().sqrt()
+
+    def eigen(self, label: str) -> EigenBlock:
+        if self._eigen is None:
+            left, left_basis = eigh(self.left, label)
+            right, right_basis = eigh(self.right, label)
+            self._eigen = EigenBlock(left_basis, right_basis, left.unsqueeze(2) * right.unsqueeze(1))
+        return self._eigen
+
+    def damped_inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock:
+        """Inverse of (left + √(δπ) I) ⊗ (right + √(δ/π) I), π² the ratio of the factors' mean eigenvalues.
+
+        Martens & Grosse 2015 (1503.05671), section 6.3.
+        """
+        means = _diagonal(self.left).mean(1), _diagonal(self.right).mean(1)
+        ratio = (means[0] / means[1]).sqrt()
+        # a factor of zeros has no scale to share
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+        root = math.sqrt(damping)
+        shifts = (root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)
+        return KroneckerBlock(
+            *(_inverse(f, shift, label) for f, shift in zip((self.left, self.right), shifts, strict=True))
+        )
 
     def _matmul(self, x: Tensor) -> Tensor:
         groups, left, right, k = x.shape
@@ -97,6 +154,32 @@ class EigenBlock(Block):
     def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor) -> None:
         self.left, self.right, self.values = left, right, values
         self.shape = (values.shape[0], values.shape[1], values.shape[2])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        bases = {"left": self.left, "right": self.right}
+        return {"values": self.values, **{name: basis for name, basis in bases.items() if basis is not None}}
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.values)
+
+    def eigen(self, label: str) -> EigenBlock:
+        return self
+
+    def with_values(self, values: Tensor) -> EigenBlock:
+        """The same eigenvectors with other eigenvalues."""
+        return EigenBlock(self.left, self.right, values)
+
+    def eigenvectors(self, places: Tensor) -> Tensor:
+        """Columns ``[size, K]``: the eigenvectors of the flattened eigenvalues at ``places``."""
+        units = torch.zeros(self.size, len(places), dtype=self.dtype, device=self.values.device)
+        units[places, torch.arange(len(places), device=places.device)] = 1.0
+        return self.rotate(units)
+
+    def rotate(self, columns: Tensor) -> Tensor:
+        """The eigenbasis times columns ``[size, K]``."""
+        groups, left, right = self.shape
+        return self._rotate(columns.view(groups, left, right, -1), transposed=False).reshape(self.size, -1)
 
     def _matmul(self, x: Tensor) -> Tensor:
         x = self._rotate(x, transposed=True) * self.values.unsqueeze(-1)
@@ -146,3 +229,12 @@ def _times(factor: Tensor, x: Tensor) -> Tensor:
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
+
+
+def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor:
+    """Inverse of a factor plus a multiple of the identity for each group."""
+    if factor.ndim == 2:
+        return 1.0 / (factor + shift[:, None])
+    values, vectors = eigh(factor, label)
+    assert vectors is not None
+    return (vectors / (values + shift[:, None]).unsqueeze(1)) @ vectors.mT

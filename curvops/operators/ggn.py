@@ -115,7 +115,7 @@ class GGNLinearOperator(OutputFactorOperator):
         )
 
     def _is_psd(self) -> bool:
-        return self.mc_samples > 0 or bool(getattr(self.risk.loss, "psd", False))
+        return self.mc_samples > 0 or self.risk.loss.psd
 
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         if self.mc_samples:

@@ -1,0 +1,100 @@
+"""What is collected during a sweep: Kronecker factors, blocks of whole gradients, diagonals."""
+
+from __future__ import annotations
+
+import torch
+
+from curvops.kronecker.factors import BasisDiagonal, BlockRule, Factors, Moments, WholeGradients, whole_gradients
+from curvops.kronecker.groups import Key
+from curvops.kronecker.replay import Collector, rows_of
+from curvops.kronecker.state import Eigen, Entry, Moment, Whole
+from curvops.kronecker.sweep import Captured, Sweep
+
+
+class MomentCollector(Collector):
+    """Kronecker factors of the linear groups."""
+
+    def __init__(self, sweep: Sweep, moments: Moments) -> None:
+        self._sweep, self._moments = sweep, moments
+        self._factors: dict[Key, Factors] = {}
+        self._units: dict[str, int] = {}
+
+    def clear(self) -> None:
+        self._factors, self._units = {}, {}
+
+    def add(self, place: int, captured: Captured) -> None:
+        if captured.first:
+            self._units[captured.route] = self._units.get(captured.route, 0) + captured.tape.units
+        for key in captured.uses:
+            group = self._sweep.groups[key]
+            if group.kind == "linear":
+                self._moments.add(group, self._factors.setdefault(key, Factors()), captured)
+
+    def entries(self) -> dict[Key, Moment]:
+        """What was collected."""
+        if self._moments.approximation == "reduce":
+            # inputs were averaged over positions, so they are divided by the number of units, those included
+            # whose data never reached the layer
+            for key, found in self._factors.items():
+                route = self._sweep.routes[self._sweep.groups[key].names[0]].units
+                for side in found.sides.values():
+                    side.rows = self._units[route]
+        known = self._sweep.fisher_type != "forward-only"
+        return {key: Moment(found, known) for key, found in self._factors.items()}
+
+
+class WholeCollector(Collector):
+    """Blocks of whole gradients of the groups that are no linear maps."""
+
+    def __init__(self, sweep: Sweep, rule: BlockRule | None, dtype: torch.dtype) -> None:
+        self._sweep, self._rule, self._dtype = sweep, rule, dtype
+        self._wholes: dict[Key, WholeGradients] = {}
+
+    def clear(self) -> None:
+        self._wholes = {}
+
+    def add(self, place: int, captured: Captured) -> None:
+        for key in (*captured.uses, *captured.leaves):
+            group = self._sweep.groups[key]
+            if group.kind == "linear":
+                continue
+            if key not in self._wholes:
+                size = len(group.positions)
+                dense = self._rule is not None and self._rule.block(size, group)
+                self._wholes[key] = WholeGradients(size, dense, self._dtype, group.positions.device)
+            gradients = whole_gradients(group, captured)
+            if gradients is not None:
+                self._wholes[key].add(gradients)
+
+    def entries(self) -> dict[Key, Entry]:
+        """What was collected; without gradients (forward-only) the identity."""
+        if self._sweep.fisher_type == "forward-only":
+            groups = {key: group for key, group in self._sweep.groups.items() if group.kind != "linear"}
+            ones = {
+                key: torch.ones(len(g.positions), dtype=self._dtype, device=g.positions.device)
+                for key, g in groups.items()
+            }
+            return {key: Whole(one, scaled=False) for key, one in ones.items()}
+        return {key: Whole(whole.moment) for key, whole in self._wholes.items()}
+
+
+class DiagonalCollector(Collector):
+    """Diagonals of the linear groups' blocks, from whole per-datum gradients."""
+
+    def __init__(self, sweep: Sweep, dtype: torch.dtype, budget: int) -> None:
+        self._sweep, self._dtype, self._budget = sweep, dtype, budget
+        self._diagonals: dict[Key, BasisDiagonal] = {}
+
+    def clear(self) -> None:
+        self._diagonals = {}
+
+    def add(self, place: int, captured: Captured) -> None:
+        for key, found in rows_of(self._sweep, captured).items():
+            if key not in self._diagonals:
+                group = self._sweep.groups[key]
+                self._diagonals[key] = BasisDiagonal(group, None, None, self._dtype, self._budget)
+            self._diagonals[key].add(found)
+
+    def entries(self) -> dict[Key, Entry]:
+        """What was collected."""
+        return {key: Eigen(None, None, diagonal.total) for key, diagonal in self._diagonals.items()}

@@ -1,0 +1,97 @@
+"""Kronecker states in files: open, without pickle, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvops.files import read_tensors, write_tensors
+from curvops.kronecker.groups import Group
+from curvops.kronecker.state import State, entry_from
+from curvops.space import TensorSpace, describe
+
+FORMAT = "curvops Kronecker state"
+CONVENTIONS = (
+    "a vector is the concatenation of the flattened (row-major) parameters in this order; block = c * (B kron A) for a weight "
+    "out x in; A = sum a a^T / rows, B = sum g g^T, g without c; c = 1/count for the mean, 1 for the sum"
+)
+
+
+def write_state(path: Path, state: State) -> None:
+    """Write a state; a file that was there before stays unless this one is complete."""
+    tensors: dict[str, Tensor] = {}
+    groups: list[dict[str, Any]] = []
+    for k, (group, entry) in enumerate(state.groups):
+        tensors[f"{k}.positions"] = group.positions
+        tensors.update({f"{k}.{name}": tensor for name, tensor in entry.tensors.items()})
+        groups.append(
+            {
+                "names": group.names,
+                "kind": group.kind,
+                "shape": group.shape,
+                "operation": group.operation,
+                "one_hot": group.one_hot,
+                "entry": type(entry).__name__,
+                "numbers": entry.numbers,
+            }
+        )
+    about = {
+        "kind": state.kind,
+        "conventions": CONVENTIONS,
+        "parameters": [
+            [name, list(shape), str(state.space.dtypes[name]).removeprefix("torch.")]
+            for name, shape in state.space.shapes.items()
+        ],
+        "reduction": state.reduction,
+        "count": state.count,
+        "settings": state.settings,
+        "groups": groups,
+    }
+    write_tensors(path, tensors, about, FORMAT)
+
+
+def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
+    """Read a state, and compare it with the parameters that it must fit."""
+    tensors, about = read_tensors(path, FORMAT)
+    shapes = {name: (tuple(shape), dtype) for name, shape, dtype in about["parameters"]}
+    if params is not None:
+        _compare(path, shapes, params)
+    device = torch.device("cpu") if params is None else TensorSpace(params).device
+    space = TensorSpace(
+        {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for name, (shape, dtype) in shapes.items()
+        }
+    )
+    groups = []
+    for k, saved in enumerate(about["groups"]):
+        own = {name.partition(".")[2]: t.to(device) for name, t in tensors.items() if name.partition(".")[0] == str(k)}
+        positions = own.pop("positions")
+        key = ((k, *saved["names"]),)
+        shape = (saved["shape"][0], saved["shape"][1], saved["shape"][2])
+        group = Group(key, tuple(saved["names"]), saved["kind"], shape, positions, saved["operation"], saved["one_hot"])
+        groups.append((group, entry_from(saved["entry"], own, saved["numbers"])))
+    return State(about["kind"], space, groups, about["reduction"], about["count"], about["settings"])
+
+
+def _compare(path: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], params: Mapping[str, Tensor]) -> None:
+    problems = []
+    missing = [name for name in saved if name not in params]
+    unknown = [name for name in params if name not in saved]
+    if missing:
+        problems.append(f"the model lacks {describe(missing)}")
+    if unknown:
+        problems.append(f"the file lacks {describe(unknown)}")
+    for name, (shape, dtype) in saved.items():
+        if name in params and tuple(params[name].shape) != shape:
+            problems.append(f"{name!r} is {tuple(params[name].shape)} in the model and {shape} in the file")
+        elif name in params and str(params[name].dtype).removeprefix("torch.") != dtype:
+            problems.append(f"{name!r} is {params[name].dtype} in the model and torch.{dtype} in the file")
+    if not problems and list(saved) != list(params):
+        problems.append("the parameters are in another order")
+    if problems:
+        raise ValueError(f"'{path}' does not fit the model: {'; '.join(problems)}.")

@@ -1,0 +1,83 @@
+"""The rows of all backward passes once more: from memory while they fit the budget, else by a second sweep."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+from curvops.kronecker.groups import Key, Piece, pieces
+from curvops.kronecker.sweep import Captured, Sweep
+from curvops.kronecker.uses import OneHot
+
+Rows = Mapping[Key, list[Piece]]
+
+
+class Collector(ABC):
+    """Takes each backward pass of a sweep, and can start anew."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def add(self, place: int, captured: Captured) -> None:
+        """Take one backward pass of the batch at ``place``."""
+
+
+class Replay(Collector):
+    """Keeps what the first sweep gave, batch by batch from the first, while it fits.
+
+    Args:
+        sweep: The sweep; a second one draws the same samples.
+        budget: Bytes that may be kept.
+    """
+
+    def __init__(self, sweep: Sweep, budget: int) -> None:
+        self._sweep, self._budget = sweep, budget
+        self._kept: list[list[Rows]] = []
+        self._sizes: dict[int, int] = {}
+        self._open = True
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(self._sizes.values())
+
+    def clear(self) -> None:
+        """Forget everything and start anew."""
+        self._kept, self._sizes, self._open = [], {}, True
+
+    def add(self, place: int, captured: Captured) -> None:
+        """Keep a backward pass of the batch at ``place``, if there is room for all of the batch."""
+        if not self._open:
+            return
+        if place == len(self._kept):
+            self._kept.append([])
+        rows = rows_of(self._sweep, captured)
+        self._kept[place].append(rows)
+        for several in rows.values():
+            for piece in several:
+                for side in piece.sides:
+                    tensor = side.ids if isinstance(side, OneHot) else side
+                    self._sizes[tensor.data_ptr()] = tensor.numel() * tensor.itemsize
+        if self.kept_bytes > self._budget:
+            # a batch is kept whole or not at all; what earlier batches take stays counted, which errs on the safe side
+            self._kept.pop()
+            self._open = False
+
+    def rows(self, title: str) -> Iterator[Rows]:
+        """The rows of each backward pass, in the order of the first sweep."""
+        for batch in self._kept:
+            yield from batch
+        if not self._open:
+            for _, captured in self._sweep.captures(title, skip=len(self._kept)):
+                yield rows_of(self._sweep, captured)
+
+
+def rows_of(sweep: Sweep, captured: Captured) -> Rows:
+    """The rows of each linear group in one backward pass."""
+    return {
+        key: pieces(uses, captured.tape, captured.slopes)
+        for key, uses in captured.uses.items()
+        if sweep.groups[key].kind == "linear"
+    }

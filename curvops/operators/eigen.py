@@ -1,0 +1,44 @@
+"""Eigendecompositions of factors, with the errors that a user can act on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues ``[groups, n]``, not negative, and eigenvectors ``[groups, n, n]`` of a psd factor.
+
+    Args:
+        factor: ``[groups, n, n]``, or the diagonal ``[groups, n]`` of a diagonal one, whose eigenvectors are
+            the unit vectors (``None``).
+        label: Whose factor it is, for errors.
+
+    Raises:
+        ValueError: If the factor is not finite, or indefinite beyond rounding.
+    """
+    if not torch.isfinite(factor).all():
+        raise ValueError(
+            f"{label}: the factor has entries that are not finite. Likely causes: a diverged model, a loss of infinite "
+            "value, or overflow in half precision. Check op.risk.gradient(), or compute in float32."
+        )
+    if factor.ndim == 2:
+        values, vectors = factor, None
+    else:
+        values, vectors = _decompose(factor)
+    lowest, highest = values.amin(), values.abs().amax()
+    if lowest < -(torch.finfo(values.dtype).eps ** 0.5) * highest:
+        raise ValueError(
+            f"{label}: expected a positive semi-definite factor, got eigenvalues from {float(lowest):.2e} to "
+            f"{float(highest):.2e}. Likely causes: a factor that was changed by hand, or accumulation in half precision."
+        )
+    return values.clamp(min=0), vectors
+
+
+def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(factor)
+    except RuntimeError:
+        # single precision may fail to converge where double does not
+        values, vectors = (t.to(factor.dtype) for t in torch.linalg.eigh(factor.double()))
+    return values, vectors

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 
 os.environ["MPLBACKEND"] = "agg"
+# the nets of the tests are tiny: a second thread gains nothing, and waits long for a core that others use
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib.pyplot as plt
 import pytest

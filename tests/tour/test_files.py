@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from curvops.tour.files import load_matrices, replace_atomically, save_matrices
+from curvops.files import replace_atomically
+from curvops.tour.files import load_matrices, save_matrices
 
 
 def write(path, **matrices):

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -27,6 +29,28 @@ def substitutions() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Substitutions())
+        stack.enter_context(_without_checkpoints())
+        yield
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Activation checkpointing off: it would run the model again in the backward pass, and with other parameters.
+
+    By then the module holds the caller's parameters instead of those that it was run with, and no mode of the
+    forward pass is active.
+    """
+
+    def generator(*_: Any, **__: Any) -> Generator[None, None, None]:
+        yield
+
+    def reentrant(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    module = torch.utils.checkpoint
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(module, "_checkpoint_without_reentrant_generator", generator))
+        stack.enter_context(patch.object(module.CheckpointFunction, "apply", reentrant))
         yield
 
 
@@ -47,7 +71,8 @@ def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_for(F.hardsigmoid)
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    return (input + 3).clamp(0, 6) / 6
+    result = (input + 3).clamp(0, 6) / 6
+    return input.copy_(result) if inplace else result
 
 
 @_for(torch._weight_norm)
@@ -58,7 +83,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 @_for(torch.norm_except_dim)
 def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
-    axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
+    if dim == -1:
+        return torch.linalg.vector_norm(v, pow)
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
     return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=True)
 
 
@@ -79,6 +106,25 @@ def batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+@_for(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """With a bound on the norms, which PyTorch enforces in place, the bounded rows are a copy's."""
+    if max_norm is not None:
+        bounded = weight.detach().clone()
+        torch.embedding_renorm_(bounded, input.contiguous(), max_norm, norm_type)
+        weight = weight + (bounded - weight).detach()  # PyTorch does not differentiate the bound
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    return torch.embedding(weight, input, padding, scale_grad_by_freq, False)
+
+
 @_for(F.embedding_bag)
 def embedding_bag(
     input: Tensor,
@@ -96,18 +142,21 @@ def embedding_bag(
     """Embed, then reduce each bag over a padded axis."""
     if weight.dtype == torch.long and input.is_floating_point():
         input, weight = weight, input
-    seen = torch.ones_like(input, dtype=torch.bool)
     if input.ndim == 1:
         assert offsets is not None
+        if not len(input):
+            return weight.sum() * weight.new_zeros(len(offsets) - include_last_offset, weight.shape[1])
         ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
         starts = offsets[:-1] if include_last_offset else offsets
         place = starts[:, None] + torch.arange(max(int((ends - starts).max()), 1), device=input.device)
-        seen, place = place < ends[:, None], place.clamp(max=max(len(input) - 1, 0))
+        seen, place = place < ends[:, None], place.clamp(max=len(input) - 1)
         input = input[place]
         per_sample_weights = None if per_sample_weights is None else per_sample_weights[place]
+    else:
+        seen = torch.ones_like(input, dtype=torch.bool)
     if padding_idx is not None:
         seen = seen & (input != padding_idx % weight.shape[0])
-    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    rows = embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[..., None]
     if mode == "max":
@@ -115,6 +164,29 @@ def embedding_bag(
         return torch.where(seen.any(1)[:, None], largest, 0.0)
     total = (rows * seen[..., None]).sum(1)
     return total if mode == "sum" else total / seen.sum(1, keepdim=True).clamp(min=1)
+
+
+@_for(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+def grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One product for each group of rows, as in a mixture of experts: in any precision and layout."""
+    if offs is None:
+        out = mat_a @ mat_b
+    elif mat_a.ndim == 2 and mat_b.ndim == 3:
+        ends = offs.tolist()
+        parts = [mat_a[a:b] @ mat_b[k] for k, (a, b) in enumerate(zip([0, *ends], ends, strict=False))]
+        out = F.pad(torch.cat(parts), (0, 0, 0, len(mat_a) - ends[-1]))
+    else:
+        function = getattr(F, "grouped_mm", None) or torch._grouped_mm
+        return function(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+    out = out if bias is None else out + bias
+    return out if out_dtype is None else out.to(out_dtype)
 
 
 @_for(getattr(F, "linear_cross_entropy", None))
@@ -149,6 +221,8 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     rows, labels = torch.atleast_2d(input), torch.atleast_1d(target)
     violation = (margin - rows.gather(1, labels[:, None]) + rows).clamp(min=0) ** p
     if weight is not None:

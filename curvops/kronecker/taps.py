@@ -13,12 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from curvops.kronecker.rules import RULES
 from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View
-from curvops.substitutions import TABLE, embedding_bag, linear_cross_entropy, opened
+from curvops.substitutions import TABLE, embedding_bag, grouped_mm, linear_cross_entropy, opened
 
 # Python functions of torch.nn.functional that apply parameters by operations inside
 COMPOSITE = {F.multi_head_attention_forward, F.embedding}
 # substitutes whose own operations apply parameters
-TRANSPARENT = {embedding_bag, linear_cross_entropy}
+TRANSPARENT = {embedding_bag, grouped_mm, linear_cross_entropy}
 # operations that give a part or a rearrangement of a parameter
 VIEWS = {
     getattr(owner, name)
@@ -145,16 +145,15 @@ class Taps(TorchFunctionMode):
     ) -> None:
         """Record a linear map of rows."""
         w, b = self.view(weight), self.view(bias)
-        if w is not None and w.index is not None and w.index.ndim == 2 and _is_natural(w.index.T, w.index.numel()):
+        if w is not None and w.index is not None and w.index.ndim == 2 and _is_natural(w.index.T, self._sizes[w.name]):
             # the transpose of a whole parameter is the parameter, applied the other way round
             w = View(w.name, (), None, w.index.T.shape)
             input_side = "left" if input_side == "right" else "right"
         if w is None:
             self.bias(out, bias, outputs, kind)
         elif out.requires_grad:
-            self.uses.append(
-                LinearUse(w, b, get_gradient_edge(out), inputs, outputs, input_side, b is not None, kind, out.shape)
-            )
+            edge, inputs = get_gradient_edge(out), _constant(inputs)
+            self.uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, b is not None, kind, out.shape))
 
     def bias(self, out: Tensor, bias: Tensor | None, outputs: Callable[[Tensor], Tensor], kind: str) -> None:
         """Record a bias whose weight is no parameter, or that cannot join it."""
@@ -171,7 +170,7 @@ class Taps(TorchFunctionMode):
         """Record a vector that is applied entry by entry."""
         v = self.view(vector)
         if v is not None and out.requires_grad:
-            self.uses.append(VectorUse(v, get_gradient_edge(out), rows, kind, lead))
+            self.uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -220,6 +219,17 @@ class Taps(TorchFunctionMode):
     def _remember(self, tensor: Tensor, view: View) -> None:
         self._views[id(tensor)] = view
         self._kept.append(tensor)
+
+
+def _constant(rows: Callable[..., Any]) -> Callable[..., Any]:
+    """The same rows without the graph of what they are made of."""
+
+    def run(*args: Tensor) -> Any:
+        with torch.no_grad():
+            made = rows(*args)
+        return made.detach() if isinstance(made, Tensor) else made
+
+    return run
 
 
 def _is_natural(place: Tensor, size: int) -> bool:

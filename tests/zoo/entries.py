@@ -1,0 +1,91 @@
+"""The registry of the zoo: small models, each with data and a loss, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CE = nn.CrossEntropyLoss()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Attributes:
+        build: Gives ``(model, X, y, loss)``.
+        mixes: Whether an output depends on the other data of its batch, so that batches may not be cut.
+        convex: Whether the loss is convex in the output, so that its GGN has a factor.
+        axis: The axis of X and y that holds the data.
+        class_axis: The axis of the output that a loss term runs along; ``None`` if a term is a whole datum.
+        surrogate: Whether the model's gradient is not the derivative of its output, by design.
+        dtype: The model's precision.
+        rounds: Whether the model computes in single precision inside, whatever its own.
+    """
+
+    build: Callable[[], tuple[nn.Module, Any, Any, Any]]
+    mixes: bool = False
+    convex: bool = True
+    axis: int = 0
+    class_axis: int | None = 1
+    surrogate: bool = False
+    dtype: torch.dtype = torch.float64
+    rounds: bool = False
+
+
+ZOO: dict[str, Entry] = {}
+
+
+def entry(**facts: Any) -> Callable[[Any], Any]:
+    """Register a function that builds a model, its data and its loss."""
+
+    def register(build: Any) -> Any:
+        ZOO[build.__name__] = Entry(build, **facts)
+        return build
+
+    return register
+
+
+class Net(nn.Module):
+    """A model from a function ``(parts, X)`` and its parts: modules, parameters or constants."""
+
+    def __init__(self, function: Callable[[Any, Any], Tensor], **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self.function = function
+
+    def forward(self, X: Any) -> Tensor:
+        return self.function(self, X)
+
+
+def free(*shape: int, scale: float = 0.5) -> nn.Parameter:
+    """A free parameter."""
+    return nn.Parameter(scale * torch.randn(shape))
+
+
+def vectors(n: int = 5, d: int = 6, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Inputs ``[n, d]`` and labels."""
+    return torch.randn(n, d), torch.randint(k, (n,))
+
+
+def sequences(n: int = 3, t: int = 5, d: int = 6, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Inputs ``[n, t, d]`` and labels."""
+    return torch.randn(n, t, d), torch.randint(k, (n,))
+
+
+def tokens(n: int = 3, t: int = 5, v: int = 9, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Token ids ``[n, t]`` and labels."""
+    return torch.randint(v, (n, t)), torch.randint(k, (n,))
+
+
+def images(n: int = 3, c: int = 2, s: int = 6, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Inputs ``[n, c, s, s]`` and labels."""
+    return torch.rand(n, c, s, s), torch.randint(k, (n,))

@@ -1,0 +1,275 @@
+"""Convolutions, normalisations and parametrizations."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from zoo.entries import CE, Net, entry, free, images, vectors
+
+
+def _residual_net(norm):
+    def run(m, x):
+        h = F.relu(m.n1(m.c1(x)))
+        h = F.relu(m.n2(m.c2(h)) + m.n3(m.short(h)))
+        return m.head(F.adaptive_avg_pool2d(h, 1).flatten(1))
+
+    return Net(
+        run,
+        c1=nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        n1=norm(4),
+        c2=nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+        n2=norm(6),
+        short=nn.Conv2d(4, 6, 1, stride=2, bias=False),
+        n3=norm(6),
+        head=nn.Linear(6, 3),
+    )
+
+
+@entry(mixes=True)
+def resnet_in_train_mode():
+    return _residual_net(nn.BatchNorm2d), *images(4), CE
+
+
+@entry()
+def resnet_in_eval_mode():
+    model, X, y = _residual_net(nn.BatchNorm2d), *images(4)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(8, 2, 6, 6))
+    return model.eval(), X, y, CE
+
+
+@entry()
+def resnet_with_instance_norm():
+    return _residual_net(lambda c: nn.InstanceNorm2d(c, affine=True)), *images(), CE
+
+
+@entry()
+def depthwise_separable():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2, padding="same", padding_mode="circular"),
+        nn.Hardswish(),
+        nn.Conv2d(4, 4, 3, groups=4, dilation=2, padding=2, padding_mode="reflect"),
+        nn.GroupNorm(2, 4),
+        nn.SiLU(),
+        nn.Conv2d(4, 6, 1),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+    return model, *images(), CE
+
+
+@entry()
+def temporal_convolutions():
+    model = nn.Sequential(
+        nn.Conv1d(4, 6, 3, dilation=2, padding="same", groups=2),
+        nn.PReLU(6),
+        nn.Conv1d(6, 4, 4, padding="same", padding_mode="replicate"),
+        nn.Tanh(),
+        nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
+        nn.AvgPool1d(2),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+    X = torch.randn(3, 4, 7)
+    model(X)
+    return model, X, torch.randint(3, (3,)), CE
+
+
+@entry(class_axis=-1)
+def volumes():
+    model = nn.Sequential(
+        nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 1), groups=2),
+        nn.ELU(),
+        nn.ConvTranspose3d(4, 2, (2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1), output_padding=(0, 1, 0), groups=2),
+    )
+    X = torch.randn(2, 2, 3, 4, 3)
+    with torch.no_grad():
+        y = torch.randn_like(model(X)).flatten(2)
+    return Net(lambda m, x: m.m(x).flatten(2), m=model), X, y, nn.MSELoss()
+
+
+@entry()
+def unet_segmentation():
+    def run(m, x):
+        a = F.leaky_relu(m.down1(x))
+        b = F.leaky_relu(m.down2(F.max_pool2d(a, 2)))
+        up = m.up(b) + F.interpolate(b[:, :3], scale_factor=2, mode="bilinear")
+        return m.head(torch.cat([a, up], 1))
+
+    model = Net(
+        run,
+        down1=nn.Conv2d(2, 3, 3, padding=1),
+        down2=nn.Conv2d(3, 4, 3, padding=1),
+        up=nn.ConvTranspose2d(4, 3, 2, stride=2),
+        head=nn.Conv2d(6, 3, 1),
+    )
+    y = torch.randint(3, (3, 4, 4))
+    y[0, :2] = -1
+    y[2, 3] = -1
+    return model, torch.rand(3, 2, 4, 4), y, nn.CrossEntropyLoss(ignore_index=-1, weight=torch.tensor([1.0, 0.3, 2.0]))
+
+
+@entry()
+def local_response_norm():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LocalResponseNorm(2), nn.Softplus(), nn.Flatten(), nn.Linear(64, 3))
+    return model, *images(), CE
+
+
+@entry()
+def channel_norm_and_layer_scale():
+    """ConvNeXt's block: depthwise convolution, channels last, a scale for each channel."""
+
+    def run(m, x):
+        x = m.stem(x)
+        h = m.norm(m.mix(x).permute(0, 2, 3, 1))
+        x = x + (m.gamma * m.down(F.gelu(m.up(h)))).permute(0, 3, 1, 2)
+        return m.head(x.mean((2, 3)))
+
+    return (
+        Net(
+            run,
+            stem=nn.Conv2d(2, 4, 2, 2),
+            mix=nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            norm=nn.LayerNorm(4),
+            up=nn.Linear(4, 8),
+            down=nn.Linear(8, 4),
+            gamma=free(4),
+            head=nn.Linear(4, 3),
+        ),
+        *images(),
+        CE,
+    )
+
+
+@entry()
+def weight_norm_of_old():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = nn.utils.weight_norm(nn.Conv2d(2, 3, 3), dim=0)
+        second = nn.utils.weight_norm(nn.Linear(48, 3), dim=None)
+    return nn.Sequential(first, nn.Tanh(), nn.Flatten(), second), *images(), CE
+
+
+@entry()
+def weight_norm_of_convolutions():
+    wn = parametrizations.weight_norm
+    model = nn.Sequential(wn(nn.Conv2d(2, 3, 3)), nn.Tanh(), wn(nn.ConvTranspose2d(3, 2, 2), dim=1), nn.Flatten())
+    return nn.Sequential(model, nn.Linear(50, 3)), *images(), CE
+
+
+@entry()
+def spectral_norm_in_eval_mode():
+    sn = parametrizations.spectral_norm
+    return nn.Sequential(sn(nn.Linear(6, 8)), nn.Tanh(), sn(nn.Linear(8, 3))).eval(), *vectors(), CE
+
+
+@entry(surrogate=True)
+def spectral_norm_in_train_mode():
+    """Each forward pass makes one step of the power iteration from the caller's buffers."""
+    sn = parametrizations.spectral_norm
+    return nn.Sequential(sn(nn.Linear(6, 8), n_power_iterations=2), nn.Tanh(), nn.Linear(8, 3)), *vectors(), CE
+
+
+@entry()
+def orthogonal():
+    return nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
+
+
+class Symmetric(nn.Module):
+    def forward(self, W):
+        return W.triu() + W.triu(1).mT
+
+
+class Doubled(nn.Module):
+    def forward(self, b):
+        return 2 * b
+
+
+@entry()
+def own_parametrization():
+    layer = nn.Linear(6, 6)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
+
+
+@entry()
+def weight_standardisation():
+    def run(m, x):
+        W = m.conv.weight
+        W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
+        return m.head(F.conv2d(x, W, m.conv.bias).relu().flatten(1))
+
+    return Net(run, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(48, 3)), *images(), CE
+
+
+@entry(mixes=True)
+def batch_norm_without_running_statistics():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.GELU(), nn.Flatten())
+    return nn.Sequential(model, nn.Linear(12, 3)).eval(), torch.randn(4, 2, 6), torch.randint(3, (4,)), CE
+
+
+@entry()
+def frozen_batch_norm_under_training():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU6(inplace=True), nn.Flatten(), nn.Linear(48, 3))
+    model[1].eval()
+    model[1].weight.requires_grad_(False)
+    return model, *images(), CE
+
+
+@entry()
+def spatial_transformer():
+    def run(m, x):
+        theta = m.pose(x.flatten(1)).view(-1, 2, 3) / 10 + torch.eye(2, 3)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        return m.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
+
+    return Net(run, pose=nn.Linear(72, 6), head=nn.Linear(72, 3)), *images(), CE
+
+
+@entry()
+def dynamic_convolution():
+    """A hypernetwork makes one kernel for each image."""
+
+    def run(m, x):
+        n = len(x)
+        kernels = m.hyper(x.mean((2, 3))).view(n * 3, 2, 3, 3)
+        h = F.conv2d(x.flatten(0, 1)[None], kernels, groups=n).view(n, 3, 4, 4)
+        return m.head((h + m.bias.view(1, 3, 1, 1)).tanh().flatten(1))
+
+    return Net(run, hyper=nn.Linear(2, 54), bias=free(3), head=nn.Linear(48, 3)), *images(), CE
+
+
+@entry()
+def squeeze_and_excite():
+    def run(m, x):
+        h = m.conv(x)
+        gate = m.up(F.relu(m.down(h.mean((2, 3), keepdim=True)))).sigmoid()
+        return m.head((h * gate).flatten(1))
+
+    return (
+        Net(run, conv=nn.Conv2d(2, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1), head=nn.Linear(64, 3)),
+        *images(),
+        CE,
+    )
+
+
+@entry()
+def convolution_of_one_image_at_a_time():
+    def run(m, x):
+        return torch.stack([m.head(m.conv(image).tanh().mean((1, 2))) for image in x])
+
+    return Net(run, conv=nn.Conv2d(2, 4, 3), head=nn.Linear(4, 3)), *images(), CE
+
+
+@entry(class_axis=-1)
+def pixel_shuffle_super_resolution():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Mish(), nn.Conv2d(4, 4, 3, padding=1), nn.PixelShuffle(2))
+    return model, torch.rand(2, 2, 3, 3), torch.rand(2, 1, 6, 6), nn.MSELoss(reduction="sum")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import platform
+import secrets
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 KEY = "curvops"
@@ -30,10 +30,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     """
     from safetensors.torch import save
 
-    text = json.dumps({**about, "format": format, "versions": {"curvops": own_version(), "torch": torch.__version__}})
+    text = json.dumps({**about, "format": format, "versions": versions()})
     # clones, because the format refuses tensors that share memory
-    owned = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    replace_atomically(path, save(owned, metadata={KEY: text}))
+    owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    content = save(owned, metadata={KEY: text})
+    replace_atomically(path, lambda partial: partial.write_bytes(content))
 
 
 def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,32 +51,36 @@ def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if about is None or about.get("format") != format:
-                raise ValueError(f"'{path}' is a safetensors file, but not one of format {format!r}.")
+            if not isinstance(about, dict) or about.get("format") != format:
+                raise ValueError(f"'{path}' is a safetensors file, but not one of {format}.")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"'{path}' is truncated or not a safetensors file ({reason}).") from None
 
 
-def replace_atomically(path: Path, content: bytes) -> None:
-    """Put a file in the place of another in one step; whatever stops it, the old one stays."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in the place of ``path`` in one step.
+
+    Whatever stops ``write``, the file that was at ``path`` before stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        write(partial)
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def own_version() -> str:
-    """The installed version of this library."""
-    try:
-        return version("curvops")
-    except PackageNotFoundError:
-        return "unknown"
+def versions() -> dict[str, str]:
+    """Versions of this library and of those that the content of a file may depend on, as far as installed."""
+    found = {"python": platform.python_version()}
+    for package in ("curvops", "torch", "numpy", "matplotlib"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

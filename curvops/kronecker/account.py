@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from curvops.kronecker.collect import current_groups
 from curvops.kronecker.factors import BlockRule
 from curvops.kronecker.groups import Group
 from curvops.kronecker.state import State
 from curvops.kronecker.sweep import Sweep
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.space import TensorSpace
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,15 @@ class Explanation:
 
     def __str__(self) -> str:
         table = [("parameters", "size", "block", "used by", "memory", "why")]
-        table += [(", ".join(r.names), f"{r.size:,}", r.block, r.operation, _bytes(r.memory), r.why) for r in self.rows]
+        table += [
+            (", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why) for r in self.rows
+        ]
         widths = [max(len(line[k]) for line in table) for k in range(5)]
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(line[:5], widths, strict=True)), line[5]]).rstrip()
             for line in table
         ]
-        return "\n".join([self.title, *lines, f"total: {_bytes(self.memory)}", *self.notes])
+        return "\n".join([self.title, *lines, f"total: {byte_size(self.memory)}", *self.notes])
 
     __repr__ = __str__
 
@@ -72,24 +77,25 @@ def explain_state(
     title: str, state: State, blocks: Sequence[Placed], reasons: Mapping[str, str], notes: Sequence[str]
 ) -> Explanation:
     """The account of blocks that exist."""
-    operations = {group.names: group.operation for group, _ in state.groups}
+    operations = {id(group.positions): group.operation for group, _ in state.groups}
     rows = []
     for placed in blocks:
-        known = placed.names in operations
-        why = "; ".join(dict.fromkeys(reasons.get(name, "") for name in placed.names)) if known else "never used"
-        what = describe_block(placed.block) if known else "zero"
-        rows.append(
-            ParameterRow(
-                placed.names, placed.block.size, what, operations.get(placed.names, "nothing"), placed.block.memory, why
-            )
-        )
-    return Explanation(title, tuple(rows), tuple(notes))
+        operation, names, block = operations.get(id(placed.positions)), placed.names, placed.block
+        if operation is None:
+            rows.append(ParameterRow(names, block.size, "zero", "nothing", block.memory, "never used"))
+        else:
+            why = "; ".join(dict.fromkeys(reasons.get(name, "") for name in names))
+            rows.append(ParameterRow(names, block.size, describe_block(block), operation, block.memory, why))
+    own = {t.data_ptr(): t.numel() * t.itemsize for _, entry in state.groups for t in entry.tensors.values()}
+    shared = {t.data_ptr() for placed in blocks for t in placed.block.tensors.values()}
+    beside = sum(size for place, size in own.items() if place not in shared)
+    return Explanation(title, tuple(rows), (*notes, f"beside the blocks, for merging and saving: {byte_size(beside)}"))
 
 
 def describe_block(block: Block) -> str:
     """A block in words."""
     groups, left, right = block.shape
-    prefix = f"{groups} × " if groups > 1 else ""
+    prefix = _many(groups)
     if isinstance(block, EigenBlock):
         a, b = (
             f"{size}" if basis is not None else f"diag {size}"
@@ -105,21 +111,108 @@ def describe_block(block: Block) -> str:
     return f"{prefix}Kronecker {a} ⊗ {b}"
 
 
-def plan(title: str, sweep: Sweep, rule: BlockRule, dtype: torch.dtype, passes: int) -> Explanation:
-    """The account of blocks that would be, from the first batch."""
-    first = sweep.first()
+def uncovered(space: TensorSpace, places: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters with entries at none of the places, and where those entries are."""
+    missing = torch.ones(space.dim, dtype=torch.bool, device=space.device)
+    for where in places:
+        missing[where] = False
+    for name in space.names:
+        own = space.slice(name)
+        left = missing[own].nonzero().squeeze(1) + own.start
+        if len(left):
+            yield name, left
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a block will be: in words as `describe_block` gives, and its number of entries."""
+
+    block: str
+    entries: int
+
+
+def kronecker_form(group: Group, rule: BlockRule, fisher_type: str) -> Form:
+    """The form of a Kronecker product, or of the block of whole gradients."""
+    if group.kind != "linear":
+        dense = fisher_type != "forward-only" and rule.block(len(group.positions), group)
+        return _whole_form(len(group.positions), dense)
+    groups, left, right = group.shape
+    (left_dense, left_text), (right_dense, right_text) = _sides(group, rule)
+    entries = groups * ((left**2 if left_dense else left) + (right**2 if right_dense else right))
+    if right == 1:
+        return Form(f"{_many(groups)}{'dense' if left_dense else 'diagonal'} {left}", entries)
+    return Form(f"{_many(groups)}Kronecker {left_text} ⊗ {right_text}", entries)
+
+
+def eigen_form(group: Group, rule: BlockRule) -> Form:
+    """The form of a Kronecker product's eigenbasis with eigenvalues, or of the block of whole gradients."""
+    if group.kind != "linear":
+        return _whole_form(len(group.positions), rule.block(len(group.positions), group))
+    groups, left, right = group.shape
+    (left_dense, left_text), (right_dense, right_text) = _sides(group, rule)
+    entries = groups * (left * right + (left**2 if left_dense else 0) + (right**2 if right_dense else 0))
+    if not (left_dense or right_dense):
+        return Form(f"diagonal {len(group.positions)}", entries)
+    return Form(f"{_many(groups)}eigen {left_text}{f' ⊗ {right_text}' if right > 1 else ''}", entries)
+
+
+def diagonal_form(group: Group) -> Form:
+    """The form of a diagonal."""
+    size = len(group.positions)
+    return Form(f"diagonal {size}", size) if group.kind == "linear" else _whole_form(size, dense=False)
+
+
+def _whole_form(size: int, dense: bool) -> Form:
+    # the one that is the other factor counts
+    return Form(f"dense {size}", size * size + 1) if dense else Form(f"diagonal {size}", size + 1)
+
+
+def _sides(group: Group, rule: BlockRule) -> list[tuple[bool, str]]:
+    """For each side whether its factor is dense, and the factor in words."""
+    _, left, right = group.shape
+    dense = [rule.factor(left, group) and not group.one_hot, rule.factor(right, group)]
+    return [(d, f"{size}" if d else f"diag {size}") for d, size in zip(dense, (left, right), strict=True)]
+
+
+def _many(groups: int) -> str:
+    return f"{groups} × " if groups > 1 else ""
+
+
+def plan(
+    title: str, sweep: Sweep, form: Callable[[Group], Form], dtype: torch.dtype, again: int, budget: int
+) -> Explanation:
+    """The account of blocks that would be, from the first batch.
+
+    Args:
+        title: What it is about.
+        sweep: The sweep that would be made.
+        form: What a group's block would be.
+        dtype: Precision of the blocks.
+        again: Further sweeps, at most, where the rows of the first are not kept.
+        budget: Bytes that may be kept.
+    """
+    first, space = sweep.first(), sweep.risk.space
+    groups = list(current_groups(sweep).values())
     rows = []
-    for group in first.groups:
-        what, entries = _planned(group, rule)
+    for group in groups:
+        planned = form(group)
         why = "; ".join(dict.fromkeys(sweep.routes[name].why for name in group.names))
-        rows.append(
-            ParameterRow(group.names, len(group.positions), what, group.operation, entries * dtype.itemsize, why)
-        )
+        memory = planned.entries * dtype.itemsize
+        rows.append(ParameterRow(group.names, len(group.positions), planned.block, group.operation, memory, why))
+    for name, where in uncovered(space, [group.positions for group in groups]):
+        memory = (len(where) + 1) * dtype.itemsize
+        rows.append(ParameterRow((name,), len(where), "zero", "nothing", memory, "never used"))
     backward = first.backward_passes
     notes = [
         f"batch of {first.batch_size}: {first.forward_passes} forward and {backward} backward passes to the layers' outputs, "
-        f"about {(first.forward_passes + backward) / 3:.1f} gradients; {passes} sweep{'s' if passes > 1 else ''} over the data",
+        f"about {(first.forward_passes + backward) / 3:.1f} gradients",
+        *sweep.notes(),
     ]
+    if again:
+        notes.append(
+            f"rows of this batch: {byte_size(first.row_bytes)}; where those of all batches exceed {byte_size(budget)} "
+            f"(memory_budget=), the data is swept {'again' if again == 1 else f'up to {again} times again'}"
+        )
     if backward > 10:
         notes.append("fewer backward passes: fisher_type='mc' takes mc_samples, 'empirical' one for each loss term")
     if any(row.why.startswith("the rows") for row in rows):
@@ -130,21 +223,8 @@ def plan(title: str, sweep: Sweep, rule: BlockRule, dtype: torch.dtype, passes: 
     return Explanation(title, tuple(rows), tuple(notes))
 
 
-def _planned(group: Group, rule: BlockRule) -> tuple[str, int]:
-    """A block in words, and its number of entries."""
-    groups, left, right = group.shape
-    if group.kind != "linear":
-        dense = rule.block(left, group)
-        return (f"dense {left}", left * left) if dense else (f"diagonal {left}", left)
-    left_dense = rule.factor(left, group) and not group.one_hot
-    right_dense = rule.factor(right, group)
-    entries = groups * ((left**2 if left_dense else left) + (right**2 if right_dense else right))
-    a, b = (f"{size}" if dense else f"diag {size}" for size, dense in ((left, left_dense), (right, right_dense)))
-    prefix = f"{groups} × " if groups > 1 else ""
-    return f"{prefix}Kronecker {a} ⊗ {b}" if right > 1 else f"{prefix}dense {a}", entries
-
-
-def _bytes(number: int) -> str:
+def byte_size(number: int) -> str:
+    """A number of bytes in words."""
     size = float(number)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

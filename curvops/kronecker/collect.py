@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from curvops.kronecker.factors import BasisDiagonal, BlockRule, Factors, Moments, WholeGradients, whole_gradients
-from curvops.kronecker.groups import Key
+from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.replay import Collector, rows_of
 from curvops.kronecker.state import Eigen, Entry, Moment, Whole
 from curvops.kronecker.sweep import Captured, Sweep
@@ -32,15 +34,18 @@ class MomentCollector(Collector):
 
     def entries(self) -> dict[Key, Moment]:
         """What was collected."""
-        if self._moments.approximation == "reduce":
-            # inputs were averaged over positions, so they are divided by the number of units, those included
-            # whose data never reached the layer
-            for key, found in self._factors.items():
-                route = self._sweep.routes[self._sweep.groups[key].names[0]].units
-                for side in found.sides.values():
-                    side.rows = self._units[route]
         known = self._sweep.fisher_type != "forward-only"
-        return {key: Moment(found, known) for key, found in self._factors.items()}
+        found = {key: Moment(factors, known) for key, factors in self._factors.items()}
+        if self._moments.approximation == "expand":
+            return found
+        # inputs were averaged over positions, so they are divided by the number of units, those included
+        # whose data never reached the layer
+        return {key: self._per_unit(key, moment) for key, moment in found.items()}
+
+    def _per_unit(self, key: Key, moment: Moment) -> Moment:
+        route = self._sweep.routes[self._sweep.groups[key].names[0]].units
+        units = "batches" if route == "whole" else "data"
+        return replace(moment, units=units).divided_by(self._units[route])
 
 
 class WholeCollector(Collector):
@@ -69,12 +74,11 @@ class WholeCollector(Collector):
     def entries(self) -> dict[Key, Entry]:
         """What was collected; without gradients (forward-only) the identity."""
         if self._sweep.fisher_type == "forward-only":
-            groups = {key: group for key, group in self._sweep.groups.items() if group.kind != "linear"}
-            ones = {
-                key: torch.ones(len(g.positions), dtype=self._dtype, device=g.positions.device)
-                for key, g in groups.items()
+            return {
+                key: Whole(torch.ones(len(g.positions), dtype=self._dtype, device=g.positions.device), scaled=False)
+                for key, g in current_groups(self._sweep).items()
+                if g.kind != "linear"
             }
-            return {key: Whole(one, scaled=False) for key, one in ones.items()}
         return {key: Whole(whole.moment) for key, whole in self._wholes.items()}
 
 
@@ -98,3 +102,12 @@ class DiagonalCollector(Collector):
     def entries(self) -> dict[Key, Entry]:
         """What was collected."""
         return {key: Eigen(None, None, diagonal.total) for key, diagonal in self._diagonals.items()}
+
+
+def current_groups(sweep: Sweep) -> dict[Key, Group]:
+    """The groups that parameters are seen in; without those of routes that a later batch has refuted."""
+    return {
+        key: group
+        for key, group in sweep.groups.items()
+        if all((group.kind == "leaf") != sweep.routes[name].tapped for name in group.names)
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from curvops.kronecker.account import Form, diagonal_form
 from curvops.kronecker.collect import DiagonalCollector, WholeCollector
-from curvops.kronecker.groups import Key
+from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.state import Entry
 
@@ -24,6 +25,9 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
         >>> torch.allclose(diagonal, GGNLinearOperator(*problem).to_dense().diagonal())
         True
     """
+
+    def _form(self, group: Group) -> Form:
+        return diagonal_form(group)
 
     def _compute(self) -> dict[Key, Entry]:
         if self.fisher_type == "forward-only":

@@ -14,7 +14,7 @@ from curvops.kronecker.groups import Group
 from curvops.kronecker.state import State, entry_from
 from curvops.space import TensorSpace, describe
 
-FORMAT = "curvops Kronecker state"
+FORMAT = "Kronecker factors"
 CONVENTIONS = (
     "a vector is the concatenation of the flattened (row-major) parameters in this order; block = c * (B kron A) for a weight "
     "out x in; A = sum a a^T / rows, B = sum g g^T, g without c; c = 1/count for the mean, 1 for the sum"
@@ -48,6 +48,8 @@ def write_state(path: Path, state: State) -> None:
         ],
         "reduction": state.reduction,
         "count": state.count,
+        "units": state.units,
+        "averaged": state.averaged,
         "settings": state.settings,
         "groups": groups,
     }
@@ -75,7 +77,16 @@ def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
         shape = (saved["shape"][0], saved["shape"][1], saved["shape"][2])
         group = Group(key, tuple(saved["names"]), saved["kind"], shape, positions, saved["operation"], saved["one_hot"])
         groups.append((group, entry_from(saved["entry"], own, saved["numbers"])))
-    return State(about["kind"], space, groups, about["reduction"], about["count"], about["settings"])
+    return State(
+        about["kind"],
+        space,
+        groups,
+        about["reduction"],
+        about["count"],
+        about["units"],
+        about["settings"],
+        about["averaged"],
+    )
 
 
 def _compare(path: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], params: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from curvops.kronecker.account import Form, eigen_form
 from curvops.kronecker.factors import BasisDiagonal
-from curvops.kronecker.groups import Key
+from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.replay import Replay
 from curvops.kronecker.state import Eigen, Entry
@@ -79,7 +80,10 @@ class EKFACLinearOperator(KroneckerOperator):
         True
     """
 
-    _passes = 2
+    _again = 1
+
+    def _form(self, group: Group) -> Form:
+        return eigen_form(group, self.rule)
 
     def _compute(self) -> dict[Key, Entry]:
         if self.fisher_type == "forward-only":

@@ -12,8 +12,8 @@ from curvops.kronecker.replay import Replay
 from curvops.kronecker.state import Entry, Product
 from curvops.operators.blocks import KroneckerBlock
 
-STEPS = 20  # alternating steps at most
-CONVERGED = 1e-6  # relative change of ‖left‖ ‖right‖ in two steps below which they stop
+STEPS = 50  # alternating steps at most
+CONVERGED = 10  # times the precision: relative change of ‖left‖ ‖right‖ in two steps below which they stop
 
 
 class KFOCLinearOperator(KroneckerOperator):
@@ -34,7 +34,7 @@ class KFOCLinearOperator(KroneckerOperator):
         (True, (26, 26))
     """
 
-    _passes = 1 + STEPS
+    _again = STEPS
 
     def _compute(self) -> dict[Key, Entry]:
         if self.fisher_type == "forward-only":
@@ -110,4 +110,5 @@ class NearestProduct:
         self._sum = torch.zeros_like(self.left if self._update_left else self.right)
         self._sizes.append((self.left.flatten(1).norm(dim=1) * self.right.flatten(1).norm(dim=1)).norm())
         if len(self._sizes) > 2:
-            self.converged = bool(abs(self._sizes[-1] - self._sizes[-3]) <= CONVERGED * self._sizes[-1])
+            least = CONVERGED * torch.finfo(self._sizes[-1].dtype).eps * self._sizes[-1]
+            self.converged = bool(abs(self._sizes[-1] - self._sizes[-3]) <= least)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from curvops.kronecker.account import Explanation, explain_state, plan
+from curvops.kronecker.account import Explanation, Form, byte_size, explain_state, kronecker_form, plan, uncovered
 from curvops.kronecker.collect import MomentCollector, WholeCollector
 from curvops.kronecker.factors import BlockRule, Moments
 from curvops.kronecker.files import read_state, write_state
-from curvops.kronecker.groups import Key
+from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.replay import Collector
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.state import Entry, State
@@ -61,7 +61,7 @@ class StatefulOperator(BlockDiagonalOperator):
 
     def moving_average(self, new: StatefulOperator, decay: float) -> LoadedOperator:
         """``decay`` · this + (1 − ``decay``) · new, of the factors A and B and of the other blocks."""
-        return LoadedOperator(self.state.averaged(new.state, decay))
+        return LoadedOperator(self.state.average(new.state, decay))
 
     def save(self, path: str | Path) -> None:
         """Write the operator to a file without pickle (safetensors), in one step.
@@ -176,24 +176,33 @@ class KroneckerOperator(StatefulOperator):
             with torch.inference_mode(False), self.risk.evaluation():
                 entries = self._compute()
             groups = [(group, entries[key]) for key, group in self._sweep.groups.items() if key in entries]
-            constant = self.risk.constant
-            self._state = State(
-                self.name, self.domain, groups, self.risk.loss.reduction, 1.0 / constant, dict(self._settings)
-            )
+            reduction, count = self.risk.loss.reduction, 1.0 / self.risk.constant
+            units, settings = dict(self._sweep.units), dict(self._settings)
+            self._state = State(self.name, self.domain, groups, reduction, count, units, settings)
         return self._state
 
     def plan(self) -> Explanation:
         """What computing would take, from one forward pass of the first batch: blocks, memory, cost in gradients."""
         with torch.inference_mode(False), self.risk.evaluation():
-            return plan(repr(self), self._sweep, self.rule, self._compute_dtype, self._passes)
+            return plan(repr(self), self._sweep, self._form, self._compute_dtype, self._again, self._budget())
 
     def layers(self) -> Iterator[LayerRows]:
         """Inputs and output gradients of each layer, one backward pass at a time: see `LayerRows`."""
-        with torch.inference_mode(False), self.risk.evaluation():
-            yield from layer_rows(self._sweep)
+        rows = layer_rows(self._sweep, f"{self.name} layers")
+        while True:
+            # the caller's code between two rows runs in the caller's context
+            with torch.inference_mode(False), self.risk.evaluation():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
 
-    #: sweeps over the data that computing takes when nothing is kept
-    _passes = 1
+    #: sweeps over the data, at most, that follow the first one where its rows are not kept
+    _again = 0
+
+    def _form(self, group: Group) -> Form:
+        """What a group's block will be."""
+        return kronecker_form(group, self.rule, self.fisher_type)
 
     @abstractmethod
     def _compute(self) -> dict[Key, Entry]:
@@ -221,8 +230,9 @@ class KroneckerOperator(StatefulOperator):
         return {name: route.why for name, route in self._sweep.routes.items()}
 
     def _notes(self) -> list[str]:
-        kept = [f"rows kept for the second look: {self._kept_bytes / 2**20:.1f} MiB"] if self._kept_bytes else []
-        return self._sweep.notes() + kept
+        passes = f"{self._sweep.backward_passes:,} backward passes to the layers' outputs"
+        kept = [f"rows kept for the second look: {byte_size(self._kept_bytes)}"] if self._again else []
+        return [passes, *self._sweep.notes(), *kept]
 
     def _budget(self) -> int:
         return budget(self.device, self._memory_budget)
@@ -231,19 +241,14 @@ class KroneckerOperator(StatefulOperator):
 def _blocks(state: State) -> list[Placed]:
     """Blocks that cover all parameters; what the model never uses is exactly zero."""
     space = state.space
-    covered = torch.zeros(space.dim, dtype=torch.bool, device=space.device)
     placed, dtype = [], torch.promote_types(space.dtype, torch.float32)
     for group, entry in state.groups:
         block = entry.block(state.constant)
         if block is not None:
             placed.append(Placed(group.names, group.positions, block))
-            covered[group.positions] = True
-    for name in space.names:
-        where = space.slice(name)
-        missing = (~covered[where]).nonzero().squeeze(1) + where.start
-        if len(missing):
-            zeros = torch.zeros(1, len(missing), dtype=dtype, device=space.device)
-            placed.append(Placed((name,), missing, KroneckerBlock(zeros, torch.ones_like(zeros[:, :1]))))
+    for name, where in uncovered(space, [p.positions for p in placed]):
+        zeros = torch.zeros(1, len(where), dtype=dtype, device=space.device)
+        placed.append(Placed((name,), where, KroneckerBlock(zeros, torch.ones_like(zeros[:, :1]))))
     return placed
 
 

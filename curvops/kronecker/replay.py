@@ -35,17 +35,17 @@ class Replay(Collector):
     def __init__(self, sweep: Sweep, budget: int) -> None:
         self._sweep, self._budget = sweep, budget
         self._kept: list[list[Rows]] = []
-        self._sizes: dict[int, int] = {}
+        self._sizes: list[dict[int, int]] = []
         self._open = True
 
     @property
     def kept_bytes(self) -> int:
         """Bytes that are kept."""
-        return sum(self._sizes.values())
+        return sum(sum(sizes.values()) for sizes in self._sizes)
 
     def clear(self) -> None:
         """Forget everything and start anew."""
-        self._kept, self._sizes, self._open = [], {}, True
+        self._kept, self._sizes, self._open = [], [], True
 
     def add(self, place: int, captured: Captured) -> None:
         """Keep a backward pass of the batch at ``place``, if there is room for all of the batch."""
@@ -53,16 +53,18 @@ class Replay(Collector):
             return
         if place == len(self._kept):
             self._kept.append([])
+            self._sizes.append({})
         rows = rows_of(self._sweep, captured)
         self._kept[place].append(rows)
         for several in rows.values():
             for piece in several:
                 for side in piece.sides:
                     tensor = side.ids if isinstance(side, OneHot) else side
-                    self._sizes[tensor.data_ptr()] = tensor.numel() * tensor.itemsize
+                    self._sizes[place][tensor.data_ptr()] = tensor.numel() * tensor.itemsize
         if self.kept_bytes > self._budget:
-            # a batch is kept whole or not at all; what earlier batches take stays counted, which errs on the safe side
+            # a batch is kept whole or not at all
             self._kept.pop()
+            self._sizes.pop()
             self._open = False
 
     def rows(self, title: str) -> Iterator[Rows]:

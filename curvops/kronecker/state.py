@@ -48,10 +48,18 @@ class Entry(ABC):
 
 @dataclass
 class Moment(Entry):
-    """Second moments of a linear group: the block is c · B ⊗ A."""
+    """Second moments of a linear group: the block is c · B ⊗ A.
+
+    Attributes:
+        factors: Sums over rows.
+        outputs_known: Whether B was accumulated; otherwise it is the identity.
+        units: What A is divided by, if not by its rows: ``"data"`` or ``"batches"``, all of them, whether they
+            reached the layer or not.
+    """
 
     factors: Factors
     outputs_known: bool = True
+    units: str | None = None
 
     def block(self, constant: float) -> Block | None:
         return kronecker_block(self.factors, constant, self.outputs_known)
@@ -67,22 +75,26 @@ class Moment(Entry):
     @property
     def numbers(self) -> dict[str, Any]:
         rows = {side: moments.rows for side, moments in self.factors.sides.items()}
-        return {"rows": rows, "outputs_known": self.outputs_known}
+        return {"rows": rows, "outputs_known": self.outputs_known, "units": self.units}
 
     def combined(self, other: Entry, mine: float, its: float) -> Entry:
         assert isinstance(other, Moment)
         sides = {}
         for name in {**self.factors.sides, **other.factors.sides}:
             a, b = self.factors.sides.get(name), other.factors.sides.get(name)
-            if a is None or b is None:
-                only, weight = (a, mine) if a is not None else (b, its)
-                assert only is not None
-                sides[name] = Side(weight * only.inputs, weight * only.outputs, weight * only.rows)
-            else:
-                sides[name] = Side(
-                    mine * a.inputs + its * b.inputs, mine * a.outputs + its * b.outputs, mine * a.rows + its * b.rows
-                )
-        return Moment(Factors(sides), self.outputs_known)
+            if a is not None and b is not None:
+                inputs, outputs = _mixed(a.inputs, b.inputs, mine, its), _mixed(a.outputs, b.outputs, mine, its)
+                sides[name] = Side(inputs, outputs, mine * a.rows + its * b.rows)
+            elif a is not None:
+                sides[name] = Side(mine * a.inputs, mine * a.outputs, mine * a.rows)
+            elif b is not None:
+                sides[name] = Side(its * b.inputs, its * b.outputs, its * b.rows)
+        return Moment(Factors(sides), self.outputs_known, self.units)
+
+    def divided_by(self, units: float) -> Moment:
+        """The same with A over a number of units."""
+        sides = {name: replace(side, rows=units) for name, side in self.factors.sides.items()}
+        return Moment(Factors(sides), self.outputs_known, self.units)
 
     def normalised(self, constant: float) -> Moment:
         """The same with A and c · B in the place of sums."""
@@ -92,7 +104,7 @@ class Moment(Entry):
             for name, side in self.factors.sides.items()
             if side.rows
         }
-        return Moment(Factors(sides), self.outputs_known)
+        return Moment(Factors(sides), self.outputs_known, self.units)
 
 
 @dataclass
@@ -116,7 +128,7 @@ class Whole(Entry):
 
     def combined(self, other: Entry, mine: float, its: float) -> Entry:
         assert isinstance(other, Whole)
-        return Whole(mine * self.moment + its * other.moment, self.scaled)
+        return Whole(_mixed(self.moment, other.moment, mine, its), self.scaled)
 
     def normalised(self, constant: float) -> Whole:
         """The same with the constant inside."""
@@ -172,7 +184,7 @@ def entry_from(kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, A
             side: Side(tensors[f"{side}.inputs"], tensors[f"{side}.outputs"], rows)
             for side, rows in numbers["rows"].items()
         }
-        return Moment(Factors(sides), numbers["outputs_known"])
+        return Moment(Factors(sides), numbers["outputs_known"], numbers["units"])
     if kind == "Whole":
         return Whole(tensors["moment"], numbers["scaled"])
     if kind == "Eigen":
@@ -192,7 +204,9 @@ class State:
         groups: The groups, and what is known of each.
         reduction: ``"mean"`` or ``"sum"``.
         count: Denominator of the mean, so that c = 1/count.
+        units: Number of data and of batches.
         settings: Options that the state was computed with.
+        averaged: Whether the constant is inside already, after a moving average.
     """
 
     kind: str
@@ -200,7 +214,9 @@ class State:
     groups: list[tuple[Group, Entry]]
     reduction: str
     count: float
+    units: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
 
     @property
     def constant(self) -> float:
@@ -213,10 +229,19 @@ class State:
         Raises:
             ValueError: If the states are of different kinds, parameters or options, or do not add.
         """
-        groups = self._paired(other, lambda a, b: a.combined(b, 1.0, 1.0))
-        return replace(self, groups=groups, count=self.count + other.count)
+        if self.averaged or other.averaged:
+            raise ValueError(
+                "merge: a moving average no longer knows how many data it stands for. Use moving_average, or merge first."
+            )
+        units = {name: self.units[name] + other.units[name] for name in self.units}
 
-    def averaged(self, other: State, decay: float) -> State:
+        def add(a: Entry, b: Entry) -> Entry:
+            both = a.combined(b, 1.0, 1.0)
+            return both.divided_by(units[both.units]) if isinstance(both, Moment) and both.units else both
+
+        return replace(self, groups=self._paired(other, add, "merge"), count=self.count + other.count, units=units)
+
+    def average(self, other: State, decay: float) -> State:
         """``decay`` · this + (1 − ``decay``) · the other, of the factors as they enter the blocks."""
         if not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}.")
@@ -227,13 +252,13 @@ class State:
             assert isinstance(a, (Moment, Whole, Eigen)) and isinstance(b, (Moment, Whole, Eigen))
             return a.normalised(self.constant).combined(b.normalised(other.constant), decay, 1.0 - decay)
 
-        return replace(self, groups=self._paired(other, mix), count=1.0)
+        return replace(self, groups=self._paired(other, mix, "moving_average"), count=1.0, averaged=True)
 
-    def _paired(self, other: State, combine: Callable[[Entry, Entry], Entry]) -> list[tuple[Group, Entry]]:
+    def _paired(self, other: State, combine: Callable[[Entry, Entry], Entry], title: str) -> list[tuple[Group, Entry]]:
         for what in ("kind", "space", "reduction", "settings"):
             if getattr(self, what) != getattr(other, what):
                 raise ValueError(
-                    f"merge: expected the same {what}, got {getattr(self, what)} and {getattr(other, what)}."
+                    f"{title}: expected the same {what}, got {getattr(self, what)} and {getattr(other, what)}."
                 )
         groups, rest = [], {_identity(group): (group, entry) for group, entry in other.groups}
         for group, entry in self.groups:
@@ -242,10 +267,19 @@ class State:
                 groups.append((group, combine(entry, _nothing(entry))))
                 continue
             if type(pair[1]) is not type(entry):
-                raise ValueError(f"merge: {describe(group.names)} has blocks of different kinds in the two operators.")
+                raise ValueError(
+                    f"{title}: {describe(group.names)} has blocks of different kinds in the two operators."
+                )
             groups.append((group, combine(entry, pair[1])))
         groups += [(group, combine(_nothing(entry), entry)) for group, entry in rest.values()]
         return groups
+
+
+def _mixed(a: Tensor, b: Tensor, mine: float, its: float) -> Tensor:
+    if a.shape != b.shape:
+        # a diagonal would be added to each row of a matrix
+        raise ValueError("a factor is dense in one operator and diagonal in the other. Use the same rule=BlockRule(…).")
+    return mine * a + its * b
 
 
 def _identity(group: Group) -> tuple[object, ...]:
@@ -256,7 +290,7 @@ def _identity(group: Group) -> tuple[object, ...]:
 def _nothing(entry: Entry) -> Entry:
     """What a data set that never reaches a group knows of it."""
     if isinstance(entry, Moment):
-        return Moment(Factors({}), entry.outputs_known)
+        return Moment(Factors({}), entry.outputs_known, entry.units)
     if isinstance(entry, Whole):
         return Whole(torch.zeros_like(entry.moment), entry.scaled)
     if isinstance(entry, Eigen):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.cotangents import LIMIT, Cotangents
-from curvops.kronecker.groups import Group, Grouping, Key
+from curvops.kronecker.groups import Group, Grouping, Key, arranged_inputs
 from curvops.kronecker.layout import ONE_UNIT
 from curvops.kronecker.tape import Tape, certify, record
-from curvops.kronecker.uses import lead
+from curvops.kronecker.uses import LinearUse, OneHot, lead
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch
@@ -70,12 +70,14 @@ class FirstBatch:
         groups: The groups.
         forward_passes: Forward passes.
         backward_passes: Backward passes to the layers' outputs.
+        row_bytes: Bytes of the layers' inputs, and of their output gradients in all backward passes.
     """
 
     batch_size: int
     groups: list[Group]
     forward_passes: int
     backward_passes: int
+    row_bytes: int
 
 
 class Demoted(Exception):
@@ -109,6 +111,7 @@ class Sweep:
         self.routes: dict[str, Route] = {}
         self.signed = False
         self.backward_passes = 0
+        self.units = {"data": 0, "batches": 0}
         self._terms_per_datum = terms_per_datum
         self._signature: tuple[object, ...] | None = None
         self._layouts: list[Any] = []
@@ -133,6 +136,7 @@ class Sweep:
                 if place >= skip:
                     for captured in self._captures(batch):
                         yield place, captured
+                self.units = {"data": batch.start + batch.size, "batches": place + 1}
 
     def _captures(self, batch: Batch, pull: bool = True) -> Iterator[Captured]:
         tape = record(self.risk, batch.X, batch.size)
@@ -160,25 +164,25 @@ class Sweep:
         with closing(self.risk.batches("Plan")) as batches:
             batch = next(batches)
         before = self.backward_passes
-        forward, backward = 0, 0
+        forward, backward, row_bytes = 0, 0, 0
         seen: set[int] = set()
         for captured in self._captures(batch, pull=False):
             if id(captured.tape) not in seen:
                 seen.add(id(captured.tape))
                 forward += 1
             backward += captured.columns
+            row_bytes += _row_bytes(captured)
         self.backward_passes = before
-        return FirstBatch(batch.size, list(self.groups.values()), forward, backward)
+        return FirstBatch(batch.size, list(self.groups.values()), forward, backward, row_bytes)
 
     def notes(self) -> list[str]:
-        """What was done, for the account."""
-        found = [f"{self.backward_passes:,} backward passes to the layers' outputs"]
-        if self.signed:
-            found.append(
-                f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
-                "with random signs, so that cross terms vanish in expectation"
-            )
-        return found
+        """Remarks for the account."""
+        if not self.signed:
+            return []
+        return [
+            f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
+            "with random signs, so that cross terms vanish in expectation"
+        ]
 
     def _check_terms(self, curvature: OutputCurvature) -> None:
         expected, seen = self._terms_per_datum, curvature.terms_per_datum
@@ -296,6 +300,22 @@ class Sweep:
 
 def _as_one_unit(tape: Tape) -> Tape:
     return Tape(tape.z, tape.leaves, tape.uses, tape.unknowns, tape.data_dependent, 1, [ONE_UNIT] * len(tape.uses))
+
+
+def _row_bytes(captured: Captured) -> int:
+    """Bytes that keeping a forward pass's linear rows would take, with all of its backward passes."""
+    tape, total = captured.tape, 0
+    roles = sorted({pair for several in captured.uses.values() for pair in several})
+    for k, role in roles:
+        use = tape.uses[k]
+        if isinstance(use, LinearUse):
+            a = arranged_inputs(tape, k, role)
+            a = a.ids if isinstance(a, OneHot) else a
+            total += a.numel() * a.itemsize
+            if role != "bias" or (k, "weight") not in roles:  # else they share their output gradients
+                g = use.outputs(torch.empty(use.shape, dtype=tape.z.dtype, device="meta"))
+                total += captured.columns * g.numel() * g.itemsize
+    return total
 
 
 def run(sweep: Callable[[], None]) -> None:

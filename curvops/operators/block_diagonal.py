@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,10 +82,10 @@ class BlockDiagonalOperator(LinearOperator):
 
         It is −∞ for a singular matrix, as every curvature with an unused parameter is without damping.
         """
-        shifts = self._dampings(damping)
+        blocks = zip((placed.block.eigen(placed.label) for placed in self.blocks), self._dampings(damping), strict=True)
         return self._total(
-            (placed.block.eigen(placed.label).values + shift).log().sum()
-            for placed, shift in zip(self.blocks, shifts, strict=True)
+            block.values.new_tensor(-math.inf) if shift == 0 and block.singular else (block.values + shift).log().sum()
+            for block, shift in blocks
         )
 
     def det(self, damping: Damping = 0.0) -> Tensor:
@@ -129,7 +130,7 @@ class BlockDiagonalOperator(LinearOperator):
         def map_block(placed: Placed, shift: float) -> EigenBlock:
             eigen = placed.block.eigen(placed.label)
             values = eigen.values + shift
-            if exponent < 0 and not values.amin() > 0:
+            if exponent < 0 and (eigen.singular if shift == 0 else not values.amin() > 0):
                 raise ValueError(
                     f"{placed.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
                     f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
@@ -164,15 +165,11 @@ class BlockDiagonalOperator(LinearOperator):
 
         def map_block(placed: Placed, shift: float) -> Block:
             block = placed.block
-            if isinstance(block, KroneckerBlock) and block.shape[2] > 1:
-                if shift == 0.0 and min_damping == 0.0:
-                    return self._undamped_inverse(placed)
+            damped = shift > 0.0 or min_damping > 0.0
+            if damped and isinstance(block, KroneckerBlock) and block.shape[2] > 1:
                 return block.damped_inverse(shift, min_damping, placed.label)
-            eigen = block.eigen(placed.label)
-            values = eigen.values + max(shift, min_damping)
-            if not values.amin() > 0:
-                return self._undamped_inverse(placed)
-            return eigen.with_values(1.0 / values)
+            (exact,) = StructuredOperator(self.domain, [placed], self.name).power(-1.0, max(shift, min_damping)).blocks
+            return exact.block
 
         return self._mapped(map_block, shifts, f"{self.name}^-1")
 
@@ -196,9 +193,6 @@ class BlockDiagonalOperator(LinearOperator):
             scaled = noise[placed.positions].to(placed.block.dtype) * placed.block.values.flatten().unsqueeze(1)
             result[placed.positions] = placed.block.rotate(scaled).to(self.dtype)
         return result
-
-    def _undamped_inverse(self, placed: Placed) -> Block:
-        return StructuredOperator(self.domain, [placed], self.name).power(-1.0).blocks[0].block
 
     def _mapped(
         self, map_block: Callable[[Placed, float], Block], shifts: Sequence[float], name: str

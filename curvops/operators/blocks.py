@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from curvops.operators.eigen import eigh
+from curvops.operators.eigen import check_finite, eigh, within_rounding
 
 
 class Block(ABC):
@@ -103,11 +103,13 @@ class KroneckerBlock(Block):
         if self._eigen is None:
             left, left_basis = eigh(self.left, label)
             right, right_basis = eigh(self.right, label)
-            self._eigen = EigenBlock(left_basis, right_basis, left.unsqueeze(2) * right.unsqueeze(1))
+            zero = within_rounding(left, left_basis).any() | within_rounding(right, right_basis).any()
+            values = left.unsqueeze(2) * right.unsqueeze(1)
+            self._eigen = EigenBlock(left_basis, right_basis, values, singular=bool(zero))
         return self._eigen
 
     def damped_inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock:
-        """Inverse of (left + √(δπ) I) ⊗ (right + √(δ/π) I), π² the ratio of the factors' mean eigenvalues.
+        """Inverse of (left + π√δ I) ⊗ (right + √δ/π I), π² the ratio of the factors' mean eigenvalues.
 
         Martens & Grosse 2015 (1503.05671), section 6.3.
         """
@@ -149,10 +151,12 @@ class EigenBlock(Block):
         left: Orthonormal columns ``[groups, l, l]``; ``None`` for the identity.
         right: Likewise.
         values: ``[groups, l, r]``.
+        singular: Whether an eigenvalue is known to be zero but for rounding.
     """
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor) -> None:
+    def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor, singular: bool = False) -> None:
         self.left, self.right, self.values = left, right, values
+        self._singular = singular
         self.shape = (values.shape[0], values.shape[1], values.shape[2])
 
     @property
@@ -164,7 +168,17 @@ class EigenBlock(Block):
         return torch.linalg.vector_norm(self.values)
 
     def eigen(self, label: str) -> EigenBlock:
+        check_finite(self.values, label)
         return self
+
+    @property
+    def singular(self) -> bool:
+        """Whether an eigenvalue is zero, or would be but for rounding."""
+        if self.left is None and self.right is None:
+            return not self.values.amin() > 0
+        # in a basis with rounding errors, a zero shows as their square
+        least = torch.finfo(self.dtype).eps ** 1.5 * self.values.amax()
+        return self._singular or not self.values.amin() > least
 
     def with_values(self, values: Tensor) -> EigenBlock:
         """The same eigenvectors with other eigenvalues."""
@@ -233,8 +247,6 @@ def _diagonal(factor: Tensor) -> Tensor:
 
 def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor:
     """Inverse of a factor plus a multiple of the identity for each group."""
-    if factor.ndim == 2:
-        return 1.0 / (factor + shift[:, None])
     values, vectors = eigh(factor, label)
-    assert vectors is not None
-    return (vectors / (values + shift[:, None]).unsqueeze(1)) @ vectors.mT
+    damped = values + shift[:, None]
+    return 1.0 / damped if vectors is None else (vectors / damped.unsqueeze(1)) @ vectors.mT

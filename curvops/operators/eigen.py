@@ -17,15 +17,11 @@ def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: If the factor is not finite, or indefinite beyond rounding.
     """
-    if not torch.isfinite(factor).all():
-        raise ValueError(
-            f"{label}: the factor has entries that are not finite. Likely causes: a diverged model, a loss of infinite "
-            "value, or overflow in half precision. Check op.risk.gradient(), or compute in float32."
-        )
+    check_finite(factor, label)
     if factor.ndim == 2:
         values, vectors = factor, None
     else:
-        values, vectors = _decompose(factor)
+        values, vectors = _decompose(factor, label)
     lowest, highest = values.amin(), values.abs().amax()
     if lowest < -(torch.finfo(values.dtype).eps ** 0.5) * highest:
         raise ValueError(
@@ -35,10 +31,41 @@ def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
     return values.clamp(min=0), vectors
 
 
-def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
+def check_finite(factor: Tensor, label: str) -> None:
+    """Refuse a factor with infinite entries, or with such that are no numbers.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if not torch.isfinite(factor).all():
+        raise ValueError(
+            f"{label}: the factor has entries that are not finite. Likely causes: a diverged model, a loss of infinite "
+            "value, or overflow in half precision. Check op.risk.gradient(), or compute in float32."
+        )
+
+
+def within_rounding(values: Tensor, vectors: Tensor | None) -> Tensor:
+    """Which eigenvalues ``[groups, n]`` of a psd factor are zero but for rounding."""
+    if vectors is None:
+        return values == 0
+    n = values.shape[1]
+    return values <= torch.finfo(values.dtype).eps * n**0.5 * values.amax(1, keepdim=True)
+
+
+def _decompose(factor: Tensor, label: str) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(factor)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         # single precision may fail to converge where double does not
-        values, vectors = (t.to(factor.dtype) for t in torch.linalg.eigh(factor.double()))
+        try:
+            values, vectors = (t.to(factor.dtype) for t in torch.linalg.eigh(factor.double()))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{label}: the eigendecomposition of a factor of side {factor.shape[-1]} failed in double precision too "
+                f"({reason}). Likely causes: entries near overflow, or many equal eigenvalues; scale the loss, or pass "
+                f"rule=BlockRule(largest_factor={factor.shape[-1] - 1})."
+            ) from error
     return values, vectors

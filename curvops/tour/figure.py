@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from curvops.tour.files import replace_atomically
+from curvops.files import replace_atomically
 from curvops.tour.layout import arrange
 from curvops.tour.panels import Groups, Transform, edges_of, grid_of, named_matrices, side_of, transformed
 from curvops.tour.style import Style, figure_style

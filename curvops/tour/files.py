@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-_KEY = "curvops"
-_FORMAT = 1
+from curvops.files import read_tensors, write_tensors
+
+_FORMAT = "curvature matrices"
 
 
 @dataclass(frozen=True)
@@ -61,25 +55,19 @@ def save_matrices(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_matrices(Path(folder) / "m.safetensors", {"Hessian": torch.eye(2)}, groups={"1": 2})
         ...     load_matrices(path).groups
         {'1': 2}
     """
     about = {
-        "format": _FORMAT,
         "titles": list(matrices),
         "parameters": {name: list(shape) for name, shape in (parameters or {}).items()},
         "groups": dict(groups or {}),
         "settings": dict(settings or {}),
-        "versions": _versions(),
     }
-    # clones, because the format refuses tensors that share memory
-    tensors = {
-        title: matrix.detach().cpu().clone(memory_format=torch.contiguous_format) for title, matrix in matrices.items()
-    }
-    content = save(tensors, metadata={_KEY: json.dumps(about)})
-    replace_atomically(path, lambda partial: partial.write_bytes(content))
+    write_tensors(Path(path), matrices, about, _FORMAT)
     return Path(path)
 
 
@@ -90,50 +78,11 @@ def load_matrices(path: str | Path) -> MatrixFile:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, is not a safetensors file, or holds something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"'{path}' is not a file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            names = set(file.keys())
-            if about is None or about.get("format") != _FORMAT or set(about["titles"]) != names:
-                raise ValueError(
-                    f"'{path}' is a safetensors file, but not one of curvature matrices (format {_FORMAT})."
-                )
-            matrices = {title: file.get_tensor(title) for title in about["titles"]}
-    except SafetensorError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"'{path}' is truncated or not a safetensors file ({reason}).") from None
+    tensors, about = read_tensors(Path(path), _FORMAT)
     return MatrixFile(
-        matrices,
+        {title: tensors[title] for title in about["titles"]},
         {name: tuple(shape) for name, shape in about["parameters"].items()},
         about["groups"],
         about["settings"],
         about["versions"],
     )
-
-
-def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in the place of `path` in one step.
-
-    Whatever stops `write`, the file that was at `path` before stays as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("curvops", "torch", "numpy", "matplotlib"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

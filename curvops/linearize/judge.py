@@ -70,7 +70,7 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
         value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
-        verdict = compare(GradientLinearization(value, leaves, space).hvp(v), slopes)
+        verdict = compare(GradientLinearization(value, leaves, space).product(v), slopes)
         if verdict.wrong:
             _warn("Hessian", verdict, lambda: risk.forward(leaves, batch.X))
     return verdict
@@ -191,6 +191,6 @@ def _is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
     try:
         leaves = _moved(inputs, space, v, 0.0)
-        return compare(GradientLinearization(scalar(leaves), leaves, space).hvp(v), slopes).wrong
+        return compare(GradientLinearization(scalar(leaves), leaves, space).product(v), slopes).wrong
     except (RuntimeError, TypeError, ValueError):
         return False  # cannot be differentiated on its own, so nothing is said of it

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from curvops.linearize.judge import judge_jacobian
 from curvops.linearize.per_datum import pulled_rows, term_cotangents
-from curvops.linearize.reference import OutputLinearization
+from curvops.linearize.reference import OutputLinearization, OutputProduct
 from curvops.losses import Factor, Noise, OutputCurvature
 from curvops.operators.risk_operator import RiskOperator
 from curvops.risk.data import Batch
@@ -36,12 +36,11 @@ class OutputFactorOperator(RiskOperator):
         factor = self._factor(curvature, start)
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
-    def _add_product(self, batch: Batch, columns: Tensor, total: Tensor) -> None:
+    def _linearize(self, batch: Batch) -> OutputProduct:
         leaves = self.risk.model.leaves()
         jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
-        output_product = self._output_product(self.risk.output_curvature(jacobian.z.detach(), batch), batch.start)
-        for k, column in enumerate(columns.unbind(1)):
-            total[:, k] += jacobian.vjp(output_product(jacobian.jvp(column)))
+        curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
+        return OutputProduct(jacobian, self._output_product(curvature, batch.start))
 
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
         params = {name: p.detach() for name, p in self.risk.model.params.items()}
@@ -54,6 +53,7 @@ class OutputFactorOperator(RiskOperator):
             raise ValueError("more outputs than three times the parameters, so columns are cheaper")
         cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
         for rows in pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget()):
+            rows = rows.to(total.dtype)
             total.addmm_(rows.T, rows)
 
 

@@ -31,12 +31,10 @@ class HessianLinearOperator(RiskOperator):
     def _judge(self) -> None:
         judge_hessian(self.risk)
 
-    def _add_product(self, batch: Batch, columns: Tensor, total: Tensor) -> None:
+    def _linearize(self, batch: Batch) -> GradientLinearization:
         leaves = self.risk.model.leaves()
         value = self.risk.output_curvature(self.risk.forward(leaves, batch.X), batch).value()
-        linearization = GradientLinearization(value, leaves, self.domain)
-        for k, column in enumerate(columns.unbind(1)):
-            total[:, k] += linearization.hvp(column)
+        return GradientLinearization(value, leaves, self.domain)
 
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
         def value(params: dict[str, Tensor]) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from curvops.linearize.certify import Account, certified, relative_difference
+from curvops.linearize.columns import Columns
+from curvops.linearize.keep import KeptLinearizations
+from curvops.linearize.reference import BatchProduct
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
 from curvops.risk.data import Batch
@@ -34,7 +37,8 @@ class RiskOperator(LinearOperator):
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
-        memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
+        memory_budget: Bytes that intermediate results and kept graphs may take; a quarter of the free memory if not
+            given, and 0 to keep nothing.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -68,6 +72,8 @@ class RiskOperator(LinearOperator):
         super().__init__(self.risk.space, symmetric=True, psd=self._is_psd())
         self.memory_budget = memory_budget
         self.account = Account()
+        self._kept = KeptLinearizations(self.risk, self._linearize, self._budget)
+        self._columns = Columns(self.account)
         if check_deterministic:
             check(self.risk)
             self._judge()
@@ -86,15 +92,15 @@ class RiskOperator(LinearOperator):
     def _apply(self, columns: Tensor) -> Tensor:
         c = self.risk.constant
         total = torch.zeros_like(columns)
-        with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
-            for batch in batches:
-                self._add_product(batch, columns, total)
-        self.account.note("products", "reference", "reverse over reverse")
-        return c * total
+        with self.risk.evaluation(), closing(self._kept.each(self.name)) as products:
+            for product in products:
+                total += self._columns.apply(product, columns)
+        self.account.note("products", "reverse over reverse", str(self._kept))
+        return total.mul_(c)
 
     @abstractmethod
-    def _add_product(self, batch: Batch, columns: Tensor, total: Tensor) -> None:
-        """Add one batch's product, without the constant c, to ``total``, both ``[D, K]``."""
+    def _linearize(self, batch: Batch) -> BatchProduct:
+        """One batch's products, without the constant c."""
 
     @abstractmethod
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
@@ -114,11 +120,11 @@ class RiskOperator(LinearOperator):
 
     def _fast_dense(self) -> Tensor:
         c = self.risk.constant
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
         with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
             for batch in batches:
                 self._add_dense(batch, total)
-        return total.mul_(c)
+        return total.mul_(c).to(self.dtype)
 
     def _budget(self) -> int:
         return budget(self.device, self.memory_budget)

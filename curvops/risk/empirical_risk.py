@@ -65,6 +65,10 @@ class EmpiricalRisk:
         self.num_data = num_data
         self._autocast = Autocast(self.space.device)
 
+    def token(self) -> object:
+        """Changes whenever the parameters, buffers, modes or the autocast state have changed."""
+        return self.model.token(), self._autocast.enabled, self._autocast.dtype
+
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """The context of every computation: differentiable, certified operations, nothing of the caller's changed."""
@@ -110,7 +114,7 @@ class EmpiricalRisk:
                         z = self.forward(self.model.params, batch.X)
                 count += self.loss.count(batch.y, batch.size, z)
                 size += batch.size
-        self._check_size(size)
+        self.check_size(size)
         return 1.0 if self.loss.reduction == "sum" else self.from_count(count)
 
     @staticmethod
@@ -140,15 +144,15 @@ class EmpiricalRisk:
     def value_and_gradient(self, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
         """The risk, a scalar, and its gradient, a flat vector ``[D]`` (``None`` if not asked for)."""
         c = self.constant
-        value = torch.zeros((), dtype=self.space.dtype, device=self.space.device)
-        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device) if gradient else None
+        value = torch.zeros((), dtype=self.space.sum_dtype, device=self.space.device)
+        total = torch.zeros(self.space.dim, dtype=value.dtype, device=value.device) if gradient else None
         with self.evaluation(), closing(self.batches("Risk")) as batches:
             for batch in batches:
                 part, slope = self.batch_value_and_gradient(batch, gradient)
                 value += part
                 if total is not None and slope is not None:
                     total += slope
-        return c * value, None if total is None else c * total
+        return (c * value).to(self.space.dtype), None if total is None else (c * total).to(self.space.dtype)
 
     def batch_value_and_gradient(self, batch: Batch, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
         """The sum of a batch's loss terms, and its gradient as a flat vector, without the constant c."""
@@ -166,7 +170,12 @@ class EmpiricalRisk:
             raise ValueError(f"{context}: expected one vector, got {columns.shape[1]} columns.")
         return columns.squeeze(1)
 
-    def _check_size(self, size: int) -> None:
+    def check_size(self, size: int) -> None:
+        """Compare the number of data with what the user said.
+
+        Raises:
+            ValueError: If they differ.
+        """
         if self.num_data is not None and size != self.num_data:
             raise ValueError(
                 f"num_data: expected {self.num_data} data, the loader yields {size}. Leave num_data out, or correct it."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
+from torch.nn.utils import get_total_norm
 
 from curvops.space import TensorSpace, describe
 
@@ -54,9 +55,41 @@ class Model:
         """Submodules in train mode."""
         return [] if self.module is None else [m for m in self.module.modules() if m.training]
 
+    def token(self) -> object:
+        """Changes whenever parameters, buffers, modes or plain attributes have changed, also by way of ``p.data``."""
+        modules = [m for root in self._roots() for m in root.modules()]
+        tensors = list(self.params.values())
+        settings: list[object] = []
+        for module in modules:
+            for name, value in vars(module).items():
+                if isinstance(value, (bool, int, float, str)):
+                    settings.append((name, value))
+                elif isinstance(value, Tensor):
+                    tensors.append(value)
+            tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        norm = get_total_norm([t.detach() for t in tensors if t.is_floating_point()])
+        return places, settings, float(norm)
+
+    def _roots(self) -> list[Module]:
+        """The module, or the modules that a function refers to."""
+        if self.module is not None:
+            return [self.module]
+        held: list[object] = [
+            self.function,
+            getattr(self.function, "__self__", None),
+            getattr(self.function, "func", None),
+        ]
+        held += getattr(self.function, "args", ())
+        for cell in getattr(self.function, "__closure__", None) or ():
+            held.append(cell.cell_contents)
+        names = getattr(getattr(self.function, "__code__", None), "co_names", ())
+        held += [getattr(self.function, "__globals__", {}).get(name) for name in names]
+        return [value for value in held if isinstance(value, Module)]
+
     def leaves(self) -> dict[str, Tensor]:
         """Fresh leaves of the autograd graph that share the parameters' memory."""
-        return {name: p.detach().requires_grad_() for name, p in self.params.items()}
+        return {name: _plain(p).requires_grad_() for name, p in self.params.items()}
 
     def __call__(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """Output of the model at the given parameters.
@@ -76,7 +109,7 @@ class Model:
         given = {self._names[name]: tensor for name, tensor in params.items()}
         # in another precision (the judge's double), constants and buffers follow the parameters
         dtype = None if next(iter(params.values())).dtype == self._first_dtype else torch.float64
-        constants = {n: p.detach() for n, p in self.module.named_parameters() if id(p) not in self._mine}
+        constants = {n: _plain(p) for n, p in self.module.named_parameters() if id(p) not in self._mine}
         buffers = {n: b.clone() for n, b in self.module.named_buffers()}
         others = {n: floating_to(t, dtype) for n, t in {**constants, **buffers}.items()}
         return functional_call(self.module, {**others, **given}, (X,))
@@ -121,6 +154,11 @@ def _not_a_tensor(output: Any) -> str:
         "        def forward(self, X):\n"
         f"            return self.model(X){part}"
     )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, and as a normal one if it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def floating_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

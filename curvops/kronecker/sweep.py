@@ -80,6 +80,9 @@ class FirstBatch:
     row_bytes: int
 
 
+FEW = 4  # data that certificates look at where a batch can be cut
+
+
 class Demoted(Exception):
     """A later batch refuted what was certified on the first; the routes have changed."""
 
@@ -242,7 +245,9 @@ class Sweep:
                 tape.layouts = list(self._layouts)
                 return
         names = list(self.risk.space.names)
-        failed = self._failures(tape, curvature, names)
+        failed = self._failures_on_few(batch, tape, names)
+        if failed is None:
+            failed = self._failures(tape, curvature, names)
         # layouts of a batch with one datum say nothing of others
         self._signature, self._layouts = (signature, list(tape.layouts)) if batch.size > 1 else (None, [])
         if not self.routes:
@@ -254,6 +259,23 @@ class Sweep:
             fresh = self._find_routes(batch, tape, {name: failed[name] for name in broken})
             self.routes.update({name: fresh[name] for name in broken})
             raise Demoted
+
+    def _failures_on_few(self, batch: Batch, tape: Tape, names: list[str]) -> dict[str, str] | None:
+        """Certify on the first data of a batch, which costs less; ``None`` where that says nothing of the batch."""
+        tensors = tensors_of((batch.X, batch.y))
+        if batch.size <= FEW or tape.data_dependent or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors):
+            return None
+        X, y = (select(part, batch.size, slice(0, FEW)) for part in (batch.X, batch.y))
+        small = record(self.risk, X, FEW)
+        if small.signature() != tape.signature():
+            return None
+        curvature = self.risk.output_curvature(small.z.detach(), Batch(X, y, FEW, batch.start))
+        failed = self._failures(small, curvature, names)
+        shapes = [lead(use) for use in tape.uses]
+        if not all(lay is None or lay.fits(s, batch.size) for lay, s in zip(small.layouts, shapes, strict=True)):
+            return None
+        tape.layouts = list(small.layouts)
+        return failed
 
     def _failures(self, tape: Tape, curvature: OutputCurvature, names: list[str]) -> dict[str, str]:
         if tape.units > 1 and curvature.terms_per_datum is None:

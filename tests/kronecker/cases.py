@@ -1,0 +1,139 @@
+"""Small problems in double precision, and matrices that are known without this library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvops import (
+    EKFACLinearOperator,
+    GGNDiagonalLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+)
+
+KINDS = {
+    "kfac": KFACLinearOperator,
+    "ekfac": EKFACLinearOperator,
+    "kfoc": KFOCLinearOperator,
+    "diagonal": GGNDiagonalLinearOperator,
+}
+FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
+APPROXIMATIONS = ("expand", "reduce")
+
+
+class Net(nn.Module):
+    """Modules and a function of them and the input."""
+
+    def __init__(self, forward: Callable[[Any, Any], Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, X: Any) -> Tensor:
+        return self._forward(self, X)
+
+
+def params(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def real(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 5) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().double()
+
+
+def mlp() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+    return model, nn.CrossEntropyLoss(), real(6, 3), integers(3, 6)
+
+
+def cnn() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 2, groups=2, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 2)
+        )
+
+    return seeded(make), nn.MSELoss(), real(6, 2, 3, 3), real(6, 2)
+
+
+def tokens() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """A language model in small: embedding, norm, a layer over positions; two loss terms a datum."""
+
+    def make() -> nn.Module:
+        return Net(
+            lambda net, X: net.head(torch.tanh(net.hidden(net.norm(net.embedding(X))))).movedim(-1, 1),
+            embedding=nn.Embedding(5, 3),
+            norm=nn.LayerNorm(3),
+            hidden=nn.Linear(3, 4),
+            head=nn.Linear(4, 3),
+        )
+
+    y = integers(3, 6, 2, seed=3)
+    y[1, 0] = -100
+    return seeded(make), nn.CrossEntropyLoss(), integers(5, 6, 2), y
+
+
+def tied() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """An embedding that is the head as well, and a layer that is used twice."""
+
+    def make() -> nn.Module:
+        net = Net(
+            lambda net, X: net.head(torch.tanh(net.twice(torch.tanh(net.twice(net.embedding(X)))))).movedim(-1, 1),
+            embedding=nn.Embedding(5, 3),
+            twice=nn.Linear(3, 3),
+            head=nn.Linear(3, 5, bias=False),
+        )
+        net.head.weight = net.embedding.weight
+        return net
+
+    return seeded(make), nn.CrossEntropyLoss(reduction="sum"), integers(5, 6, 2), integers(5, 6, 2, seed=1)
+
+
+PROBLEMS = {"mlp": mlp, "cnn": cnn, "tokens": tokens, "tied": tied}
+
+
+def build(kind: str, problem: tuple[nn.Module, Any, Any, Any], *sizes: int, **options: Any) -> Any:
+    """An operator of a kind on a problem, its data in batches of some sizes."""
+    model, loss, X, y = problem
+    data = list(zip(X.split(sizes), y.split(sizes), strict=True)) if sizes else [(X, y)]
+    options.setdefault("fisher_type", "type-2")
+    return KINDS[kind](model, loss, params(model), data, **options)
+
+
+def dense_ggn(problem: tuple[nn.Module, Any, Any, Any]) -> Tensor:
+    """Jᵀ (∇² ℓ) J, all of it dense and by PyTorch alone."""
+    model, loss, X, y = problem
+    z = model(X)
+    rows = [torch.autograd.grad(entry, list(params(model).values()), retain_graph=True) for entry in z.flatten()]
+    J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    curvature = torch.autograd.functional.hessian(lambda flat: loss(flat.view(z.shape), y), z.detach().flatten())
+    return J.T @ curvature @ J
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal up to a tolerance relative to the largest entry."""
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * (scale or 1.0))
+
+
+def masked(matrix: Tensor, op: Any) -> Tensor:
+    """The matrix with zeros outside of the operator's blocks."""
+    result = torch.zeros_like(matrix)
+    for placed in op.blocks:
+        for where in placed.positions.view(placed.block.shape[0], -1):  # one block a group
+            result[where[:, None], where] = matrix[where[:, None], where]
+    return result

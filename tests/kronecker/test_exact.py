@@ -1,0 +1,141 @@
+"""Where theory says that a block is exact, it is; where it says that one form is nearer than another, it is."""
+
+import pytest
+import torch
+from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, dense_ggn, integers, masked, real, seeded
+from torch import nn
+
+from curvops import EFLinearOperator
+
+
+def _net(layer, features, inputs=None):
+    def make():
+        inner = layer()
+        take = inputs if inputs is not None else lambda net, X: net.layer(X)
+        return Net(
+            lambda net, X: net.head(torch.tanh(take(net, X).flatten(1))), layer=inner, head=nn.Linear(features, 3)
+        )
+
+    return seeded(make)
+
+
+LAYERS = {
+    "linear": (lambda: _net(lambda: nn.Linear(3, 4), 4), lambda n: real(n, 3)),
+    "conv1d": (lambda: _net(lambda: nn.Conv1d(2, 3, 3), 3), lambda n: real(n, 2, 3)),
+    "conv2d": (lambda: _net(lambda: nn.Conv2d(2, 3, 2, dilation=2), 3), lambda n: real(n, 2, 3, 3)),
+    "conv3d": (lambda: _net(lambda: nn.Conv3d(1, 2, 2), 2), lambda n: real(n, 1, 2, 2, 2)),
+    "grouped": (lambda: _net(lambda: nn.Conv2d(4, 6, 2, groups=2), 6), lambda n: real(n, 4, 2, 2)),
+    "depthwise": (lambda: _net(lambda: nn.Conv1d(3, 3, 2, groups=3), 3), lambda n: real(n, 3, 2)),
+    "transposed": (lambda: _net(lambda: nn.ConvTranspose2d(3, 2, 2), 8), lambda n: real(n, 3, 1, 1)),
+    "transposed grouped": (lambda: _net(lambda: nn.ConvTranspose1d(4, 2, 2, groups=2), 4), lambda n: real(n, 4, 1)),
+    "embedding": (lambda: _net(lambda: nn.Embedding(5, 3), 3), lambda n: integers(5, n)),
+    "bilinear": (
+        lambda: _net(lambda: nn.Bilinear(2, 3, 4), 4, lambda net, X: net.layer(X[:, :2], X[:, 2:])),
+        lambda n: real(n, 5),
+    ),
+}
+LOSSES = {
+    "ce": lambda: (nn.CrossEntropyLoss(), torch.tensor([1])),
+    "mse": lambda: (nn.MSELoss(), real(1, 3, seed=1)),
+    "bce": lambda: (nn.BCEWithLogitsLoss(reduction="sum"), torch.rand(1, 3, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_datum_and_one_position_give_the_ggn_block(layer, loss, approximation, separate):
+    make, inputs = LAYERS[layer]
+    function, y = LOSSES[loss]()
+    problem = make(), function, inputs(1), y
+    ggn = dense_ggn(problem)
+    for kind in ("kfac", "ekfac", "kfoc"):
+        op = build(kind, problem, kfac_approx=approximation, separate_weight_and_bias=separate)
+        for placed in op.blocks:
+            groups = placed.block.shape[0]
+            if "transposed" in layer and placed.names == ("layer.bias",):
+                continue  # its position is each entry of the map, not each entry of the input
+            for k, where in enumerate(placed.positions.view(groups, -1)):
+                size = len(where)
+                block = placed.block.dense()[k * size : (k + 1) * size, k * size : (k + 1) * size]
+                torch.testing.assert_close(
+                    block, ggn[where[:, None], where], rtol=0, atol=1e-8 * float(ggn.abs().max())
+                )
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("first", ["linear", "embedding", "conv"])
+def test_deep_linear_networks_with_mse(first, reduction, separate):
+    """The Jacobian at the output of each layer is the same for all data, so that expand is exact."""
+    layers = {
+        "linear": (lambda: nn.Linear(3, 4), real(7, 3)),
+        "embedding": (lambda: nn.Embedding(5, 4), integers(5, 7)),
+        "conv": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten()), real(7, 2, 3)),
+    }
+    make, X = layers[first]
+    model = seeded(lambda: nn.Sequential(make(), nn.Linear(4, 3), nn.Linear(3, 2)))
+    problem = model, nn.MSELoss(reduction=reduction), X, real(7, 2, seed=1)
+    for kind in ("kfac", "ekfac", "kfoc"):
+        op = build(kind, problem, 3, 4, separate_weight_and_bias=separate)
+        close(op.to_dense(), masked(dense_ggn(problem), op), 1e-8)
+
+
+def _distances(op, matrix):
+    return [
+        float((placed.block.dense() - matrix[placed.positions[:, None], placed.positions]).norm())
+        for placed in op.blocks
+    ]
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tokens", "tied"])
+def test_corrected_and_nearest_forms_are_nearer_than_kfac(name, separate, approximation, fisher_type):
+    problem = PROBLEMS[name]()
+    model, loss, X, y = problem
+    options = {"kfac_approx": approximation, "separate_weight_and_bias": separate, "fisher_type": fisher_type}
+    kfac, ekfac, kfoc = (build(kind, problem, **options) for kind in ("kfac", "ekfac", "kfoc"))
+    if fisher_type == "type-2":
+        matrix = dense_ggn(problem)
+    else:
+        matrix = EFLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)]).to_dense()
+    matrix = masked(matrix, kfac)
+    scale = float(matrix.norm())
+    for names, far, near, nearest in zip(
+        [p.names for p in kfac.blocks],
+        *(_distances(op, matrix) for op in (kfac, ekfac, kfoc)),
+        strict=True,
+    ):
+        assert near <= far + 1e-12 * scale, names
+        assert nearest <= far + 1e-12 * scale, names
+    close(ekfac.trace(), matrix.trace())
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tokens"])
+def test_the_nearest_product_is_the_one_of_the_singular_value_decomposition(name, separate, approximation):
+    problem = PROBLEMS[name]()
+    kfoc = build("kfoc", problem, kfac_approx=approximation, separate_weight_and_bias=separate)
+    ggn, looked_at = dense_ggn(problem), 0
+    for placed in kfoc.blocks:
+        groups, left, right = placed.block.shape
+        one_hot = placed.names == ("embedding.weight",)  # its left factor is a diagonal by construction
+        if right == 1 or one_hot:
+            continue
+        for k, where in enumerate(placed.positions.view(groups, -1)):
+            block = ggn[where[:, None], where]
+            # Van Loan & Pitsianis: rows are the entries of the left factor, columns those of the right one
+            rearranged = block.view(left, right, left, right).permute(0, 2, 1, 3).reshape(left**2, right**2)
+            u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
+            best = torch.kron((u[:, 0] * s[0]).view(left, left), v[0].view(right, right))
+            size = len(where)
+            found = placed.block.dense()[k * size : (k + 1) * size, k * size : (k + 1) * size]
+            distances = (found - block).norm(), (best - block).norm()
+            torch.testing.assert_close(*distances, rtol=1e-8, atol=1e-10 * float(block.norm()))
+            close(found, best, 1e-6)
+            looked_at += 1
+    assert looked_at >= 2

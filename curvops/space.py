@@ -76,11 +76,16 @@ class TensorSpace:
         """Names of the tensors, in order."""
         return list(self.shapes)
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Precision for sums over many batches: at least single."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, TensorSpace)
             and list(self.shapes.items()) == list(other.shapes.items())
-            and self.dtype == other.dtype
+            and self.dtypes == other.dtypes
             and self.device == other.device
         )
 
@@ -107,7 +112,7 @@ class TensorSpace:
         parts = flat.split(self.sizes)
         trailing = flat.shape[1:]
         named = zip(parts, self.shapes.values(), self.dtypes.values(), strict=True)
-        return [part.reshape(*shape, *trailing).to(dtype) for part, shape, dtype in named]
+        return [part.reshape((*shape, *trailing)).to(dtype) for part, shape, dtype in named]
 
     def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Flat vector ``[D]`` of tensors in order; ``None`` stands for zeros."""

@@ -16,11 +16,12 @@ def preserved_random_state(data: object = None) -> Iterator[None]:
     """Put back the global random state (PyTorch's on all devices, NumPy's, Python's) on the way out.
 
     Args:
-        data: A data loader, whose own generator is put back as well if it has one.
+        data: A data loader, whose own generators (its and its sampler's) are put back as well.
     """
-    own = getattr(data, "generator", None)
-    generator = own if isinstance(own, torch.Generator) else None
-    before = None if generator is None else generator.get_state()
+    sampler = getattr(data, "sampler", None)
+    owners = (data, sampler, getattr(getattr(data, "batch_sampler", None), "sampler", None))
+    own = [getattr(owner, "generator", None) for owner in owners]
+    generators = [(g, g.get_state()) for g in own if isinstance(g, torch.Generator)]
     numpy: Any = sys.modules.get("numpy.random")
     numpy_state = None if numpy is None else numpy.get_state()
     python_state = random.getstate()
@@ -32,8 +33,8 @@ def preserved_random_state(data: object = None) -> Iterator[None]:
             random.setstate(python_state)
             if numpy is not None:
                 numpy.set_state(numpy_state)
-            if generator is not None and before is not None:
-                generator.set_state(before)
+            for generator, state in generators:
+                generator.set_state(state)
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class AutodiffLoss(OutputLoss):
 
     def __init__(self, loss: ScalarLoss, reduction: str, averaging: str) -> None:
         self.reduction = reduction
+        self.psd = is_convex(loss)
         self.needs_output_to_count = loss.switchable and reduction == "mean"
         self._loss = loss
         self._averaging = averaging

@@ -19,6 +19,7 @@ class OutputLoss(ABC):
     Attributes:
         reduction: "mean" or "sum", over the whole data set.
         needs_output_to_count: Whether `count` needs the model's output.
+        psd: Whether the output Hessian is positive semi-definite by construction.
 
     Example:
         >>> import torch
@@ -35,6 +36,7 @@ class OutputLoss(ABC):
 
     reduction: str
     needs_output_to_count: bool = False
+    psd: bool = False
 
     @abstractmethod
     def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:

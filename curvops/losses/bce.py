@@ -27,6 +27,8 @@ class BinaryCrossEntropyLoss(OutputLoss):
         ValueError: If a weight is negative.
     """
 
+    psd = True
+
     def __init__(self, reduction: str, weight: Tensor | None, pos_weight: Tensor | None) -> None:
         self.reduction = reduction
         self._weight = _checked("weight", weight)

@@ -31,6 +31,8 @@ class CrossEntropyLoss(OutputLoss):
     ignore_index: int = -100
     label_smoothing: float = 0.0
 
+    psd = True
+
     def __post_init__(self) -> None:
         """Check the options."""
         if self.weight is not None and bool((self.weight < 0).any()):

@@ -16,6 +16,8 @@ class SquaredErrorLoss(OutputLoss):
         reduction: "mean" or "sum".
     """
 
+    psd = True
+
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction
 

@@ -52,6 +52,7 @@ class Data:
                 f"data: expected an iterable of batches (X, y), got a {type(batches).__name__}. Pass [(X, y)]."
             )
         self.batches = batches
+        self._seen = False
         self.device = device
         self.batch_size_fn = batch_size_fn
 
@@ -75,8 +76,14 @@ class Data:
             if size > 0:
                 yield Batch(X, y, size, start)
             start += size
+        if start == 0 and self._seen:
+            raise TypeError(
+                "data: a second pass yields nothing, so the loader can be walked only once; curvature needs several "
+                "passes. Pass a list of its batches or a DataLoader."
+            )
         if start == 0:
             raise ValueError("data: the loader is empty. Pass at least one batch (X, y) with one datum.")
+        self._seen = True
 
     def batch_size(self, X: Any) -> int:
         """Number of data of an input.
@@ -95,7 +102,8 @@ class Data:
         )
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        tensor = tensor.to(self.device, non_blocking=True)
+        return tensor.clone() if tensor.is_inference() else tensor  # autograd keeps no inference tensors
 
 
 def _kind(item: Any) -> str:

@@ -32,6 +32,7 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
     # one random state around both passes: putting it back in between would make dropout look deterministic
     with risk.evaluation():
         first, second = _walk(risk), _walk(risk)
+    risk.check_size(sum(int(prints[0]) for prints in first.fingerprints))
     if first.fingerprints != second.fingerprints:
         raise RuntimeError(_loader_message(first, second))
     tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
@@ -58,7 +59,8 @@ def _fingerprint(batch: Batch) -> tuple[float, ...]:
     """Numbers that change with the values of a batch and with their order."""
     prints = []
     for tensor in tensors_of((batch.X, batch.y)):
-        flat = tensor.detach().flatten().to(torch.float64)
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        flat = real.detach().flatten().to(torch.float64)
         ramp = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
         prints.append(float((flat.nan_to_num() * torch.cos(ramp)).sum()))
     return (batch.size, *prints)

@@ -1,0 +1,294 @@
+"""What every linear operator of this package must satisfy, whatever it computes.
+
+A new operator is registered in `OPERATORS` (or handed to the checks directly) and passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+
+from curvops import (
+    EFLinearOperator,
+    EKFACLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+    LinearOperator,
+)
+
+Make = Callable[..., LinearOperator]
+RISK: dict[str, Make] = {
+    "hessian": HessianLinearOperator,
+    "ggn": GGNLinearOperator,
+    "mc fisher": lambda *a, **k: GGNLinearOperator(*a, mc_samples=2, seed=3, **k),
+    "ef": EFLinearOperator,
+}
+
+
+def kronecker(cls: Any, kind: str, approximation: str, separate: bool) -> Make:
+    def make(*args: Any, **options: Any) -> LinearOperator:
+        return cls(
+            *args,
+            fisher_type=kind,
+            kfac_approx=approximation,
+            separate_weight_and_bias=separate,
+            **({"mc_samples": 2} if kind == "mc" else {}),
+            **options,
+        )
+
+    return make
+
+
+KRONECKER: dict[str, Make] = {
+    f"{name} {kind} {approximation} {'separate' if separate else 'joint'}": kronecker(
+        cls, kind, approximation, separate
+    )
+    for name, cls in (("kfac", KFACLinearOperator), ("ekfac", EKFACLinearOperator))
+    for kind in ("type-2", "mc", "empirical", "forward-only")
+    for approximation in ("expand", "reduce")
+    for separate in (True, False)
+    if (name, kind) != ("ekfac", "forward-only")  # there are no eigenvalues to correct
+}
+KRONECKER |= {
+    f"{name} {kind}": kronecker(cls, kind, "expand", True)
+    for name, cls in (("kfoc", KFOCLinearOperator), ("diagonal", GGNDiagonalLinearOperator))
+    for kind in ("type-2", "mc", "empirical")
+}
+
+ALGEBRA: dict[str, Make] = {
+    "sum": lambda *a, **k: HessianLinearOperator(*a, **k) + EFLinearOperator(*a, **k),
+    "difference": lambda *a, **k: HessianLinearOperator(*a, **k) - 0.3 * GGNLinearOperator(*a, **k),
+    "scaled": lambda *a, **k: -(GGNLinearOperator(*a, **k) / 3) * 2.0,
+    "product": lambda *a, **k: GGNLinearOperator(*a, **k) @ HessianLinearOperator(*a, **k),
+    "adjoint": lambda *a, **k: (KFACLinearOperator(*a, **k) @ (2 * EFLinearOperator(*a, **k))).T,
+}
+
+OPERATORS: dict[str, Make] = {**RISK, **KRONECKER, **ALGEBRA}
+# one of each kind and option, where all combinations would take long
+SOME = [
+    *RISK,
+    *ALGEBRA,
+    "kfac type-2 expand separate",
+    "kfac mc reduce joint",
+    "kfac empirical expand joint",
+    "kfac forward-only expand separate",
+    "ekfac type-2 expand joint",
+    "ekfac mc expand separate",
+    "ekfac empirical expand separate",
+    "kfoc type-2",
+    "diagonal type-2",
+]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal up to a tolerance relative to the largest entry."""
+    scale = b.abs().max().item() if b.numel() else 1.0
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * (scale or 1.0))
+
+
+def draws(dim: int, columns: int | None = None, seed: int = 0) -> Tensor:
+    shape = (dim,) if columns is None else (dim, columns)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def check_shape(op: LinearOperator) -> None:
+    assert op.shape == (op.codomain.dim, op.domain.dim)
+    assert op.dtype == op.domain.dtype and op.device == op.domain.device
+    assert f"{op.shape[0]} × {op.shape[1]}" in repr(op) and op.name in repr(op)
+    if op.psd:
+        assert op.symmetric
+
+
+def check_dense(op: LinearOperator) -> Tensor:
+    """`to_dense` is all columns at once, and one by one."""
+    dense = op.to_dense()
+    assert dense.shape == op.shape and dense.dtype == op.dtype and not dense.requires_grad
+    assert torch.isfinite(dense).all()
+    eye = torch.eye(op.shape[1], dtype=op.dtype)
+    columns = op @ eye
+    close(dense, columns, 1e-9)
+    few = range(0, op.shape[1], max(1, op.shape[1] // 5))
+    close(torch.stack([op @ eye[k] for k in few], 1), columns[:, list(few)])
+    return columns
+
+
+def check_linear(op: LinearOperator, dense: Tensor) -> None:
+    a, b = draws(op.shape[1], seed=1), draws(op.shape[1], seed=2)
+    close(op @ (2 * a - 3 * b), 2 * (op @ a) - 3 * (op @ b))
+    close(op @ a, dense @ a)
+    assert not (op @ torch.zeros_like(a)).any()
+
+
+def check_adjoint(op: LinearOperator, dense: Tensor) -> None:
+    u, v = draws(op.shape[0], seed=3), draws(op.shape[1], seed=4)
+    close(u @ (op @ v), (op.T @ u) @ v)
+    close(op.T @ u, dense.T @ u)
+    close(op.H.T @ v, op @ v)
+    assert op.adjoint().shape == (op.shape[1], op.shape[0])
+    if op.symmetric:
+        assert op.T is op
+        close(dense, dense.T)
+    if op.psd:
+        smallest, largest = torch.linalg.eigvalsh((dense + dense.T) / 2)[[0, -1]]
+        assert smallest >= -1e-12 * largest
+
+
+def check_left(op: LinearOperator, dense: Tensor) -> None:
+    u = draws(op.shape[0], 2, seed=5)
+    close(u[:, 0] @ op, u[:, 0] @ dense)
+    close(u.T @ op, u.T @ dense)
+    close(torch.cat([t.flatten() for t in op.codomain.split(u[:, 0]) @ op]), u[:, 0] @ dense)
+
+
+def check_formats(op: LinearOperator, dense: Tensor) -> None:
+    """The answer comes in the format of the question."""
+    for columns in (None, 2, 0):
+        v = draws(op.shape[1], columns)
+        expected, trailing = dense @ v, () if columns is None else (columns,)
+        assert (op @ v).shape == expected.shape
+        close(op @ v, expected)
+        tensors = op.domain.split(v)
+        for given in (tensors, tuple(tensors), dict(zip(op.domain.names, tensors, strict=True))):
+            found = op @ given
+            assert type(found) is type(given)
+            parts = list(found.values()) if isinstance(found, dict) else list(found)
+            assert [tuple(t.shape) for t in parts] == [(*s, *trailing) for s in op.codomain.shapes.values()]
+            sizes = [s.numel() for s in op.codomain.shapes.values()]
+            close(torch.cat([t.reshape(n, *trailing) for t, n in zip(parts, sizes, strict=True)]), expected)
+    shuffled = dict(reversed(list(zip(op.domain.names, op.domain.split(draws(op.shape[1])), strict=True))))
+    found = op @ shuffled
+    assert list(found) == op.codomain.names
+    close(torch.cat([t.flatten() for t in found.values()]), dense @ draws(op.shape[1]))
+
+
+def check_any_memory(op: LinearOperator, dense: Tensor) -> None:
+    """Strided, differentiable and inference vectors, which stay as they are; results own their memory."""
+    v = draws(op.shape[1], 3)
+    strided = draws(op.shape[1], 6)[:, ::2]
+    close(op @ strided, dense @ strided)
+    close(op @ v.T.contiguous().T, dense @ v)
+    close(op @ v[:, :1].expand(-1, 2), dense @ v[:, :1].expand(-1, 2))
+    leaf, before = v.clone().requires_grad_(), v.clone()
+    found = op @ leaf
+    assert not found.requires_grad and leaf.grad is None
+    found.add_(1.0)
+    assert torch.equal(leaf, before)
+    close(op @ v, dense @ v)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = op @ v.clone()
+        close(found, dense @ v)
+        assert not found.is_inference()
+
+
+def check_errors(op: LinearOperator) -> None:
+    dim, tensors = op.shape[1], op.domain.split(draws(op.shape[1]))
+    v, named = draws(dim), dict(zip(op.domain.names, tensors, strict=True))
+    wrong: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, f"expected {dim} rows", draws(dim + 1)),
+        (ValueError, "one or two axes", v.reshape(1, 1, -1)),
+        (ValueError, "one or two axes", v[0]),
+        (TypeError, r"got torch\.float32", v.float()),
+        (TypeError, r"got torch\.int64", v.long()),
+        (ValueError, "on meta", v.to("meta")),
+        (TypeError, "got ndarray", v.numpy()),
+        (TypeError, "got int", (3.5).__int__()),
+        (ValueError, f"expected {len(tensors)} tensors", [*tensors, tensors[0]]),
+        (ValueError, "unknown: 'more'", {**named, "more": v}),
+        (ValueError, "missing: ", {"more": v}),
+        (TypeError, "expected a tensor for", [None] * len(tensors)),
+        (ValueError, "expected shape", [t[..., None, None] for t in tensors]),
+        (TypeError, r"got torch\.float32", [t.float() for t in tensors]),
+    ]
+    for error, message, vector in wrong:
+        with pytest.raises(error, match=message) as caught:
+            op @ vector
+        assert f"'{op.name} @ v'" in str(caught.value)
+
+
+def check_scipy(op: LinearOperator, dense: Tensor) -> None:
+    from scipy.sparse.linalg import eigsh
+
+    v = draws(op.shape[1], 2).numpy()
+    for dtype, tolerance in ((None, 1e-10), (np.float32, 1e-5)):
+        view = op.to_scipy(dtype)
+        assert view.shape == op.shape and view.dtype == (dtype or np.float64)
+        for found, expected in (
+            (view @ v[:, 0], dense.numpy() @ v[:, 0]),
+            (view @ v, dense.numpy() @ v),
+            (view.H @ v[:, 0], dense.numpy().T @ v[:, 0]),
+        ):
+            assert found.dtype == view.dtype and found.shape == expected.shape
+            scale = np.abs(expected).max() or 1.0
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+    if op.symmetric:
+        largest = eigsh(op.to_scipy(), k=1, which="LM", v0=v[:, 0], return_eigenvectors=False)
+        expected = torch.linalg.eigvalsh(dense).abs().max().item()
+        assert abs(abs(largest[0]) - expected) <= 1e-8 * expected
+
+
+class Untouched:
+    """A context that compares what is the caller's before and after."""
+
+    def __init__(self, model: torch.nn.Module, data: Iterable[Any] = ()) -> None:
+        self.model, self.data = model, data
+
+    def __enter__(self) -> None:
+        self.before = self._look()
+
+    def __exit__(self, *_: object) -> None:
+        for name, was, now in zip(
+            *zip(*self.before, strict=True), list(zip(*self._look(), strict=True))[1], strict=True
+        ):
+            same = torch.equal(was, now) if isinstance(was, Tensor) and isinstance(now, Tensor) else was == now
+            assert same, f"{name} changed from {was} to {now}"
+
+    def _look(self) -> list[tuple[str, Any]]:
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        tensors = [*named, *((f"datum {k}", t) for k, t in enumerate(_tensors(self.data)))]
+        return [
+            ("names", [name for name, _ in tensors]),
+            ("identity", [(id(t), t._version, t.requires_grad, t.device, t.dtype) for _, t in tensors]),
+            *((name, t.detach().clone()) for name, t in tensors),
+            *((f"{name}.grad", None if t.grad is None else t.grad.clone()) for name, t in named),
+            ("modes", [m.training for m in self.model.modules()]),
+            ("hooks", [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.model.modules()]),
+            ("torch's random state", torch.get_rng_state()),
+            ("NumPy's random state", str(np.random.get_state())),  # noqa: NPY002 — the global one is what must not move
+            ("Python's random state", random.getstate()),
+            ("autocast", (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))),
+            ("autocast's cache", torch.is_autocast_cache_enabled()),
+            ("gradient modes", (torch.is_grad_enabled(), torch.is_inference_mode_enabled())),
+            ("function modes", len(_get_current_function_mode_stack())),
+            ("attention", torch.backends.cuda.flash_sdp_enabled()),
+            ("cuDNN", torch.backends.cudnn.enabled),
+            ("default dtype", torch.get_default_dtype()),
+        ]
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    return itertools.chain.from_iterable(map(_tensors, tree)) if isinstance(tree, Iterable) else []
+
+
+def conforms(op: LinearOperator) -> None:
+    """All checks that need nothing but the operator."""
+    check_shape(op)
+    dense = check_dense(op)
+    for check in (check_linear, check_adjoint, check_left, check_formats, check_any_memory, check_scipy):
+        check(op, dense)
+    check_errors(op)

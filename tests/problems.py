@@ -1,0 +1,255 @@
+"""Small problems in double precision: models, losses and data that every operator must handle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+N = 6
+
+
+@dataclass
+class Problem:
+    """A model, a loss and one batch of all data; `args` cuts it into batches."""
+
+    model: nn.Module
+    loss: Any
+    X: Any
+    y: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def dim(self) -> int:
+        return sum(p.numel() for p in self.params.values())
+
+    def data(self, *sizes: int) -> list[tuple[Any, Any]]:
+        """The data in batches of some sizes, by default in one."""
+        if not sizes:
+            return [(self.X, self.y)]
+        if isinstance(self.X, dict):
+            columns = [t.split(sizes) for t in self.X.values()]
+            Xs: Iterable[Any] = [dict(zip(self.X, parts, strict=True)) for parts in zip(*columns, strict=True)]
+        else:
+            Xs = self.X.split(sizes)
+        return list(zip(Xs, self.y.split(sizes), strict=True))
+
+    def args(self, *sizes: int) -> tuple[Any, ...]:
+        return self.model, self.loss, self.params, self.data(*sizes)
+
+    def risk(self, values: dict[str, Tensor]) -> Tensor:
+        """PyTorch's loss on all data, as a function of the parameters."""
+        return self.loss(torch.func.functional_call(self.model, values, (self.X,)), self.y)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {}
+LOSSES: dict[str, Callable[[], Problem]] = {}
+
+
+def seeded(register: dict[str, Callable[[], Problem]]) -> Callable[[Callable[[], Any]], Callable[[], Problem]]:
+    """Register a problem under its function's name; it is the same each time."""
+
+    def decorate(make: Callable[[], Any]) -> Callable[[], Problem]:
+        def build() -> Problem:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                model, loss, X, y, *options = make()
+            return Problem(model.double(), loss, X, y, *options)
+
+        register[make.__name__] = build
+        return build
+
+    return decorate
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@seeded(PROBLEMS)
+def mlp():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), real(N, 3), torch.randint(3, (N,))
+
+
+@seeded(PROBLEMS)
+def cnn():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.SiLU(), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(2, 2))
+    return model, nn.CrossEntropyLoss(reduction="sum"), real(N, 2, 4, 4), torch.randint(2, (N,))
+
+
+class Tokens(nn.Module):
+    """A transformer block over tokens, with positions, that gives logits `[N, C, T]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 3)
+        self.positions = nn.Parameter(torch.randn(2, 3))
+        self.block = nn.TransformerEncoderLayer(3, 1, 2, dropout=0.0, batch_first=True, activation="gelu")
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, X: dict[str, Tensor]) -> Tensor:
+        hidden = self.embedding(X["ids"]) * X["mask"][..., None] + self.positions
+        return self.head(self.block(hidden)).movedim(-1, 1)
+
+
+@seeded(PROBLEMS)
+def transformer():
+    X = {"ids": torch.randint(3, (N, 2)), "mask": torch.rand(N, 2, dtype=torch.float64)}
+    y = torch.randint(2, (N, 2))
+    y[1, 1] = y[4, 0] = -100
+    return Tokens(), nn.CrossEntropyLoss(), X, y
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 2, batch_first=True)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+@seeded(PROBLEMS)
+def lstm():
+    return Recurrent(), nn.MSELoss(), real(N, 3, 2), real(N, 3, 2)
+
+
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.layer = nn.LayerNorm(4)
+        self.group = nn.GroupNorm(1, 4)
+        self.batch = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.first(x)).sigmoid()
+        return self.last(self.batch(x) + self.group(x))
+
+
+@seeded(PROBLEMS)
+def norms():
+    return Norms().eval(), nn.BCEWithLogitsLoss(), real(N, 3), torch.rand(N, 2, dtype=torch.float64)
+
+
+class Odd(nn.Module):
+    """Tied, frozen, unused, scalar, reused and free parameters, and a weight under a parametrization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.unused = nn.Parameter(torch.randn(2))
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+        self.free = nn.Parameter(torch.randn(3))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+        self.head = nn.Linear(3, 3, bias=False)
+        self.head.weight = self.tied.weight
+        self.register_buffer("shift", torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.frozen(self.tied(x)) * self.temperature + self.shift)
+        x = torch.tanh(self.tied(x) + self.free)
+        return self.normed(self.head(x))
+
+
+@seeded(PROBLEMS)
+def odd():
+    return Odd(), nn.HuberLoss(delta=0.7), real(N, 3), real(N, 2)
+
+
+def with_loss(loss: Any, y: Tensor, outputs: int = 3, **options: Any) -> tuple[Any, ...]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, outputs))
+    return model, loss, real(len(y), 3), y, options
+
+
+WEIGHT = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
+
+
+def labels() -> Tensor:
+    return torch.tensor([0, 2, 1, 2, 0, 2])
+
+
+def some_ignored() -> Tensor:
+    return torch.tensor([0, 7, 1, 2, 7, 2])
+
+
+def probabilities() -> Tensor:
+    return torch.rand(N, 3, dtype=torch.float64).softmax(1)
+
+
+for _reduction in ("mean", "sum"):
+    for _name, _make in {
+        "ce": lambda r: (nn.CrossEntropyLoss(reduction=r), labels()),
+        "ce_weights": lambda r: (nn.CrossEntropyLoss(WEIGHT, reduction=r), labels()),
+        "ce_smoothing": lambda r: (nn.CrossEntropyLoss(label_smoothing=0.2, reduction=r), labels()),
+        "ce_ignored": lambda r: (nn.CrossEntropyLoss(ignore_index=7, reduction=r), some_ignored()),
+        "ce_all": lambda r: (nn.CrossEntropyLoss(WEIGHT, None, 7, None, r, 0.2), some_ignored()),
+        "ce_soft": lambda r: (nn.CrossEntropyLoss(reduction=r), probabilities()),
+        "ce_soft_all": lambda r: (nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1, reduction=r), probabilities()),
+        "bce": lambda r: (nn.BCEWithLogitsLoss(reduction=r), probabilities()),
+        "bce_weight": lambda r: (nn.BCEWithLogitsLoss(WEIGHT, reduction=r), probabilities()),
+        "bce_pos_weight": lambda r: (nn.BCEWithLogitsLoss(pos_weight=WEIGHT, reduction=r), probabilities()),
+        "mse": lambda r: (nn.MSELoss(reduction=r), real(N, 3)),
+        "huber": lambda r: (nn.HuberLoss(reduction=r, delta=0.5), real(N, 3)),
+        "margin": lambda r: (nn.MultiMarginLoss(2, weight=WEIGHT, reduction=r), labels()),
+    }.items():
+
+        def _build(make: Any = _make, reduction: str = _reduction) -> tuple[Any, ...]:
+            return with_loss(*make(reduction))
+
+        _build.__name__ = f"{_name}_{_reduction}"
+        seeded(LOSSES)(_build)
+
+
+def _quartic(z: Tensor, y: Tensor) -> Tensor:
+    return (z - y).pow(4).sum()
+
+
+@seeded(LOSSES)
+def function_sum():
+    return with_loss(_quartic, real(N, 3), reduction="sum")
+
+
+@seeded(LOSSES)
+def one_axis_mse():
+    model, loss, X, y, options = with_loss(nn.MSELoss(), real(N), 1)
+    return nn.Sequential(model, nn.Flatten(0)), loss, X, y, options
+
+
+@seeded(LOSSES)
+def positions_mean():
+    X, y = real(N, 2, 3), torch.randint(2, (N, 2))
+    y[0, 0] = y[3, 1] = -100
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2), Movedim())
+    return model, nn.CrossEntropyLoss(WEIGHT[:2], label_smoothing=0.1), X, y
+
+
+class Movedim(nn.Module):
+    """Classes from the last axis to axis 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1)
+
+
+class Interrupting:
+    """A loader that raises in the middle of a pass while an error is set."""
+
+    def __init__(self, batches: list[tuple[Any, Any]]) -> None:
+        self.batches, self.error = batches, None
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for k, batch in enumerate(self.batches):
+            if k and self.error is not None:
+                raise self.error
+            yield batch

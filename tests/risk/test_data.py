@@ -1,0 +1,268 @@
+"""Loaders: what is walked, moved and measured, and what is refused with a reason."""
+
+from collections import UserDict, namedtuple
+
+import numpy as np
+import pytest
+import torch
+from conformance import Untouched, close, draws
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+
+from curvops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+
+OPERATORS = [HessianLinearOperator, GGNLinearOperator, KFACLinearOperator]
+X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+LOSS = nn.CrossEntropyLoss()
+
+
+@pytest.fixture
+def model():
+    return nn.Linear(3, 2).double()
+
+
+def op(model, data, cls=HessianLinearOperator, **options):
+    return cls(model, LOSS, dict(model.named_parameters()), data, **options)
+
+
+@pytest.fixture
+def expected(model):
+    return op(model, [(X, Y)]).to_dense()
+
+
+class Once:
+    """An iterable that is not an iterator, and still can be walked only once."""
+
+    def __init__(self, batches):
+        self.iterator = iter(batches)
+
+    def __iter__(self):
+        return self.iterator
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+@pytest.mark.parametrize(
+    "data,error,message",
+    [
+        (lambda: (batch for batch in [(X, Y)]), TypeError, "generator, which can be walked only once"),
+        (lambda: iter([(X, Y)]), TypeError, "list_iterator, which can be walked only once"),
+        (lambda: zip([X], [Y], strict=True), TypeError, "zip, which can be walked only once"),
+        (lambda: Once([(X, Y)]), TypeError, "a second pass yields nothing"),
+        (list, ValueError, "the loader is empty"),
+        (lambda: [(X[:0], Y[:0])], ValueError, "the loader is empty"),
+        (lambda: 3, TypeError, "expected an iterable of batches"),
+        (lambda: {"x": X}, TypeError, "got a dict"),
+        (lambda: X, TypeError, "got a Tensor"),
+        (lambda: [X], TypeError, r"expected batches \(X, y\), got a tensor of shape \(6, 3\)"),
+        (lambda: [(X, Y, Y)], TypeError, "got a tuple of 3"),
+        (lambda: [{"x": X, "y": Y}], TypeError, r"a dict with keys \['x', 'y'\]"),
+        (lambda: DataLoader(TensorDataset(X, Y), 2, shuffle=True), RuntimeError, "The loader shuffles"),
+        (lambda: DataLoader(TensorDataset(X, Y), 6, shuffle=True), RuntimeError, "The loader shuffles"),
+        (
+            lambda: DataLoader(TensorDataset(X, Y), 2, shuffle=True, generator=torch.Generator().manual_seed(0)),
+            RuntimeError,
+            "The loader shuffles",
+        ),
+        (lambda: DataLoader(Augmented(), 2), RuntimeError, "changes the data at each pass"),
+    ],
+)
+def test_refused(model, cls, data, error, message):
+    loader = data()
+    with Untouched(model), pytest.raises(error, match=message):
+        op(model, loader, cls)
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return X[index] + torch.randn(3), Y[index]
+
+
+class NumPyAugmented(Augmented):
+    def __getitem__(self, index):
+        return X[index] + np.random.rand(), Y[index]  # noqa: NPY002 — the global one is what data sets use
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from zip(X, Y, strict=True)
+
+
+def test_augmentation_by_numpy_is_seen_too(model):
+    with Untouched(model), pytest.raises(RuntimeError, match="changes the data at each pass"):
+        op(model, DataLoader(NumPyAugmented(), 2))
+
+
+def test_without_the_check_the_random_state_is_still_the_callers(model):
+    data = DataLoader(Augmented(), 2)
+    with Untouched(model):
+        op(model, data, check_deterministic=False) @ draws(8)
+
+
+@pytest.mark.parametrize("num_data,right", [(6, True), (5, False)])
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_num_data_is_compared(model, cls, num_data, right):
+    data = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+    if right:
+        op(model, data, cls, num_data=num_data).to_dense()
+        return
+    with pytest.raises(ValueError, match="expected 5 data, the loader yields 6"):
+        op(model, data, cls, num_data=num_data)
+    with pytest.raises(ValueError, match="expected 5 data, the loader yields 6"):
+        op(model, data, cls, num_data=num_data, check_deterministic=False) @ draws(8)
+
+
+LOADERS = {
+    "list": lambda: [(X[:4], Y[:4]), (X[4:], Y[4:])],
+    "tuple of lists": lambda: ([X[:4], Y[:4]], [X[4:], Y[4:]]),
+    "an empty batch in between": lambda: [(X[:4], Y[:4]), (X[:0], Y[:0]), (X[4:], Y[4:])],
+    "loader": lambda: DataLoader(TensorDataset(X, Y), 4),
+    "loader with its own generator": lambda: DataLoader(TensorDataset(X, Y), 4, generator=torch.Generator()),
+    "workers": lambda: DataLoader(TensorDataset(X, Y), 4, num_workers=2, multiprocessing_context="fork"),
+    "stream": lambda: DataLoader(Stream(), 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("progressbar", [False, True])
+def test_any_loader(model, expected, name, progressbar, capsys):
+    data = LOADERS[name]()
+    generator = getattr(data, "generator", None)
+    before = None if generator is None else generator.get_state()
+    with Untouched(model):
+        hessian = op(model, data, progressbar=progressbar)
+        close(hessian @ torch.eye(8).double(), expected)
+    assert generator is None or torch.equal(generator.get_state(), before)
+    assert ("HessianLinearOperator" in capsys.readouterr().err) == progressbar
+
+
+def test_a_sampler_with_its_own_generator_is_put_back(model):
+    generator = torch.Generator().manual_seed(0)
+    data = DataLoader(TensorDataset(X, Y), 6, sampler=RandomSampler(X, generator=generator))
+    before = generator.get_state()
+    op(model, data, check_deterministic=False) @ draws(8)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_progress_bars_name_the_work(model, capsys):
+    kfac = op(model, [(X, Y)], KFACLinearOperator, progressbar=True)
+    assert "Determinism check" in capsys.readouterr().err
+    kfac @ draws(8)
+    assert "KFACLinearOperator" in capsys.readouterr().err
+    kfac.risk.value()
+    assert "Risk" in capsys.readouterr().err
+
+
+class Encoding(UserDict):
+    """What a tokenizer gives: its own `.to` would change the caller's."""
+
+    def __init__(self, data=None, encoding=None):
+        super().__init__(data or {})
+
+    def convert_to_tensors(self):
+        raise AssertionError("not to be called")
+
+    def to(self, device):
+        raise AssertionError("not to be called")
+
+
+Pair = namedtuple("Pair", ["a", "b"])
+
+
+class Adds(nn.Module):
+    """Adds whatever tensors an input holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+
+    def forward(self, inputs):
+        if isinstance(inputs, (dict, UserDict)):
+            assert not isinstance(inputs, dict) or inputs.get("note", "kept") == "kept"
+            inputs = (inputs["a"], inputs["b"])
+        a, b = inputs
+        return self.linear(a + b)
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a, b: (a, b),
+        lambda a, b: [a, b],
+        lambda a, b: Pair(a, b),
+        lambda a, b: {"a": a, "b": b},
+        lambda a, b: {"a": a, "b": b, "note": "kept"},
+        lambda a, b: UserDict({"a": a, "b": b}),
+        lambda a, b: Encoding({"a": a, "b": b}),
+    ],
+)
+def test_inputs_of_several_tensors(cls, make):
+    model, B = Adds(), draws(6, 3, seed=1)
+    inputs = [make(X[:4], B[:4]), make(X[4:], B[4:])]
+    items = [dict(part) if hasattr(part, "items") else tuple(part) for part in inputs]
+    found = op(model, list(zip(inputs, Y.split([4, 2]), strict=True)), cls).to_dense()
+    after = [dict(part) if hasattr(part, "items") else tuple(part) for part in inputs]
+    assert [[id(t) for t in (p.values() if isinstance(p, dict) else p)] for p in items] == [
+        [id(t) for t in (p.values() if isinstance(p, dict) else p)] for p in after
+    ]
+    params = {"weight": model.linear.weight, "bias": model.linear.bias}
+    close(found, cls(model.linear, LOSS, params, [(X + B, Y)]).to_dense())
+
+
+class Graph(nn.Module):
+    """Data along no axis that can be seen: a pair of edges and nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+
+    def forward(self, graph):
+        nodes, edges = graph
+        return self.linear(nodes).index_add(0, edges[0], self.linear(nodes)[edges[1]])[:4]
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+def test_batch_size_fn(cls):
+    model, graph = Graph(), (X, torch.tensor([[0, 1], [2, 3]]))
+    with pytest.raises(ValueError, match="batch_size_fn"):
+        op(model, [(graph, Y[:4])], cls)
+    found = op(model, [(graph, Y[:4])], cls, batch_size_fn=lambda _: 4)
+    close(found.to_dense(), found @ torch.eye(8).double())
+    with pytest.raises(ValueError, match=r"cannot see the number of data of X \(int"):
+        op(model, [(3, Y[:4])], cls)
+
+
+def test_one_number_and_no_axis_is_no_batch(model):
+    with pytest.raises(ValueError, match="cannot see the number of data"):
+        op(model, [((X, torch.tensor(2.0)), Y)])
+
+
+def test_wrong_targets(model):
+    with pytest.raises(ValueError, match="MSELoss"):
+        EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X, draws(6, 3))]).value()
+
+
+def test_data_made_in_inference_mode(model, expected):
+    with torch.inference_mode():
+        data = [(X.clone(), Y.clone())]
+        inside = op(model, data) @ torch.eye(8).double()
+    close(inside, expected)
+    for cls in OPERATORS:
+        close(op(model, data, cls).to_dense(), op(model, [(X, Y)], cls).to_dense())
+
+
+def test_half_precision_sums_over_many_batches_in_single():
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    risk = nn.MSELoss(reduction="sum"), dict(model.named_parameters()), [(one, one * 3)] * 600
+    hessian = HessianLinearOperator(model, *risk)
+    # 1200 is no number of bfloat16 sums by one, which stop at 256
+    assert abs(hessian.to_dense().item() / 1200 - 1) < 0.01
+    assert abs((hessian @ one[0]).item() / 1200 - 1) < 0.01
+    value = hessian.risk.value()
+    expected = 600 * (model.weight.item() - 3) ** 2
+    assert value.dtype == torch.bfloat16 and abs(value.item() / expected - 1) < 0.02

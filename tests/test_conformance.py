@@ -1,0 +1,127 @@
+"""Every operator on every problem passes the conformance suite."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conformance import KRONECKER, OPERATORS, RISK, SOME, Untouched, close, conforms, draws
+from problems import LOSSES, PROBLEMS, Interrupting, N
+
+CUTS = [(N,), (1, 3, 2), (1,) * N]
+
+
+def make(name, problem, *sizes, **options):
+    return OPERATORS[name](*problem.args(*sizes), **problem.options, **options)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("operator", SOME)
+def test_conformance(operator, problem):
+    p = PROBLEMS[problem]()
+    conforms(make(operator, p, 2, 4))
+
+
+@pytest.mark.parametrize("operator", [name for name in KRONECKER if name not in SOME])
+def test_all_kronecker_options_conform(operator):
+    conforms(make(operator, PROBLEMS["mlp"](), 2, 4))
+
+
+# each operator sees the losses that differ most, and one of each kind sees all
+FEW_LOSSES = ["ce_all_mean", "ce_soft_all_sum", "bce_pos_weight_mean", "mse_sum", "huber_mean", "positions_mean"]
+PAIRS = [
+    (operator, loss) for loss in LOSSES for operator in [*RISK, *KRONECKER] if operator in SOME or loss in FEW_LOSSES
+]
+
+
+@pytest.mark.parametrize("operator,loss", PAIRS)
+def test_batches_do_not_matter(operator, loss):
+    p = LOSSES[loss]()
+    one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
+    v = draws(p.dim, 2)
+    for op in others:
+        close(op @ v, one @ v)
+    close(others[0].to_dense(), one.to_dense())
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("operator", SOME)
+def test_batches_do_not_matter_for_any_model(operator, problem):
+    p = PROBLEMS[problem]()
+    one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
+    v = draws(p.dim, 2)
+    for op in others:
+        close(op @ v, one @ v, 1e-9)
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS, "train"])
+@pytest.mark.parametrize("operator", SOME)
+def test_the_caller_is_untouched(operator, problem):
+    p = PROBLEMS["norms" if problem == "train" else problem]()
+    if problem == "train":
+        p.model.train()  # batch norm updates its statistics, were it allowed to
+    for parameter in p.params.values():
+        parameter.grad = torch.ones_like(parameter)
+    data = p.data(2, 4)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 — the global one is what must not move
+    with Untouched(p.model, data):
+        op = OPERATORS[operator](p.model, p.loss, p.params, data, **p.options)
+        op @ draws(p.dim)
+        op.to_dense()
+    with Untouched(p.model, data), torch.autocast("cpu", torch.bfloat16, enabled=False), torch.no_grad():
+        op @ draws(p.dim, 2)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()])
+@pytest.mark.parametrize("operator", SOME)
+def test_a_failure_in_the_middle_leaves_nothing_behind(operator, error):
+    p = PROBLEMS["mlp"]()
+    loader = Interrupting(p.data(2, 2, 2))
+    op = OPERATORS[operator](p.model, p.loss, p.params, loader)
+    v = draws(p.dim)
+    with Untouched(p.model, loader.batches):
+        loader.error = error
+        for _ in range(2):
+            with pytest.raises(type(error)):
+                op @ v
+        loader.error = None
+    close(op @ v, make(operator, p, 2, 2, 2) @ v)
+    loader.error = error
+    if operator in RISK:
+        with Untouched(p.model, loader.batches), pytest.raises(type(error)):
+            op @ v
+        loader.error = None
+        close(op.to_dense(), make(operator, p, 2, 2, 2).to_dense())
+
+
+@pytest.mark.parametrize("operator", SOME)
+def test_a_failure_in_the_model_leaves_nothing_behind(operator):
+    p = PROBLEMS["mlp"]()
+    op = make(operator, p, 2, 4)
+    fail = p.model[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("out of range")))
+    with Untouched(p.model), pytest.raises(ValueError, match="out of range"):
+        op @ draws(p.dim)
+    fail.remove()
+    close(op @ draws(p.dim), make(operator, p, 2, 4) @ draws(p.dim))
+
+
+@pytest.mark.parametrize("operator", SOME)
+def test_callers_without_gradients(operator):
+    p = PROBLEMS["mlp"]()
+    expected = make(operator, p, 2, 4) @ draws(p.dim)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            close(make(operator, p, 2, 4) @ draws(p.dim), expected)
+            assert not make(operator, p, 2, 4).to_dense().is_inference()
+
+
+@pytest.mark.parametrize(
+    "operator", ["hessian", "ggn", "ef", "kfac type-2 expand separate", "ekfac mc expand separate"]
+)
+def test_batch_norm_in_train_mode_mixes_data_and_conforms(operator):
+    p = PROBLEMS["norms"]()
+    p.model.train()
+    conforms(make(operator, p))

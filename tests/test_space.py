@@ -1,0 +1,108 @@
+"""TensorSpace: formats, columns, slices and what it refuses."""
+
+import pytest
+import torch
+
+from curvops import TensorSpace
+from curvops.space import describe
+
+SHAPES = {"weight": (2, 3), "scale": (), "empty": (0, 4), "bias": (2,)}
+
+
+@pytest.fixture
+def space():
+    return TensorSpace({name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()})
+
+
+def test_layout(space):
+    assert space.dim == 9 and space.names == list(SHAPES) and space.dtype == torch.float64
+    assert [space.slice(name) for name in SHAPES] == [slice(0, 6), slice(6, 7), slice(7, 7), slice(7, 9)]
+    with pytest.raises(KeyError, match="'other'"):
+        space.slice("other")
+    assert "dim=9" in repr(space) and "'weight'" in repr(space)
+
+
+@pytest.mark.parametrize("columns", [None, 0, 1, 3])
+@pytest.mark.parametrize("kind", ["flat", "list", "tuple", "dict"])
+def test_there_and_back(space, kind, columns):
+    shape = (9,) if columns is None else (9, columns)
+    flat = torch.randn(shape, dtype=torch.float64)
+    tensors = space.split(flat)
+    assert [tuple(t.shape) for t in tensors] == [(*s, *shape[1:]) for s in SHAPES.values()]
+    vector = {"flat": flat, "list": tensors, "tuple": tuple(tensors), "dict": dict(zip(SHAPES, tensors, strict=True))}
+    found, form = space.to_columns(vector[kind], "test")
+    assert torch.equal(found, flat.reshape(9, -1) if columns != 0 else flat)
+    again = space.from_columns(found, form)
+    torch.testing.assert_close(again, vector[kind], rtol=0, atol=0)
+    assert type(again) is type(vector[kind])
+
+
+def test_a_dict_may_be_in_another_order(space):
+    flat = torch.randn(9, dtype=torch.float64)
+    named = dict(reversed(list(zip(SHAPES, space.split(flat), strict=True))))
+    assert torch.equal(space.to_columns(named, "test")[0].squeeze(1), flat)
+
+
+def test_mixed_precisions():
+    space = TensorSpace({"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.float64), "c": torch.zeros(1).bfloat16()})
+    assert space.dtype == torch.float64
+    tensors = [torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(1).bfloat16()]
+    columns, form = space.to_columns(tensors, "test")
+    assert columns.dtype == torch.float64
+    assert [t.dtype for t in space.from_columns(columns, form)] == [t.dtype for t in tensors]
+    with pytest.raises(TypeError, match=r"'b': expected torch\.float64, got torch\.float32"):
+        space.to_columns([torch.ones(2), torch.ones(2), torch.ones(1).bfloat16()], "test")
+    with pytest.raises(TypeError, match=r"expected torch\.float64, got torch\.float32"):
+        space.to_columns(torch.ones(5), "test")
+    both = TensorSpace({"a": torch.zeros(2).half(), "b": torch.zeros(2).bfloat16()})
+    assert both.dtype == torch.float32 and TensorSpace({"a": torch.zeros(1).bfloat16()}).sum_dtype == torch.float32
+
+
+def test_join_takes_none_for_zeros(space):
+    flat = space.join([torch.ones(2, 3), None, None, torch.ones(2)])
+    assert flat.dtype == torch.float64 and flat.tolist() == [1.0] * 6 + [0.0] + [1.0] * 2
+
+
+def test_random_does_not_touch_the_global_state(space):
+    before = torch.get_rng_state()
+    a = space.random(torch.Generator().manual_seed(0), columns=2)
+    assert a.shape == (9, 2) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(a, space.random(torch.Generator().manual_seed(0), columns=2))
+
+
+def test_equality(space):
+    tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    assert space == TensorSpace(tensors) and hash(space) == hash(TensorSpace(tensors))
+    assert space != TensorSpace(dict(reversed(tensors.items()))) and space != 3
+    assert space != TensorSpace({**tensors, "bias": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    "tensors,error,message",
+    [
+        ({}, ValueError, "empty dict"),
+        ([torch.zeros(2)], TypeError, "expected a dict of named tensors, got list"),
+        (
+            {"a": torch.zeros(2), "b": torch.zeros(2).long()},
+            TypeError,
+            "'b': expected a real floating-point tensor, got torch.int64",
+        ),
+        ({"a": torch.zeros(2).to(torch.complex64)}, TypeError, "got torch.complex64"),
+        ({"a": None}, TypeError, "got NoneType"),
+        ({"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}, ValueError, r"one device, got \['cpu', 'meta'\]"),
+    ],
+)
+def test_what_is_no_space(tensors, error, message):
+    with pytest.raises(error, match=message):
+        TensorSpace(tensors)
+
+
+def test_different_columns(space):
+    tensors = space.split(torch.zeros(9, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the same columns"):
+        space.to_columns([tensors[0][..., :1], *tensors[1:]], "test")
+
+
+def test_describe():
+    assert describe(["a", "b"]) == "'a', 'b'"
+    assert describe(list("abcdef")) == "'a', 'b', …, 'f'"

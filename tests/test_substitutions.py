@@ -1,0 +1,236 @@
+"""Each substitution has the original's value, and derivatives that central differences confirm."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.functional import hessian
+
+from curvops.linearize.judge import compare
+from curvops.linearize.reference import GradientLinearization
+from curvops.space import TensorSpace
+from curvops.substitutions import TABLE, substitutions
+
+LABELS = torch.tensor([0, 2, 1, 1])
+BAGS = torch.tensor([[0, 3, 3], [1, 2, 4]])
+FLAT, OFFSETS = torch.tensor([0, 3, 3, 1, 2, 4]), torch.tensor([0, 3, 3, 5])
+RECURRENT = {
+    "lstm": (nn.LSTM, {}),
+    "gru": (nn.GRU, {}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+
+
+def real(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def bag(mode, *inputs, weights=False, **options):
+    """Embedding bags as a function of the table, and of the weights of the samples."""
+    table = real(5, 3)
+    if not weights:
+        return (lambda w: F.embedding_bag(inputs[0], w, *inputs[1:], mode=mode, **options)), (table,)
+    samples = real(*inputs[0].shape, seed=1)
+    return (lambda w, s: F.embedding_bag(inputs[0], w, *inputs[1:], mode=mode, per_sample_weights=s, **options)), (
+        table,
+        samples,
+    )
+
+
+def recurrent(kind, **options):
+    cls, fixed = RECURRENT[kind]
+    layer = cls(2, 2, **fixed, **options).double()
+    names = [name for name, _ in layer.named_parameters()]
+    x = real(3, 2, 2)
+    return (lambda x, *ps: torch.func.functional_call(layer, dict(zip(names, ps, strict=True)), (x,))[0]), (
+        x,
+        *(p.detach() for p in layer.parameters()),
+    )
+
+
+def attention(**options):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
+
+
+CASES = {
+    "hardsigmoid": (F.hardsigmoid, (real(7) * 2,)),
+    "hardsigmoid in place": (lambda x: F.hardsigmoid(x * 2, inplace=True), (real(7),)),
+    **{
+        f"weight norm, dim {dim}": (lambda v, g, dim=dim: torch._weight_norm(v, g, dim), (real(2, 3, 2), g))
+        for dim, g in ((0, real(2, 1, 1)), (2, real(1, 1, 2)), (-1, real(1, 1, 1)[0, 0, 0]))
+    },
+    **{
+        f"norm except {dim}": (lambda v, dim=dim: torch.norm_except_dim(v, 2, dim), (real(2, 3, 2),))
+        for dim in (0, 2, -1)
+    },
+    "batch norm, train": (
+        lambda x, w, b: F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), w, b, True),
+        (real(4, 3), real(3), real(3)),
+    ),
+    "batch norm, eval": (
+        lambda x, w, b: F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), w, b),
+        (real(4, 3, 2), real(3), real(3)),
+    ),
+    **{
+        f"{mode} of bags, {name}": bag(mode, *inputs, **options)
+        for mode in ("sum", "mean", "max")
+        for name, inputs, options in (
+            ("rectangular", (BAGS,), {}),
+            ("offsets", (FLAT, OFFSETS), {}),
+            ("last offset", (FLAT, torch.tensor([0, 2, 2, 6])), {"include_last_offset": True}),
+            ("padding", (FLAT, OFFSETS), {"padding_idx": 3}),
+            ("negative padding", (BAGS,), {"padding_idx": -1}),
+            ("empty", (FLAT[:0], OFFSETS[:1]), {}),
+        )
+    },
+    "weighted bags": bag("sum", BAGS, weights=True),
+    "weighted bags, offsets": bag("sum", FLAT, OFFSETS, weights=True, padding_idx=3),
+    "embedding": (lambda w: F.embedding(BAGS, w), (real(5, 3),)),
+    "embedding, padding": (lambda w: F.embedding(BAGS, w, padding_idx=-2), (real(5, 3),)),
+    **{
+        f"margin loss {p}, {reduction}, {'weight' if weight is not None else 'plain'}": (
+            lambda z, p=p, reduction=reduction, weight=weight: F.multi_margin_loss(
+                z, LABELS, p, 0.8, weight, reduction=reduction
+            ),
+            (real(4, 3),),
+        )
+        for p in (1, 2)
+        for reduction in ("mean", "sum", "none")
+        for weight in (None, torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64))
+    },
+    "margin loss of one datum": (lambda z: F.multi_margin_loss(z, LABELS[1], reduction="none"), (real(3),)),
+    **{kind: recurrent(kind) for kind in RECURRENT},
+    "two bidirectional layers": recurrent("gru", num_layers=2, bidirectional=True),
+    "projected": recurrent("lstm", proj_size=1),
+    "attention": (attention(), (real(2, 3, 2), real(2, 3, 2, seed=1), real(2, 3, 2, seed=2))),
+    "causal attention": (attention(is_causal=True), (real(2, 3, 2), real(2, 3, 2, seed=1), real(2, 3, 2, seed=2))),
+}
+if hasattr(F, "linear_cross_entropy"):
+    CASES |= {
+        f"linear cross-entropy {sorted(options)}": (
+            lambda x, w, b, options=options: F.linear_cross_entropy(x, w, LABELS, linear_bias=b, **options),
+            (real(4, 2), real(3, 2, seed=1), real(3, seed=2)),
+        )
+        for options in ({}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 2}, {"reduction": "none"})
+    }
+if hasattr(F, "grouped_mm"):
+    CASES["grouped product"] = (
+        lambda a, b: F.grouped_mm(a, b, offs=torch.tensor([1, 4], dtype=torch.int32)),
+        (real(4, 2), real(2, 2, 3, seed=1)),
+    )
+# the originals have no kernel, or refuse, in double precision
+WITHOUT_ORIGINAL = {"grouped product"}
+
+
+def scalar(function):
+    """A smooth scalar of what the function gives."""
+
+    def run(*inputs):
+        out = function(*inputs)
+        weights = torch.arange(1, out.numel() + 1, dtype=out.dtype).cos()
+        return ((out.flatten() * weights).tanh()).sum()
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in WITHOUT_ORIGINAL])
+def test_same_value_and_gradient(name):
+    function, inputs = CASES[name]
+
+    def value_and_gradient():
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = function(*leaves)
+        weights = torch.arange(1, out.numel() + 1, dtype=out.dtype).cos().reshape(out.shape)
+        return out.detach(), torch.autograd.grad(out, leaves, weights, allow_unused=True)
+
+    expected = value_and_gradient()
+    with substitutions():
+        found = value_and_gradient()
+    # PyTorch's own slope of hardsigmoid is 1/6 in single precision
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 if "hardsigmoid" in name else 1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivative(name):
+    function, inputs = CASES[name]
+    space = TensorSpace({str(k): t for k, t in enumerate(inputs)})
+    value, flat = scalar(function), torch.cat([t.flatten() for t in inputs])
+    for seed in range(2):
+        v = space.random(torch.Generator().manual_seed(seed))
+
+        def gradient(step, v=v):
+            leaves = [t.requires_grad_() for t in space.split(flat + step * v)]
+            return space.join(torch.autograd.grad(value(*leaves), leaves, allow_unused=True))
+
+        with substitutions():
+            leaves = {str(k): t.clone().requires_grad_() for k, t in enumerate(inputs)}
+            product = GradientLinearization(value(*leaves.values()), leaves, space).hvp(v)
+            verdict = compare(product, gradient)
+        assert verdict.error is not None and verdict.error < 1e-6
+
+
+def test_every_entry_is_tried():
+    tried, seen = set(), set(TABLE)
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            tried.add(func)
+            return func(*args, **(kwargs or {}))
+
+    for name, (function, inputs) in CASES.items():
+        with Watch():
+            if name in WITHOUT_ORIGINAL:
+                with substitutions(), Watch():
+                    function(*inputs)
+            else:
+                function(*inputs)
+    # what torch.compile's own functions call is the same function under another name
+    assert {f.__name__.strip("_") for f in seen} <= {getattr(f, "__name__", "").strip("_") for f in tried}
+
+
+def test_legacy_reduction_of_the_margin_loss():
+    z = real(4, 3)
+    with pytest.warns(UserWarning, match="deprecated"):
+        expected = F.multi_margin_loss(z, LABELS, size_average=False)
+        with substitutions():
+            torch.testing.assert_close(F.multi_margin_loss(z, LABELS, size_average=False), expected)
+
+
+def test_in_place_operations_still_work_in_place():
+    x = real(5)
+    expected = F.hardsigmoid(x.clone())
+    with substitutions():
+        F.hardsigmoid(x, inplace=True)
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("function", [F.embedding, F.embedding_bag])
+def test_a_bound_on_norms_leaves_the_table_alone(function):
+    table = real(5, 3)
+    expected = function(BAGS, table.clone(), max_norm=0.5)
+    with substitutions():
+        leaf = table.clone().requires_grad_()
+        found = function(BAGS, leaf, max_norm=0.5)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(leaf, table) and found.requires_grad
+
+
+def test_batch_norm_in_train_mode_has_its_statistics_untouched():
+    mean, variance = torch.zeros(3), torch.ones(3)
+    with substitutions():
+        F.batch_norm(torch.randn(4, 3), mean, variance, training=True)
+    assert not mean.any() and bool((variance == 1).all())
+
+
+def test_compiled_modules_run_eagerly():
+    layer = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double(), backend="aot_eager")
+    x = real(3, 2)
+    with substitutions():
+        found = hessian(lambda w: layer(x @ w).square().sum(), real(2, 2))
+    assert found.abs().max() > 0
+
+
+def test_the_table_is_off_outside():
+    with pytest.raises(RuntimeError, match="not implemented"):
+        hessian(lambda z: F.multi_margin_loss(z, LABELS, p=2), real(4, 3))

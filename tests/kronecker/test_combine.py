@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kronecker.cases import close, real
 
 from curvops.kronecker.combine import nearest_product
+from kronecker.cases import close, real
 
 
 def psd(groups, size, seed):

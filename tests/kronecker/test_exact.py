@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, dense_ggn, integers, masked, real, seeded
 from torch import nn
 
 from curvops import EFLinearOperator
+from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, dense_ggn, integers, masked, real, seeded
 
 
 def _net(layer, features, inputs=None):

@@ -23,12 +23,16 @@ TABLE: dict[Any, Callable[..., Any]] = {}
 
 
 @contextmanager
-def substitutions() -> Iterator[None]:
-    """A context in which models run with operations that have right second derivatives."""
+def substitutions(mode: TorchFunctionMode | None = None) -> Iterator[None]:
+    """A context in which models run with operations that have right second derivatives.
+
+    Args:
+        mode: A mode that makes the table's replacements itself; `Substitutions` if not given.
+    """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(Substitutions())
+        stack.enter_context(Substitutions() if mode is None else mode)
         stack.enter_context(_without_checkpoints())
         yield
 

@@ -113,8 +113,11 @@ def describe_block(block: Block) -> str:
 
 def uncovered(space: TensorSpace, places: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The parameters with entries at none of the places, and where those entries are."""
+    several = list(places)
+    if sum(len(where) for where in several) == space.dim:
+        return  # blocks do not overlap
     missing = torch.ones(space.dim, dtype=torch.bool, device=space.device)
-    for where in places:
+    for where in several:
         missing[where] = False
     for name in space.names:
         own = space.slice(name)

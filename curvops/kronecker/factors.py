@@ -99,7 +99,19 @@ class Moments:
                 _add_moment(side.inputs, a, self.dtype)
             g = captured.slopes.get(k)
             if g is not None:
-                _add_moment(side.outputs, arranged_outputs(tape, k, role, g), self.dtype)
+                self._add_outputs(side.outputs, captured, k, role, g)
+
+    def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:
+        """Add Σ g gᵀ; a weight and its separate bias share it."""
+        rows = arranged_outputs(captured.tape, k, role, g)
+        if role == "joint" or rows.shape[2] > 1:
+            _add_moment(moment, rows, self.dtype)
+            return
+        found = captured.moments.get((k, moment.ndim))
+        if found is None:
+            found = captured.moments[k, moment.ndim] = torch.zeros_like(moment)
+            _add_moment(found, rows, self.dtype)
+        moment += found
 
     def _reduce(self, group: Group, factors: Factors, captured: Captured) -> None:
         """Rows of a unit are added over its uses before they are squared; inputs are averaged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Captured:
         first: Whether it is the first backward pass of this forward pass.
         route: The units of the forward pass, as in `Route`.
         columns: Number of backward passes of this forward pass.
+        moments: Second moments of output gradients that were computed already, by use and number of axes.
     """
 
     tape: Tape
@@ -59,6 +60,7 @@ class Captured:
     first: bool
     route: str
     columns: int
+    moments: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,7 @@ def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
     """Run the model under the taps."""
     leaves = risk.model.leaves()
     taps = Taps(leaves)
-    with taps:
-        z = risk.forward(leaves, X)
+    z = risk.forward(leaves, X, taps)
     tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units)
     tape.layouts = [ONE_UNIT if units == 1 else None] * len(taps.uses)
     return tape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn import Module
+from torch.overrides import TorchFunctionMode
 
 from curvops.losses import OutputCurvature, output_loss
 from curvops.risk.data import Batch, Data
@@ -71,20 +72,25 @@ class EmpiricalRisk:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """The context of every computation: differentiable, certified operations, nothing of the caller's changed."""
+        """The context of every computation: differentiable, in our own precision, nothing of the caller's changed."""
         ambient, before = Autocast(self.space.device), self._autocast
         with ExitStack() as stack:
             stack.enter_context(preserved_random_state(self.data.batches))
             stack.enter_context(differentiable())
-            stack.enter_context(substitutions())
             stack.enter_context(ambient.off())
             self._autocast = ambient
             stack.callback(setattr, self, "_autocast", before)
             yield
 
-    def forward(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
-        """Output of the model at some parameters, under the caller's autocast state."""
-        with self._autocast.on():
+    def forward(self, params: Mapping[str, Tensor], X: Any, mode: TorchFunctionMode | None = None) -> Tensor:
+        """Output of the model at some parameters, under the caller's autocast state.
+
+        Args:
+            params: The parameters by name.
+            X: Input of a batch.
+            mode: What sees the model's operations; by default what replaces those without right second derivatives.
+        """
+        with self._autocast.on(), substitutions(mode):
             return self.model(params, X)
 
     def output_curvature(self, z: Tensor, batch: Batch) -> OutputCurvature:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from curvops.linearize.reference import GradientLinearization, OutputLinearization
@@ -131,11 +132,7 @@ def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float
 
 def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
     names = suspects(run)
-    where = (
-        f"The operations that are off on their own: {', '.join(names)}."
-        if names
-        else "No single operation could be named."
-    )
+    where = f"The operations to blame: {', '.join(names)}." if names else "No single operation could be named."
     warnings.warn(
         f"{what}: PyTorch's second-order derivative differs from central differences by {verdict.error:.1e} (relative) on "
         f"this model. {where} Replace these operations by plain ones, or expect wrong products.",
@@ -165,10 +162,29 @@ class _Recorder(TorchFunctionMode):
 
 
 def suspects(run: Callable[[], Tensor]) -> list[str]:
-    """Names of the operations of a computation whose own second derivative central differences refute."""
+    """Names of the operations of a computation whose own second derivative central differences refute.
+
+    A function mode does not see the model's own `torch.autograd.Function`s; if there are some and nothing else
+    is refuted, they are what is left.
+    """
     with _Recorder() as recorder:
-        run()
-    return [name for name, call in recorder.calls.items() if _is_wrong(*call)]
+        out = run()
+    return [name for name, call in recorder.calls.items() if _is_wrong(*call)] or _custom_functions(out)
+
+
+def _custom_functions(out: Tensor) -> list[str]:
+    """Names of the `torch.autograd.Function`s in a tensor's graph."""
+    names: set[str] = set()
+    seen, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            names.add(type(node).__name__.removesuffix("Backward"))
+        todo += [following for following, _ in node.next_functions]
+    return sorted(names)
 
 
 def _is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -56,7 +56,7 @@ def _columns(
     slopes: Callable[[dict[str, Tensor]], dict[str, Tensor]], own: dict[str, Tensor], tangents: dict[str, Tensor]
 ) -> Tensor:
     rows = vmap(lambda t: jvp(slopes, (own,), (t,))[1])(tangents)
-    return torch.cat([row.detach().flatten(1) for row in rows.values()], 1)
+    return torch.cat([row.detach().unsqueeze(-1).flatten(1) for row in rows.values()], 1)
 
 
 def _identity(own: dict[str, Tensor], space: TensorSpace) -> list[dict[str, Tensor]]:

@@ -54,7 +54,7 @@ def pulled_rows(
     for start in range(0, size, chunk):
         part = slice(start, start + chunk)
         slopes = vmap(single)([t[part] for t in tensors], cotangents[part])
-        yield torch.cat([s.flatten(2).to(space.dtype) for s in slopes], 2).flatten(0, 1).detach()
+        yield torch.cat([s.unsqueeze(-1).flatten(2).to(space.dtype) for s in slopes], 2).flatten(0, 1).detach()
 
 
 def term_cotangents(outputs: Callable[[Tensor], Tensor], factor: Tensor, size: int) -> Tensor:

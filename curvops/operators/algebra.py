@@ -104,5 +104,5 @@ class AdjointOperator(LinearOperator):
 def as_scalar(value: Any) -> float | None:
     """A number from a Python number or a tensor with one entry, else None."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value)
+        return float(value.detach())
     return float(value) if isinstance(value, Real) else None

@@ -91,12 +91,12 @@ class RiskOperator(LinearOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         c = self.risk.constant
-        total = torch.zeros_like(columns)
+        total = torch.zeros_like(columns, dtype=self.domain.sum_dtype)
         with self.risk.evaluation(), closing(self._kept.each(self.name)) as products:
             for product in products:
                 total += self._columns.apply(product, columns)
         self.account.note("products", "reverse over reverse", str(self._kept))
-        return total.mul_(c)
+        return total.mul_(c).to(self.dtype)
 
     @abstractmethod
     def _linearize(self, batch: Batch) -> BatchProduct:

@@ -134,6 +134,13 @@ def _unwrap(module: Module, params: Mapping[str, Tensor]) -> tuple[Module, dict[
             raise ValueError(
                 f"params[{name!r}]: expected shape {tuple(own[found].shape)} as in the module, got {tuple(tensor.shape)}."
             )
+    first: dict[int, str] = {}
+    for name, found in names.items():
+        if (other := first.setdefault(id(own[found]), name)) != name:
+            raise ValueError(
+                f"params: {other!r} and {name!r} are one parameter of the module {type(module).__name__}. "
+                "Pass it under one name, as dict(model.named_parameters()) does."
+            )
     if unknown:
         raise ValueError(
             f"params: the module {type(module).__name__} has no parameter {describe(unknown)}; "
@@ -158,7 +165,7 @@ def _not_a_tensor(output: Any) -> str:
 
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor without its graph, and as a normal one if it was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 def floating_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,0 +1,145 @@
+"""The judge: wrong second derivatives are told by central differences, and named; at kinks it is silent."""
+
+import warnings
+
+import pytest
+import torch
+from conformance import Untouched, draws
+from torch import nn
+from torch.autograd import Function
+
+from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
+from curvops.linearize import judge
+from curvops.linearize.judge import compare, judge_hessian, judge_jacobian, suspects
+
+X, Y = draws(6, 3), draws(6, 2, seed=1)
+
+
+class Cubed(Function):
+    """x³, whose backward has a wrong derivative: 2x in place of 6x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (x**2 + 2 * x.detach() ** 2)
+
+
+class Doubled(Function):
+    """x², whose gradient is wrong by a factor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g * ctx.saved_tensors[0]
+
+
+class Applies(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def problem(function, X=X):
+    model = nn.Sequential(nn.Linear(3, 2), Applies(function), nn.Linear(2, 2)).double()
+    return model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)]
+
+
+def test_a_wrong_second_derivative_is_told():
+    args = problem(Cubed.apply)
+    with (
+        Untouched(args[0]),
+        pytest.warns(RuntimeWarning, match=r"^Hessian: .*differs from central differences .*Cubed"),
+    ):
+        HessianLinearOperator(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GGNLinearOperator(*args)  # the Jacobian is right
+        HessianLinearOperator(*args, check_deterministic=False)
+
+
+@pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator])
+def test_a_wrong_jacobian_is_told(cls):
+    with pytest.warns(RuntimeWarning, match="^Jacobian: .*Doubled"):
+        cls(*problem(Doubled.apply))
+
+
+def test_an_operation_of_pytorch_is_named(monkeypatch):
+    """The plain weight norm, without its substitution, is silently wrong in PyTorch."""
+    from curvops import substitutions
+
+    monkeypatch.setattr(substitutions, "TABLE", {})
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Tanh()).double()
+    with pytest.warns(RuntimeWarning, match="_weight_norm"):
+        HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+
+
+def test_the_warning_points_at_the_caller():
+    with pytest.warns(RuntimeWarning) as caught:
+        HessianLinearOperator(*problem(Cubed.apply))
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.sin, lambda x: x**3, nn.functional.gelu])
+def test_right_derivatives_pass(function):
+    risk = EmpiricalRisk(*problem(function))
+    for judged in (judge_hessian, judge_jacobian):
+        verdict = judged(risk)
+        assert verdict.error is not None and verdict.error < 1e-6 and not verdict.wrong
+
+
+def test_no_verdict_at_kinks():
+    """A jump of the gradient between the steps makes them disagree."""
+    at = torch.tensor([0.0, 1.0]).double()
+    assert compare(torch.zeros(2).double(), lambda step: (at + step).sign()).error is None
+    assert compare(at, lambda step: at * step + (abs(step) ** 0.5)).error is not None  # even parts cancel
+    args = problem(torch.relu)
+    for p in args[0][0].parameters():
+        nn.init.zeros_(p)  # every unit sits at its kink
+    risk = EmpiricalRisk(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert judge_hessian(risk).error is None
+    assert compare(at, lambda step: at / (step * 0)).error is None
+
+
+def test_no_verdict_on_models_tied_to_their_precision():
+    class Single(nn.Linear):
+        def forward(self, x):
+            if x.dtype == torch.float64:
+                raise TypeError("single precision only")
+            return super().forward(x)
+
+    model = Single(3, 2)
+    risk = EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X.float(), Y.float())])
+    assert judge_hessian(risk).error is None
+    HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X.float(), Y.float())])
+
+
+def test_single_precision_is_judged_in_double():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).eval()
+    risk = EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X.float(), Y.float())])
+    assert judge_hessian(risk).error < 1e-6
+    few = {"0.weight": model[0].weight}  # the others, and the buffers, follow
+    assert judge_hessian(EmpiricalRisk(model, nn.MSELoss(), few, [(X.float(), Y.float())])).error < 1e-6
+
+
+def test_large_models_are_not_judged(monkeypatch):
+    monkeypatch.setattr(judge, "LARGEST", 3)
+    assert judge_hessian(EmpiricalRisk(*problem(torch.tanh))).error is None
+
+
+def test_suspects_of_right_operations():
+    x = X.clone().requires_grad_()
+    assert suspects(lambda: torch.nn.functional.layer_norm(x.exp(), (3,)).tanh()) == []

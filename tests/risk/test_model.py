@@ -1,0 +1,330 @@
+"""Models: modules and functions, any subset of parameters, and what is refused with a reason."""
+
+import pytest
+import torch
+from conformance import Untouched, close, draws
+from problems import Odd
+from torch import nn
+
+from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+
+OPERATORS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator, KFACLinearOperator]
+X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+LOSS = nn.CrossEntropyLoss()
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+
+def make(cls, model, params=None, data=((X, Y),), loss=LOSS, **options):
+    if cls is KFACLinearOperator:
+        options = {"fisher_type": "type-2", **options}
+    return cls(model, loss, dict(model.named_parameters()) if params is None else params, list(data), **options)
+
+
+class Output(nn.Module):
+    """A model whose output is no tensor."""
+
+    def __init__(self, inner, wrap):
+        super().__init__()
+        self.inner, self.wrap = inner, wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+class Logits:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+@pytest.mark.parametrize(
+    "wrap,kind,hint",
+    [
+        (Logits, "Logits", r"return self\.model\(X\)\.logits"),
+        (lambda z: {"out": z}, "dict", r"return self\.model\(X\)\['name'\]"),
+        (lambda z: (z, z), "tuple", r"return self\.model\(X\)\[0\]"),
+    ],
+)
+def test_outputs_that_are_no_tensor(model, cls, wrap, kind, hint):
+    with pytest.raises(TypeError, match=f"(?s)expected a tensor as output, got {kind}.*class Wrapped.*{hint}"):
+        make(cls, Output(model, wrap))
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_wrong_parameters(model, cls):
+    params = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"has no parameter 'other'; it has '0\.weight'"):
+        make(cls, model, {**params, "other": params["0.bias"]})
+    with pytest.raises(ValueError, match=r"params\['0\.bias'\]: expected shape \(3,\) as in the module, got \(2,\)"):
+        make(cls, model, {"0.bias": params["2.bias"]})
+    with pytest.raises(TypeError, match="expected a dict of named tensors, got list"):
+        make(cls, model, list(params.values()))
+    with pytest.raises(TypeError, match="expected a dict of named tensors, got generator"):
+        make(cls, model, model.parameters())
+    with pytest.raises(ValueError, match="empty dict"):
+        make(cls, model, {})
+    with pytest.raises(TypeError, match=r"expected a module or a function \(params, X\), got int"):
+        make(cls, 3, params)
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_the_order_and_values_of_the_dict_count(model, cls):
+    """Parameters in another order, and copies with other values than the module's."""
+    whole = make(cls, model)
+    dense, names = whole.to_dense(), list(dict(model.named_parameters()))
+    some = [names[3], names[0], names[2]]
+    index = torch.cat([torch.arange(whole.shape[0])[whole.domain.slice(n)] for n in some])
+    params = dict(model.named_parameters())
+    close(make(cls, model, {n: params[n] for n in some}).to_dense(), dense[index][:, index])
+    copies = {n: p.detach().clone() for n, p in params.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    moved = make(cls, model)
+    with Untouched(model):
+        close(make(cls, model, copies).to_dense(), dense)
+    assert (moved.to_dense() - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_a_function_is_a_model_too(model, cls):
+    def function(params, x):
+        return torch.tanh(x @ params["a"].T + params["b"]) @ params["c"].T + params["d"]
+
+    params = dict(zip("abcd", model.parameters(), strict=True))
+    close(make(cls, function, params).to_dense(), make(cls, model).to_dense())
+    close(make(cls, function, {k: p.detach() for k, p in params.items()}).to_dense(), make(cls, model).to_dense())
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models(model, cls, backend):
+    compiled = torch.compile(model, backend=backend)
+    expected = make(cls, model).to_dense()
+    close(make(cls, compiled).to_dense(), expected)  # names with the prefix `_orig_mod.`
+    close(make(cls, compiled, dict(model.named_parameters())).to_dense(), expected)
+    inner = nn.Sequential(torch.compile(model[0], backend=backend), model[1], model[2])
+    close(make(cls, inner).to_dense(), expected)
+    model.compile(backend=backend)
+    close(make(cls, model).to_dense(), expected)
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_data_parallel_wrappers_are_seen_through(model, cls):
+    close(make(cls, nn.DataParallel(model)).to_dense(), make(cls, model).to_dense())
+
+
+class Repeated(nn.Module):
+    """The same module several times, over axes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(torch.tanh(self.layer(x)))))[:, :2]
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
+def test_a_module_called_several_times(cls):
+    model = Repeated().double()
+    copies = [nn.Linear(3, 3).double() for _ in range(3)]
+    for layer in copies:
+        layer.load_state_dict(model.layer.state_dict())
+    unrolled = nn.Sequential(copies[0], nn.Tanh(), copies[1], nn.Tanh(), copies[2], Columns())
+    dense = make(cls, unrolled).to_dense().reshape(3, 12, 3, 12).sum((0, 2))
+    close(make(cls, model).to_dense(), dense)
+
+
+class Columns(nn.Module):
+    def forward(self, x):
+        return x[:, :2]
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_frozen_and_unused_parameters(cls):
+    model = Odd().double()
+    params = {n: p for n, p in model.named_parameters() if "parametrizations" not in n}
+    op = make(cls, model, params, loss=nn.MSELoss(), data=[(X, draws(6, 2))])  # the frozen ones are asked for
+    dense = op.to_dense()
+    assert not dense[op.domain.slice("unused")].any()
+    assert dense[op.domain.slice("frozen.weight")].any()
+    assert [p.requires_grad for p in model.frozen.parameters()] == [False, False]
+    only = make(cls, model, {"unused": model.unused}, loss=nn.MSELoss(), data=[(X, draws(6, 2))])
+    assert not only.to_dense().any() and not (only @ torch.ones(2).double()).any()
+
+
+def test_both_names_of_a_tied_parameter():
+    model = Odd().double()
+    data = [(X, draws(6, 2))]
+    expected = make(HessianLinearOperator, model, {"tied.weight": model.tied.weight}, data, nn.MSELoss())
+    again = make(HessianLinearOperator, model, {"head.weight": model.tied.weight}, data, nn.MSELoss())
+    close(again.to_dense(), expected.to_dense())
+    both = {"tied.weight": model.tied.weight, "head.weight": model.tied.weight}
+    with pytest.raises(ValueError, match=r"'tied\.weight' and 'head\.weight' are one parameter"):
+        make(HessianLinearOperator, model, both, data, nn.MSELoss())
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
+def test_empty_and_scalar_parameters(cls):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.empty = nn.Parameter(torch.zeros(0, 3))
+            self.scale = nn.Parameter(torch.tensor(0.5))
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x * self.scale).tanh() + self.empty.sum()
+
+    model = Model().double()
+    op = make(cls, model)
+    close(op.to_dense(), op @ torch.eye(9).double())
+    v = op.domain.split(draws(9, 2))
+    assert [tuple(t.shape) for t in op @ v] == [(0, 3, 2), (2,), (2, 3, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_mixed_precisions_of_parameters(cls):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x.float())).double())
+
+    model = Mixed()
+    op = make(cls, model)
+    assert op.dtype == torch.float64
+    reference = make(cls, nn.Sequential(model.first, nn.Tanh(), model.last).double())
+    dense = reference.to_dense()
+    model.first.float()
+    close(op.to_dense(), dense, 1e-4)
+    tensors = [torch.ones_like(p) for p in model.parameters()]
+    assert [t.dtype for t in op @ tensors] == [t.dtype for t in tensors]
+    close(torch.cat([t.flatten().double() for t in op @ tensors]), dense.sum(1), 1e-4)
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_lower_precisions(model, cls, dtype, tolerance):
+    expected = make(cls, model).to_dense()
+    low = model.to(dtype)
+    op = make(cls, low, data=[(X[:2].to(dtype), Y[:2]), (X[2:].to(dtype), Y[2:])])
+    assert op.dtype == dtype and (op @ torch.ones(20, dtype=dtype)).dtype == dtype
+    close(op.to_dense().double(), expected, tolerance)
+    close((op @ torch.eye(20, dtype=dtype)).double(), expected, tolerance)
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_autocast_of_the_caller(cls):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    seen = []
+    model[2].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    data = [(X.float(), Y)]
+    expected = make(cls, model, data=data).to_dense()
+    assert torch.bfloat16 not in seen
+    seen.clear()
+    with Untouched(model), torch.autocast("cpu", torch.bfloat16):
+        op = make(cls, model, data=data)
+        found, product = op.to_dense(), op @ torch.ones(20)
+    assert torch.bfloat16 in seen
+    assert found.dtype == product.dtype == torch.float32
+    close(found, expected, 0.05)
+    close(product, expected.sum(1), 0.05)
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
+def test_outputs_without_an_axis_of_data(cls):
+    """A scalar output with squared error, and one vector of logits for one datum."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.linear(x).tanh().sum()
+
+    model = Sum().double()
+    op = make(
+        cls, model, data=[(X[:1], torch.tensor(0.3).double()), (X[1:2], torch.tensor(0.1).double())], loss=nn.MSELoss()
+    )
+    rows = nn.Sequential(model.linear, nn.Tanh(), nn.Flatten(0))
+    y = torch.tensor([0.3, 0.1]).double()
+    close(op.to_dense(), make(cls, rows, data=[(X[:2], y)], loss=nn.MSELoss()).to_dense())
+    logits = nn.Sequential(nn.Linear(3, 2), nn.Flatten(0)).double()
+    single = make(cls, logits, data=[(X[:1], Y[0])])
+    close(single.to_dense(), make(cls, logits[0], data=[(X[:1], Y[:1])]).to_dense())
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_models_made_in_inference_mode(cls):
+    with torch.inference_mode():
+        model = nn.Linear(3, 2).double()
+    normal = nn.Linear(3, 2).double()
+    normal.load_state_dict(model.state_dict())
+    close(make(cls, model).to_dense(), make(cls, normal).to_dense())
+    close(make(cls, model) @ draws(8), make(cls, normal) @ draws(8))
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_buffers_that_change_are_clones(cls):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+            self.register_buffer("none", None)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x)
+
+    model = Counting().double()
+    model.linear.eval()
+    with Untouched(model):
+        op = make(cls, model)
+        op @ draws(8)
+        op.to_dense()
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_a_bound_on_embedding_norms_does_not_change_the_callers_table(cls):
+    model = nn.Sequential(nn.Embedding(4, 3, max_norm=0.3), nn.Flatten(), nn.Linear(6, 2)).double()
+    ids = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 1], [2, 0], [3, 3]])
+    # PyTorch does not differentiate the bound, as central differences would tell
+    options = {"data": [(ids, Y)], "check_deterministic": False}
+    with Untouched(model):
+        op = make(cls, model, **options)
+        found = op.to_dense()
+        op @ draws(26)
+    model(ids)  # PyTorch's own forward enforces it in place
+    model[0].max_norm = None
+    again = make(cls, model, **options).to_dense()
+    # KFAC gives such a table a dense block, since it enters more than a lookup
+    table = 12 if cls is KFACLinearOperator else 0
+    close(found[table:, table:], again[table:, table:])
+
+
+def test_parameters_that_move_are_followed(model):
+    """Risk operators read the parameters at each product, as the caller has them then."""
+    op = make(HessianLinearOperator, model)
+    before = op.to_dense()
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+    close(op.to_dense(), make(HessianLinearOperator, model).to_dense())
+    close(op @ draws(20), make(HessianLinearOperator, model) @ draws(20))
+    assert (op.to_dense() - before).abs().max() > 1e-3
+
+
+def test_vector_of_the_risk(model):
+    risk = EmpiricalRisk(model, LOSS, dict(model.named_parameters()), [(X, Y)])
+    assert torch.equal(risk.vector([torch.ones_like(p) for p in model.parameters()], "test"), torch.ones(20).double())
+    with pytest.raises(ValueError, match="expected one vector, got 2 columns"):
+        risk.vector(draws(20, 2), "test")

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, vector_gradients
+from curvops.kronecker.groups import Group, Key, Piece, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
-from curvops.kronecker.uses import LinearUse, OneHot
+from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
+from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
 
 
@@ -76,11 +77,13 @@ class Moments:
         approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
         dtype: Precision of the accumulation.
         rule: When a factor is kept as its diagonal.
+        certified: For convolutions, whether the autocorrelation gave the windows' moment on one datum.
     """
 
     approximation: str
     dtype: torch.dtype
     rule: BlockRule
+    certified: dict[Key, bool] = field(default_factory=dict)
 
     def add(self, group: Group, factors: Factors, captured: Captured) -> None:
         """Add the rows of one backward pass."""
@@ -92,14 +95,35 @@ class Moments:
     def _expand(self, group: Group, factors: Factors, captured: Captured) -> None:
         tape = captured.tape
         for k, role in captured.uses[group.key]:
-            a = arranged_inputs(tape, k, role)
-            side = self._side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
-            if captured.first:
-                side.rows += _count(a)
-                _add_moment(side.inputs, a, self.dtype)
+            if not (captured.first and self._add_windows(group, factors, captured, k, role)):
+                a = arranged_inputs(tape, k, role)
+                side = self._side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
+                if captured.first:
+                    side.rows += _count(a)
+                    _add_moment(side.inputs, a, self.dtype)
+            side = factors.sides[_input_side(captured, k, role)]
             g = captured.slopes.get(k)
             if g is not None:
                 self._add_outputs(side.outputs, captured, k, role, g)
+
+    def _add_windows(self, group: Group, factors: Factors, captured: Captured, k: int, role: str) -> bool:
+        """Add a convolution's Σ a aᵀ by autocorrelation, if that is certified and the windows are not needed anyway."""
+        use = captured.tape.uses[k]
+        assert isinstance(use, LinearUse)
+        windows = use.inputs
+        if role == "bias" or not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
+            return False
+        side = self._side(group, factors, "right", False)
+        if side.inputs.ndim == 2 or not windows.correlates:
+            return False
+        joint = role == "joint"
+        if group.key not in self.certified:
+            self.certified[group.key] = _equal_on_one(windows, self.dtype, joint)
+        if not self.certified[group.key]:
+            return False
+        side.inputs[0] += windows.moment(self.dtype, joint)
+        side.rows += lead(use).numel()
+        return True
 
     def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:
         """Add Σ g gᵀ; a weight and its separate bias share it."""
@@ -282,6 +306,14 @@ def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
 
 def _count(rows: Tensor | OneHot) -> int:
     return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
+
+
+def _equal_on_one(windows: Windows, dtype: torch.dtype, joint: bool) -> bool:
+    """Whether autocorrelation and windows give the same moment on the first datum."""
+    rows = windows(1).to(dtype).flatten(0, 2)
+    if joint:
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+    return relative_difference(windows.moment(dtype, joint, 1), rows.T @ rows) <= tolerance(dtype)
 
 
 def _input_side(captured: Captured, k: int, role: str) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from curvops.kronecker.autocorrelation import window_moment, window_sum, worthwhile
+
 
 @dataclass(frozen=True)
 class View:
@@ -122,6 +124,46 @@ def patches(
     space = x.shape[2 : 2 + order].numel()
     x = x.movedim(1, 1 + order)
     return x.reshape(n, space, groups, channels // groups * torch.Size(kernel).numel())
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The inputs of a convolution: called, its windows as rows; or their second moment without forming them.
+
+    Attributes:
+        input: The map, ``[N, C, *space]``.
+    """
+
+    input: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, first: int | None = None) -> Tensor:
+        """The windows of all data, or of the first few."""
+        x = self.input.detach()[:first]
+        return patches(x, self.kernel, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def correlates(self) -> bool:
+        """Whether the map's autocorrelation gives the second moment with less work."""
+        plain = set(self.stride) == set(self.dilation) == {self.groups} == {1} and len(self.kernel) == 2
+        return plain and worthwhile(self.input, self.kernel)
+
+    def moment(self, dtype: torch.dtype, joint: bool, first: int | None = None) -> Tensor:
+        """Σ a aᵀ ``[in, in]``, with a one appended to a if ``joint``."""
+        amounts = [amount for pair in reversed(self.padding) for amount in pair]
+        x = torch.nn.functional.pad(self.input.detach()[:first].to(dtype), amounts)
+        kernel = (self.kernel[0], self.kernel[1])
+        moment = window_moment(x, kernel)
+        if not joint:
+            return moment
+        total = window_sum(x, kernel)
+        rows = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
+        edge = torch.cat([total, total.new_full((1,), rows)])
+        return torch.cat([torch.cat([moment, total[None]]), edge[:, None]], 1)
 
 
 def channels_last(x: Tensor, groups: int = 1) -> Tensor:

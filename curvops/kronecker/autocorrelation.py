@@ -1,0 +1,83 @@
+"""Second moments of a convolution's windows from the map's autocorrelation, without forming the windows.
+
+Two places of a window that are (dy, dx) apart see the map's autocorrelation at that displacement, but for rows
+and columns near the border that their window never reaches. So a k × k kernel needs some 2 k² products of
+channels instead of k⁴.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def window_moment(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Σ a aᵀ over all windows of stride 1.
+
+    Args:
+        x: The padded map, ``[N, C, H, W]``.
+        kernel: Height and width of the windows; the map has at least as many windows each way.
+
+    Returns:
+        ``[C · height · width, C · height · width]``.
+    """
+    n, channels, _, width = x.shape
+    p, q = kernel
+    columns = width - q + 1
+    # [H, W · N, C]: a range of columns is a view whose rows can be multiplied in one batch
+    rows = x.permute(2, 3, 0, 1).reshape(x.shape[2], width * n, channels)
+    moment = torch.empty(channels, p, q, channels, p, q, dtype=x.dtype, device=x.device)
+    for dy in range(p):
+        top, bottom = rows[: len(rows) - dy], rows[dy:]
+        for dx in range(-(q - 1) if dy else 0, q):
+            first, last = max(0, -dx), min(q - 1, q - 1 - dx)  # columns of the window that have a partner
+
+            def strip(v: int, end: int, top: Tensor = top, bottom: Tensor = bottom, dx: int = dx) -> Tensor:
+                """Products of columns v … end − 1 with those dx to the right, for each row."""
+                left = top[:, v * n : end * n]
+                return left.mT @ bottom[:, (v + dx) * n : (end + dx) * n]
+
+            core = strip(last, first + columns)
+            before = [strip(v, v + 1) for v in range(first, last)]
+            after = [strip(v, v + 1) for v in range(first + columns, last + columns)]
+            for j in range(first, last + 1):
+                each = core
+                for part in (*before[j - first :], *after[: j - first]):
+                    each = each + part
+                for i, total in enumerate(_over_rows(each, p - dy, x.shape[2] - p + 1)):
+                    moment[:, i, j, :, i + dy, j + dx] = total
+                    moment[:, i + dy, j + dx, :, i, j] = total.mT
+    size = channels * p * q
+    return moment.view(size, size)
+
+
+def _over_rows(each: Tensor, starts: int, height: int) -> list[Tensor]:
+    """Sums of ``height`` consecutive rows from each of the first ``starts`` ones."""
+    last = starts - 1
+    core = each[last:height].sum(0)
+    totals = []
+    for i in range(starts):
+        total = core
+        for border in (each[i:last], each[height : height + i]):
+            if len(border):
+                total = total + border.sum(0)
+        totals.append(total)
+    return totals
+
+
+def window_sum(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Σ a over all windows of stride 1, ``[C · height · width]``."""
+    p, q = kernel
+    total = x.sum(0)
+    return total.unfold(1, total.shape[1] - p + 1, 1).unfold(2, total.shape[2] - q + 1, 1).sum((3, 4)).flatten()
+
+
+WORTH = 3e7  # multiplications from which the work saved outweighs the many small products; measured on a CPU
+
+
+def worthwhile(x: Tensor, kernel: tuple[int, ...]) -> bool:
+    """Whether the autocorrelation of a map ``[N, C, H, W]`` takes less time than its windows."""
+    n, channels, height, width = x.shape
+    p, q = kernel
+    work = n * height * width * (channels * p * q) ** 2
+    return min(p, q) > 1 and height >= 2 * p and width >= 2 * q and work >= WORTH

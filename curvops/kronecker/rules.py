@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.kronecker.uses import OneHot, channels_last, patches
+from curvops.kronecker.uses import OneHot, Windows, channels_last, patches
 from curvops.substitutions import batch_norm as batch_norm_without_statistics
 
 if TYPE_CHECKING:
@@ -36,35 +36,11 @@ def _rows(x: Tensor) -> Tensor:
 
 @rule(F.linear)
 def linear(taps: Taps, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.ndim == 1:
+        with taps:
+            return input @ weight if bias is None else input @ weight + bias
     out: Tensor = func(input, weight, bias)
     taps.linear(out, weight, bias, lambda: _rows(input), _rows, "right", "linear")
-    return out
-
-
-@rule(torch.addmm, Tensor.addmm)
-def addmm(
-    taps: Taps, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    out: Tensor = func(input, mat1, mat2, beta=beta, alpha=alpha)
-    if taps.view(mat1) is not None or beta != 1 or alpha != 1 or input.ndim != 1:
-        taps.unknown(mat1, mat2, input)
-    else:
-        taps.linear(out, mat2, input, lambda: _rows(mat1), _rows, "left", "addmm")
-    return out
-
-
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
-def matmul(taps: Taps, func: Any, input: Tensor, other: Tensor) -> Tensor:
-    out: Tensor = func(input, other)
-    if taps.view(input) is None and other.ndim == 2 and input.ndim >= 2:
-        taps.linear(out, other, None, lambda: _rows(input), _rows, "left", "matmul")
-    elif taps.view(input) is None and other.ndim == 3 and input.ndim == 3:
-        # one matrix an expert: rows [positions, experts, channels]
-        taps.linear(out, other, None, lambda: input.movedim(0, 1), lambda g: g.movedim(0, 1), "left", "matmul")
-    elif taps.view(other) is None and input.ndim == 2 and other.ndim >= 2:
-        taps.linear(out, input, None, lambda: _rows(other.mT), lambda g: _rows(g.mT), "right", "matmul")
-    else:
-        taps.unknown(input, other)
     return out
 
 
@@ -92,7 +68,7 @@ def convolution(
         out,
         weight,
         bias,
-        lambda: patches(input, kernel, steps, pads, spread, groups),
+        Windows(input, kernel, steps, pads, spread, groups),
         lambda g: channels_last(g, groups),
         "right",
         f"conv{order}d",

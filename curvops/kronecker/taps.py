@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,14 +13,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvops.kronecker import contractions, elementwise, recurrent  # noqa: F401  # they register their rules
 from curvops.kronecker.rules import RULES
-from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View
-from curvops.substitutions import TABLE, embedding_bag, grouped_mm, linear_cross_entropy, opened
+from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View, Windows
+from curvops.substitutions import TABLE, embedding, embedding_bag, grouped_mm, linear_cross_entropy, opened
 
 # Python functions of torch.nn.functional that apply parameters by operations inside
-COMPOSITE = {F.multi_head_attention_forward, F.embedding}
+COMPOSITE = {F.multi_head_attention_forward}
 # substitutes whose own operations apply parameters
-TRANSPARENT = {embedding_bag, grouped_mm, linear_cross_entropy}
+TRANSPARENT = {embedding, embedding_bag, grouped_mm, linear_cross_entropy}
 # operations that give a part or a rearrangement of a parameter
 VIEWS = {
     getattr(owner, name)
@@ -101,6 +104,9 @@ DATA_DEPENDENT = {
 }
 
 
+_signature = cache(inspect.signature)
+
+
 class Taps(TorchFunctionMode):
     """Records how each parameter enters a forward pass.
 
@@ -152,7 +158,7 @@ class Taps(TorchFunctionMode):
         if w is None:
             self.bias(out, bias, outputs, kind)
         elif out.requires_grad:
-            edge, inputs = get_gradient_edge(out), _constant(inputs)
+            edge, inputs = get_gradient_edge(out), inputs if isinstance(inputs, Windows) else _constant(inputs)
             self.uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, b is not None, kind, out.shape))
 
     def bias(self, out: Tensor, bias: Tensor | None, outputs: Callable[[Tensor], Tensor], kind: str) -> None:
@@ -169,8 +175,13 @@ class Taps(TorchFunctionMode):
     ) -> None:
         """Record a vector that is applied entry by entry."""
         v = self.view(vector)
-        if v is not None and out.requires_grad:
-            self.uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
+        if v is None or not out.requires_grad:
+            return
+        if v.index is not None and (places := v.index.unique(return_inverse=True))[0].numel() < v.index.numel():
+            # entries that the view holds several times
+            v = View(v.name, (*v.key, "pooled"), places[0], places[0].shape)
+            rows = _pooled(rows, places[1].flatten(), places[0].numel())
+        self.uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -191,7 +202,7 @@ class Taps(TorchFunctionMode):
         if substitute in TRANSPARENT:
             with self:
                 return substitute(*args, **kwargs)
-        if func in RULES:
+        if func in RULES and _fits(RULES[func], self, func, *args, **kwargs):
             return RULES[func](self, substitute, *args, **kwargs)
         out = substitute(*args, **kwargs)
         if func in VIEWS and len(parameters) == 1 and parameters[0] is args[0]:
@@ -221,6 +232,15 @@ class Taps(TorchFunctionMode):
         self._kept.append(tensor)
 
 
+def _fits(function: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a rule knows all arguments of a call."""
+    try:
+        _signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 def _constant(rows: Callable[..., Any]) -> Callable[..., Any]:
     """The same rows without the graph of what they are made of."""
 
@@ -228,6 +248,14 @@ def _constant(rows: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             made = rows(*args)
         return made.detach() if isinstance(made, Tensor) else made
+
+    return run
+
+
+def _pooled(rows: Callable[[Tensor], Tensor], places: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+    def run(g: Tensor) -> Tensor:
+        found = rows(g)
+        return found.new_zeros(*found.shape[:-1], size).index_add_(-1, places, found)
 
     return run
 

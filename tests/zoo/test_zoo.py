@@ -85,7 +85,7 @@ def test_kronecker_approximation(kind, name):
             assert 1 / 300 < k / g < 300, f"{name}: {k / g}"
         elif kind == "EKFAC":
             assert k <= 1e-9 * total, f"{name}: {k}"
-    text = op.explain()
+    text = str(op.explain())
     assert all(name in text for name in p.params)
 
 

@@ -1,0 +1,107 @@
+"""Parameters that enter entry by entry: scales, shifts, tables and tokens, broadcast over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvops.kronecker.rules import rule
+
+if TYPE_CHECKING:
+    from curvops.kronecker.taps import Taps
+
+
+@rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def add(taps: Taps, func: Any, input: Any, other: Any, **options: Any) -> Tensor:
+    out: Tensor = func(input, other, **options)
+    if options:
+        taps.unknown(input, other)
+    else:
+        _spread(taps, out, input, lambda g: g, "add")
+        _spread(taps, out, other, lambda g: g, "add")
+    return out
+
+
+@rule(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
+def subtract(taps: Taps, func: Any, input: Any, other: Any, **options: Any) -> Tensor:
+    out: Tensor = func(input, other, **options)
+    if options:
+        taps.unknown(input, other)
+    else:
+        _spread(taps, out, input, lambda g: g, "sub")
+        _spread(taps, out, other, torch.neg, "sub")
+    return out
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def multiply(taps: Taps, func: Any, input: Any, other: Any) -> Tensor:
+    out: Tensor = func(input, other)
+    _spread(taps, out, input, lambda g: g * other, "mul")
+    _spread(taps, out, other, lambda g: g * input, "mul")
+    return out
+
+
+@rule(torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide)
+def divide(taps: Taps, func: Any, input: Any, other: Any, **options: Any) -> Tensor:
+    out: Tensor = func(input, other, **options)
+    if options:
+        taps.unknown(input, other)
+    else:
+        _spread(taps, out, input, lambda g: g / other, "div")
+        _spread(taps, out, other, lambda g: -g * input / other.square(), "div")
+    return out
+
+
+@rule(torch.where, Tensor.where)
+def where(taps: Taps, func: Any, first: Any, second: Any, third: Any) -> Tensor:
+    out: Tensor = func(first, second, third)
+    # the function takes the condition first, the method second
+    condition, chosen = (first, second) if func is torch.where else (second, first)
+    _spread(taps, out, chosen, lambda g: g * condition, "where")
+    _spread(taps, out, third, lambda g: g * ~condition, "where")
+    return out
+
+
+@rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
+def expand(taps: Taps, func: Any, input: Tensor, *args: Any, **options: Any) -> Tensor:
+    out: Tensor = func(input, *args, **options)
+    _spread(taps, out, input, lambda g: g, "expand")
+    return out
+
+
+@rule(F.prelu, torch.prelu, Tensor.prelu)
+def prelu(taps: Taps, func: Any, input: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = func(input, weight)
+    shape = (1,) * (input.ndim > 1) + tuple(weight.shape) + (1,) * (input.ndim - 2)
+    _spread(taps, out, weight, lambda g: g * input.clamp(max=0), "prelu", shape if weight.numel() > 1 else None)
+    return out
+
+
+def _spread(
+    taps: Taps,
+    out: Tensor,
+    vector: Any,
+    slope: Callable[[Tensor], Tensor],
+    kind: str,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Record a parameter that is broadcast to the output; ``slope`` is its gradient before it is summed.
+
+    The axes along which it is broadcast are the rows.
+    """
+    if taps.view(vector) is None:
+        return
+    shape = tuple(vector.shape) if shape is None else shape
+    shape = (1,) * (out.ndim - len(shape)) + shape
+    own = [k for k, size in enumerate(shape) if size > 1]
+    rest = [k for k in range(out.ndim) if k not in own]
+    if out.is_complex() or not rest or any(out.shape[k] != shape[k] for k in own):
+        taps.unknown(vector)
+        return
+    lead = torch.Size(out.shape[k] for k in rest)
+    size = vector.numel()
+    taps.vector(out, vector, lambda g: slope(g).permute(rest + own).reshape(*lead, size), lead, kind)

@@ -83,12 +83,19 @@ class KeptLinearizations:
                 if room <= 0:
                     yield self._build(batch)
                     continue
-                with counted_bytes() as count:
-                    product = self._build(batch)
+                product, size = self._counted(batch)
                 yield product
-                if count.total <= room:
-                    self._kept[place] = Kept(product, batch, _versions(batch), count.total)
+                if size is not None and size <= room:
+                    self._kept[place] = Kept(product, batch, _versions(batch), size)
         self._number = number
+
+    def _counted(self, batch: Batch) -> tuple[BatchProduct, int | None]:
+        """A batch's linearization and the bytes that it holds, if they can be counted."""
+        try:
+            with counted_bytes() as count:
+                return self._build(batch), count.total
+        except RuntimeError:  # a model that uses `torch.func` inside refuses the hooks that count
+            return self._build(batch), None
 
 
 class Count:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, Key, Piece, arranged_inputs, arranged_outputs, vector_gradients
+from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
+
+STRIPE = 128  # columns of a symmetric product that are computed together
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ class Moments:
         approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
         dtype: Precision of the accumulation.
         rule: When a factor is kept as its diagonal.
-        certified: For convolutions, whether the autocorrelation gave the windows' moment on one datum.
+        certified: For each form of convolution, whether the autocorrelation gave the windows' moment on one datum.
     """
 
     approximation: str
     dtype: torch.dtype
     rule: BlockRule
-    certified: dict[Key, bool] = field(default_factory=dict)
+    certified: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     def add(self, group: Group, factors: Factors, captured: Captured) -> None:
         """Add the rows of one backward pass."""
@@ -117,9 +119,10 @@ class Moments:
         if side.inputs.ndim == 2 or not windows.correlates:
             return False
         joint = role == "joint"
-        if group.key not in self.certified:
-            self.certified[group.key] = _equal_on_one(windows, self.dtype, joint)
-        if not self.certified[group.key]:
+        form = (windows.kernel, windows.padding, *windows.input.shape[2:], joint)
+        if form not in self.certified:
+            self.certified[form] = _equal_on_one(windows, self.dtype, joint)
+        if not self.certified[form]:
             return False
         side.inputs[0] += windows.moment(self.dtype, joint)
         side.rows += lead(use).numel()
@@ -287,8 +290,7 @@ def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> No
     if moment.ndim == 2:
         moment += rows.square().sum(0)
     elif moment.shape[0] == 1:
-        flat = rows.squeeze(1)
-        moment[0].addmm_(flat.T, flat)
+        add_gram(moment[0], rows.squeeze(1))
     else:
         by_group = rows.movedim(1, 0)
         moment.baddbmm_(by_group.mT, by_group)
@@ -306,6 +308,19 @@ def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
 
 def _count(rows: Tensor | OneHot) -> int:
     return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
+
+
+def add_gram(moment: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows ``[c, c]`` for rows ``[n, c]``; where c is large only half of it is computed."""
+    size = rows.shape[1]
+    if size < 4 * STRIPE or len(rows) < 2 * STRIPE:  # measured: then one product is faster
+        moment.addmm_(rows.T, rows)
+        return
+    for start in range(0, size, STRIPE):
+        stop = min(start + STRIPE, size)
+        product = rows[:, start:stop].T @ rows[:, start:]
+        moment[start:stop, start:] += product
+        moment[stop:, start:stop] += product[:, stop - start :].T
 
 
 def _equal_on_one(windows: Windows, dtype: torch.dtype, joint: bool) -> bool:

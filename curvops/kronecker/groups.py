@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.tape import Tape, views
-from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, lead
+from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, Windows, lead
 from curvops.space import TensorSpace
 
 Key = tuple[tuple[object, ...], ...]
@@ -216,8 +216,11 @@ def _identity(view: View | None) -> tuple[object, ...] | None:
 
 def _shape(use: LinearUse, weight: View) -> tuple[tuple[int, int, int], bool]:
     """``(groups, left, right)`` of a weight, and whether its inputs are unit vectors."""
-    a = use.inputs()
-    one_hot = isinstance(a, OneHot)
-    groups, width = (1, a.width) if isinstance(a, OneHot) else (a.shape[-2], a.shape[-1])
+    if isinstance(use.inputs, Windows):  # asked for their shape, windows need not be formed
+        one_hot, (groups, width) = False, use.inputs.shape
+    else:
+        a = use.inputs()
+        one_hot = isinstance(a, OneHot)
+        groups, width = (1, a.width) if isinstance(a, OneHot) else (a.shape[-2], a.shape[-1])
     rest = weight.shape.numel() // (groups * width)
     return ((groups, rest, width) if use.input_side == "right" else (groups, width, rest)), one_hot

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from curvops.kronecker.account import Form, eigen_form
 from curvops.kronecker.factors import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
@@ -61,6 +64,23 @@ class KFACLinearOperator(KroneckerOperator):
         return {**moments.entries(), **wholes.entries()}
 
 
+class Bases:
+    """Eigenvectors of factors, each factor decomposed once: a separate bias shares its weight's."""
+
+    def __init__(self) -> None:
+        self._known: dict[torch.Size, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def of(self, factor: Tensor, label: str) -> Tensor | None:
+        """The eigenvectors of a factor, ``None`` for a diagonal one."""
+        known = self._known.setdefault(factor.shape, [])
+        for other, vectors in known:
+            if torch.equal(factor, other):
+                return vectors
+        vectors = eigh(factor, label)[1]
+        known.append((factor, vectors))
+        return vectors
+
+
 class EKFACLinearOperator(KroneckerOperator):
     """KFAC in its eigenbasis with the exact diagonal there (George et al. 2018, arXiv 1806.03884).
 
@@ -95,10 +115,12 @@ class EKFACLinearOperator(KroneckerOperator):
         self._collect(moments, wholes, replay)
         self._kept_bytes = replay.kept_bytes
         diagonals: dict[Key, BasisDiagonal] = {}
+        bases = Bases()
         for key, entry in moments.entries().items():
             block, group = entry.block(1.0), self._sweep.groups[key]
             if isinstance(block, KroneckerBlock):
-                left, right = (eigh(f, f"block of {describe(group.names)}")[1] for f in (block.left, block.right))
+                label = f"block of {describe(group.names)}"
+                left, right = bases.of(block.left, label), bases.of(block.right, label)
                 diagonals[key] = BasisDiagonal(group, left, right, self._compute_dtype, self._budget())
         for rows in replay.rows(f"{self.name} correction"):
             for key, found in rows.items():

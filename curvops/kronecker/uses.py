@@ -147,6 +147,11 @@ class Windows:
         return patches(x, self.kernel, self.stride, self.padding, self.dilation, self.groups)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Groups, and entries of a window in one."""
+        return self.groups, self.input.shape[1] // self.groups * torch.Size(self.kernel).numel()
+
+    @property
     def correlates(self) -> bool:
         """Whether the map's autocorrelation gives the second moment with less work."""
         plain = set(self.stride) == set(self.dilation) == {self.groups} == {1} and len(self.kernel) == 2

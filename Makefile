@@ -14,7 +14,7 @@ help:
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make bench    time of the tour's six matrices, beside the peer library"
-	@echo "make peer     the tour's six matrices agree with the peer library's in double precision"
+	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make picture  the README's picture, after make tour"
 	@echo "make clean    remove the environments and what the chores leave behind"
 
@@ -42,6 +42,7 @@ bench: .venv-peer/.peer
 
 peer: .venv-peer/.peer
 	.venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
+	.venv-peer/bin/python benchmarks/peer_agreement.py
 
 picture: .venv/.tour
 	MPLBACKEND=agg $(BIN)/python -c "from curvops.tour import *; m = load_matrices('tour/matrices.safetensors'); \

@@ -1,0 +1,72 @@
+"""The result does not depend on how the data is cut into batches, nor on what is kept of the first sweep."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from kronecker.cases import APPROXIMATIONS, FISHER_TYPES, KINDS, PROBLEMS, build, close, cnn, real, seeded, tokens
+
+FORBIDDEN = {("ekfac", "forward-only"), ("kfoc", "forward-only"), ("diagonal", "forward-only")}
+CASES = [case for case in itertools.product(KINDS, FISHER_TYPES, APPROXIMATIONS) if (case[0], case[1]) not in FORBIDDEN]
+
+
+@pytest.mark.parametrize("name", ["cnn", "tied"])
+@pytest.mark.parametrize(("kind", "fisher_type", "approximation"), CASES)
+def test_any_cut_gives_the_same(kind, fisher_type, approximation, name):
+    options = {"fisher_type": fisher_type, "kfac_approx": approximation, "check_deterministic": False}
+    if fisher_type == "mc":
+        options["mc_samples"] = 2
+    whole = build(kind, PROBLEMS[name](), **options)
+    # an eigenbasis of a repeated eigenvalue is not unique; its block is compared in `test_replay`
+    compare = [whole.to_dense(), whole.trace()] if kind != "ekfac" else [whole.trace()]
+    for sizes in ((1, 2, 3), (5, 1)):
+        parts = build(kind, PROBLEMS[name](), *sizes, **options)
+        found = [parts.to_dense(), parts.trace()] if kind != "ekfac" else [parts.trace()]
+        for a, b in zip(found, compare, strict=True):
+            close(a, b, 1e-6 if kind == "kfoc" else 1e-10)
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_any_cut_gives_the_same_corrected_factors(fisher_type, approximation):
+    """So many data that no eigenvalue is zero, and none is repeated."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Flatten()))
+    problem = model, nn.MSELoss(), real(40, 2, 3), real(40, 8)
+    options = {"fisher_type": fisher_type, "kfac_approx": approximation, "mc_samples": 2}
+    whole, parts = build("ekfac", problem, **options), build("ekfac", problem, 1, 19, 20, **options)
+    close(parts.to_dense(), whole.to_dense(), 1e-9)
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
+def test_a_second_sweep_gives_what_kept_rows_give(kind, name, fisher_type):
+    problem, options = PROBLEMS[name](), {"fisher_type": fisher_type, "check_deterministic": False}
+    kept = build(kind, problem, 3, 2, 1, **options)
+    dense = kept.to_dense()
+    some = build(kind, problem, 3, 2, 1, memory_budget=kept._kept_bytes - 1, **options)
+    swept = build(kind, problem, 3, 2, 1, memory_budget=0, **options)
+    for other in (some, swept):
+        close(other.to_dense(), dense, 1e-12)
+    passes = [int(next(n for n in op.explain().notes if "backward" in n).split()[0]) for op in (kept, some, swept)]
+    assert passes[0] < passes[1] < passes[2]
+    assert "rows kept for the second look: 0 B" in swept.explain().notes
+    assert "rows kept for the second look: 0 B" not in kept.explain().notes
+
+
+@pytest.mark.parametrize("problem", [cnn, tokens])
+def test_the_plan_knows_what_will_be_kept(problem):
+    op = build("ekfac", problem())
+    (planned,) = [n for n in op.plan().notes if n.startswith("rows of this batch")]
+    op.trace()
+    (kept,) = [n for n in op.explain().notes if n.startswith("rows kept")]
+    assert planned.startswith(f"rows of this batch: {kept.removeprefix('rows kept for the second look: ')};")
+
+
+def test_one_sweep_takes_one_backward_pass_a_column():
+    op = build("ekfac", cnn(), 3, 3)
+    op.trace()
+    assert "4 backward passes to the layers' outputs" in op.explain().notes  # two batches, two outputs
+    assert torch.isfinite(op.to_dense()).all()

@@ -1,0 +1,54 @@
+"""The diagonal operator is the diagonal of the GGN or Fisher matrix, for every loss and model."""
+
+import pytest
+import torch
+from problems import LOSSES, PROBLEMS
+
+from curvops import EFLinearOperator, GGNDiagonalLinearOperator, GGNLinearOperator
+from kronecker.cases import PROBLEMS as OWN
+from kronecker.cases import build, close, dense_ggn, mlp
+
+CONVEX = {name: make for name, make in LOSSES.items() if not name.startswith("margin")}
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_every_loss(name):
+    problem = CONVEX[name]()
+    diagonal = GGNDiagonalLinearOperator(*problem.args(2, 4), fisher_type="type-2", **problem.options)
+    ggn = GGNLinearOperator(*problem.args(), **problem.options)
+    close(diagonal.diagonal(), ggn.to_dense().diagonal())
+    close(diagonal.to_dense(), torch.diag(ggn.to_dense().diagonal()))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_model(name):
+    problem = PROBLEMS[name]()
+    diagonal = GGNDiagonalLinearOperator(*problem.args(4, 2), fisher_type="type-2", **problem.options)
+    close(diagonal.diagonal(), GGNLinearOperator(*problem.args(), **problem.options).to_dense().diagonal())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_against_autograd_alone(name):
+    problem = OWN[name]()
+    close(build("diagonal", problem, 4, 2).diagonal(), dense_ggn(problem).diagonal())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_empirical_fisher(name):
+    model, loss, X, y = problem = OWN[name]()
+    expected = EFLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)]).to_dense().diagonal()
+    close(build("diagonal", problem, 4, 2, fisher_type="empirical").diagonal(), expected)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_monte_carlo_fisher_with_the_same_samples(samples):
+    model, loss, X, y = problem = mlp()
+    fisher = GGNLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)], mc_samples=samples, seed=4)
+    diagonal = build("diagonal", problem, 4, 2, fisher_type="mc", mc_samples=samples, seed=4)
+    close(diagonal.diagonal(), fisher.to_dense().diagonal())
+
+
+def test_no_gradients_no_diagonal():
+    for kind, rest in (("diagonal", "there is no diagonal"), ("ekfac", "there is nothing"), ("kfoc", "no product")):
+        with pytest.raises(ValueError, match=f"'forward-only' takes no gradients, so {rest}"):
+            build(kind, mlp(), fisher_type="forward-only").trace()

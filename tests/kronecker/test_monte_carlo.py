@@ -1,0 +1,73 @@
+"""Sampled factors approach the exact ones at the rate 1/√M, and shared backward passes are unbiased."""
+
+import statistics
+
+import pytest
+import torch
+
+import curvops.kronecker.cotangents as cotangents
+from kronecker.cases import PROBLEMS, build, tokens
+
+KINDS = ("kfac", "diagonal")
+SEEDS = 40
+
+
+def draws(kind, problem, exact, **options):
+    """Relative differences of draws with seeds of their own from the exact matrix."""
+    scale = exact.norm()
+    return [(build(kind, problem, seed=s, **options).to_dense() - exact) / scale for s in range(SEEDS)]
+
+
+def check_unbiased(differences):
+    """The mean of K draws is off by σ/√K in the root mean square; three times that is beyond chance."""
+    mean = torch.stack(differences).mean(0)
+    variance = statistics.mean(float(d.norm() ** 2) for d in differences)
+    assert float(mean.norm() ** 2) < 9 * variance / len(differences)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "approximation"),
+    [
+        ("kfac", "mlp", "expand"),
+        ("kfac", "tokens", "expand"),
+        ("kfac", "tokens", "reduce"),
+        ("diagonal", "tokens", "expand"),
+    ],
+)
+def test_the_rate(kind, name, approximation):
+    problem = PROBLEMS[name]()
+    options = {"kfac_approx": approximation, "check_deterministic": False}
+    exact = build(kind, problem, **options).to_dense()
+    errors = []
+    for samples in (1, 16):
+        differences = draws(kind, problem, exact, fisher_type="mc", mc_samples=samples, **options)
+        check_unbiased(differences)
+        errors.append(statistics.mean(float(d.norm() ** 2) for d in differences) ** 0.5)
+    assert 3 < errors[0] / errors[1] < 5.3  # 16 times the samples, a quarter of the distance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_that_share_a_backward_pass_have_random_signs(kind, monkeypatch):
+    problem = tokens()
+    exact = build(kind, problem)
+    separate = exact.to_dense()
+    assert "random signs" not in str(exact.explain())
+    monkeypatch.setattr(cotangents, "LIMIT", 5)  # two terms a datum with three columns each take six
+    signed = build(kind, problem)
+    differences = draws(kind, problem, separate, check_deterministic=False)
+    check_unbiased(differences)
+    assert statistics.mean(float(d.norm()) for d in differences) > 1e-3
+    assert "random signs" in str(signed.plan())
+    assert any("random signs" in note for note in signed.explain().notes)
+    assert not torch.equal(signed.to_dense(), separate)
+
+
+def test_random_signs_do_not_depend_on_batches(monkeypatch):
+    monkeypatch.setattr(cotangents, "LIMIT", 5)
+    whole, parts = build("ekfac", tokens()), build("ekfac", tokens(), 1, 3, 2)
+    torch.testing.assert_close(whole.to_dense(), parts.to_dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_seed_is_a_matrix():
+    a, b, c = (build("kfac", tokens(), fisher_type="mc", seed=s).to_dense() for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)

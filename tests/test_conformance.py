@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conformance import KRONECKER, OPERATORS, RISK, SOME, Untouched, close, conforms, draws
+from conformance import ALGEBRA, KRONECKER, OPERATORS, RISK, SOME, Untouched, close, conforms, draws
 from problems import LOSSES, PROBLEMS, Interrupting, N
 
 CUTS = [(N,), (1, 3, 2), (1,) * N]
@@ -17,8 +17,9 @@ def make(name, problem, *sizes, **options):
     return OPERATORS[name](*problem.args(*sizes), **problem.options, **options)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("operator", SOME)
+@pytest.mark.parametrize(
+    "operator,problem", [(o, p) for o in SOME for p in PROBLEMS if o not in ALGEBRA or p in ("mlp", "odd")]
+)
 def test_conformance(operator, problem):
     p = PROBLEMS[problem]()
     conforms(make(operator, p, 2, 4))
@@ -29,11 +30,19 @@ def test_all_kronecker_options_conform(operator):
     conforms(make(operator, PROBLEMS["mlp"](), 2, 4))
 
 
-# each operator sees the losses that differ most, and one of each kind sees all
+# each operator sees the losses that differ most, the exact ones see all, and one of each other kind every mean
 FEW_LOSSES = ["ce_all_mean", "ce_soft_all_sum", "bce_pos_weight_mean", "mse_sum", "huber_mean", "positions_mean"]
 PAIRS = [
-    (operator, loss) for loss in LOSSES for operator in [*RISK, *KRONECKER] if operator in SOME or loss in FEW_LOSSES
+    (operator, loss)
+    for loss in LOSSES
+    for operator in [*RISK, *KRONECKER]
+    if operator in RISK or loss in FEW_LOSSES or (operator in SOME and "mean" in loss)
 ]
+
+
+def tolerance(operator):
+    """KFOC iterates until it changes little, so that rounding may cost or save it a step."""
+    return 1e-6 if operator.startswith("kfoc") else 1e-10
 
 
 @pytest.mark.parametrize("operator,loss", PAIRS)
@@ -42,18 +51,18 @@ def test_batches_do_not_matter(operator, loss):
     one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
     v = draws(p.dim, 2)
     for op in others:
-        close(op @ v, one @ v)
-    close(others[0].to_dense(), one.to_dense())
+        close(op @ v, one @ v, tolerance(operator))
+    close(others[0].to_dense(), one.to_dense(), tolerance(operator))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("operator", SOME)
+@pytest.mark.parametrize("operator", [name for name in SOME if name not in ALGEBRA])
 def test_batches_do_not_matter_for_any_model(operator, problem):
     p = PROBLEMS[problem]()
     one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
     v = draws(p.dim, 2)
     for op in others:
-        close(op @ v, one @ v, 1e-9)
+        close(op @ v, one @ v, max(1e-9, tolerance(operator)))
 
 
 @pytest.mark.parametrize("problem", [*PROBLEMS, "train"])

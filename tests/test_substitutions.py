@@ -165,7 +165,7 @@ def test_second_derivative(name):
 
         with substitutions():
             leaves = {str(k): t.clone().requires_grad_() for k, t in enumerate(inputs)}
-            product = GradientLinearization(value(*leaves.values()), leaves, space).hvp(v)
+            product = GradientLinearization(value(*leaves.values()), leaves, space).product(v)
             verdict = compare(product, gradient)
         assert verdict.error is not None and verdict.error < 1e-6
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +15,18 @@ from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.tree import tensors_of
 
+CHUNK, PROJECTIONS = 2**16, 8  # entries of a gradient that are projected together, and onto how many numbers
+
 
 @dataclass
 class Pass:
-    """What one pass over the data saw."""
+    """What one pass over the data saw.
+
+    Attributes:
+        fingerprints: Of each batch.
+        value: The sum of the loss terms.
+        gradient: Random projections of their gradient, piece by piece, so that it never has to be held as a whole.
+    """
 
     fingerprints: list[tuple[float, ...]]
     value: Tensor
@@ -41,18 +51,36 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:
-    prints, value, gradient = (
-        [],
-        torch.tensor(0.0, device=risk.space.device),
-        torch.tensor(0.0, device=risk.space.device),
-    )
+    zero = torch.tensor(0.0, device=risk.space.device)
+    seen = Pass([], zero, zero)
+    shape, generator = (min(CHUNK, max(risk.space.dim, 1)), PROJECTIONS), torch.Generator().manual_seed(0)
+    directions = torch.randn(shape, generator=generator).to(risk.space.device, risk.space.sum_dtype)
     with closing(risk.batches("Determinism check")) as batches:
         for batch in batches:
-            prints.append(_fingerprint(batch))
-            part, slope = risk.batch_value_and_gradient(batch)
-            assert slope is not None
-            value, gradient = value + part, gradient + slope
-    return Pass(prints, value, gradient)
+            seen.fingerprints.append(_fingerprint(batch))
+            leaves = risk.model.leaves()
+            value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
+            seen.value = seen.value + value.detach()
+            seen.gradient = seen.gradient + _projected_gradient(value, list(leaves.values()), directions)
+    return seen
+
+
+def _projected_gradient(value: Tensor, leaves: Sequence[Tensor], directions: Tensor) -> Tensor:
+    """Projections ``[pieces, PROJECTIONS]`` of the gradient, each part of which is dropped once it is projected."""
+    sizes = [-(-max(leaf.numel(), 1) // len(directions)) for leaf in leaves]
+    found = torch.zeros(sum(sizes), directions.shape[1], dtype=directions.dtype, device=directions.device)
+
+    def project(rows: Tensor, leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            for row, part in zip(rows, leaf.grad.flatten().split(len(directions)), strict=True):
+                row.copy_(part.to(directions.dtype) @ directions[: len(part)])
+        leaf.grad = None
+
+    if value.requires_grad:
+        for leaf, rows in zip(leaves, found.split(sizes), strict=True):
+            leaf.register_post_accumulate_grad_hook(partial(project, rows))
+        torch.autograd.backward(value, inputs=leaves)
+    return found
 
 
 def _fingerprint(batch: Batch) -> tuple[float, ...]:

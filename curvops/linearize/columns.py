@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 
 import torch
 from torch import Tensor
 
 from curvops.linearize.certify import Account, relative_difference, tolerance
+from curvops.linearize.pushforward import CLEARLY, timed
 from curvops.linearize.reference import BatchProduct
 
 CHUNK = 16  # columns that are batched together
@@ -38,15 +38,11 @@ class Columns:
         """Both ways on the first columns; the batched one counts only if it is equal."""
         few = columns[:, :WORTH]
         product.product(few[:, 0])  # what is made at first use is not measured
-        start = _now(columns.device)
-        one_by_one = _loop(product, few)
-        slow = _now(columns.device) - start
+        one_by_one, slow = timed(lambda: _loop(product, few), columns.device)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a warning of slow batching rules is a no
-                start = _now(columns.device)
-                together = _batched(product, few)
-                fast = _now(columns.device) - start
+                together, fast = timed(lambda: _batched(product, few), columns.device)
         except Exception as error:  # any failure of an optimisation means that the reference serves
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             self._batched = False
@@ -54,7 +50,7 @@ class Columns:
         else:
             difference = relative_difference(together, one_by_one)
             equal = difference <= tolerance(columns.dtype)
-            self._batched = equal and fast < slow
+            self._batched = equal and fast < CLEARLY * slow
             choice = "batched by vmap" if self._batched else "one by one"
             measured = f"{WORTH} columns took {1e3 * fast:.1f} ms batched, {1e3 * slow:.1f} ms one by one"
             self._account.note("columns", choice, measured + ("" if equal else f", and differ by {difference:.1e}"))
@@ -70,9 +66,3 @@ def _loop(product: BatchProduct, columns: Tensor) -> Tensor:
 
 def _batched(product: BatchProduct, columns: Tensor) -> Tensor:
     return torch.cat([product.products(part) for part in columns.split(CHUNK, 1)], 1)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -71,13 +71,20 @@ class OutputProduct(BatchProduct):
     Args:
         jacobian: The Jacobian.
         output_product: The product with the output matrix, both of the output's shape.
+        push: J v, of the output's shape; the Jacobian's own way if not given.
     """
 
-    def __init__(self, jacobian: OutputLinearization, output_product: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        jacobian: OutputLinearization,
+        output_product: Callable[[Tensor], Tensor],
+        push: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._jacobian, self._output_product = jacobian, output_product
+        self._push = jacobian.jvp if push is None else push
 
     def product(self, v: Tensor) -> Tensor:
-        return self._jacobian.vjp(self._output_product(self._jacobian.jvp(v)))
+        return self._jacobian.vjp(self._output_product(self._push(v)))
 
     def products(self, columns: Tensor) -> Tensor:
         pushed = self._jacobian.jvp(columns, batched=True)

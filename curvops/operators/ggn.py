@@ -40,7 +40,16 @@ class OutputFactorOperator(RiskOperator):
         leaves = self.risk.model.leaves()
         jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
         curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
-        return OutputProduct(jacobian, self._output_product(curvature, batch.start))
+        primals = {name: leaf.detach() for name, leaf in leaves.items()}
+
+        def forward_mode(v: Tensor) -> Tensor:
+            tangents = dict(zip(primals, self.domain.split(v), strict=True))
+            return torch.func.jvp(lambda p: self.risk.forward(p, batch.X), (primals,), (tangents,))[1]
+
+        def push(v: Tensor) -> Tensor:
+            return self._pushforward(jacobian, forward_mode, v, batch.start)
+
+        return OutputProduct(jacobian, self._output_product(curvature, batch.start), push)
 
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
         params = {name: p.detach() for name, p in self.risk.model.params.items()}

@@ -14,6 +14,7 @@ from torch.nn import Module
 from curvops.linearize.certify import Account, certified, relative_difference
 from curvops.linearize.columns import Columns
 from curvops.linearize.keep import KeptLinearizations
+from curvops.linearize.pushforward import Pushforward
 from curvops.linearize.reference import BatchProduct
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
@@ -74,6 +75,7 @@ class RiskOperator(LinearOperator):
         self.account = Account()
         self._kept = KeptLinearizations(self.risk, self._linearize, self._budget)
         self._columns = Columns(self.account)
+        self._pushforward = Pushforward(self.account)
         if check_deterministic:
             check(self.risk)
             self._judge()

@@ -76,8 +76,8 @@ def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this library and of those that the content of a file may depend on, as far as installed."""
-    found = {"python": platform.python_version()}
+    """Versions of this library and of those that the content of a file may depend on, as far as known."""
+    found = {"curvops": "unknown", "python": platform.python_version()}
     for package in ("curvops", "torch", "numpy", "matplotlib"):
         try:
             found[package] = version(package)

@@ -128,7 +128,8 @@ class Whole(Entry):
 
     def combined(self, other: Entry, mine: float, its: float) -> Entry:
         assert isinstance(other, Whole)
-        return Whole(_mixed(self.moment, other.moment, mine, its), self.scaled)
+        total = 1.0 if self.scaled else mine + its  # the identity of forward-only stays what it is
+        return Whole(_mixed(self.moment, other.moment, mine / total, its / total), self.scaled)
 
     def normalised(self, constant: float) -> Whole:
         """The same with the constant inside."""
@@ -292,7 +293,7 @@ def _nothing(entry: Entry) -> Entry:
     if isinstance(entry, Moment):
         return Moment(Factors({}), entry.outputs_known, entry.units)
     if isinstance(entry, Whole):
-        return Whole(torch.zeros_like(entry.moment), entry.scaled)
+        return Whole(torch.zeros_like(entry.moment), True) if entry.scaled else entry
     if isinstance(entry, Eigen):
         return Eigen(entry.left, entry.right, torch.zeros_like(entry.total))
     return entry

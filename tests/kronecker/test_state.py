@@ -1,0 +1,105 @@
+"""Merging halves is computing the whole; a moving average mixes what enters the blocks."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvops import BlockRule
+from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, integers, mlp, real, seeded
+
+
+def half(problem, part):
+    model, loss, X, y = problem
+    return model, loss, X[part], y[part]
+
+
+def routed():
+    """Two experts and a tied pair; the first half of the data reaches one expert only."""
+
+    def forward(net, X):
+        h = net.embedding(X)
+        out = torch.zeros_like(h)
+        for k, expert in enumerate(net.experts):
+            chosen = ((X >= 4) if k else (X < 4)).nonzero().squeeze(1)
+            if len(chosen):
+                out = out.index_add(0, chosen, torch.tanh(expert(h[chosen])))
+        return net.head(net.norm(out))
+
+    def make():
+        return Net(
+            forward,
+            embedding=nn.Embedding(8, 3),
+            experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]),
+            norm=nn.LayerNorm(3),
+            head=nn.Linear(3, 2),
+        )
+
+    return seeded(make), nn.MSELoss(), torch.cat([integers(4, 3), integers(8, 3, seed=1) % 4 + 4]), real(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fisher_type"),
+    [("kfac", "type-2"), ("kfac", "empirical"), ("kfac", "forward-only"), ("diagonal", "type-2")],
+)
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+@pytest.mark.parametrize("name", [*PROBLEMS, "routed"])
+def test_two_halves_are_the_whole(kind, name, approximation, fisher_type):
+    problem = (PROBLEMS | {"routed": routed})[name]()
+    options = {"fisher_type": fisher_type, "kfac_approx": approximation, "check_deterministic": False}
+    for reduction in ("mean", "sum"):
+        problem[1].reduction = reduction
+        whole = build(kind, problem, **options)
+        first, second = (build(kind, half(problem, part), **options) for part in (slice(0, 3), slice(3, 6)))
+        close(first.merge(second).to_dense(), whole.to_dense())
+        close(second.merge(first).to_dense(), whole.to_dense())
+        assert first.merge(second).name == whole.name
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_a_moving_average(approximation):
+    problem = routed()
+    options = {"kfac_approx": approximation, "separate_weight_and_bias": False}
+    old, new = (build("kfac", half(problem, part), **options) for part in (slice(0, 3), slice(3, 6)))
+    mixed = old.moving_average(new, 0.9)
+    a, b, found = ({p.names: p.block for p in op.blocks} for op in (old, new, mixed))
+    for name in (("head.weight", "head.bias"), ("norm.weight",)):
+        close(found[name].left, 0.9 * a[name].left + 0.1 * b[name].left)
+        close(found[name].right, 0.9 * a[name].right + 0.1 * b[name].right)
+    chain = mixed.moving_average(new, 0.5)
+    name = ("head.weight", "head.bias")
+    close({p.names: p.block for p in chain.blocks}[name].left, 0.5 * found[name].left + 0.5 * b[name].left)
+    for op in (mixed, chain):
+        assert torch.isfinite(op.inverse(0.1).to_dense()).all()
+    close(old.moving_average(new, 1.0).to_dense(), old.to_dense())
+
+
+def test_a_moving_average_of_diagonals_is_exact():
+    problem = mlp()
+    old, new = (build("diagonal", half(problem, part)) for part in (slice(0, 3), slice(3, 6)))
+    close(old.moving_average(new, 0.7).diagonal(), 0.7 * old.diagonal() + 0.3 * new.diagonal())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build("kfac", mlp(), fisher_type="mc"), "merge: expected the same settings"),
+        (lambda: build("diagonal", mlp()), "merge: expected the same kind, got KFACLinearOperator and GGNDiagonal"),
+        (lambda: build("kfac", routed()), "merge: expected the same space"),
+        (lambda: build("kfac", (mlp()[0], nn.CrossEntropyLoss(reduction="sum"), *mlp()[2:])), "the same reduction"),
+        (lambda: build("kfac", mlp(), rule=BlockRule(largest_factor=3)), r"Use the same rule=BlockRule"),
+        (lambda: build("kfac", mlp()).moving_average(build("kfac", mlp()), 0.5), "moving average no longer knows"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        build("kfac", mlp()).merge(make())
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
+def test_what_does_not_add_is_refused(kind):
+    op = build(kind, mlp())
+    for combine in (lambda: op.merge(op), lambda: op.moving_average(op, 0.5)):
+        with pytest.raises(ValueError, match="Merge or average a KFACLinearOperator"):
+            combine()
+    with pytest.raises(ValueError, match="decay: expected a number from 0 to 1, got 2"):
+        op.moving_average(op, 2)

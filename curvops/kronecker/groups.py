@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +107,8 @@ class Grouping:
                 key = tuple((part.name, *part.key) for part in parts)
                 if key not in self.groups:
                     self.groups[key] = self._create(key, use, role, parts)
+                elif use.kind not in self.groups[key].operation.split(", "):
+                    self.groups[key] = _also(self.groups[key], use)
                 found.setdefault(key, []).append((k, role))
         return found
 
@@ -212,6 +214,14 @@ def vector_gradients(uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mappin
 
 def _identity(view: View | None) -> tuple[object, ...] | None:
     return None if view is None else (view.name, *view.key)
+
+
+def _also(group: Group, use: LinearUse | VectorUse) -> Group:
+    """A group that is used by another kind of operation as well, such as a head that is tied to an embedding."""
+    one_hot = group.one_hot or (
+        isinstance(use, LinearUse) and isinstance(use.inputs(), OneHot) and use.weight is not None
+    )
+    return replace(group, operation=f"{group.operation}, {use.kind}", one_hot=one_hot)
 
 
 def _shape(use: LinearUse, weight: View) -> tuple[tuple[int, int, int], bool]:

@@ -1,0 +1,92 @@
+"""`explain()` says how each parameter was treated, and `plan()` says the same before anything is computed."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvops import BlockRule
+from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, mlp, real, seeded, tokens
+
+RULES = {"default": None, "small": BlockRule(largest_factor=3, largest_block=2)}
+
+
+def unusual():
+    """A parameter that is never used, a free one, a scalar, and a norm."""
+
+    def make():
+        net = Net(
+            lambda net, X: net.scale * net.norm(net.layer(X) + net.free.exp()),
+            layer=nn.Linear(3, 2),
+            norm=nn.LayerNorm(2),
+        )
+        net.register_parameter("free", nn.Parameter(torch.randn(2)))
+        net.register_parameter("scale", nn.Parameter(torch.tensor(0.5)))
+        net.register_parameter("unused", nn.Parameter(torch.randn(4)))
+        return net
+
+    return seeded(make), nn.MSELoss(), real(6, 3), real(6, 2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("name", [*PROBLEMS, "unusual"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_is_what_happens(kind, name, separate, rule):
+    problem = (PROBLEMS | {"unusual": unusual})[name]()
+    options = {"separate_weight_and_bias": separate, "rule": RULES[rule], "check_deterministic": False}
+    op = build(kind, problem, **options)
+    planned = op.plan()
+    explained = op.explain()
+    assert planned.rows == explained.rows
+    assert planned.memory == explained.memory == sum(p.block.memory for p in op.blocks)
+    assert sum(row.size for row in planned.rows) == op.shape[0]
+    assert op.plan().rows == planned.rows  # after computing, too
+
+
+def test_forward_only():
+    op = build("kfac", tokens(), fisher_type="forward-only")
+    assert op.plan().rows == op.explain().rows
+
+
+def test_the_account_prints():
+    op = build("ekfac", unusual())
+    text = str(op.explain())
+    assert text.splitlines()[0] == repr(op)
+    for part in (
+        "layer.weight",
+        "eigen 2 ⊗ 3",
+        "linear",
+        "unused",
+        "zero",
+        "nothing",
+        "never used",
+        "total: ",
+        "norm.",
+    ):
+        assert part in text
+    rows = {row.names: row for row in op.explain().rows}
+    assert rows["unused",].block == "zero" and rows["free",].block == "dense 2"
+    assert "exp" in rows["free",].why or "exp" in rows["free",].operation
+    assert rows["layer.weight",].memory == 8 * (2 * 3 + 2 * 2 + 3 * 3)
+
+
+def test_costs():
+    op = build("kfac", cnn(), 3, 3)
+    assert "batch of 3: 1 forward and 2 backward passes to the layers' outputs, about 1.0 gradients" in op.plan().notes
+    op.trace()
+    assert "4 backward passes to the layers' outputs" in op.explain().notes
+    many = mlp()[0], nn.MSELoss(), real(6, 3), real(6, 3)
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 12)))
+    many = model, nn.MSELoss(), real(6, 3), real(6, 12)
+    assert any(note.startswith("fewer backward passes: fisher_type='mc'") for note in build("kfac", many).plan().notes)
+    sampled = build("kfac", many, fisher_type="mc", mc_samples=3).plan()
+    assert any("1 forward and 3 backward passes" in note for note in sampled.notes)
+    for kind, words in (("ekfac", "the data is swept again"), ("kfoc", "times again")):
+        assert any(words in note and "memory_budget=" in note for note in build(kind, many).plan().notes)
+    assert any("rule=BlockRule" in note for note in build("kfac", many).plan().notes)
+
+
+def test_planning_computes_nothing():
+    op = build("kfac", tokens(), 3, 3)
+    op.plan()
+    assert op._state is None and op._sweep.backward_passes == 0

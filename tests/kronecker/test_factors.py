@@ -1,0 +1,119 @@
+"""When factors and blocks become diagonals, and what the arguments of an operator may be."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvops import BlockRule, KFACLinearOperator
+from kronecker.cases import build, close, dense_ggn, mlp, params, real, seeded, tokens
+
+
+def test_a_large_factor_is_its_diagonal():
+    dense, diagonal = (build("kfac", mlp(), rule=BlockRule(largest_factor=size)) for size in (4, 3))
+    for a, b in zip(dense.blocks, diagonal.blocks, strict=True):
+        for full, kept in ((a.block.left, b.block.left), (a.block.right, b.block.right)):
+            if full.shape[-1] > 3:
+                assert kept.ndim == 2
+                close(kept, full.diagonal(dim1=1, dim2=2))
+            else:
+                assert torch.equal(kept, full)
+    rows = {row.names[0]: row.block for row in diagonal.explain().rows}
+    assert rows == {
+        "0.weight": "Kronecker diag 4 ⊗ 3",
+        "0.bias": "diagonal 4",
+        "2.weight": "Kronecker 3 ⊗ diag 4",
+        "2.bias": "dense 3",
+    }
+
+
+def test_a_large_block_is_its_diagonal():
+    ggn = dense_ggn(tokens())
+    for size, ndim in ((3, 3), (2, 2)):
+        op = build("kfac", tokens(), rule=BlockRule(largest_block=size))
+        (placed,) = [p for p in op.blocks if p.names == ("norm.weight",)]
+        assert placed.block.left.ndim == ndim
+        where = placed.positions
+        expected = ggn[where[:, None], where]
+        close(placed.block.dense(), expected if ndim == 3 else torch.diag(expected.diagonal()))
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "kfoc"])
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "largest_factor",
+            r"'hidden\.weight': a Kronecker factor of side 4 is beyond largest_factor=3, and diagonals are not",
+        ),
+        (
+            "largest_block",
+            r"'norm\.weight': a block of side 3 is beyond largest_block=2, .* rule=BlockRule\(largest_block=3\)",
+        ),
+    ],
+)
+def test_diagonals_can_be_forbidden(kind, planned, option, message):
+    limit = {"largest_factor": 3, "largest_block": 2}[option]
+    op = build(kind, tokens(), rule=BlockRule(**{option: limit}, allow_diagonal=False), check_deterministic=False)
+    with pytest.raises(ValueError, match=message):
+        op.plan() if planned else op.trace()
+
+
+def test_the_inputs_of_an_embedding_are_diagonal_by_nature():
+    op = build("kfac", tokens(), rule=BlockRule(allow_diagonal=False))
+    rows = {row.names[0]: row for row in op.explain().rows}
+    assert rows["embedding.weight"].block == "Kronecker diag 5 ⊗ 3"
+
+
+@pytest.mark.parametrize("terms", [2, None])
+def test_the_number_of_loss_terms_is_compared(terms):
+    op = build("kfac", tokens(), num_per_example_loss_terms=terms)
+    close(op.to_dense(), build("kfac", tokens()).to_dense())
+    wrong = build("kfac", tokens(), num_per_example_loss_terms=3)
+    for compute in (wrong.trace, wrong.plan):
+        with pytest.raises(
+            ValueError, match=r"num_per_example_loss_terms: expected 3, the model's output has 2\. Leave"
+        ):
+            compute()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"fisher_type": "exact"},
+            "fisher_type: expected one of 'type-2', 'mc', 'empirical', 'forward-only', got 'exact'",
+        ),
+        ({"kfac_approx": "sum"}, "kfac_approx: expected one of 'expand', 'reduce', got 'sum'"),
+        ({"mc_samples": 0}, "mc_samples: expected a number ≥ 1, got 0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("kfac", mlp(), **options)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_forward_only_is_the_inputs_moment(approximation):
+    """B is the identity, and the constant of the loss does not enter."""
+    model = seeded(lambda: nn.Linear(3, 2))
+    X = real(6, 4, 3)
+    for reduction in ("mean", "sum"):
+        problem = model, nn.MSELoss(reduction=reduction), X, real(6, 4, 2)
+        op = build("kfac", problem, 4, 2, fisher_type="forward-only", kfac_approx=approximation)
+        rows = X.flatten(0, 1) if approximation == "expand" else X.mean(1)
+        expected = torch.kron(torch.eye(2, dtype=torch.float64), rows.T @ rows / len(rows))
+        where = op.domain.slice("weight")
+        close(op.to_dense()[where, where], expected)
+        close(op.to_dense()[op.domain.slice("bias"), op.domain.slice("bias")], torch.eye(2, dtype=torch.float64))
+
+
+def test_a_subset_of_the_parameters():
+    model, loss, X, y = mlp()
+    whole = build("kfac", mlp())
+    for names in (["2.weight"], ["0.bias", "2.weight"]):
+        own = {name: params(model)[name] for name in names}
+        op = KFACLinearOperator(model, loss, own, [(X, y)], fisher_type="type-2", separate_weight_and_bias=False)
+        for name in names:
+            where, there = op.domain.slice(name), whole.domain.slice(name)
+            close(op.to_dense()[where, where], whole.to_dense()[there, there])

@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from curvops.kronecker.taps import Taps
 
 
+# operations that add or broadcast what is looked up in a table, too
+ADDS = {
+    *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
+    *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to),
+}
+
+
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def add(taps: Taps, func: Any, input: Any, other: Any, **options: Any) -> Tensor:
     out: Tensor = func(input, other, **options)
-    if options:
-        taps.unknown(input, other)
-    else:
-        _spread(taps, out, input, lambda g: g, "add")
-        _spread(taps, out, other, lambda g: g, "add")
+    for term in (input, other):
+        if term in taps.lookups:
+            taps.lookups.add(out, term, plain=bool(options))
+        elif options:
+            taps.unknown(term)
+        else:
+            _spread(taps, out, term, lambda g: g, "add")
     return out
 
 
@@ -69,7 +78,10 @@ def where(taps: Taps, func: Any, first: Any, second: Any, third: Any) -> Tensor:
 @rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
 def expand(taps: Taps, func: Any, input: Tensor, *args: Any, **options: Any) -> Tensor:
     out: Tensor = func(input, *args, **options)
-    _spread(taps, out, input, lambda g: g, "expand")
+    if input in taps.lookups:
+        taps.lookups.add(out, input)
+    else:
+        _spread(taps, out, input, lambda g: g, "expand")
     return out
 
 

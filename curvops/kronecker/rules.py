@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.kronecker.uses import OneHot, Windows, channels_last, patches
+from curvops.kronecker.uses import Windows, channels_last, patches
 from curvops.substitutions import batch_norm as batch_norm_without_statistics
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def embedding(
     out: Tensor = func(weight, input, padding_idx, *rest, **options)
     # rows of the padding index get no gradient
     ids = input if padding_idx < 0 else input.masked_fill(input == padding_idx, -1)
-    taps.linear(out, weight, None, lambda: OneHot(ids.unsqueeze(-1), weight.shape[0]), _rows, "left", "embedding")
+    view = taps.view(weight)
+    if view is not None and out.requires_grad:
+        taps.lookups.start(out, view, ids, weight.shape[0])
     return out
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvops.kronecker import contractions, elementwise, recurrent  # noqa: F401  # they register their rules
+from curvops.kronecker import contractions, recurrent  # noqa: F401  # they register their rules
+from curvops.kronecker.elementwise import ADDS
+from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.rules import RULES
 from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View, Windows
 from curvops.substitutions import TABLE, embedding, embedding_bag, grouped_mm, linear_cross_entropy, opened
@@ -114,20 +116,26 @@ class Taps(TorchFunctionMode):
         leaves: The parameters that the model is run with, by name.
 
     Attributes:
-        uses: The applications that a rule knows, in order.
+        lookups: Rows of tables that are followed.
         unknowns: Names of parameters that also enter operations without a rule, and one such operation.
         data_dependent: Whether rows may be ordered by the data's values.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.uses: list[Use] = []
+        self._uses: list[Use] = []
+        self.lookups = Lookups()
         self.unknowns: dict[str, str] = {}
         self.data_dependent = False
         self._views = {id(leaf): View(name, (), None, leaf.shape) for name, leaf in leaves.items()}
         self._sizes = {name: leaf.numel() for name, leaf in leaves.items()}
         self._kept: list[Tensor] = list(leaves.values())  # ids stay valid while the tensors live
         self._operation = ""
+
+    @property
+    def uses(self) -> list[Use]:
+        """The applications that a rule knows."""
+        return [*self._uses, *self.lookups.uses]
 
     def view(self, tensor: Any) -> View | None:
         """The view of a parameter that a tensor is, if it is one."""
@@ -159,14 +167,14 @@ class Taps(TorchFunctionMode):
             self.bias(out, bias, outputs, kind)
         elif out.requires_grad:
             edge, inputs = get_gradient_edge(out), inputs if isinstance(inputs, Windows) else _constant(inputs)
-            self.uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, b is not None, kind, out.shape))
+            self._uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, b is not None, kind, out.shape))
 
     def bias(self, out: Tensor, bias: Tensor | None, outputs: Callable[[Tensor], Tensor], kind: str) -> None:
         """Record a bias whose weight is no parameter, or that cannot join it."""
         b = self.view(bias)
         if b is not None and out.requires_grad:
             edge = get_gradient_edge(out)
-            self.uses.append(
+            self._uses.append(
                 LinearUse(None, b, edge, lambda: OneHot(torch.empty(0), 1), outputs, "right", False, kind, out.shape)
             )
 
@@ -181,7 +189,7 @@ class Taps(TorchFunctionMode):
             # entries that the view holds several times
             v = View(v.name, (*v.key, "pooled"), places[0], places[0].shape)
             rows = _pooled(rows, places[1].flatten(), places[0].numel())
-        self.uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
+        self._uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -191,10 +199,22 @@ class Taps(TorchFunctionMode):
             or (func is torch.where and len(args) == 1)
         ):
             self.data_dependent = True
-        parameters = [t for t in _tensors(args, kwargs) if id(t) in self._views]
+        tensors = _tensors(args, kwargs)
+        parameters = [t for t in tensors if id(t) in self._views]
+        rows = [t for t in tensors if t in self.lookups]
+        if (
+            rows
+            and func not in ADDS
+            and not (func in VIEWS and len(rows) == 1 and rows[0] is args[0])
+            and not _is_neutral(func)
+        ):
+            self.lookups.use(rows)
         substitute = TABLE.get(func, func)
-        if not parameters:
-            return substitute(*args, **kwargs)
+        if not parameters and not (rows and func in ADDS):
+            out = substitute(*args, **kwargs)
+            if rows and func in VIEWS and rows[0] is args[0]:
+                self.lookups.arrange(func, rows[0], args[1:], kwargs, out)
+            return out
         self._operation = getattr(func, "__name__", str(func))
         if func in COMPOSITE:
             with self:
@@ -209,7 +229,7 @@ class Taps(TorchFunctionMode):
             self._derive(func, args, kwargs, out)
         elif func in CASTS and parameters[0] is args[0] and isinstance(out, Tensor):
             self._remember(out, self._views[id(args[0])])
-        elif func not in QUERIES and _attribute(func) not in NEUTRAL:
+        elif not _is_neutral(func):
             self.unknown(*parameters)
         return out
 
@@ -287,6 +307,7 @@ def _has_mask(index: Any) -> bool:
     return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.int64) and part.ndim > 0 for part in parts)
 
 
-def _attribute(func: Any) -> str:
+def _is_neutral(func: Any) -> bool:
+    """Whether an operation reads a tensor without its values."""
     owner = getattr(func, "__self__", None)
-    return getattr(owner, "__name__", "")
+    return func in QUERIES or getattr(owner, "__name__", "") in NEUTRAL

@@ -1,0 +1,110 @@
+"""Rows of a table that are looked up, followed to where they are added to something.
+
+A position's row is looked up once and added to every datum. Its gradient at the lookup is a sum over the data; at
+the addition each datum has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from curvops.kronecker.uses import LinearUse, OneHot, View
+
+
+@dataclass
+class Lookup:
+    """One lookup.
+
+    Attributes:
+        weight: The table.
+        width: Number of its rows.
+        plain: The lookup itself as a use.
+        added: The additions that its rows enter.
+        elsewhere: Whether they enter another operation.
+    """
+
+    weight: View
+    width: int
+    plain: LinearUse
+    added: list[LinearUse] = field(default_factory=list)
+    elsewhere: bool = False
+
+
+class Lookups:
+    """The lookups of a forward pass, and the tensors that are rows of one, in whatever arrangement."""
+
+    def __init__(self) -> None:
+        self._all: list[Lookup] = []
+        self._rows: dict[int, tuple[Lookup, Tensor]] = {}  # by tensor: the lookup, and the number of each row
+        self._kept: list[Tensor] = []  # ids stay valid while the tensors live
+
+    @property
+    def uses(self) -> list[LinearUse]:
+        """Each lookup's additions, if its rows enter nothing else; else the lookup itself."""
+        found = []
+        for lookup in self._all:
+            found += [lookup.plain] if lookup.elsewhere or not lookup.added else lookup.added
+        return found
+
+    def __contains__(self, tensor: object) -> bool:
+        return id(tensor) in self._rows
+
+    def start(self, out: Tensor, weight: View, ids: Tensor, width: int) -> None:
+        """Rows ``ids`` of a table are looked up; −1 for rows without a gradient."""
+        lookup = Lookup(weight, width, _use(weight, get_gradient_edge(out), ids, width, out))
+        self._all.append(lookup)
+        self._remember(out, lookup, ids)
+
+    def add(self, out: Tensor, tensor: Tensor, plain: bool = False) -> None:
+        """Rows are added to something or broadcast, and followed there unless ``plain``."""
+        lookup, ids = self._rows[id(tensor)]
+        if plain or tensor.shape[-1] != out.shape[-1]:
+            lookup.elsewhere = True
+            return
+        spread = ids.expand(out.shape[:-1])
+        lookup.added.append(_use(lookup.weight, get_gradient_edge(out), spread, lookup.width, out))
+        if out is tensor:  # in place: it holds a sum from now on
+            del self._rows[id(tensor)]
+
+    def use(self, tensors: Sequence[Tensor]) -> None:
+        """Rows enter an operation that is not followed."""
+        for tensor in tensors:
+            self._rows[id(tensor)][0].elsewhere = True
+
+    def arrange(self, func: Callable[..., Any], tensor: Tensor, args: Any, kwargs: Any, out: Any) -> None:
+        """Rows are arranged in another way: the same operation on their places tells how."""
+        lookup, ids = self._rows[id(tensor)]
+        size = tensor.shape[-1]
+        ramp = torch.arange(size, device=ids.device)
+        # shifted by one row, so that −1 stays a row
+        places = func((ids.unsqueeze(-1) + 1) * size + ramp, *args, **kwargs)
+        for part, place in zip(*(((out,), (places,)) if isinstance(out, Tensor) else (out, places)), strict=True):
+            whole = place.ndim > 0 and place.shape[-1] == size
+            if whole and torch.equal(place % size, ramp.expand_as(place)):
+                self._remember(part, lookup, place[..., 0] // size - 1)
+            else:
+                lookup.elsewhere = True
+
+    def _remember(self, tensor: Tensor, lookup: Lookup, ids: Tensor) -> None:
+        self._rows[id(tensor)] = (lookup, ids)
+        self._kept.append(tensor)
+
+
+def _use(weight: View, edge: GradientEdge, ids: Tensor, width: int, out: Tensor) -> LinearUse:
+    return LinearUse(
+        weight,
+        None,
+        edge,
+        lambda: OneHot(ids.unsqueeze(-1), width),
+        lambda g: g.unsqueeze(-2),
+        "left",
+        False,
+        "embedding",
+        out.shape,
+    )

@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help tour test check format docs bench peer picture clean
+.PHONY: help tour test check format docs support bench peer picture clean
 .NOTPARALLEL:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
+	@echo "make support  write docs/support.md: what each operator does with each layer"
 	@echo "make bench    time of the tour's six matrices, beside the peer library"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make picture  the README's picture, after make tour"
@@ -36,6 +37,9 @@ format: .venv/.dev
 docs: .venv/.dev
 	MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops tests/tour/test_readme.py
 	MPLBACKEND=agg $(BIN)/python examples/visual_tour.py
+
+support: .venv/.dev
+	$(BIN)/python tests/kronecker/support.py --write
 
 bench: .venv-peer/.peer
 	.venv-peer/bin/python benchmarks/tour.py $(ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvops.kronecker.cotangents import LIMIT, Cotangents
 from curvops.kronecker.groups import Group, Grouping, Key, arranged_inputs
-from curvops.kronecker.layout import ONE_UNIT
+from curvops.kronecker.layout import ONE_UNIT, Layout
 from curvops.kronecker.tape import Tape, certify, record
 from curvops.kronecker.uses import LinearUse, OneHot, lead
 from curvops.linearize.certify import relative_difference, tolerance
@@ -197,13 +197,14 @@ class Sweep:
                 "Leave it out: it is inferred."
             )
 
-    def _names(self, units: str) -> set[str]:
-        return {name for name, route in self.routes.items() if route.units == units}
+    def _names(self, units: str) -> list[str]:
+        # a list: the order of the groups must not depend on how strings are hashed
+        return [name for name, route in self.routes.items() if route.units == units]
 
     def _pull(
         self,
         tape: Tape,
-        names: set[str],
+        names: list[str],
         columns: Cotangents,
         route: str,
         pull: bool,
@@ -319,11 +320,14 @@ class Sweep:
         expected = tape.z.detach().unflatten(0, (batch.size, -1))[n]
         if alone.numel() != expected.numel():
             return True
-        return not relative_difference(alone.reshape(expected.shape), expected) <= tolerance(expected.dtype)
+        return not relative_difference(alone.reshape(expected.shape), expected) <= max(
+            tolerance(expected.dtype), tolerance(tape.precision)
+        )
 
 
 def _as_one_unit(tape: Tape) -> Tape:
-    return Tape(tape.z, tape.leaves, tape.uses, tape.unknowns, tape.data_dependent, 1, [ONE_UNIT] * len(tape.uses))
+    layouts: list[Layout | None] = [ONE_UNIT] * len(tape.uses)
+    return replace(tape, units=1, layouts=layouts, inputs={})
 
 
 def _row_bytes(captured: Captured) -> int:

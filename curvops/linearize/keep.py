@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from curvops.linearize.reference import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.tree import tensors_of
+from curvops.risk.tree import content, tensors_of
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Kept:
 
     product: BatchProduct
     batch: Batch
-    versions: tuple[int, ...]
+    versions: object
     size: int
 
 
@@ -128,5 +128,5 @@ def counted_bytes() -> Iterator[Count]:
         yield count
 
 
-def _versions(batch: Batch) -> tuple[int, ...]:
-    return tuple(0 if t.is_inference() else t._version for t in tensors_of((batch.X, batch.y)))
+def _versions(batch: Batch) -> object:
+    return content(tensors_of((batch.X, batch.y)))

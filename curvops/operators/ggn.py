@@ -60,6 +60,9 @@ class OutputFactorOperator(RiskOperator):
             raise ValueError("the number of loss terms is not a multiple of the number of data")
         if curvature.terms_per_datum * factor.num_columns > 3 * self.domain.dim:
             raise ValueError("more outputs than three times the parameters, so columns are cheaper")
+        needed = batch.size * (curvature.terms_per_datum * factor.num_columns) ** 2 * curvature.width
+        if needed * self.dtype.itemsize > self._budget():
+            raise ValueError("the cotangents of all loss terms would take more than the memory budget")
         cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
         for rows in pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget()):
             rows = rows.to(total.dtype)

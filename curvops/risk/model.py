@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
-from torch.nn.utils import get_total_norm
 
+from curvops.risk.tree import content
 from curvops.space import TensorSpace, describe
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
@@ -67,9 +67,7 @@ class Model:
                 elif isinstance(value, Tensor):
                     tensors.append(value)
             tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        norm = get_total_norm([t.detach() for t in tensors if t.is_floating_point()])
-        return places, settings, float(norm)
+        return settings, content(tensors)
 
     def _roots(self) -> list[Module]:
         """The module, or the modules that a function refers to."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -36,6 +38,16 @@ def tensors_of(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     return found
+
+
+def content(tensors: Sequence[Tensor]) -> object:
+    """Changes with the tensors' values, also where they change behind autograd's back (``t.data``, NumPy views)."""
+    tensors = [t.detach() for t in tensors]
+    versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    real = [t for t in tensors if t.is_floating_point()]
+    sums = [t.sum(dtype=torch.float64) for t in tensors if t.numel() and not t.is_complex()]
+    norm = get_total_norm(real)
+    return versions, float(norm), torch.stack(sums).tolist() if sums else []
 
 
 def select(tree: Any, size: int, index: Any) -> Any:

@@ -30,6 +30,7 @@ class Tape:
         unknowns: Parameters that also enter otherwise, and an operation where they do.
         data_dependent: Whether rows may be ordered by the data's values.
         units: Number of units (data, or one for the whole pass) that rows are attributed to.
+        precision: The lowest that the model computes in.
         layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
         inputs: Inputs already arranged, by use and role.
     """
@@ -40,6 +41,7 @@ class Tape:
     unknowns: Mapping[str, str]
     data_dependent: bool
     units: int
+    precision: torch.dtype
     layouts: list[Layout | None] = field(default_factory=list)
     inputs: dict[tuple[int, str], Any] = field(default_factory=dict)
 
@@ -63,7 +65,7 @@ def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
     leaves = risk.model.leaves()
     taps = Taps(leaves)
     z = risk.forward(leaves, X, taps)
-    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units)
+    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units, taps.precision or z.dtype)
     tape.layouts = [ONE_UNIT if units == 1 else None] * len(taps.uses)
     return tape
 
@@ -101,7 +103,7 @@ def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[s
     scaled, totals = tape.gradients(cotangent.mul_(weights), every, names)
     failed: dict[str, str] = {}
     for k, (use, before) in enumerate(zip(tape.uses, plain, strict=False)):
-        tape.layouts[k] = _layout(before, _projected(use, scaled[k]), unit_weights)
+        tape.layouts[k] = _layout(before, _projected(use, scaled[k]), unit_weights, tape.precision)
         if tape.layouts[k] is None:
             failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
     for k, name in enumerate(names):
@@ -113,13 +115,13 @@ def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[s
     return failed
 
 
-def _layout(before: Tensor | None, after: Tensor | None, units: Tensor) -> Layout | None:
+def _layout(before: Tensor | None, after: Tensor | None, units: Tensor, precision: torch.dtype) -> Layout | None:
     """The layout in which projected rows come back scaled by their unit's weight."""
     if before is None or after is None:
         return ONE_UNIT if len(units) == 1 else Layout(0)
     for layout in candidates(tuple(before.shape[:-1]), len(units)):
         a, b = (layout.arrange(t, 1, len(units)) for t in (before, after))
-        if relative_difference(b, a * units.to(a).view(-1, 1, 1)) <= tolerance(a.dtype):
+        if relative_difference(b, a * units.to(a).view(-1, 1, 1)) <= max(tolerance(a.dtype), tolerance(precision)):
             return layout
     return None
 
@@ -151,11 +153,12 @@ def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Te
                     found = torch.zeros(leaf.numel(), dtype=dtype, device=leaf.device) if found is None else found
                     found.index_add_(0, view.index.flatten(), part)
     lowest = min((g.dtype for g in slopes if g is not None), key=lambda d: -torch.finfo(d).eps, default=leaf.dtype)
+    allowed = max(tolerance(lowest), tolerance(tape.precision))
     if found is None:
         return total is None or not total.any()
     scale = 0.0 if total is None else float(total.detach().norm())
     difference = float((found if total is None else found.sub_(total.detach().flatten())).norm())
-    return difference <= tolerance(lowest) * scale if scale > 0 else difference <= tolerance(lowest)
+    return difference <= allowed * scale if scale > 0 else difference <= allowed
 
 
 def _pooled(use: Use, view: View, g: Tensor) -> Tensor:

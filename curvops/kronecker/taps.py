@@ -103,6 +103,8 @@ DATA_DEPENDENT = {
     Tensor.argsort,
     torch.unique,
     Tensor.unique,
+    torch.topk,
+    Tensor.topk,
 }
 
 
@@ -119,6 +121,7 @@ class Taps(TorchFunctionMode):
         lookups: Rows of tables that are followed.
         unknowns: Names of parameters that also enter operations without a rule, and one such operation.
         data_dependent: Whether rows may be ordered by the data's values.
+        precision: The lowest that was computed in.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
@@ -127,6 +130,7 @@ class Taps(TorchFunctionMode):
         self.lookups = Lookups()
         self.unknowns: dict[str, str] = {}
         self.data_dependent = False
+        self.precision: torch.dtype | None = None
         self._views = {id(leaf): View(name, (), None, leaf.shape) for name, leaf in leaves.items()}
         self._sizes = {name: leaf.numel() for name, leaf in leaves.items()}
         self._kept: list[Tensor] = list(leaves.values())  # ids stay valid while the tensors live
@@ -212,6 +216,7 @@ class Taps(TorchFunctionMode):
         substitute = TABLE.get(func, func)
         if not parameters and not (rows and func in ADDS):
             out = substitute(*args, **kwargs)
+            self._note_precision(out)
             if rows and func in VIEWS and rows[0] is args[0]:
                 self.lookups.arrange(func, rows[0], args[1:], kwargs, out)
             return out
@@ -232,6 +237,12 @@ class Taps(TorchFunctionMode):
         elif not _is_neutral(func):
             self.unknown(*parameters)
         return out
+
+    def _note_precision(self, out: Any) -> None:
+        if isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad and out.dtype != self.precision:
+            lowest = 0.0 if self.precision is None else torch.finfo(self.precision).eps
+            if torch.finfo(out.dtype).eps > lowest:
+                self.precision = out.dtype
 
     def _derive(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """The same operation on the entries' places tells which entries the result holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -117,7 +118,10 @@ class RiskOperator(LinearOperator):
         def difference(matrix: Tensor) -> float:
             return relative_difference(matrix @ probe, self._apply(probe))
 
-        dense = certified("dense matrix", self.dense_way, self._fast_dense, difference, self.dtype, self.account)
+        with warnings.catch_warnings():
+            # vmap falls back to a loop for some operations, which costs time and is none of the caller's business
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            dense = certified("dense matrix", self.dense_way, self._fast_dense, difference, self.dtype, self.account)
         return super()._dense() if dense is None else dense
 
     def _fast_dense(self) -> Tensor:

@@ -1,0 +1,89 @@
+"""Models, data and losses that the benchmarks run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvops.tour.setups import tutorial
+
+Data = list[tuple[Tensor, Tensor]]
+Problem = tuple[nn.Module, Data]
+
+
+class Residual(nn.Module):
+    """A residual CNN without norms: five convolutions of 16 channels."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        for first, second in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            h = (h + second(first(h).relu())).relu()
+        return self.head(h.mean((2, 3)))
+
+
+class Block(nn.Module):
+    """A transformer block with causal attention written out, so that every library can differentiate it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / (d // self.heads) ** 0.5
+        future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+        mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A small GPT: two blocks of width 64, a vocabulary of 65."""
+
+    def __init__(self, vocabulary: int = 65, width: int = 64, heads: int = 4, depth: int = 2, length: int = 32) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.norm(self.blocks(h))).transpose(1, 2)
+
+
+def cnn() -> Problem:
+    """The tutorial's CNN: 683 parameters, 50 data in batches of 20."""
+    setup = tutorial()
+    return setup.model, list(setup.data)
+
+
+def mlp() -> Problem:
+    """An MLP with 235,146 parameters, 1,024 data in batches of 128."""
+    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    return model, [(torch.rand(128, 784), torch.randint(10, (128,))) for _ in range(8)]
+
+
+def residual() -> Problem:
+    """A residual CNN with 9,898 parameters, 128 images of 16 × 16 in batches of 32."""
+    return Residual(), [(torch.rand(32, 3, 16, 16), torch.randint(10, (32,))) for _ in range(4)]
+
+
+def gpt() -> Problem:
+    """A GPT with 110,529 parameters, 32 sequences of 32 tokens in batches of 8."""
+    return GPT(), [(torch.randint(65, (8, 32)), torch.randint(65, (8, 32))) for _ in range(4)]
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {"cnn": cnn, "mlp": mlp, "residual": residual, "gpt": gpt}

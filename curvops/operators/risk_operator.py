@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from curvops.linearize.pushforward import Pushforward
 from curvops.linearize.reference import BatchProduct
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
-from curvops.risk.data import Batch
+from curvops.risk.data import Batch, joined_batches
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
+
+JOINED = 128  # data up to which small batches are joined for a dense matrix
 
 
 class RiskOperator(LinearOperator):
@@ -121,14 +124,19 @@ class RiskOperator(LinearOperator):
         with warnings.catch_warnings():
             # vmap falls back to a loop for some operations, which costs time and is none of the caller's business
             warnings.filterwarnings("ignore", "There is a performance drop")
-            dense = certified("dense matrix", self.dense_way, self._fast_dense, difference, self.dtype, self.account)
-        return super()._dense() if dense is None else dense
+            # small batches are joined first; a model that mixes the data of a batch refutes that, not the fast way
+            for joined in (JOINED, 0):
+                fast = partial(self._fast_dense, joined)
+                dense = certified("dense matrix", self.dense_way, fast, difference, self.dtype, self.account)
+                if dense is not None:
+                    return dense
+        return super()._dense()
 
-    def _fast_dense(self) -> Tensor:
+    def _fast_dense(self, joined: int) -> Tensor:
         c = self.risk.constant
         total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
         with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
-            for batch in batches:
+            for batch in joined_batches(batches, joined):
                 self._add_dense(batch, total)
         return total.mul_(c).to(self.dtype)
 

@@ -106,6 +106,38 @@ class Data:
         return tensor.clone() if tensor.is_inference() else tensor  # autograd keeps no inference tensors
 
 
+def joined_batches(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Consecutive batches joined while they have at most ``most`` data together and are tensors of one kind."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        if waiting and not (sum(b.size for b in waiting) + batch.size <= most and _alike(waiting[0], batch)):
+            yield _joined(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield _joined(waiting)
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    pairs = ((one.X, other.X), (one.y, other.y))
+    return all(
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.ndim > 0
+        and b.ndim > 0
+        and (a.dtype, a.shape[1:]) == (b.dtype, b.shape[1:])
+        and (len(a), len(b)) == (one.size, other.size)
+        for a, b in pairs
+    )
+
+
+def _joined(several: list[Batch]) -> Batch:
+    if len(several) == 1:
+        return several[0]
+    X, y = (torch.cat(parts) for parts in zip(*((b.X, b.y) for b in several), strict=True))
+    return Batch(X, y, sum(b.size for b in several), several[0].start)
+
+
 def _kind(item: Any) -> str:
     if isinstance(item, Tensor):
         return f"a tensor of shape {tuple(item.shape)}"

@@ -92,7 +92,7 @@ class Problem:
     def gradient(self, step: float) -> Tensor:
         """The gradient of the risk at θ + step · v."""
         z, leaves = self.output(step)
-        return _flat(torch.autograd.grad(self._double[3](z, self._double[2]), leaves, allow_unused=True), leaves)
+        return _gradient(self._double[3](z, self._double[2]), leaves)
 
     def hessian_errors(self, product: Tensor) -> list[float]:
         """Relative errors of H v against central differences of the gradient, for several steps."""
@@ -110,8 +110,7 @@ class Problem:
     def jacobian(self) -> Tensor:
         """Rows of first-order gradients, one for each entry of the output."""
         z, leaves = self.output()
-        rows = [torch.autograd.grad(e, leaves, retain_graph=True, allow_unused=True) for e in z.flatten()]
-        return torch.stack([_flat(row, leaves) for row in rows])
+        return torch.stack([_gradient(entry, leaves) for entry in z.flatten()])
 
     @cached_property
     def ggn(self) -> Tensor:
@@ -172,6 +171,14 @@ class Problem:
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+
+
+def _gradient(value: Tensor, leaves: list[Tensor]) -> Tensor:
+    """By `backward`, which all first-order models support."""
+    for leaf in leaves:
+        leaf.grad = None
+    value.backward(retain_graph=True)
+    return _flat([leaf.grad for leaf in leaves], leaves)
 
 
 def _flat(parts: Any, like: list[Tensor]) -> Tensor:

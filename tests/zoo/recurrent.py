@@ -208,3 +208,26 @@ def embedding_bags():
         for mode in ("mean", "sum", "max")
     }
     return Net(run, **bag, weights=free(5), table=free(9, 3), head=nn.Linear(7, 3)), *tokens(), CE
+
+
+@entry()
+def packed_bidirectional_layers():
+    def run(m, x):
+        lengths = x.isfinite().all(-1).sum(1)
+        packed = pack_padded_sequence(x.nan_to_num(), lengths, batch_first=True, enforce_sorted=False)
+        h, last = m.gru(packed)
+        return m.head(pad_packed_sequence(h, batch_first=True)[0].sum(1)) + m.last(last[-1])
+
+    X = torch.randn(4, 5, 3)
+    X[0, 2:], X[3, 4:] = torch.nan, torch.nan
+    gru = nn.GRU(3, 2, num_layers=2, bidirectional=True, batch_first=True)
+    return Net(run, gru=gru, head=nn.Linear(4, 3), last=nn.Linear(2, 3)), X, torch.randint(3, (4,)), CE
+
+
+@entry()
+def checkpointed_reentrantly():
+    def run(m, x):
+        return m.head(checkpoint(m.body, m.enter(x), use_reentrant=True))
+
+    body = nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU())
+    return Net(run, enter=nn.Linear(6, 5), body=body, head=nn.Linear(5, 3)), *vectors(), CE

@@ -336,3 +336,43 @@ def one_bias_for_two_layers():
         return m.head(F.linear(h, m.V, m.b).tanh() + h)
 
     return Net(run, W=free(4, 6), V=free(4, 4), b=free(4), head=nn.Linear(4, 3)), *vectors(), CE
+
+
+@entry()
+def masked_tokens():
+    """A learned token in place of some positions, and a learned scale that divides."""
+
+    def run(m, x):
+        h = torch.where((x[..., :1] > 0.3), m.token, m.a(x)) / m.scale
+        return m.head(h.tanh().mean(1) - m.shift)
+
+    parts = {"a": nn.Linear(6, 4), "head": nn.Linear(4, 3)}
+    scale = nn.Parameter(1 + torch.rand(1, 1, 4))
+    return Net(run, token=free(4), shift=free(4), scale=scale, **parts), *sequences(), CE
+
+
+@entry()
+def as_many_positions_and_channels_as_data():
+    """No axis can be told from another by its size."""
+
+    def run(m, x):
+        h = m.table(x) + m.position(torch.arange(4))
+        h = h + torch.einsum("nts,ntd->nsd", m.mix(h).softmax(1), h) + m.free
+        return m.head((h @ m.W).tanh().sum(1))
+
+    tables = {"table": nn.Embedding(9, 4), "position": nn.Embedding(4, 4), "mix": nn.Linear(4, 4)}
+    return Net(run, **tables, W=free(4, 4), free=free(4, 4), head=nn.Linear(4, 4)), *tokens(8, 4, k=4), CE
+
+
+@entry()
+def table_in_several_places():
+    """Rows that are added in one place, scaled in another, and permuted in a third."""
+
+    def run(m, x):
+        rows = m.position(torch.arange(5))
+        h = m.word(x) + rows
+        h = h * rows.flip(0).sigmoid() + m.kind(torch.arange(5) % 2)[None].expand(len(x), -1, -1)
+        return m.head(h.transpose(0, 1).tanh().sum(0))
+
+    tables = {"word": nn.Embedding(9, 4), "position": nn.Embedding(5, 4), "kind": nn.Embedding(2, 4)}
+    return Net(run, **tables, head=nn.Linear(4, 3)), *tokens(), CE

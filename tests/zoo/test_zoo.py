@@ -106,3 +106,30 @@ def test_no_factor_without_convexity(name):
     op, got = product("EKFAC", p, fisher_type="empirical")
     assert p.v @ got > 0
     assert relative(op.trace(), p.empirical_fisher.trace()) < 1e-6
+
+
+IN_ONE_PASS = [
+    "vit_by_hand",
+    "huggingface_vit",
+    "huggingface_llama",
+    "huggingface_mixtral",
+    "huggingface_distilbert",
+    "llama_by_hand",
+    "gpt_with_positions",
+    "encoder_decoder_with_masks",
+    "attention_with_bias_rows_and_zero_row",
+    "linear_attention_by_einsum",
+    "bidirectional_gru",
+    "lstm_with_projection",
+    "recurrence_by_hand",
+    "experts_in_one_tensor",
+    "stacked_ensemble",
+    "channel_norm_and_layer_scale",
+    "masked_tokens",
+]
+
+
+@pytest.mark.parametrize("name", IN_ONE_PASS)
+def test_no_parameter_needs_its_data_one_by_one(name):
+    op = create("KFAC", problem(name), check_deterministic=False)
+    assert {row.why for row in op.explain().rows} <= {"tapped", "never used"}

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from curvops.extras import extra
+
 KEY = "curvops"
 
 
@@ -28,8 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     Raises:
         OSError: If the file cannot be written.
     """
-    from safetensors.torch import save
-
+    save = extra("safetensors.torch", "Saving to a file").save
     text = json.dumps({**about, "format": format, "versions": versions()})
     # clones, because the format refuses tensors that share memory
     owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -44,17 +45,16 @@ def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
         FileNotFoundError: If there is no such file.
         ValueError: If it is cut, or of another format.
     """
-    from safetensors import SafetensorError, safe_open
-
+    library = extra("safetensors", "Loading from a file")
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is not a file.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with library.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "null"))
             if not isinstance(about, dict) or about.get("format") != format:
                 raise ValueError(f"'{path}' is a safetensors file, but not one of {format}.")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (library.SafetensorError, json.JSONDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"'{path}' is truncated or not a safetensors file ({reason}).") from None
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from curvops.extras import extra
 from curvops.operators.linear_operator import LinearOperator
 
 if TYPE_CHECKING:
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 
 def to_scipy(operator: LinearOperator, dtype: Any = None) -> SciPyLinearOperator:
     """SciPy's view of an operator; arrays are converted to its dtype and device and back."""
-    import numpy as np
-    from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
-
+    np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
     own = torch.promote_types(operator.dtype, torch.float32)  # NumPy has no bfloat16
     numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own).numpy().dtype)
 
@@ -28,6 +27,6 @@ def to_scipy(operator: LinearOperator, dtype: Any = None) -> SciPyLinearOperator
         return run
 
     forward, backward = product(operator), product(operator.adjoint())
-    return SciPyLinearOperator(
+    return linalg.LinearOperator(
         operator.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=numpy_dtype
     )

@@ -13,6 +13,7 @@ from torch.autograd import grad
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from curvops.extras import extra
 from curvops.losses import OutputCurvature, output_loss
 from curvops.risk.data import Batch, Data
 from curvops.risk.model import Model, ModelFunction
@@ -102,8 +103,7 @@ class EmpiricalRisk:
         if not self.progressbar:
             yield from self.data
             return
-        from tqdm import tqdm
-
+        tqdm = extra("tqdm", "progressbar=True").tqdm
         yield from tqdm(self.data, desc=title, total=len(self.data) or None)
 
     @cached_property

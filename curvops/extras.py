@@ -1,0 +1,19 @@
+"""Libraries that only some features need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def extra(module: str, feature: str) -> Any:
+    """A module that a feature needs and that may not be installed.
+
+    Raises:
+        ModuleNotFoundError: If it is not; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ModuleNotFoundError(f"{feature} needs {package}: pip install {package}.", name=error.name) from None

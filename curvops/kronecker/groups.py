@@ -91,10 +91,13 @@ class Grouping:
         found = {}
         for name, several in parts.items():
             kinds = {isinstance(use, LinearUse) for use in tape.uses if any(v.name == name for v in views(use))}
-            places = torch.cat([positions(self.space, view) for view in several.values()])
-            if len(kinds) > 1 or (len(several) > 1 and places.unique().numel() < places.numel()):
+            if len(kinds) > 1 or (len(several) > 1 and self._overlap(list(several.values()))):
                 found[name] = "it is used in overlapping parts"
         return found
+
+    def _overlap(self, several: list[View]) -> bool:
+        places = torch.cat([positions(self.space, view) for view in several])
+        return places.unique().numel() < places.numel()
 
     def assign(self, tape: Tape, names: set[str]) -> dict[Key, list[tuple[int, str]]]:
         """For each group the uses of a tape that belong to it, each as ``(index, role)``.

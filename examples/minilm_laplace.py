@@ -277,7 +277,8 @@ for title, operator, weights in (
 # that belongs, and the last column the highest probability that any stranger gets for a topic.
 #
 # The posterior takes confidence away where the data do not support it: strangers come close to the fair
-# die. It has its price on the topics themselves, where 64 sentences leave much open about 1,540 weights of
-# a head: the answers stay right, and become more careful. The encoder adds little, since its prior is narrow.
+# die. It has its price on the topics themselves, where 64 sentences leave much open about the 1,540 weights
+# of a head: answers become more careful, and with few samples one or the other flips. The encoder adds
+# little, since its prior is narrow.
 
 print(f"\nfrom beginning to end: {(time.perf_counter() - started) / 60:.1f} minutes")

@@ -14,7 +14,7 @@ help:
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make support  write docs/support.md: what each operator does with each layer"
-	@echo "make bench    time of the tour's six matrices, beside the peer library"
+	@echo "make bench    the tour's six matrices, products, columns and factors, beside the peer library"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
 	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, and the doubts that follow from them"
@@ -45,6 +45,7 @@ support: .venv/.dev
 
 bench: .venv-peer/.peer
 	.venv-peer/bin/python benchmarks/tour.py $(ARGS)
+	.venv-peer/bin/python benchmarks/work.py
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)

@@ -15,6 +15,7 @@ from curvops.kronecker.state import State
 from curvops.kronecker.sweep import Sweep
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.operators.places import Places
 from curvops.space import TensorSpace
 
 
@@ -77,10 +78,10 @@ def explain_state(
     title: str, state: State, blocks: Sequence[Placed], reasons: Mapping[str, str], notes: Sequence[str]
 ) -> Explanation:
     """The account of blocks that exist."""
-    operations = {id(group.positions): group.operation for group, _ in state.groups}
+    operations = {id(group.places): group.operation for group, _ in state.groups}
     rows = []
     for placed in blocks:
-        operation, names, block = operations.get(id(placed.positions)), placed.names, placed.block
+        operation, names, block = operations.get(id(placed.places)), placed.names, placed.block
         if operation is None:
             rows.append(ParameterRow(names, block.size, "zero", "nothing", block.memory, "never used"))
         else:
@@ -111,14 +112,14 @@ def describe_block(block: Block) -> str:
     return f"{prefix}Kronecker {a} ⊗ {b}"
 
 
-def uncovered(space: TensorSpace, places: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def uncovered(space: TensorSpace, places: Iterable[Places]) -> Iterator[tuple[str, Tensor]]:
     """The parameters with entries at none of the places, and where those entries are."""
     several = list(places)
     if sum(len(where) for where in several) == space.dim:
         return  # blocks do not overlap
     missing = torch.ones(space.dim, dtype=torch.bool, device=space.device)
     for where in several:
-        missing[where] = False
+        missing[where.index] = False
     for name in space.names:
         own = space.slice(name)
         left = missing[own].nonzero().squeeze(1) + own.start
@@ -137,8 +138,8 @@ class Form:
 def kronecker_form(group: Group, rule: BlockRule, fisher_type: str) -> Form:
     """The form of a Kronecker product, or of the block of whole gradients."""
     if group.kind != "linear":
-        dense = fisher_type != "forward-only" and rule.block(len(group.positions), group)
-        return _whole_form(len(group.positions), dense)
+        dense = fisher_type != "forward-only" and rule.block(len(group.places), group)
+        return _whole_form(len(group.places), dense)
     groups, left, right = group.shape
     (left_dense, left_text), (right_dense, right_text) = _sides(group, rule)
     entries = groups * ((left**2 if left_dense else left) + (right**2 if right_dense else right))
@@ -150,18 +151,18 @@ def kronecker_form(group: Group, rule: BlockRule, fisher_type: str) -> Form:
 def eigen_form(group: Group, rule: BlockRule) -> Form:
     """The form of a Kronecker product's eigenbasis with eigenvalues, or of the block of whole gradients."""
     if group.kind != "linear":
-        return _whole_form(len(group.positions), rule.block(len(group.positions), group))
+        return _whole_form(len(group.places), rule.block(len(group.places), group))
     groups, left, right = group.shape
     (left_dense, left_text), (right_dense, right_text) = _sides(group, rule)
     entries = groups * (left * right + (left**2 if left_dense else 0) + (right**2 if right_dense else 0))
     if not (left_dense or right_dense):
-        return Form(f"diagonal {len(group.positions)}", entries)
+        return Form(f"diagonal {len(group.places)}", entries)
     return Form(f"{_many(groups)}eigen {left_text}{f' ⊗ {right_text}' if right > 1 else ''}", entries)
 
 
 def diagonal_form(group: Group) -> Form:
     """The form of a diagonal."""
-    size = len(group.positions)
+    size = len(group.places)
     return Form(f"diagonal {size}", size) if group.kind == "linear" else _whole_form(size, dense=False)
 
 
@@ -201,8 +202,8 @@ def plan(
         planned = form(group)
         why = "; ".join(dict.fromkeys(sweep.routes[name].why for name in group.names))
         memory = planned.entries * dtype.itemsize
-        rows.append(ParameterRow(group.names, len(group.positions), planned.block, group.operation, memory, why))
-    for name, where in uncovered(space, [group.positions for group in groups]):
+        rows.append(ParameterRow(group.names, len(group.places), planned.block, group.operation, memory, why))
+    for name, where in uncovered(space, [group.places for group in groups]):
         memory = (len(where) + 1) * dtype.itemsize
         rows.append(ParameterRow((name,), len(where), "zero", "nothing", memory, "never used"))
     backward = first.backward_passes

@@ -64,9 +64,9 @@ class WholeCollector(Collector):
             if group.kind == "linear":
                 continue
             if key not in self._wholes:
-                size = len(group.positions)
+                size = len(group.places)
                 dense = self._rule is not None and self._rule.block(size, group)
-                self._wholes[key] = WholeGradients(size, dense, self._dtype, group.positions.device)
+                self._wholes[key] = WholeGradients(size, dense, self._dtype, group.places.device)
             gradients = whole_gradients(group, captured)
             if gradients is not None:
                 self._wholes[key].add(gradients)
@@ -75,7 +75,7 @@ class WholeCollector(Collector):
         """What was collected; without gradients (forward-only) the identity."""
         if self._sweep.fisher_type == "forward-only":
             return {
-                key: Whole(torch.ones(len(g.positions), dtype=self._dtype, device=g.positions.device), scaled=False)
+                key: Whole(torch.ones(len(g.places), dtype=self._dtype, device=g.places.device), scaled=False)
                 for key, g in current_groups(self._sweep).items()
                 if g.kind != "linear"
             }

@@ -17,17 +17,17 @@ def kronecker_block(factors: Factors, constant: float, outputs_known: bool) -> K
         constant: The risk's constant c.
         outputs_known: Whether B was accumulated; otherwise it is the identity and c does not enter.
     """
-    products = []
+    blocks = []
     for side, moments in factors.sides.items():
         if moments.rows == 0:
             continue
-        a = moments.inputs / moments.rows
-        b = moments.outputs * constant if outputs_known else _identity(moments.outputs)
-        products.append((b, a) if side == "right" else (a, b))
-    if not products:
-        return None
-    left, right = products[0] if len(products) == 1 else nearest_product(products)
-    return KroneckerBlock(left, right)
+        a, b = moments.inputs, moments.outputs if outputs_known else _identity(moments.outputs)
+        per_row, scale = 1 / moments.rows, constant if outputs_known else 1.0
+        right_side = side == "right"
+        blocks.append(KroneckerBlock(b, a, (scale, per_row)) if right_side else KroneckerBlock(a, b, (per_row, scale)))
+    if len(blocks) < 2:
+        return blocks[0] if blocks else None
+    return KroneckerBlock(*nearest_product([(block.left, block.right) for block in blocks]))
 
 
 def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,7 @@ class Moments:
 
     def _zeros(self, count: int, size: int, dense: bool, group: Group) -> Tensor:
         shape = (count, size, size) if dense else (count, size)
-        return torch.zeros(shape, dtype=self.dtype, device=group.positions.device)
+        return torch.zeros(shape, dtype=self.dtype, device=group.places.device)
 
 
 class WholeGradients:
@@ -211,7 +211,7 @@ class BasisDiagonal:
         self, group: Group, left: Tensor | None, right: Tensor | None, dtype: torch.dtype, budget: int
     ) -> None:
         self.group, self.left, self.right, self.dtype = group, left, right, dtype
-        self.total = torch.zeros(group.shape, dtype=dtype, device=group.positions.device)
+        self.total = torch.zeros(group.shape, dtype=dtype, device=group.places.device)
         self._chunk = max(1, budget // (4 * self.total.numel() * dtype.itemsize))
 
     def add(self, found: Sequence[Piece]) -> None:
@@ -220,7 +220,10 @@ class BasisDiagonal:
             return
         positions = sum(piece.outputs.shape[1] for piece in found)
         _, left, right = self.group.shape
-        rows_first = positions * (left * left + right * right) <= left * right * (left + right)
+        # operations a position, and a unit's gradient, to turn into the bases
+        per_row = (left * left if self.left is not None else 0) + (right * right if self.right is not None else 0)
+        whole = left * right * ((left if self.left is not None else 0) + (right if self.right is not None else 0))
+        rows_first = positions * per_row <= whole
         if rows_first:
             sides = [
                 (_project(piece.sides[0], self.left, self.dtype), _project(piece.sides[1], self.right, self.dtype))

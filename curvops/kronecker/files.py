@@ -12,6 +12,7 @@ from torch import Tensor
 from curvops.files import read_tensors, write_tensors
 from curvops.kronecker.groups import Group
 from curvops.kronecker.state import State, entry_from
+from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
 FORMAT = "Kronecker factors"
@@ -26,7 +27,9 @@ def write_state(path: Path, state: State) -> None:
     tensors: dict[str, Tensor] = {}
     groups: list[dict[str, Any]] = []
     for k, (group, entry) in enumerate(state.groups):
-        tensors[f"{k}.positions"] = group.positions
+        where = group.places.index
+        if isinstance(where, Tensor):
+            tensors[f"{k}.positions"] = where
         tensors.update({f"{k}.{name}": tensor for name, tensor in entry.tensors.items()})
         groups.append(
             {
@@ -35,6 +38,7 @@ def write_state(path: Path, state: State) -> None:
                 "shape": group.shape,
                 "operation": group.operation,
                 "one_hot": group.one_hot,
+                "range": [where.start, where.stop] if isinstance(where, slice) else None,
                 "entry": type(entry).__name__,
                 "numbers": entry.numbers,
             }
@@ -72,10 +76,14 @@ def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
     groups = []
     for k, saved in enumerate(about["groups"]):
         own = {name.partition(".")[2]: t.to(device) for name, t in tensors.items() if name.partition(".")[0] == str(k)}
-        positions = own.pop("positions")
+        if saved["range"]:
+            start, stop = saved["range"]
+            where = Places.range(start, stop, device)
+        else:
+            where = Places.listed(own.pop("positions"))
         key = ((k, *saved["names"]),)
         shape = (saved["shape"][0], saved["shape"][1], saved["shape"][2])
-        group = Group(key, tuple(saved["names"]), saved["kind"], shape, positions, saved["operation"], saved["one_hot"])
+        group = Group(key, tuple(saved["names"]), saved["kind"], shape, where, saved["operation"], saved["one_hot"])
         groups.append((group, entry_from(saved["entry"], own, saved["numbers"])))
     return State(
         about["kind"],

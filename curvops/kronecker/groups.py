@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvops.kronecker.tape import Tape, views
 from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, Windows, lead
+from curvops.operators.places import Places
 from curvops.space import TensorSpace
 
 Key = tuple[tuple[object, ...], ...]
@@ -24,7 +26,7 @@ class Group:
         names: The parameters, the weight first.
         kind: ``"linear"`` (gradients are sums of left ⊗ right), ``"vector"`` or ``"leaf"`` (whole gradients).
         shape: ``(groups, left, right)``; ``(1, size, 1)`` for the others.
-        positions: Place of each entry of the block in the flat vector of all parameters.
+        places: Where the entries of the block sit in the flat vector of all parameters.
         operation: What the parameters are used by.
         one_hot: Whether the inputs are unit vectors.
     """
@@ -33,7 +35,7 @@ class Group:
     names: tuple[str, ...]
     kind: str
     shape: tuple[int, int, int]
-    positions: Tensor
+    places: Places
     operation: str
     one_hot: bool = False
 
@@ -52,12 +54,12 @@ class Piece:
         return (self.outputs, self.inputs) if self.input_side == "right" else (self.inputs, self.outputs)
 
 
-def positions(space: TensorSpace, view: View) -> Tensor:
+def places_of(space: TensorSpace, view: View) -> Places:
     """Places of a view's entries in the flat vector, in the view's order."""
-    start, stop = space.slice(view.name).start, space.slice(view.name).stop
+    own = space.slice(view.name)
     if view.index is None:
-        return torch.arange(start, stop, device=space.device)
-    return view.index.flatten() + start
+        return Places.range(own.start, own.stop, space.device)
+    return Places.listed(view.index.flatten() + own.start)
 
 
 class Grouping:
@@ -91,12 +93,12 @@ class Grouping:
         found = {}
         for name, several in parts.items():
             kinds = {isinstance(use, LinearUse) for use in tape.uses if any(v.name == name for v in views(use))}
-            if len(kinds) > 1 or (len(several) > 1 and self._overlap(list(several.values()))):
+            if len(kinds) > 1 or (len(several) > 1 and self._overlap(several.values())):
                 found[name] = "it is used in overlapping parts"
         return found
 
-    def _overlap(self, several: list[View]) -> bool:
-        places = torch.cat([positions(self.space, view) for view in several])
+    def _overlap(self, several: Iterable[View]) -> bool:
+        places = torch.cat([places_of(self.space, view).tensor for view in several])
         return places.unique().numel() < places.numel()
 
     def assign(self, tape: Tape, names: set[str]) -> dict[Key, list[tuple[int, str]]]:
@@ -120,7 +122,7 @@ class Grouping:
         size = self.space.shapes[name].numel()
         where = self.space.slice(name)
         key: Key = (("leaf", name),)
-        places = torch.arange(where.start, where.stop, device=self.space.device)
+        places = Places.range(where.start, where.stop, self.space.device)
         return self.groups.setdefault(key, Group(key, (name,), "leaf", (1, size, 1), places, reason))
 
     def _roles(self, use: LinearUse | VectorUse, names: set[str]) -> Iterator[tuple[str, list[View]]]:
@@ -145,21 +147,25 @@ class Grouping:
         return self._partners.get(w, {b}) == {b} and self._partners.get(b, {w}) == {w}
 
     def _create(self, key: Key, use: LinearUse | VectorUse, role: str, parts: list[View]) -> Group:
-        places = [positions(self.space, part) for part in parts]
+        places = [places_of(self.space, part) for part in parts]
         names = tuple(part.name for part in parts)
         if isinstance(use, VectorUse):
             return Group(key, names, "vector", (1, len(places[0]), 1), places[0], use.kind)
         if role == "bias":
             return Group(key, names, "linear", (1, len(places[0]), 1), places[0], use.kind)
         shape, one_hot = _shape(use, parts[0])
-        where = places[0].view(shape)
+        where = places[0]
         if role == "joint":
-            extra = places[1].view(shape[0], -1)
             axis = 2 if use.input_side == "right" else 1
-            where = torch.cat([where, extra.unsqueeze(axis)], axis)
-        return Group(
-            key, names, "linear", (where.shape[0], where.shape[1], where.shape[2]), where.flatten(), use.kind, one_hot
-        )
+            together = partial(_interleaved, places[0], places[1], shape, axis)
+            where = Places(len(places[0]) + len(places[1]), self.space.device, together)
+            shape = (shape[0], shape[1] + (axis == 1), shape[2] + (axis == 2))
+        return Group(key, names, "linear", shape, where, use.kind, one_hot)
+
+
+def _interleaved(weight: Places, bias: Places, shape: tuple[int, int, int], axis: int) -> Tensor:
+    """The places of a weight with its bias appended to the inputs."""
+    return torch.cat([weight.tensor.view(shape), bias.tensor.view(shape[0], -1).unsqueeze(axis)], axis).flatten()
 
 
 def pieces(uses: Sequence[tuple[int, str]], tape: Tape, slopes: Mapping[int, Tensor | None]) -> list[Piece]:

@@ -76,7 +76,7 @@ class NearestProduct:
         self.converged = False
         self._update_left = True
         self._sizes: list[Tensor] = []
-        self._chunk = max(1, budget // (4 * group.positions.numel() * start.dtype.itemsize))
+        self._chunk = max(1, budget // (4 * len(group.places) * start.dtype.itemsize))
         self._sum = torch.zeros_like(self.left)
 
     def add(self, found: list[Piece]) -> None:

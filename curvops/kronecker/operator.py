@@ -23,6 +23,7 @@ from curvops.kronecker.sweep import Sweep, run
 from curvops.memory import budget
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
 from curvops.operators.blocks import KroneckerBlock
+from curvops.operators.places import Places
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
@@ -245,10 +246,10 @@ def _blocks(state: State) -> list[Placed]:
     for group, entry in state.groups:
         block = entry.block(state.constant)
         if block is not None:
-            placed.append(Placed(group.names, group.positions, block))
-    for name, where in uncovered(space, [p.positions for p in placed]):
+            placed.append(Placed(group.names, group.places, block))
+    for name, where in uncovered(space, [p.places for p in placed]):
         zeros = torch.zeros(1, len(where), dtype=dtype, device=space.device)
-        placed.append(Placed((name,), where, KroneckerBlock(zeros, torch.ones_like(zeros[:, :1]))))
+        placed.append(Placed((name,), Places.listed(where), KroneckerBlock(zeros, torch.ones_like(zeros[:, :1]))))
     return placed
 
 

@@ -116,7 +116,7 @@ class Whole(Entry):
 
     def block(self, constant: float) -> Block:
         one = torch.ones(1, 1, dtype=self.moment.dtype, device=self.moment.device)
-        return KroneckerBlock(self.moment[None] * (constant if self.scaled else 1.0), one)
+        return KroneckerBlock(self.moment[None], one, (constant if self.scaled else 1.0, 1.0))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -284,7 +284,7 @@ def _mixed(a: Tensor, b: Tensor, mine: float, its: float) -> Tensor:
 
 
 def _identity(group: Group) -> tuple[object, ...]:
-    first = int(group.positions[0]) if len(group.positions) else -1
+    first = group.places.first
     return (group.names, group.kind, group.shape, first)
 
 

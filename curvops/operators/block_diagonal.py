@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
 from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
 Damping = float | Mapping[str, float]
@@ -23,13 +24,18 @@ class Placed:
 
     Attributes:
         names: Its parameters.
-        positions: Place of each of its rows in the flat vector.
+        places: Where its rows sit in the flat vector.
         block: The block.
     """
 
     names: tuple[str, ...]
-    positions: Tensor
+    places: Places
     block: Block
+
+    @property
+    def positions(self) -> Tensor:
+        """The place of each of its rows in the flat vector."""
+        return self.places.tensor
 
     @property
     def label(self) -> str:
@@ -51,8 +57,8 @@ class BlockDiagonalOperator(LinearOperator):
     def _apply(self, columns: Tensor) -> Tensor:
         result = torch.zeros_like(columns)
         for placed in self.blocks:
-            part = placed.block.matmul(columns[placed.positions].to(placed.block.dtype))
-            result[placed.positions] = part.to(columns.dtype)
+            part = placed.block.matmul(columns[placed.places.index].to(placed.block.dtype))
+            result[placed.places.index] = part.to(columns.dtype)
         return result
 
     def _dense(self) -> Tensor:
@@ -70,7 +76,7 @@ class BlockDiagonalOperator(LinearOperator):
         """The diagonal, ``[D]``."""
         result = torch.zeros(self.domain.dim, dtype=self.dtype, device=self.device)
         for placed in self.blocks:
-            result[placed.positions] = placed.block.diagonal().to(self.dtype)
+            result[placed.places.index] = placed.block.diagonal().to(self.dtype)
         return result
 
     def frobenius_norm(self) -> Tensor:
@@ -190,16 +196,14 @@ class BlockDiagonalOperator(LinearOperator):
         for placed in root.blocks:
             assert isinstance(placed.block, EigenBlock)
             # U diag(λ^-½) ε: ε is as good as Uᵀε, so only one rotation is needed
-            scaled = noise[placed.positions].to(placed.block.dtype) * placed.block.values.flatten().unsqueeze(1)
-            result[placed.positions] = placed.block.rotate(scaled).to(self.dtype)
+            scaled = noise[placed.places.index].to(placed.block.dtype) * placed.block.values.flatten().unsqueeze(1)
+            result[placed.places.index] = placed.block.rotate(scaled).to(self.dtype)
         return result
 
     def _mapped(
         self, map_block: Callable[[Placed, float], Block], shifts: Sequence[float], name: str
     ) -> StructuredOperator:
-        placed = [
-            Placed(p.names, p.positions, map_block(p, shift)) for p, shift in zip(self.blocks, shifts, strict=True)
-        ]
+        placed = [Placed(p.names, p.places, map_block(p, shift)) for p, shift in zip(self.blocks, shifts, strict=True)]
         return StructuredOperator(self.domain, placed, name)
 
     def _dampings(self, damping: Damping) -> list[float]:

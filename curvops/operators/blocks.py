@@ -83,21 +83,36 @@ class KroneckerBlock(Block):
     Args:
         left: ``[groups, l, l]``, or ``[groups, l]``.
         right: ``[groups, r, r]``, or ``[groups, r]``.
+        scales: Numbers that left and right are to be multiplied by; the factors themselves may be large and are not
+            copied for it.
     """
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.left, self.right = left, right
+    def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
+        self._left, self._right, self._scales = left, right, scales
         self.shape = (left.shape[0], left.shape[1], right.shape[1])
         self._eigen: EigenBlock | None = None
 
     @property
+    def left(self) -> Tensor:
+        """The left factor, a copy where it has a scale."""
+        return self._left if self._scales[0] == 1.0 else self._left * self._scales[0]
+
+    @property
+    def right(self) -> Tensor:
+        """The right factor, likewise."""
+        return self._right if self._scales[1] == 1.0 else self._right * self._scales[1]
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
+        return {"left": self._left, "right": self._right}
 
     def frobenius_norm(self) -> Tensor:
         # a factor's norm is the root of the sum of its squares, dense or diagonal
-        left, right = (factor.flatten(1).square().sum(1) for factor in (self.left, self.right))
-        return (left * right).sum().sqrt()
+        left, right = (
+            torch.linalg.vector_norm(factor.flatten(1), dim=1) * scale
+            for factor, scale in zip((self._left, self._right), self._scales, strict=True)
+        )
+        return torch.linalg.vector_norm(left * right)
 
     def eigen(self, label: str) -> EigenBlock:
         if self._eigen is None:
@@ -113,35 +128,39 @@ class KroneckerBlock(Block):
 
         Martens & Grosse 2015 (1503.05671), section 6.3.
         """
-        means = _diagonal(self.left).mean(1), _diagonal(self.right).mean(1)
+        means = [diagonal.mean(1) for diagonal in self._diagonals()]
         ratio = (means[0] / means[1]).sqrt()
         # a factor of zeros has no scale to share
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
         root = math.sqrt(damping)
         shifts = (root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)
-        return KroneckerBlock(
-            *(_inverse(f, shift, label) for f, shift in zip((self.left, self.right), shifts, strict=True))
-        )
+        left, right = (_inverse(f, shift, label) for f, shift in zip((self.left, self.right), shifts, strict=True))
+        return KroneckerBlock(left, right)
 
     def _matmul(self, x: Tensor) -> Tensor:
         groups, left, right, k = x.shape
-        x = _times(self.left, x.reshape(groups, left, right * k)).view(groups, left, right, k)
+        x = _times(self._left, x.reshape(groups, left, right * k)).mul_(self._scales[0]).view(groups, left, right, k)
         x = x.transpose(1, 2).reshape(groups, right, left * k)
-        return _times(self.right, x).view(groups, right, left, k).transpose(1, 2)
+        x = _times(self._right, x).mul_(self._scales[1])
+        return x.view(groups, right, left, k).transpose(1, 2)
 
     def diagonal(self) -> Tensor:
-        left, right = _diagonal(self.left), _diagonal(self.right)
+        left, right = self._diagonals()
         return (left.unsqueeze(2) * right.unsqueeze(1)).flatten()
 
     def scaled(self, scalar: float) -> KroneckerBlock:
-        return KroneckerBlock(self.left * scalar, self.right)
+        return KroneckerBlock(self._left, self._right, (self._scales[0] * scalar, self._scales[1]))
 
     def dense(self) -> Tensor:
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
     def trace(self) -> Tensor:
-        return (_diagonal(self.left).sum(1) * _diagonal(self.right).sum(1)).sum()
+        left, right = self._diagonals()
+        return (left.sum(1) * right.sum(1)).sum()
+
+    def _diagonals(self) -> tuple[Tensor, Tensor]:
+        return _diagonal(self._left) * self._scales[0], _diagonal(self._right) * self._scales[1]
 
 
 class EigenBlock(Block):

@@ -88,6 +88,6 @@ def test_a_diverged_model_is_told_by_its_layer(kind):
 
 def test_an_indefinite_factor_is_told_by_its_layer():
     op = build("kfac", mlp())
-    op.blocks[0].block.left.neg_()
+    op.blocks[0].block.tensors["left"].neg_()
     with pytest.raises(ValueError, match=r"block of '0\.weight': expected a positive semi-definite factor"):
         op.inverse(0.1)

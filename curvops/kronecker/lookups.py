@@ -72,6 +72,10 @@ class Lookups:
         if out is tensor:  # in place: it holds a sum from now on
             del self._rows[id(tensor)]
 
+    def cast(self, tensor: Tensor, out: Tensor) -> None:
+        """Rows are moved, copied or turned to another precision; they stay the same rows."""
+        self._remember(out, *self._rows[id(tensor)])
+
     def use(self, tensors: Sequence[Tensor]) -> None:
         """Rows enter an operation that is not followed."""
         for tensor in tensors:

@@ -218,6 +218,7 @@ class KroneckerOperator(StatefulOperator):
             for place, captured in self._sweep.captures(self.name):
                 for collector in collectors:
                     collector.add(place, captured)
+                del captured  # or it would be held beside the next batch's
 
         run(sweep)
 

@@ -74,6 +74,7 @@ class Replay(Collector):
         if not self._open:
             for _, captured in self._sweep.captures(title, skip=len(self._kept)):
                 yield rows_of(self._sweep, captured)
+                del captured
 
 
 def rows_of(sweep: Sweep, captured: Captured) -> Rows:

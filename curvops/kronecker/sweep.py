@@ -141,6 +141,7 @@ class Sweep:
                 if place >= skip:
                     for captured in self._captures(batch):
                         yield place, captured
+                        del captured  # its graph is gone before the next one grows
                 self.units = {"data": batch.start + batch.size, "batches": place + 1}
 
     def _captures(self, batch: Batch, pull: bool = True) -> Iterator[Captured]:
@@ -152,12 +153,12 @@ class Sweep:
         factor = curvature.factor(self.fisher_type, self.mc_samples, noise)
         data_units = batch.size if curvature.terms_per_datum is not None else 1
         columns = Cotangents(curvature, factor, self.fisher_type, noise, data_units)
-        together = self._names("batch")
+        together, mixed = self._names("batch"), self._names("whole")
         if together:
-            yield from self._pull(tape, together, columns, "batch", pull)
-        if self._names("whole"):
+            yield from self._pull(tape, together, columns, "batch", pull, last=not mixed)
+        if mixed:
             whole = Cotangents(curvature, factor, self.fisher_type, noise, 1)
-            yield from self._pull(_as_one_unit(tape), self._names("whole"), whole, "whole", pull)
+            yield from self._pull(_as_one_unit(tape), mixed, whole, "whole", pull)
         del tape
         if alone := self._names("datum"):
             for n in range(batch.size):
@@ -210,8 +211,9 @@ class Sweep:
         pull: bool,
         datum: int = 0,
         size: int = 1,
+        last: bool = True,
     ) -> Iterator[Captured]:
-        """One backward pass for each cotangent; none if only the structure is asked for."""
+        """One backward pass for each cotangent, the ``last`` of the graph at the end; none if not to ``pull``."""
         uses = self.grouping.assign(tape, {name for name in names if self.routes[name].tapped})
         plain = {n: self.grouping.leaf(n, self.routes[n].why) for n in names if not self.routes[n].tapped}
         indices = sorted({k for several in uses.values() for k, _ in several})
@@ -219,22 +221,24 @@ class Sweep:
         if not pull:
             yield Captured(tape, uses, {}, {}, True, route, len(columns))
             return
-        for position in range(max(len(columns), 1)):
-            slopes: Mapping[int, Tensor | None] = {}
-            whole: dict[Key, Tensor] = {}
-            if len(columns):  # forward-only has none
-                u = columns[position]
-                if route == "datum":
-                    u = u.unflatten(0, (size, -1))[datum].reshape(tape.z.shape)
-                found, totals = tape.gradients(u, indices, list(plain))
-                self.backward_passes += 1
-                slopes = dict(zip(indices, found, strict=True))
-                whole = {
-                    group.key: total.reshape(1, -1)
-                    for group, total in zip(plain.values(), totals, strict=True)
-                    if total is not None
-                }
-            yield Captured(tape, uses, slopes, whole, position == 0, route, len(columns))
+        if not len(columns):  # forward-only has none
+            yield Captured(tape, uses, {}, {}, True, route, 0)
+
+        def captured(position: int) -> Captured:
+            u = columns[position]
+            if route == "datum":
+                u = u.unflatten(0, (size, -1))[datum].reshape(tape.z.shape)
+            found, totals = tape.gradients(u, indices, list(plain), last and position == len(columns) - 1)
+            self.backward_passes += 1
+            slopes = dict(zip(indices, found, strict=True))
+            leaves = {
+                group.key: total.reshape(1, -1)
+                for group, total in zip(plain.values(), totals, strict=True)
+                if total is not None
+            }
+            return Captured(tape, uses, slopes, leaves, position == 0, route, len(columns))
+
+        yield from map(captured, range(len(columns)))
 
     def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> None:
         """Give the tape its layouts; find the routes on the first batch, and again where it looks different."""

@@ -46,13 +46,16 @@ class Tape:
     inputs: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     def gradients(
-        self, cotangent: Tensor, uses: Sequence[int], leaves: Sequence[str] = ()
+        self, cotangent: Tensor, uses: Sequence[int], leaves: Sequence[str] = (), last: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients at the outputs of some uses, and in some leaves, for one cotangent of the output."""
+        """Gradients at the outputs of some uses, and in some leaves, for one cotangent of the output.
+
+        After the ``last`` one the graph's memory is free.
+        """
         targets: Any = [self.uses[k].edge for k in uses] + [self.leaves[n] for n in leaves]
         if not targets or not self.z.requires_grad:
             return [None] * len(uses), [None] * len(leaves)
-        found = grad(self.z, targets, cotangent.to(self.z.dtype), retain_graph=True, allow_unused=True)
+        found = grad(self.z, targets, cotangent.to(self.z.dtype), retain_graph=not last, allow_unused=True)
         return list(found[: len(uses)]), list(found[len(uses) :])
 
     def signature(self) -> tuple[object, ...]:

@@ -206,19 +206,17 @@ class Taps(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         parameters = [t for t in tensors if id(t) in self._views]
         rows = [t for t in tensors if t in self.lookups]
-        if (
-            rows
-            and func not in ADDS
-            and not (func in VIEWS and len(rows) == 1 and rows[0] is args[0])
-            and not _is_neutral(func)
-        ):
+        alone = len(rows) == 1 and rows[0] is args[0]
+        if rows and func not in ADDS and not (alone and (func in VIEWS or func in CASTS)) and not _is_neutral(func):
             self.lookups.use(rows)
         substitute = TABLE.get(func, func)
         if not parameters and not (rows and func in ADDS):
             out = substitute(*args, **kwargs)
             self._note_precision(out)
-            if rows and func in VIEWS and rows[0] is args[0]:
+            if alone and func in VIEWS:
                 self.lookups.arrange(func, rows[0], args[1:], kwargs, out)
+            elif alone and func in CASTS:
+                self.lookups.cast(rows[0], out)
             return out
         self._operation = getattr(func, "__name__", str(func))
         if func in COMPOSITE:

@@ -116,13 +116,14 @@ class TensorSpace:
 
     def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Flat vector ``[D]`` of tensors in order; ``None`` stands for zeros."""
-        parts = [
-            torch.zeros(size, dtype=self.dtype, device=self.device)
-            if tensor is None
-            else tensor.reshape(size).to(self.dtype)
-            for tensor, size in zip(tensors, self.sizes, strict=True)
-        ]
-        return torch.cat(parts)
+        flat = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+        given = iter(tensors)
+        for part in flat.split(self.sizes):
+            tensor = next(given)
+            if tensor is not None:
+                part.copy_(tensor.reshape(-1))
+            del tensor  # a caller may give tensors one by one and hold none of them
+        return flat
 
     def random(self, generator: torch.Generator, columns: int | None = None) -> Tensor:
         """Standard normal vector ``[D]`` or ``[D, K]`` from a CPU generator."""

@@ -19,6 +19,11 @@ class Account:
         """Record the choice for a piece of work; the last one counts."""
         self.rows[work] = (choice, why)
 
+    def adopt(self, other: Account) -> None:
+        """Take another account's rows, and those that it records from now on."""
+        self.rows.update(other.rows)
+        other.rows = self.rows
+
     def __str__(self) -> str:
         return "\n".join(f"  {work}: {choice} ({why})" for work, (choice, why) in self.rows.items())
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
 from curvops.space import TensorSpace
-
-
-class BatchProduct(ABC):
-    """A batch's symmetric matrix, known by its products."""
-
-    @abstractmethod
-    def product(self, v: Tensor) -> Tensor:
-        """The product with a flat vector ``[D]``."""
-
-    @abstractmethod
-    def products(self, columns: Tensor) -> Tensor:
-        """The products with columns ``[D, K]``, in one batched backward pass."""
 
 
 class OutputLinearization:
@@ -41,57 +28,31 @@ class OutputLinearization:
         self._pulled: list[Tensor | None] = []
 
     def vjp(self, u: Tensor, batched: bool = False) -> Tensor:
-        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[D, K]``."""
+        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``."""
         if not self.z.requires_grad:
-            columns = u.shape[:1] if batched else ()
-            return torch.zeros(self._space.dim, *columns, dtype=self._space.dtype, device=self._space.device)
+            rows = u.shape[:1] if batched else ()
+            return torch.zeros(*rows, self._space.dim, dtype=self._space.dtype, device=self._space.device)
         found = _pull([self.z], self._leaves, [u.to(self.z.dtype)], batched)
-        return _join_batched(found, self._space, u.shape[0]) if batched else self._space.join(found)
+        return _join_batched(found, self._space, u.shape[0]) if batched else self._space.join(drained(found))
 
     def jvp(self, v: Tensor, batched: bool = False) -> Tensor:
         """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩.
 
-        Batched, ``[D, K]`` to ``[K, *output]``.
+        Batched, ``[K, D]`` to ``[K, *output]``.
         """
         zero = torch.zeros_like(self.z, requires_grad=False)
         if not self.z.requires_grad:
-            return zero.expand(v.shape[1], *zero.shape) if batched else zero
+            return zero.expand(len(v), *zero.shape) if batched else zero
         if self._dummy is None:
             self._dummy = zero.clone().requires_grad_()
             self._pulled = list(grad(self.z, self._leaves, self._dummy, create_graph=True, allow_unused=True))
-        (product,) = _pull(self._pulled, [self._dummy], _cotangents(v, self._space, batched), batched)
+        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self._space), batched)
         if product is None:
-            return zero.expand(v.shape[1], *zero.shape) if batched else zero
+            return zero.expand(len(v), *zero.shape) if batched else zero
         return product.detach()
 
 
-class OutputProduct(BatchProduct):
-    """Jᵀ (output matrix) J of one batch.
-
-    Args:
-        jacobian: The Jacobian.
-        output_product: The product with the output matrix, both of the output's shape.
-        push: J v, of the output's shape; the Jacobian's own way if not given.
-    """
-
-    def __init__(
-        self,
-        jacobian: OutputLinearization,
-        output_product: Callable[[Tensor], Tensor],
-        push: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self._jacobian, self._output_product = jacobian, output_product
-        self._push = jacobian.jvp if push is None else push
-
-    def product(self, v: Tensor) -> Tensor:
-        return self._jacobian.vjp(self._output_product(self._push(v)))
-
-    def products(self, columns: Tensor) -> Tensor:
-        pushed = self._jacobian.jvp(columns, batched=True)
-        return self._jacobian.vjp(torch.stack([self._output_product(u) for u in pushed]), batched=True)
-
-
-class GradientLinearization(BatchProduct):
+class GradientLinearization:
     """The Hessian of a scalar at one batch.
 
     Args:
@@ -108,27 +69,35 @@ class GradientLinearization(BatchProduct):
             self._slopes = list(grad(value, self._leaves, create_graph=True, allow_unused=True))
 
     def product(self, v: Tensor) -> Tensor:
-        return self._space.join(_pull(self._slopes, self._leaves, _cotangents(v, self._space, False), False))
+        """The product with a flat vector ``[D]``."""
+        return self._space.join(drained(_pull(self._slopes, self._leaves, tangents(v, self._space), False)))
 
-    def products(self, columns: Tensor) -> Tensor:
-        found = _pull(self._slopes, self._leaves, _cotangents(columns, self._space, True), True)
-        return _join_batched(found, self._space, columns.shape[1])
-
-
-def _cotangents(v: Tensor, space: TensorSpace, batched: bool) -> list[Tensor]:
-    """Parts of a vector by parameter; of columns with the columns first."""
-    parts = space.split(v)
-    return [part.movedim(-1, 0) for part in parts] if batched else parts
+    def products(self, rows: Tensor) -> Tensor:
+        """The products with several, ``[K, D]`` to ``[K, D]``, in one batched backward pass."""
+        found = _pull(self._slopes, self._leaves, tangents(rows, self._space), True)
+        return _join_batched(found, self._space, len(rows))
 
 
-def _join_batched(found: list[Tensor | None], space: TensorSpace, columns: int) -> Tensor:
+def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:
+    """Parts by parameter of a flat vector ``[D]``, or of several ``[K, D]``, in the parameters' dtypes."""
+    named = zip(v.split(space.sizes, -1), space.shapes.values(), space.dtypes.values(), strict=True)
+    return [part.reshape((*v.shape[:-1], *shape)).to(dtype) for part, shape, dtype in named]
+
+
+def drained(found: list[Tensor | None]) -> Iterator[Tensor | None]:
+    """The entries of a list, each of which is let go before the next one is asked for."""
+    while found:
+        yield found.pop(0)
+
+
+def _join_batched(found: list[Tensor | None], space: TensorSpace, rows: int) -> Tensor:
     parts = [
-        torch.zeros(columns, size, dtype=space.dtype, device=space.device)
+        torch.zeros(rows, size, dtype=space.dtype, device=space.device)
         if tensor is None
-        else tensor.reshape(columns, size).to(space.dtype)
+        else tensor.reshape(rows, size).to(space.dtype)
         for tensor, size in zip(found, space.sizes, strict=True)
     ]
-    return torch.cat(parts, 1).T
+    return torch.cat(parts, 1)
 
 
 def _pull(

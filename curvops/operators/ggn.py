@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 from torch.nn import Module
 
+from curvops.linearize.batches import Upgrade
+from curvops.linearize.certify import Account
+from curvops.linearize.held import HeldRows
 from curvops.linearize.judge import judge_jacobian
+from curvops.linearize.keep import Build
 from curvops.linearize.per_datum import pulled_rows, term_cotangents
-from curvops.linearize.reference import OutputLinearization, OutputProduct
+from curvops.linearize.products import OutputProduct, OutputWays
+from curvops.linearize.reference import OutputLinearization, tangents
 from curvops.losses import Factor, Noise, OutputCurvature
 from curvops.operators.risk_operator import RiskOperator
 from curvops.risk.data import Batch
@@ -36,37 +42,51 @@ class OutputFactorOperator(RiskOperator):
         factor = self._factor(curvature, start)
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
-    def _linearize(self, batch: Batch) -> OutputProduct:
-        leaves = self.risk.model.leaves()
-        jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
-        curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
-        primals = {name: leaf.detach() for name, leaf in leaves.items()}
+    def _linearizer(self, account: Account) -> Build:
+        ways = OutputWays(account)
 
-        def forward_mode(v: Tensor) -> Tensor:
-            tangents = dict(zip(primals, self.domain.split(v), strict=True))
-            return torch.func.jvp(lambda p: self.risk.forward(p, batch.X), (primals,), (tangents,))[1]
+        def linearize(batch: Batch) -> OutputProduct:
+            leaves = self.risk.model.leaves()
+            jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
+            curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
+            primals = {name: leaf.detach() for name, leaf in leaves.items()}
 
-        def push(v: Tensor) -> Tensor:
-            return self._pushforward(jacobian, forward_mode, v, batch.start)
+            def forward(v: Tensor) -> Tensor:
+                directions = dict(zip(primals, tangents(v, self.domain), strict=True))
+                pushed = jvp(lambda p: self.risk.forward(p, batch.X), (primals,), (directions,))[1]
+                return pushed.to(jacobian.z.dtype)
 
-        return OutputProduct(jacobian, self._output_product(curvature, batch.start), push)
+            return OutputProduct(jacobian, self._output_product(curvature, batch.start), forward, ways, batch.start)
+
+        return linearize
+
+    def _held(self) -> Upgrade:
+        return HeldRows(self.domain, self._rows, self._budget)
 
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
+        for rows in self._rows(batch, 3 * self.domain.dim):
+            rows = rows.to(total.dtype)
+            total.addmm_(rows.T, rows)
+
+    def _rows(self, batch: Batch, most: float) -> Iterator[Tensor]:
+        """Rows Sᵀ J of a batch.
+
+        Raises:
+            ValueError: If they are more than ``most`` a datum, or more than the memory budget allows.
+        """
         params = {name: p.detach() for name, p in self.risk.model.params.items()}
         with torch.no_grad():
             curvature = self.risk.output_curvature(self.risk.forward(params, batch.X), batch)
         factor = self._factor(curvature, batch.start)
         if curvature.terms_per_datum is None:
             raise ValueError("the number of loss terms is not a multiple of the number of data")
-        if curvature.terms_per_datum * factor.num_columns > 3 * self.domain.dim:
-            raise ValueError("more outputs than three times the parameters, so columns are cheaper")
+        if curvature.terms_per_datum * factor.num_columns > most:
+            raise ValueError("so many loss terms and outputs that columns are cheaper")
         needed = batch.size * (curvature.terms_per_datum * factor.num_columns) ** 2 * curvature.width
         if needed * self.dtype.itemsize > self._budget():
             raise ValueError("the cotangents of all loss terms would take more than the memory budget")
         cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
-        for rows in pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget()):
-            rows = rows.to(total.dtype)
-            total.addmm_(rows.T, rows)
+        yield from pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget())
 
 
 class GGNLinearOperator(OutputFactorOperator):

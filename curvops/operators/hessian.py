@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from functools import partial
 
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+
+from curvops.linearize.batches import Upgrade
+from curvops.linearize.certify import Account
+from curvops.linearize.held import JOINED, HeldMatrix
 from curvops.linearize.judge import judge_hessian
+from curvops.linearize.keep import Build
 from curvops.linearize.layered import layered_hessian
-from curvops.linearize.reference import GradientLinearization
+from curvops.linearize.products import HessianProduct, HessianWays
+from curvops.linearize.reference import GradientLinearization, tangents
 from curvops.operators.risk_operator import RiskOperator
-from curvops.risk.data import Batch
+from curvops.risk.data import Batch, joined_batches
 
 
 class HessianLinearOperator(RiskOperator):
@@ -31,14 +41,28 @@ class HessianLinearOperator(RiskOperator):
     def _judge(self) -> None:
         judge_hessian(self.risk)
 
-    def _linearize(self, batch: Batch) -> GradientLinearization:
-        leaves = self.risk.model.leaves()
-        value = self.risk.output_curvature(self.risk.forward(leaves, batch.X), batch).value()
-        return GradientLinearization(value, leaves, self.domain)
+    def _linearizer(self, account: Account) -> Build:
+        ways = HessianWays(account)
+
+        def linearize(batch: Batch) -> HessianProduct:
+            leaves = self.risk.model.leaves()
+            primals = {name: leaf.detach() for name, leaf in leaves.items()}
+
+            def forward(v: Tensor) -> Tensor:
+                directions = dict(zip(primals, tangents(v, self.domain), strict=True))
+                slopes = jvp(grad(partial(self._value, batch=batch)), (primals,), (directions,))[1]
+                return torch.cat([slope.flatten().to(self.dtype) for slope in slopes.values()])
+
+            return HessianProduct(GradientLinearization(self._value(leaves, batch), leaves, self.domain), forward, ways)
+
+        return linearize
+
+    def _value(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return self.risk.output_curvature(self.risk.forward(params, batch.X), batch).value()
+
+    def _held(self) -> Upgrade:
+        return HeldMatrix(self.domain, lambda sources: self._dense_of(joined_batches(sources, JOINED)))
 
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
-        def value(params: dict[str, Tensor]) -> Tensor:
-            return self.risk.output_curvature(self.risk.forward(params, batch.X), batch).value()
-
         params = {name: p.detach() for name, p in self.risk.model.params.items()}
-        total += layered_hessian(value, params, self.domain)
+        total += layered_hessian(partial(self._value, batch=batch), params, self.domain)

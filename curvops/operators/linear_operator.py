@@ -90,9 +90,10 @@ class LinearOperator(ABC):
         if isinstance(other, LinearOperator):
             return ProductOperator(self, other)
         columns, form = self.domain.to_columns(other, f"'{self.name} @ v'")
-        # a clone: the caller's tensor may be an inference tensor or carry a graph
         with torch.inference_mode(False):
-            result = self._apply(columns.detach().clone()) if columns.shape[1] else self._no_columns()
+            # the caller's tensor may carry a graph, and autograd keeps no inference tensors
+            columns = columns.detach().clone() if columns.is_inference() else columns.detach()
+            result = self._apply(columns) if columns.shape[1] else self._no_columns()
         return self.codomain.from_columns(result, form)
 
     def __rmatmul__(self, other: Vector) -> Any:

@@ -13,19 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.linearize.batches import BatchSum, JoinedBatches, Upgrade
 from curvops.linearize.certify import Account, certified, relative_difference
-from curvops.linearize.columns import Columns
-from curvops.linearize.keep import KeptLinearizations
-from curvops.linearize.pushforward import Pushforward
-from curvops.linearize.reference import BatchProduct
+from curvops.linearize.held import JOINED
+from curvops.linearize.keep import Build, KeptLinearizations
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
 from curvops.risk.data import Batch, joined_batches
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
-
-JOINED = 128  # data up to which small batches are joined for a dense matrix
 
 
 class RiskOperator(LinearOperator):
@@ -77,9 +74,8 @@ class RiskOperator(LinearOperator):
         super().__init__(self.risk.space, symmetric=True, psd=self._is_psd())
         self.memory_budget = memory_budget
         self.account = Account()
-        self._kept = KeptLinearizations(self.risk, self._linearize, self._budget)
-        self._columns = Columns(self.account)
-        self._pushforward = Pushforward(self.account)
+        self._kept = KeptLinearizations(self.risk, self._linearizer(self.account), self._budget)
+        self._sum = BatchSum(self._kept, self._upgrades, self.account, self.name)
         if check_deterministic:
             check(self.risk)
             self._judge()
@@ -97,16 +93,27 @@ class RiskOperator(LinearOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         c = self.risk.constant
-        total = torch.zeros_like(columns, dtype=self.domain.sum_dtype)
-        with self.risk.evaluation(), closing(self._kept.each(self.name)) as products:
-            for product in products:
-                total += self._columns.apply(product, columns)
-        self.account.note("products", "reverse over reverse", str(self._kept))
+        with self.risk.evaluation():
+            total = self._sum(columns)
+        self.account.note("products", "from linearizations", str(self._kept))
         return total.mul_(c).to(self.dtype)
 
+    def _upgrades(self) -> list[Upgrade]:
+        """Forms that may replace the linearizations of the batches; asked for whenever something has changed."""
+        self._kept.build = self._linearizer(self.account)  # what was certified before need not hold now
+        return [JoinedBatches(self._linearizer, self._budget, self._accept), self._held()]
+
+    def _accept(self, build: Build, account: Account) -> None:
+        self._kept.build = build
+        self.account.adopt(account)
+
     @abstractmethod
-    def _linearize(self, batch: Batch) -> BatchProduct:
-        """One batch's products, without the constant c."""
+    def _held(self) -> Upgrade:
+        """The matrix in a form that is held, for where it is small."""
+
+    @abstractmethod
+    def _linearizer(self, account: Account) -> Build:
+        """What makes one batch's products, without the constant c; its choices are its own."""
 
     @abstractmethod
     def _add_dense(self, batch: Batch, total: Tensor) -> None:
@@ -133,12 +140,15 @@ class RiskOperator(LinearOperator):
         return super()._dense()
 
     def _fast_dense(self, joined: int) -> Tensor:
-        c = self.risk.constant
-        total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
         with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
-            for batch in joined_batches(batches, joined):
-                self._add_dense(batch, total)
-        return total.mul_(c).to(self.dtype)
+            return self._dense_of(joined_batches(batches, joined)).mul_(self.risk.constant).to(self.dtype)
+
+    def _dense_of(self, batches: Iterable[Batch]) -> Tensor:
+        """The matrix of some batches, without the constant c, by the fast way."""
+        total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
+        for batch in batches:
+            self._add_dense(batch, total)
+        return total
 
     def _budget(self) -> int:
         return budget(self.device, self.memory_budget)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import columns, pushforward
-from curvops.linearize.reference import GradientLinearization, OutputLinearization, OutputProduct
+from curvops.linearize import choose, held
+from curvops.linearize.certify import Account
+from curvops.linearize.choose import Choice
+from curvops.linearize.reference import GradientLinearization, OutputLinearization
+from curvops.operators import ggn, hessian
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 
@@ -22,87 +25,160 @@ def operator(kind: Any) -> Any:
     return kind(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data, check_deterministic=False)
 
 
-def one_by_one(op: Any, block: Tensor) -> Tensor:
-    return torch.stack([op @ column for column in block.unbind(1)], 1)
+def expected(kind: Any) -> Tensor:
+    """The matrix, column by column, each by an operator of its own that keeps nothing."""
+    eye = torch.eye(83, dtype=torch.float64)
+    found = []
+    for column in eye:
+        op = operator(kind)
+        op.memory_budget = 0
+        found.append(op @ column)
+    return torch.stack(found, 1)
+
+
+def test_a_choice_is_the_fastest_equal_way() -> None:
+    account, x = Account(), torch.arange(6.0)
+    calls: list[str] = []
+
+    def way(name: str, factor: float, work: int = 1) -> Any:
+        def run(v: Tensor) -> Tensor:
+            calls.append(name)
+            for _ in range(work):
+                torch.rand(300, 300) @ torch.rand(300, 300)
+            return factor * v
+
+        return run
+
+    def refuse(v: Tensor) -> Tensor:
+        raise NotImplementedError("no such rule\nat all")
+
+    ways = {"slow": way("slow", 2.0, 200), "lying": way("lying", 2.01), "refusing": refuse, "fast": way("fast", 2.0)}
+    choice = Choice("doubling", account)
+    assert torch.equal(choice(x, ways), 2 * x) and choice.chosen == "fast"
+    chosen, why = account.rows["doubling"]
+    assert chosen == "fast"
+    assert "lying differs by 5.0e-03" in why
+    assert "refusing is unsupported here: NotImplementedError: no such rule;" in why
+    calls.clear()
+    assert torch.equal(choice(x, ways), 2 * x) and calls == ["fast"]
+
+
+@pytest.mark.parametrize("clearly", [torch.inf, 0.0])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_a_few_entries_measure_the_reference(clearly: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", clearly)
+    x, seen = torch.arange(float(size)), []
+    ways = {"one": lambda v: seen.append(len(v)) or 2 * v, "all": lambda v: 2 * v}
+    choice = Choice("doubling", Account())
+    assert torch.equal(choice(x, ways, few=3), 2 * x)
+    assert seen[0] == min(3, size)
+    assert choice.chosen == ("all" if clearly else "one")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("together", [True, False])
 def test_both_ways_give_the_same_columns(kind: Any, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "CLEARLY", torch.inf if together else 0.0)
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf if together else 0.0)
+    monkeypatch.setattr(held, "LARGEST", 0)
     op = operator(kind)
     block = torch.randn(op.shape[1], 19, dtype=torch.float64)
-    torch.testing.assert_close(op @ block, one_by_one(op, block), rtol=1e-12, atol=1e-14)
-    assert ("batched by vmap" if together else "one by one") in str(op.explain())
+    torch.testing.assert_close(op @ block, expected(kind) @ block, rtol=1e-12, atol=1e-14)
+    work = "columns" if kind is HessianLinearOperator else "columns, Jᵀu"
+    assert op.account.rows[work][0].endswith("by vmap" if together else "one by one")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unsupported_batching_falls_back(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Tensor:
-        raise RuntimeError("no batching rule")
+@pytest.mark.parametrize(("factor", "words"), [(None, "unsupported here: RuntimeError: no"), (1.001, "differs by 1")])
+def test_failing_and_lying_batching_falls_back(
+    kind: Any, factor: float | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
+    block = torch.randn(83, 6, dtype=torch.float64)
+    right = expected(kind) @ block
 
-    for product in (GradientLinearization, OutputProduct):
-        monkeypatch.setattr(product, "products", refuse)
+    def spoil(honest: Any, default: bool = False) -> Any:
+        def way(self: Any, several: Tensor, batched: bool = default) -> Tensor:
+            if not batched:
+                return honest(self, several, batched)
+            if factor is None:
+                raise RuntimeError("no batching rule")
+            return factor * honest(self, several, batched)
+
+        return way
+
+    products = GradientLinearization.products
+    monkeypatch.setattr(
+        GradientLinearization, "products", spoil(lambda self, several, _: products(self, several), True)
+    )
+    for name in ("jvp", "vjp"):
+        monkeypatch.setattr(OutputLinearization, name, spoil(getattr(OutputLinearization, name)))
+    monkeypatch.setattr(hessian if kind is HessianLinearOperator else ggn, "jvp", spoil_forward(factor))
     op = operator(kind)
-    block = torch.randn(op.shape[1], 6, dtype=torch.float64)
-    torch.testing.assert_close(op @ block, one_by_one(op, block), rtol=1e-12, atol=1e-14)
-    assert "batching is unsupported here: RuntimeError: no batching rule" in str(op.explain())
+    torch.testing.assert_close(op @ block, right, rtol=1e-12, atol=1e-14)
+    assert words in str(op.explain())
+    columns = [choice for work, (choice, _) in op.account.rows.items() if work.startswith("columns")]
+    assert columns and set(columns) <= {"one by one", "by vmap"}  # the latter: the output matrix was not spoilt
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_lying_batching_falls_back(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "CLEARLY", torch.inf)
-    for product in (GradientLinearization, OutputProduct):
-        monkeypatch.setattr(product, "products", lambda self, block: 1.001 * columns._loop(self, block))
-    op = operator(kind)
-    block = torch.randn(op.shape[1], 6, dtype=torch.float64)
-    torch.testing.assert_close(op @ block, one_by_one(op, block), rtol=1e-12, atol=1e-14)
-    assert "one by one" in str(op.explain()) and "differ by 1.0e-03" in str(op.explain())
+def spoil_forward(factor: float | None) -> Any:
+    exact = torch.func.jvp
+
+    def spoilt(*args: Any) -> Any:
+        if factor is None:
+            raise RuntimeError("no forward mode")
+        primal, tangent = exact(*args)
+        return primal, torch.utils._pytree.tree_map(lambda t: factor * t, tangent)
+
+    return spoilt
 
 
 @pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
 @pytest.mark.parametrize("forward", [True, False])
 def test_both_pushforwards_agree(kind: Any, forward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushforward, "CLEARLY", torch.inf if forward else 0.0)
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf if forward else 0.0)
     op = operator(kind)
     v = torch.randn(op.shape[1], dtype=torch.float64)
-    first = op @ v
-    for _ in range(3):
-        torch.testing.assert_close(op @ v, first, rtol=1e-12, atol=1e-14)
-    assert op.account.rows["J v"][0] == ("forward mode" if forward else "reverse over reverse")
+    right = expected(kind) @ v
+    for k in range(3):
+        torch.testing.assert_close(op @ v, right, rtol=1e-12, atol=1e-14)
+        way, why = op.account.rows["J v"]
+        assert way == ("forward mode" if forward or k == 0 else "reverse over reverse")
+        assert ("adjoint" in why) == (k == 0)
 
 
 @pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
-def test_unsupported_and_lying_forward_mode_fall_back(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushforward, "CLEARLY", torch.inf)
+@pytest.mark.parametrize(
+    ("factor", "first", "later"),
+    [
+        (None, "forward mode is unsupported here: RuntimeError: no", "unsupported here: RuntimeError: no forward mode"),
+        (1.001, "not forward mode's adjoint", "differs by 1.0e-03"),
+        (1 + 1e-12, "not forward mode's adjoint", "forward mode"),
+    ],
+)
+def test_unsupported_and_lying_forward_mode_fall_back(
+    kind: Any, factor: float | None, first: str, later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
+    v = torch.randn(83, dtype=torch.float64)
+    right = expected(kind) @ v
+    monkeypatch.setattr(ggn, "jvp", spoil_forward(factor))
     op = operator(kind)
-    v = torch.randn(op.shape[1], dtype=torch.float64)
-    first = op @ v
-    exact = torch.func.jvp
-
-    def lie(*args: Any) -> Any:
-        primal, tangent = exact(*args)
-        return primal, 1.001 * tangent
-
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError("no forward mode")
-
-    for way, words in ((lie, "differs by 1.0e-03"), (refuse, "unsupported here: NotImplementedError: no forward mode")):
-        monkeypatch.setattr(torch.func, "jvp", way)
-        again = operator(kind)
-        for _ in range(3):
-            torch.testing.assert_close(again @ v, first, rtol=1e-12, atol=1e-14)
-        assert words in str(again.explain())
+    for k in range(3):
+        torch.testing.assert_close(op @ v, right, rtol=1e-9, atol=1e-12)
+        assert (first if k == 0 else later) in " ".join(op.account.rows["J v"])
 
 
-def test_no_double_graph_is_built_where_forward_mode_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushforward, "CLEARLY", torch.inf)
+def test_a_double_graph_is_built_only_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
     op = operator(GGNLinearOperator)
     v = torch.randn(op.shape[1], dtype=torch.float64)
-    for _ in range(2):
-        op @ v
     calls: list[int] = []
     reference = OutputLinearization.jvp
     monkeypatch.setattr(OutputLinearization, "jvp", lambda self, *a: calls.append(1) or reference(self, *a))
+    op @ v
+    assert not calls
+    op @ v
+    assert calls
+    calls.clear()
     op @ v
     assert not calls

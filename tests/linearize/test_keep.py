@@ -47,11 +47,10 @@ def test_repeated_products_run_no_forward_pass(kind: Any) -> None:
     operator = kind(model, loss, params, data, check_deterministic=False)
     v = torch.randn(operator.shape[1], dtype=torch.float64)
     first = operator @ v
-    second = operator @ v  # may measure
+    torch.testing.assert_close(operator @ v, first, rtol=1e-12, atol=1e-14)  # may measure
     calls = forward_calls(model)
     third = operator @ v
-    assert torch.equal(first, third)
-    torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(third, first, rtol=1e-12, atol=1e-14)
     choice = operator.account.rows.get("J v", ("reverse over reverse", ""))[0]
     assert bool(calls) == (choice == "forward mode")
     assert "2 of 2 batches kept" in str(operator.explain())
@@ -127,7 +126,7 @@ def test_memory_is_flat_and_goes_with_the_operator(kind: Any) -> None:
         gc.collect()
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
-    for _ in range(3):
+    for _ in range(30):  # until no form that is kept gives way to another one
         operator @ v
     settled = tensors()
     for _ in range(30):

@@ -46,7 +46,7 @@ def test_hessian_products():
     linear = GradientLinearization(value(given), given, SPACE)
     dense = hessian(lambda flat: value(named(flat)))(THETA)
     close(linear.product(draws(SPACE.dim)), dense @ draws(SPACE.dim))
-    close(linear.products(draws(SPACE.dim, 3)), dense @ draws(SPACE.dim, 3))
+    close(linear.products(draws(SPACE.dim, 3).T).T, dense @ draws(SPACE.dim, 3))
 
 
 @pytest.mark.parametrize("constant", [torch.zeros(4, 2).double(), torch.zeros(4, 2).double().requires_grad_()])
@@ -55,7 +55,7 @@ def test_outputs_that_do_not_depend_on_the_parameters(constant):
     linear = OutputLinearization(constant, given, SPACE)
     assert not linear.jvp(THETA).any() and not linear.vjp(torch.ones(4, 2).double()).any()
     flat = GradientLinearization(constant.sum(), given, SPACE)
-    assert not flat.product(THETA).any() and not flat.products(THETA[:, None]).any()
+    assert not flat.product(THETA).any() and not flat.products(THETA[None]).any()
 
 
 def test_a_linear_risk_has_no_hessian():

@@ -1,0 +1,178 @@
+"""The sum over batches of their products, and how it gets faster while it is used."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from curvops.linearize.certify import Account, relative_difference, tolerance
+from curvops.linearize.choose import CLEARLY, timed
+from curvops.linearize.keep import Build, Kept, KeptLinearizations, counted, versions
+from curvops.linearize.products import WORTH, BatchProduct
+from curvops.risk.data import joined_batches
+
+JOINED_BYTES = 2**28  # what a joined batch's linearization may hold: beyond, larger batches are no faster
+
+
+class Upgrade(ABC):
+    """Another form of all batches' linearizations, which costs something to make and makes products cheaper.
+
+    Attributes:
+        form: What is kept then, for the account.
+    """
+
+    form: str
+
+    @abstractmethod
+    def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
+        """Whether it is worth its cost by now; ``None`` if it never will be.
+
+        Args:
+            kept: The linearizations.
+            vectors: Number of products so far, the ones at hand included.
+            seconds: What they took so far.
+        """
+
+    @abstractmethod
+    def build(self, kept: Sequence[Kept]) -> list[Kept]:
+        """Make it."""
+
+    def accept(self) -> None:  # noqa: B027 (most have nothing to do)
+        """It serves from now on."""
+
+
+class JoinedBatches(Upgrade):
+    """Fewer and larger batches, where the model does not mix the data of a batch.
+
+    Args:
+        linearizer: Makes a function that linearizes batches, with an account of its own choices.
+        budget: Bytes that may be kept.
+        accept: Takes that function and its account.
+    """
+
+    def __init__(
+        self,
+        linearizer: Callable[[Account], Build],
+        budget: Callable[[], int],
+        accept: Callable[[Build, Account], None],
+    ) -> None:
+        self._account = Account()
+        self._build, self._budget, self._accept = linearizer(self._account), budget, accept
+        self.form = ""
+
+    def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
+        if len(kept) < 2 or 2 * sum(k.size for k in kept) > self._budget():
+            return None
+        return vectors >= WORTH
+
+    def build(self, kept: Sequence[Kept]) -> list[Kept]:
+        sources = [batch for k in kept for batch in k.sources]
+        size, data = sum(k.size for k in kept), sum(batch.size for batch in sources)
+        most = max(1, data * JOINED_BYTES // max(size, 1))
+        joined = list(joined_batches(sources, most))
+        found, first = [], 0
+        for batch in joined:
+            product, held = counted(self._build, batch)
+            last, covered = first, 0
+            while covered < batch.size:
+                covered += sources[last].size
+                last += 1
+            own = sources[first:last]
+            found.append(Kept(product, own, versions(own), held or 0))
+            first = last
+        self.form = f"{len(sources)} batches joined to {len(joined)}"
+        return found
+
+    def accept(self) -> None:
+        self._accept(self._build, self._account)
+
+
+class BatchSum:
+    """Σ over batches of their products with vectors.
+
+    Args:
+        kept: The linearizations.
+        upgrades: What may replace them, in the order in which it is tried, anew whenever something has changed.
+        account: Where choices are recorded.
+        title: For the progress bar.
+    """
+
+    def __init__(
+        self, kept: KeptLinearizations, upgrades: Callable[[], list[Upgrade]], account: Account, title: str
+    ) -> None:
+        self._kept, self._upgrades, self._account, self._title = kept, upgrades, account, title
+        self._left: list[Upgrade] = []
+        self._vectors, self._seconds = 0, 0.0
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        """The product with columns ``[D, K]``, without the constant c; call within the risk's evaluation."""
+        if self._kept.refresh():
+            self._left = self._upgrades()
+            self._vectors, self._seconds = 0, 0.0
+        self._vectors += columns.shape[1]
+        first: list[Tensor] = []
+        if self._kept.all is None and columns.shape[1] >= WORTH and self._left:
+            first, columns = [self._sum(columns[:, :1])], columns[:, 1:]  # so that there is something to upgrade
+        while self._due():
+            first.append(self._try(self._left.pop(0), columns[:, :1]))
+            columns = columns[:, 1:]
+            if not columns.shape[1]:
+                return torch.cat(first, 1)
+        return torch.cat([*first, self._sum(columns)], 1) if first else self._sum(columns)
+
+    def _due(self) -> bool:
+        """Whether the next upgrade is due; those that never will be are dropped."""
+        kept = self._kept.all
+        while self._left and kept is not None:
+            due = self._left[0].due(kept, self._vectors, self._seconds)
+            if due is not None:
+                return due
+            self._left.pop(0)
+        return False
+
+    def _try(self, upgrade: Upgrade, v: Tensor) -> Tensor:
+        """One product, and the upgrade if it gives the same one faster."""
+        expected, slow = timed(lambda: self._sum(v), v.device)
+        work = "batches"
+        try:
+            kept = upgrade.build(self._kept.all or [])
+            found, fast = timed(lambda: added((k.product for k in kept), v), v.device)
+        except Exception as error:  # any failure of an optimisation means that the reference serves
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            self._account.note(work, "as given", f"{upgrade.form or 'joining'} is unsupported here: {reason}")
+            return expected
+        difference = relative_difference(found, expected)
+        times = f"{1e3 * fast:.1f} ms, {1e3 * slow:.1f} ms before"
+        if not difference <= tolerance(v.dtype):
+            self._account.note(work, "as given", f"{upgrade.form}: differ by {difference:.1e}")
+        elif fast < CLEARLY * slow:
+            self._kept.replace(kept, upgrade.form)
+            upgrade.accept()
+            self._account.note(work, upgrade.form, times)
+        else:
+            self._account.note(work, "as given", f"{upgrade.form}: {times}")
+        return expected
+
+    def _sum(self, columns: Tensor) -> Tensor:
+        start = time.perf_counter()
+        with closing(self._kept.each(self._title)) as products:
+            total = added(products, columns)
+        self._seconds += time.perf_counter() - start
+        return total
+
+
+def added(products: Iterable[BatchProduct], columns: Tensor) -> Tensor:
+    """Σ of products with columns ``[D, K]``, in at least single precision."""
+    dtype = torch.promote_types(columns.dtype, torch.float32)
+    total: Tensor | None = None
+    for product in products:
+        one = columns.shape[1] == 1
+        part = (product.product(columns[:, 0]).unsqueeze(1) if one else product.products(columns)).to(dtype)
+        total = part if total is None else total.add_(part)
+    assert total is not None  # data are never empty
+    return total

@@ -1,0 +1,98 @@
+"""Several ways to do one piece of work: the fastest by one measurement among those that equal the reference."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from curvops.linearize.certify import Account, relative_difference, tolerance
+
+CLEARLY = 0.85  # part of the best time below which another way is taken: measurements are noisy
+ENOUGH = 0.03  # seconds after which a measurement is not repeated
+Way = Callable[[Tensor], Tensor]
+
+
+class Choice:
+    """One of several ways to do a piece of work, found at its first use.
+
+    Args:
+        work: What is done, for the account.
+        account: Where the choice is recorded.
+    """
+
+    def __init__(self, work: str, account: Account) -> None:
+        self._work, self._account = work, account
+        self.chosen: str | None = None
+
+    def __call__(self, x: Tensor, ways: Mapping[str, Way], few: int | None = None) -> Tensor:
+        """What the chosen way gives.
+
+        Args:
+            x: What is worked on.
+            ways: The ways by name, the reference first.
+            few: Entries of the first axis, each worked on alone, with which the reference is measured.
+        """
+        if self.chosen is None:
+            return self._measure(x, ways, few)
+        return ways[self.chosen](x)
+
+    def _measure(self, x: Tensor, ways: Mapping[str, Way], few: int | None) -> Tensor:
+        reference, *others = ways
+        part = x if few is None else x[:few]
+        expected, best = timed(lambda: ways[reference](part), x.device)
+        best *= 1 if few is None else len(x) / len(part)
+        chosen, result, remarks = reference, None, [_took(reference, best)]
+        for name in others:
+            way = ways[name]
+            try:
+                found, seconds = _timed_strictly(lambda: way(x), x.device)  # noqa: B023 (used at once)
+            except Exception as error:  # any failure of an optimisation means that the reference serves
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                remarks.append(f"{name} is unsupported here: {reason}")
+                continue
+            difference = relative_difference(found if few is None else found[:few], expected)
+            if not difference <= tolerance(x.dtype):
+                remarks.append(f"{name} differs by {difference:.1e}")
+                continue
+            remarks.append(_took(name, seconds))
+            if seconds < CLEARLY * best:
+                chosen, best, result = name, seconds, found
+        self.chosen = chosen
+        self._account.note(self._work, chosen, "; ".join(remarks))
+        if few is None:
+            return expected
+        return (
+            torch.cat([expected, ways[reference](x[few:])])
+            if result is None and few < len(x)
+            else (expected if result is None else result)
+        )
+
+
+def timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """A result, and the shortest of a few times that it took, in seconds."""
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < ENOUGH:
+        start = _now(device)
+        result = work()
+        times.append(_now(device) - start)
+    return result, min(times)
+
+
+def _timed_strictly(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "There is a performance drop")  # a missing batching rule is a no
+        return timed(work, device)
+
+
+def _took(name: str, seconds: float) -> str:
+    return f"{name} {1e3 * seconds:.1f} ms"
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,98 @@
+"""Small matrices that are held instead of linearizations, once their making has paid off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from curvops.linearize.batches import Upgrade
+from curvops.linearize.choose import timed
+from curvops.linearize.keep import Kept, versions
+from curvops.linearize.products import WORTH, MatrixProduct
+from curvops.risk.data import Batch, joined_batches
+from curvops.risk.tree import select
+from curvops.space import TensorSpace
+
+LARGEST = 2048  # side up to which a square matrix is held
+SHARE = 8  # a dense matrix costs no more than this part of its columns one by one
+JOINED = 128  # data up to which small batches are joined
+
+
+class HeldMatrix(Upgrade):
+    """The matrix ``[D, D]`` itself, after a share of D products.
+
+    Args:
+        space: The space of the parameters.
+        dense: Makes the matrix of some batches, without the constant c.
+    """
+
+    form = "the matrix itself is kept"
+
+    def __init__(self, space: TensorSpace, dense: Callable[[Sequence[Batch]], Tensor]) -> None:
+        self._space, self._dense = space, dense
+
+    def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
+        return None if self._space.dim > LARGEST else SHARE * vectors >= self._space.dim
+
+    def build(self, kept: Sequence[Kept]) -> list[Kept]:
+        sources = [batch for k in kept for batch in k.sources]
+        return [_held(MatrixProduct(self._dense(sources), rows=False), sources)]
+
+
+class HeldRows(Upgrade):
+    """The rows Sᵀ J of all loss terms, or their second moment if that is smaller.
+
+    They are made once products have taken the time that making them will take, as a part of the first batch tells.
+
+    Args:
+        space: The space of the parameters.
+        rows: Gives rows ``[…, D]`` of a batch; takes the number of rows a datum that are too many, and raises a
+            ValueError then.
+        budget: Bytes that may be kept.
+    """
+
+    form = "the rows of Sᵀ J are kept"
+
+    def __init__(
+        self, space: TensorSpace, rows: Callable[[Batch, float], Iterator[Tensor]], budget: Callable[[], int]
+    ) -> None:
+        self._space, self._rows, self._budget = space, rows, budget
+        self._predicted: float | None = None
+
+    def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
+        if vectors <= 2 * WORTH:
+            return False
+        if self._predicted is None:
+            self._predicted = self._predict(kept, seconds / vectors)
+        return None if self._predicted == torch.inf else seconds >= self._predicted
+
+    def _predict(self, kept: Sequence[Kept], before: float) -> float:
+        """Seconds that making the rows takes; infinite if they do not fit or do not pay off."""
+        data = sum(batch.size for k in kept for batch in k.sources)
+        room = self._budget() - sum(k.size for k in kept)
+        first = kept[0].sources[0]
+        few = max(1, first.size // 4)
+        X, y = (select(part, first.size, slice(0, few)) for part in (first.X, first.y))
+        part = Batch(X, y, few, first.start)
+        most = room / (data * self._space.dim * self._space.dtype.itemsize)
+        try:
+            rows, seconds = timed(lambda: torch.cat(list(self._rows(part, most))), self._space.device)
+        except Exception:  # an optimisation that does not work here is none
+            return torch.inf
+        v = rows.sum(0)
+        product = timed(lambda: rows.T @ (rows @ v), self._space.device)[1]
+        return torch.inf if product * data / few > before else seconds * data / few
+
+    def build(self, kept: Sequence[Kept]) -> list[Kept]:
+        sources = [batch for k in kept for batch in k.sources]
+        found = [rows for batch in joined_batches(sources, JOINED) for rows in self._rows(batch, torch.inf)]
+        rows = torch.cat(found)
+        if len(rows) < self._space.dim or self._space.dim > LARGEST:
+            return [_held(MatrixProduct(rows, rows=True), sources)]
+        return [_held(MatrixProduct(rows.T @ rows, rows=False), sources)]
+
+
+def _held(product: MatrixProduct, sources: Sequence[Batch]) -> Kept:
+    return Kept(product, sources, versions(sources), product.nbytes)

@@ -1,0 +1,194 @@
+"""Products with one batch's matrix: one vector or several, each piece of work in the way that was found fastest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from curvops.linearize.certify import Account
+from curvops.linearize.choose import Choice, Way
+from curvops.linearize.reference import GradientLinearization, OutputLinearization
+
+CHUNK = 16  # vectors that go together
+WORTH = 4  # vectors from which their going together is measured
+ROUNDING = 64  # machine precisions within which ⟨Sw, w⟩ and ⟨JᵀSw, v⟩ agree if w = J v
+
+
+class BatchProduct(ABC):
+    """A batch's symmetric matrix, known by its products."""
+
+    @abstractmethod
+    def product(self, v: Tensor) -> Tensor:
+        """The product with a flat vector ``[D]``."""
+
+    def products(self, columns: Tensor) -> Tensor:
+        """The products with columns ``[D, K]``."""
+        if columns.shape[1] < WORTH:
+            return torch.stack([self.product(column) for column in columns.unbind(1)], 1)
+        parts = [self._together(part.T.contiguous()) for part in columns.split(CHUNK, 1)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
+
+    @abstractmethod
+    def _together(self, rows: Tensor) -> Tensor:
+        """The products with a few vectors, ``[K, D]`` to ``[K, D]``."""
+
+
+class MatrixProduct(BatchProduct):
+    """A matrix that is held: ``[D, D]``, or as its rows R ``[R, D]`` with RᵀR."""
+
+    def __init__(self, matrix: Tensor, rows: bool) -> None:
+        self._matrix, self._rows = matrix, rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self._matrix.numel() * self._matrix.itemsize
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._matrix.T @ (self._matrix @ v) if self._rows else self._matrix @ v
+
+    def products(self, columns: Tensor) -> Tensor:
+        return self.product(columns)  # the same expression serves columns
+
+    def _together(self, rows: Tensor) -> Tensor:
+        return self.product(rows.T).T
+
+
+class HessianWays:
+    """What is chosen for an operator's Hessian products."""
+
+    def __init__(self, account: Account) -> None:
+        self.columns = Choice("columns", account)
+
+
+class HessianProduct(BatchProduct):
+    """The Hessian of one batch.
+
+    Args:
+        reference: Its products by reverse over reverse.
+        forward: The product by forward over reverse, from and to flat vectors.
+        ways: What is chosen, the same for all batches.
+    """
+
+    def __init__(self, reference: GradientLinearization, forward: Way, ways: HessianWays) -> None:
+        self._reference, self._forward, self._ways = reference, forward, ways
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._reference.product(v)
+
+    def _together(self, rows: Tensor) -> Tensor:
+        ways = {
+            "one by one": _loop(self.product),
+            "reverse over reverse by vmap": self._reference.products,
+            "forward over reverse by vmap": vmap(self._forward),
+        }
+        return self._ways.columns(rows, ways, WORTH)
+
+
+class OutputWays:
+    """What is chosen for the products Jᵀ (output matrix) J of an operator.
+
+    Attributes:
+        push: J v.
+        pushes: J v of several.
+        outputs: Products with the output matrix, of several.
+        pulls: Jᵀ u of several.
+        forward_fails: Whether forward mode was refused or refuted.
+    """
+
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self.push = Choice("J v", account)
+        self.pushes = Choice("columns, J v", account)
+        self.outputs = Choice("columns, output matrix", account)
+        self.pulls = Choice("columns, Jᵀu", account)
+        self.forward_fails = False
+        self._seen: set[int] = set()
+
+    def first(self, place: int) -> bool:
+        """Whether this is the first product of the batch at ``place``."""
+        new = place not in self._seen
+        self._seen.add(place)
+        return new
+
+
+class OutputProduct(BatchProduct):
+    """Jᵀ (output matrix) J of one batch.
+
+    The first product takes J v by forward mode, which needs no graph of its own, and certifies itself; the second
+    measures forward mode beside the reference.
+
+    Args:
+        jacobian: The Jacobian by reverse mode.
+        output_matrix: The product with the output matrix, both of the output's shape.
+        forward: J v by forward mode.
+        ways: What is chosen, the same for all batches.
+        place: Place of the batch's first datum.
+    """
+
+    def __init__(
+        self,
+        jacobian: OutputLinearization,
+        output_matrix: Callable[[Tensor], Tensor],
+        forward: Way,
+        ways: OutputWays,
+        place: int,
+    ) -> None:
+        self._jacobian, self._output_matrix = jacobian, output_matrix
+        self._forward, self._ways, self._place = forward, ways, place
+
+    def product(self, v: Tensor) -> Tensor:
+        ways = self._ways
+        if ways.push.chosen is not None or not ways.first(self._place):
+            return self._jacobian.vjp(self._output_matrix(self._push(v)))
+        found = None if ways.forward_fails else self._certifying_itself(v)
+        return self._jacobian.vjp(self._output_matrix(self._jacobian.jvp(v))) if found is None else found
+
+    def _certifying_itself(self, v: Tensor) -> Tensor | None:
+        """The product by forward mode, if ⟨S w, w⟩ = ⟨Jᵀ S w, v⟩ with w from forward and Jᵀ from reverse mode."""
+        ways = self._ways
+        try:
+            pushed = self._forward(v)
+        except Exception as error:  # any failure of an optimisation means that the reference serves
+            ways.forward_fails = True
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason}")
+            return None
+        image = self._output_matrix(pushed)
+        result = self._jacobian.vjp(image)
+        difference = abs(float(_inner(image, pushed) - _inner(result, v)))
+        if difference <= ROUNDING * torch.finfo(image.dtype).eps * float(image.norm() * pushed.norm()):
+            ways.account.note("J v", "forward mode", "Jᵀ by reverse mode is its adjoint on the vector at hand")
+            return result
+        ways.forward_fails = True
+        ways.account.note("J v", "reverse over reverse", "Jᵀ by reverse mode is not forward mode's adjoint")
+        return None
+
+    def _push(self, v: Tensor) -> Tensor:
+        return self._ways.push(v, {"reverse over reverse": self._jacobian.jvp, "forward mode": self._forward})
+
+    def _together(self, rows: Tensor) -> Tensor:
+        pushes = {
+            "one by one": _loop(self._push),
+            "reverse over reverse by vmap": lambda vs: self._jacobian.jvp(vs, batched=True),
+            "forward mode by vmap": vmap(self._forward),
+        }
+        outputs = {"one by one": _loop(self._output_matrix), "by vmap": vmap(self._output_matrix)}
+        pulls = {
+            "one by one": _loop(self._jacobian.vjp),
+            "by vmap": lambda us: self._jacobian.vjp(us, batched=True),
+        }
+        pushed = self._ways.pushes(rows, pushes, WORTH)
+        return self._ways.pulls(self._ways.outputs(pushed, outputs, WORTH), pulls, WORTH)
+
+
+def _loop(one: Way) -> Way:
+    return lambda several: torch.stack([one(x) for x in several])
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten().to(b.dtype), b.flatten())

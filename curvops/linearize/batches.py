@@ -10,7 +10,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from curvops.linearize.certify import Account, relative_difference, tolerance
+from curvops.linearize.certify import Account, reason, relative_difference, tolerance
 from curvops.linearize.choose import CLEARLY, timed
 from curvops.linearize.keep import Build, Kept, KeptLinearizations, counted, versions
 from curvops.linearize.products import WORTH, BatchProduct
@@ -143,8 +143,7 @@ class BatchSum:
             kept = upgrade.build(self._kept.all or [])
             found, fast = timed(lambda: added((k.product for k in kept), v), v.device)
         except Exception as error:  # any failure of an optimisation means that the reference serves
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            self._account.note(work, "as given", f"{upgrade.form or 'joining'} is unsupported here: {reason}")
+            self._account.note(work, "as given", f"{upgrade.form or 'joining'} is unsupported here: {reason(error)}")
             return expected
         difference = relative_difference(found, expected)
         times = f"{1e3 * fast:.1f} ms, {1e3 * slow:.1f} ms before"

@@ -60,8 +60,7 @@ def certified(
     try:
         result = fast()
     except Exception as error:  # any failure of an optimisation means that the reference serves
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        account.note(work, "reference", f"{way} is unsupported here: {reason}")
+        account.note(work, "reference", f"{way} is unsupported here: {reason(error)}")
         return None
     difference = probe(result)
     if not difference <= tolerance(dtype):
@@ -69,3 +68,8 @@ def certified(
         return None
     account.note(work, way, f"equal to the reference within {difference:.1e}")
     return result
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]

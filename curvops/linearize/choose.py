@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from curvops.linearize.certify import Account, relative_difference, tolerance
+from curvops.linearize.certify import Account, reason, relative_difference, tolerance
 
 CLEARLY = 0.85  # part of the best time below which another way is taken: measurements are noisy
 ENOUGH = 0.03  # seconds after which a measurement is not repeated
@@ -38,7 +38,15 @@ class Choice:
         """
         if self.chosen is None:
             return self._measure(x, ways, few)
-        return ways[self.chosen](x)
+        reference = next(iter(ways))
+        if self.chosen == reference:
+            return ways[reference](x)
+        try:
+            return ways[self.chosen](x)
+        except Exception as error:  # it worked on the batch that it was measured on
+            self._account.note(self._work, reference, f"{self.chosen} failed on a later batch: {reason(error)}")
+            self.chosen = reference
+            return ways[reference](x)
 
     def _measure(self, x: Tensor, ways: Mapping[str, Way], few: int | None) -> Tensor:
         reference, *others = ways
@@ -51,8 +59,7 @@ class Choice:
             try:
                 found, seconds = _timed_strictly(lambda: way(x), x.device)  # noqa: B023 (used at once)
             except Exception as error:  # any failure of an optimisation means that the reference serves
-                reason = f"{type(error).__name__}: {error}".split("\n")[0]
-                remarks.append(f"{name} is unsupported here: {reason}")
+                remarks.append(f"{name} is unsupported here: {reason(error)}")
                 continue
             difference = relative_difference(found if few is None else found[:few], expected)
             if not difference <= tolerance(x.dtype):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from curvops.linearize.certify import Account
+from curvops.linearize.certify import Account, reason
 from curvops.linearize.choose import Choice, Way
 from curvops.linearize.reference import GradientLinearization, OutputLinearization
 
@@ -155,8 +155,7 @@ class OutputProduct(BatchProduct):
             pushed = self._forward(v)
         except Exception as error:  # any failure of an optimisation means that the reference serves
             ways.forward_fails = True
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason}")
+            ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason(error)}")
             return None
         image = self._output_matrix(pushed)
         result = self._jacobian.vjp(image)

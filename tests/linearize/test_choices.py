@@ -63,6 +63,22 @@ def test_a_choice_is_the_fastest_equal_way() -> None:
     assert torch.equal(choice(x, ways), 2 * x) and calls == ["fast"]
 
 
+def test_a_way_that_fails_later_gives_way_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
+
+    def small(v: Tensor) -> Tensor:
+        if len(v) > 3:
+            raise ValueError("too long")
+        return 2 * v
+
+    account = Account()
+    choice, ways = Choice("doubling", account), {"plain": lambda v: 2 * v, "small": small}
+    assert torch.equal(choice(torch.ones(3), ways), 2 * torch.ones(3)) and choice.chosen == "small"
+    for _ in range(2):
+        assert torch.equal(choice(torch.ones(4), ways), 2 * torch.ones(4)) and choice.chosen == "plain"
+    assert account.rows["doubling"] == ("plain", "small failed on a later batch: ValueError: too long")
+
+
 @pytest.mark.parametrize("clearly", [torch.inf, 0.0])
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_a_few_entries_measure_the_reference(clearly: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +95,8 @@ def test_a_few_entries_measure_the_reference(clearly: float, size: int, monkeypa
 @pytest.mark.parametrize("together", [True, False])
 def test_both_ways_give_the_same_columns(kind: Any, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "CLEARLY", torch.inf if together else 0.0)
-    monkeypatch.setattr(held, "LARGEST", 0)
+    for upgrade in (held.HeldMatrix, held.HeldRows):
+        monkeypatch.setattr(upgrade, "due", lambda *_: None)
     op = operator(kind)
     block = torch.randn(op.shape[1], 19, dtype=torch.float64)
     torch.testing.assert_close(op @ block, expected(kind) @ block, rtol=1e-12, atol=1e-14)

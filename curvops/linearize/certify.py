@@ -42,8 +42,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 def certified(
     work: str,
     way: str,
-    fast: Callable[[], Tensor],
-    probe: Callable[[Tensor], float],
+    fast: Callable[[], tuple[Tensor, float]],
     dtype: torch.dtype,
     account: Account,
 ) -> Tensor | None:
@@ -52,17 +51,15 @@ def certified(
     Args:
         work: What is being computed, for the account.
         way: The fast way's name, for the account.
-        fast: Computes the result.
-        probe: Relative difference between the result and the reference on a random vector.
+        fast: Computes the result, and its relative difference to the reference on a random vector.
         dtype: Precision, which sets the tolerance.
         account: Where the choice is recorded.
     """
     try:
-        result = fast()
+        result, difference = fast()
     except Exception as error:  # any failure of an optimisation means that the reference serves
         account.note(work, "reference", f"{way} is unsupported here: {reason(error)}")
         return None
-    difference = probe(result)
     if not difference <= tolerance(dtype):
         account.note(work, "reference", f"{way} differs from the reference by {difference:.1e}")
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class HeldRows(Upgrade):
     form = "the rows of Sᵀ J are kept"
 
     def __init__(
-        self, space: TensorSpace, rows: Callable[[Batch, float], Iterator[Tensor]], budget: Callable[[], int]
+        self, space: TensorSpace, rows: Callable[[Batch, float], Iterable[Tensor]], budget: Callable[[], int]
     ) -> None:
         self._space, self._rows, self._budget = space, rows, budget
         self._predicted: float | None = None

@@ -3,14 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from curvops.linearize.certify import relative_difference
+from curvops.linearize.reference import OutputLinearization
 from curvops.risk.tree import map_tensors, tensors_of
 from curvops.space import TensorSpace
+
+
+class CertifiedRows:
+    """Rows Jᵀu, datum by datum, for a model that does not mix the data of a batch.
+
+    A random combination of all rows must be what one backward pass gives for the same combination of cotangents.
+
+    Args:
+        forward: The model, from parameters and an input.
+        params: The parameters.
+        X: Input of N data, each tensor with the data along its first axis.
+        cotangents: ``[N, P, *output]``, P of them for each datum, in the output's shape of one datum.
+        jacobian: The Jacobian at the batch, by reverse mode.
+        space: The space of the parameters.
+        budget: Memory in bytes that decides how many data go together.
+
+    Attributes:
+        difference: Relative difference between the two, once all rows were given.
+
+    Raises:
+        ValueError: If a tensor of ``X`` has no axis of data.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Mapping[str, Tensor], Any], Tensor],
+        params: Mapping[str, Tensor],
+        X: Any,
+        cotangents: Tensor,
+        jacobian: OutputLinearization,
+        space: TensorSpace,
+        budget: int,
+    ) -> None:
+        self._rows = partial(pulled_rows, forward, params, X, cotangents, space, budget)
+        self._cotangents, self._jacobian = cotangents, jacobian
+        self.difference = torch.nan
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Rows ``[n P, D]`` of some consecutive data."""
+        us, start = self._cotangents, 0
+        if not us.shape[1]:
+            self.difference = 0.0
+            return
+        weights = torch.randn(us.shape[:2], generator=torch.Generator().manual_seed(0)).to(us)
+        total: Tensor | None = None
+        for rows in self._rows():
+            combined = weights.flatten()[start : start + len(rows)].to(rows) @ rows
+            total, start = combined if total is None else total.add_(combined), start + len(rows)
+            yield rows
+        assert total is not None
+        # a combination datum by datum: the cotangents of a datum are zero at all others
+        u = torch.einsum("np,np...->n...", weights, us).reshape(self._jacobian.z.shape)
+        self.difference = relative_difference(total, self._jacobian.vjp(u))
 
 
 def pulled_rows(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.func import jvp
 from torch.nn import Module
@@ -16,7 +15,7 @@ from curvops.linearize.certify import Account
 from curvops.linearize.held import HeldRows
 from curvops.linearize.judge import judge_jacobian
 from curvops.linearize.keep import Build
-from curvops.linearize.per_datum import pulled_rows, term_cotangents
+from curvops.linearize.per_datum import CertifiedRows, term_cotangents
 from curvops.linearize.products import OutputProduct, OutputWays
 from curvops.linearize.reference import OutputLinearization, tangents
 from curvops.losses import Factor, Noise, OutputCurvature
@@ -63,20 +62,22 @@ class OutputFactorOperator(RiskOperator):
     def _held(self) -> Upgrade:
         return HeldRows(self.domain, self._rows, self._budget)
 
-    def _add_dense(self, batch: Batch, total: Tensor) -> None:
-        for rows in self._rows(batch, 3 * self.domain.dim):
+    def _add_dense(self, batch: Batch, total: Tensor) -> float:
+        found = self._rows(batch, 3 * self.domain.dim)
+        for rows in found:
             rows = rows.to(total.dtype)
             total.addmm_(rows.T, rows)
+        return found.difference
 
-    def _rows(self, batch: Batch, most: float) -> Iterator[Tensor]:
+    def _rows(self, batch: Batch, most: float) -> CertifiedRows:
         """Rows Sᵀ J of a batch.
 
         Raises:
             ValueError: If they are more than ``most`` a datum, or more than the memory budget allows.
         """
-        params = {name: p.detach() for name, p in self.risk.model.params.items()}
-        with torch.no_grad():
-            curvature = self.risk.output_curvature(self.risk.forward(params, batch.X), batch)
+        leaves = self.risk.model.leaves()
+        jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
+        curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
         factor = self._factor(curvature, batch.start)
         if curvature.terms_per_datum is None:
             raise ValueError("the number of loss terms is not a multiple of the number of data")
@@ -86,7 +87,8 @@ class OutputFactorOperator(RiskOperator):
         if needed * self.dtype.itemsize > self._budget():
             raise ValueError("the cotangents of all loss terms would take more than the memory budget")
         cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
-        yield from pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget())
+        params = {name: leaf.detach() for name, leaf in leaves.items()}
+        return CertifiedRows(self.risk.forward, params, batch.X, cotangents, jacobian, self.domain, self._budget())
 
 
 class GGNLinearOperator(OutputFactorOperator):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from curvops.linearize.batches import Upgrade
-from curvops.linearize.certify import Account
+from curvops.linearize.certify import Account, relative_difference
 from curvops.linearize.held import JOINED, HeldMatrix
 from curvops.linearize.judge import judge_hessian
 from curvops.linearize.keep import Build
@@ -61,8 +61,14 @@ class HessianLinearOperator(RiskOperator):
         return self.risk.output_curvature(self.risk.forward(params, batch.X), batch).value()
 
     def _held(self) -> Upgrade:
-        return HeldMatrix(self.domain, lambda sources: self._dense_of(joined_batches(sources, JOINED)))
+        return HeldMatrix(self.domain, lambda sources: self._dense_of(joined_batches(sources, JOINED))[0])
 
-    def _add_dense(self, batch: Batch, total: Tensor) -> None:
+    def _add_dense(self, batch: Batch, total: Tensor) -> float:
         params = {name: p.detach() for name, p in self.risk.model.params.items()}
         total += layered_hessian(partial(self._value, batch=batch), params, self.domain)
+        return 0.0
+
+    def _fast_dense(self, joined: int) -> tuple[Tensor, float]:
+        dense, _ = super()._fast_dense(joined)
+        probe = self.domain.random(torch.Generator().manual_seed(0), columns=1)
+        return dense, relative_difference(dense @ probe, self._apply(probe))

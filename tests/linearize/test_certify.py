@@ -7,13 +7,14 @@ from problems import PROBLEMS
 from torch import nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
+from curvops.linearize import per_datum
 from curvops.linearize.certify import Account, certified, relative_difference, tolerance
-from curvops.operators import ggn, hessian
+from curvops.operators import hessian
 
 FAST = {
     HessianLinearOperator: (hessian, "layered_hessian"),
-    GGNLinearOperator: (ggn, "pulled_rows"),
-    EFLinearOperator: (ggn, "pulled_rows"),
+    GGNLinearOperator: (per_datum, "pulled_rows"),
+    EFLinearOperator: (per_datum, "pulled_rows"),
 }
 
 
@@ -101,13 +102,13 @@ def test_interrupts_are_not_swallowed():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        certified("work", "way", interrupted, lambda _: 0.0, torch.float64, Account())
+        certified("work", "way", interrupted, torch.float64, Account())
 
 
 @pytest.mark.parametrize("difference,taken", [(0.0, True), (1e-9, True), (1e-7, False), (float("nan"), False)])
 def test_the_threshold(difference, taken):
     account = Account()
-    found = certified("work", "way", lambda: torch.ones(1), lambda _: difference, torch.float64, account)
+    found = certified("work", "way", lambda: (torch.ones(1), difference), torch.float64, account)
     assert (found is not None) == taken
     assert account.rows["work"][0] == ("way" if taken else "reference")
 

@@ -11,7 +11,7 @@ from problems import PROBLEMS
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import batches, held
+from curvops.linearize import batches, held, per_datum
 from curvops.linearize.batches import JoinedBatches
 from curvops.operators import ggn, hessian
 
@@ -95,7 +95,7 @@ def test_a_form_that_fails_is_left(kind: Any, monkeypatch: pytest.MonkeyPatch, e
 
     monkeypatch.setattr(JoinedBatches, "build", refuse)
     monkeypatch.setattr(hessian, "layered_hessian", refuse)
-    monkeypatch.setattr(ggn, "pulled_rows", refuse)
+    monkeypatch.setattr(per_datum, "pulled_rows", refuse)
     args = problem()
     op = kind(*args, check_deterministic=False)
     v = draws(op.shape[1])

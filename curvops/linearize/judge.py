@@ -70,8 +70,9 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
-        value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
-        verdict = compare(GradientLinearization(value, leaves, space).product(v), slopes)
+        z = risk.forward(leaves, batch.X)
+        linear = GradientLinearization.of_loss(z, lambda z: risk.output_curvature(z, batch), leaves, space)
+        verdict = compare(linear.product(v), slopes)
         if verdict.wrong:
             _warn("Hessian", verdict, lambda: risk.forward(leaves, batch.X))
     return verdict

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from curvops.losses import OutputCurvature
 from curvops.space import TensorSpace
 
 
@@ -56,17 +57,30 @@ class GradientLinearization:
     """The Hessian of a scalar at one batch.
 
     Args:
-        value: The scalar, carrying the graph of the forward pass.
+        output: The scalar, or the tensor that it is a function of, carrying the graph of the forward pass.
         leaves: The parameters at the graph's end, by name.
         space: The space of the parameters.
+        slope: The scalar's gradient in the output, as a function of the output.
     """
 
-    def __init__(self, value: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace) -> None:
+    def __init__(
+        self, output: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace, slope: Tensor | None = None
+    ) -> None:
         self._leaves = list(leaves.values())
         self._space = space
         self._slopes: list[Tensor | None] = [None] * len(self._leaves)
-        if value.requires_grad:
-            self._slopes = list(grad(value, self._leaves, create_graph=True, allow_unused=True))
+        if output.requires_grad:
+            self._slopes = list(grad(output, self._leaves, slope, create_graph=True, allow_unused=True))
+
+    @classmethod
+    def of_loss(
+        cls, z: Tensor, at: Callable[[Tensor], OutputCurvature], leaves: Mapping[str, Tensor], space: TensorSpace
+    ) -> GradientLinearization:
+        """The Hessian of a loss at a model's output ``z``, by the loss's closed forms where it has them."""
+        curvature = at(z.detach())
+        if curvature.closed_form:
+            return cls(z, leaves, space, curvature.gradient_at(z))
+        return cls(at(z).value(), leaves, space)
 
     def product(self, v: Tensor) -> Tensor:
         """The product with a flat vector ``[D]``."""

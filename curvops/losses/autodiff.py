@@ -110,6 +110,8 @@ class AutodiffCurvature(OutputCurvature):
     Otherwise it is a whole datum.
     """
 
+    closed_form = False
+
     def __init__(
         self, z: Tensor, y: Any, batch_size: int, loss: ScalarLoss, total: Callable[[Tensor, Any, float], Tensor]
     ) -> None:

@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from curvops.losses.factor import Factor, no_columns
 from curvops.losses.layout import TermLayout
@@ -80,9 +82,11 @@ class OutputCurvature(ABC):
         batch_size: Number of data in the batch.
         dtype: Precision of the computation, and of the rows.
         psd: Whether the output Hessian is positive semi-definite by construction.
+        closed_form: Whether gradient and Hessian products are formulas, not autograd.
     """
 
     psd: bool
+    closed_form = True
 
     def __init__(self, z: Tensor, y: Tensor, batch_size: int) -> None:
         self.z = z
@@ -146,6 +150,30 @@ class OutputCurvature(ABC):
         self._expect_shape("hessian_product", u, tuple(self.z.shape))
         return self._hessian_product(u.to(self.dtype)).to(u.dtype)
 
+    def gradient_at(self, z: Tensor) -> Tensor:
+        """Compute the gradient in the output's shape, as a function of z.
+
+        Args:
+            z: The output that this curvature was made at, with its graph.
+
+        Returns:
+            A tensor whose derivative in z is `hessian_product`: nothing of the loss is
+            differentiated twice, however wide the output.
+
+        Raises:
+            ValueError: If the loss has no closed form.
+        """
+        if not self.closed_form:
+            raise ValueError("'gradient_at': the loss has no closed form. Differentiate 'value' twice.")
+        gradient: Tensor = _Gradient.apply(z, self)  # type: ignore[no-untyped-call]
+        return gradient
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that are held, the targets not counted."""
+        tensors = [t for name, t in vars(self).items() if isinstance(t, Tensor) and name != "y"]
+        return sum({t.data_ptr(): t.numel() * t.itemsize for t in tensors}.values())
+
     def factor(self, kind: str, mc_samples: int = 1, noise: Noise | None = None) -> Factor:
         """Compute the output factor S.
 
@@ -202,6 +230,20 @@ class OutputCurvature(ABC):
     def _expect_shape(method: str, u: Tensor, shape: tuple[int, ...]) -> None:
         if u.shape != shape:
             raise ValueError(f"'OutputCurvature.{method}': expected shape {shape}, got {tuple(u.shape)}.")
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of a loss, with its Hessian product as derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, curvature: OutputCurvature) -> Tensor:
+        ctx.curvature = curvature
+        return curvature.outputs(curvature.gradient()).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:
+        return ctx.curvature.hessian_product(u), None
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:

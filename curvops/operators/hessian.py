@@ -53,7 +53,9 @@ class HessianLinearOperator(RiskOperator):
                 slopes = jvp(grad(partial(self._value, batch=batch)), (primals,), (directions,))[1]
                 return torch.cat([slope.flatten().to(self.dtype) for slope in slopes.values()])
 
-            return HessianProduct(GradientLinearization(self._value(leaves, batch), leaves, self.domain), forward, ways)
+            at = partial(self.risk.output_curvature, batch=batch)
+            reference = GradientLinearization.of_loss(self.risk.forward(leaves, batch.X), at, leaves, self.domain)
+            return HessianProduct(reference, forward, ways)
 
         return linearize
 

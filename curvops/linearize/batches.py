@@ -6,13 +6,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvops.linearize.certify import Account, reason, relative_difference, tolerance
 from curvops.linearize.choose import CLEARLY, timed
-from curvops.linearize.keep import Build, Kept, KeptLinearizations, counted, versions
+from curvops.linearize.count import counted
+from curvops.linearize.keep import Build, Kept, KeptLinearizations, versions
 from curvops.linearize.products import WORTH, BatchProduct
 from curvops.risk.data import joined_batches
 
@@ -77,7 +79,7 @@ class JoinedBatches(Upgrade):
         joined = list(joined_batches(sources, most))
         found, first = [], 0
         for batch in joined:
-            product, held = counted(self._build, batch)
+            product, held = counted(partial(self._build, batch))
             last, covered = first, 0
             while covered < batch.size:
                 covered += sources[last].size

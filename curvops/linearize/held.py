@@ -95,4 +95,4 @@ class HeldRows(Upgrade):
 
 
 def _held(product: MatrixProduct, sources: Sequence[Batch]) -> Kept:
-    return Kept(product, sources, versions(sources), product.nbytes)
+    return Kept(product, sources, versions(sources))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-
+from curvops.linearize.count import counted
 from curvops.linearize.products import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -26,13 +24,18 @@ class Kept:
         product: The linearization.
         sources: The batches as the loader gave them.
         versions: What they held when it was made.
-        size: The bytes that it holds.
+        graph: The bytes of its forward pass' graph.
     """
 
     product: BatchProduct
     sources: Sequence[Batch]
     versions: object
-    size: int
+    graph: int = 0
+
+    @property
+    def size(self) -> int:
+        """The bytes that it holds by now."""
+        return self.graph + self.product.held_bytes
 
 
 class KeptLinearizations:
@@ -51,6 +54,7 @@ class KeptLinearizations:
         self._token: object = None
         self._number: int | None = None
         self._form = ""
+        self._limit = 0
 
     @property
     def size(self) -> int:
@@ -96,63 +100,33 @@ class KeptLinearizations:
             yield from [k.product for k in kept]
         else:
             yield from self._walk(title)
+        self._trim()
 
     def _walk(self, title: str) -> Generator[BatchProduct, None, None]:
-        budget, number = self.budget(), 0
+        self._limit, number = self.budget(), 0
         with closing(self._risk.batches(title)) as batches:
             for place, batch in enumerate(batches):
                 number += 1
                 if place in self._kept:
                     yield self._kept[place].product
                     continue
-                room = budget - self.size
+                room = self._limit - self.size
                 if room <= 0:
                     yield self.build(batch)
                     continue
-                product, size = counted(self.build, batch)
+                product, size = counted(partial(self.build, batch))
                 yield product
-                if size is not None and size <= room:
+                # only now is everything made that a product needs
+                if size is not None and size + product.held_bytes <= room:
                     self._kept[place] = Kept(product, [batch], versions([batch]), size)
         self._number = number
 
-
-def counted(build: Build, batch: Batch) -> tuple[BatchProduct, int | None]:
-    """A batch's linearization and the bytes that it holds, if they can be counted."""
-    try:
-        with counted_bytes() as count:
-            return build(batch), count.total
-    except RuntimeError:  # a model that uses `torch.func` inside refuses the hooks that count
-        return build(batch), None
-
-
-class Count:
-    """Bytes of distinct memory that autograd has saved."""
-
-    def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}
-
-    @property
-    def total(self) -> int:
-        """The bytes."""
-        return sum(self._sizes.values())
-
-    def add(self, tensor: Tensor) -> Tensor:
-        """Count a tensor, and give what is saved in its place."""
-        storage = tensor.untyped_storage()
-        self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the same memory, without the cycle of an output that saves itself
-
-
-@contextmanager
-def counted_bytes() -> Iterator[Count]:
-    """A context that counts what autograd saves, the parameters' own memory included."""
-    count = Count()
-
-    def unpack(tensor: Any) -> Any:
-        return tensor
-
-    with saved_tensors_hooks(count.add, unpack):
-        yield count
+    def _trim(self) -> None:
+        """Drop what has outgrown the budget, as when a later product takes another way."""
+        if self._form and self.size > self._limit:
+            self.clear()
+        while self._kept and self.size > self._limit:
+            self._kept.popitem()
 
 
 def versions(batches: Sequence[Batch]) -> object:

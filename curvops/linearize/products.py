@@ -12,6 +12,7 @@ from torch.func import vmap
 from curvops.linearize.certify import Account, reason
 from curvops.linearize.choose import Choice, Way
 from curvops.linearize.reference import GradientLinearization, OutputLinearization
+from curvops.losses import OutputCurvature
 
 CHUNK = 16  # vectors that go together
 WORTH = 4  # vectors from which their going together is measured
@@ -19,7 +20,20 @@ ROUNDING = 64  # machine precisions within which ⟨Sw, w⟩ and ⟨JᵀSw, v⟩
 
 
 class BatchProduct(ABC):
-    """A batch's symmetric matrix, known by its products."""
+    """A batch's symmetric matrix, known by its products.
+
+    Attributes:
+        curvature: What it holds of the loss beside its graph.
+    """
+
+    curvature: OutputCurvature | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are held beside the graph: what was computed of the loss, and a factor of the output's size."""
+        if self.curvature is None:
+            return 0
+        return self.curvature.held_bytes + self.curvature.z.numel() * self.curvature.dtype.itemsize
 
     @abstractmethod
     def product(self, v: Tensor) -> Tensor:
@@ -44,8 +58,7 @@ class MatrixProduct(BatchProduct):
         self._matrix, self._rows = matrix, rows
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that it holds."""
+    def held_bytes(self) -> int:
         return self._matrix.numel() * self._matrix.itemsize
 
     def product(self, v: Tensor) -> Tensor:
@@ -76,6 +89,7 @@ class HessianProduct(BatchProduct):
 
     def __init__(self, reference: GradientLinearization, forward: Way, ways: HessianWays) -> None:
         self._reference, self._forward, self._ways = reference, forward, ways
+        self.curvature = reference.curvature
 
     def product(self, v: Tensor) -> Tensor:
         return self._reference.product(v)
@@ -128,6 +142,7 @@ class OutputProduct(BatchProduct):
         forward: J v by forward mode.
         ways: What is chosen, the same for all batches.
         place: Place of the batch's first datum.
+        curvature: What the output matrix is made of.
     """
 
     def __init__(
@@ -137,9 +152,15 @@ class OutputProduct(BatchProduct):
         forward: Way,
         ways: OutputWays,
         place: int,
+        curvature: OutputCurvature | None = None,
     ) -> None:
         self._jacobian, self._output_matrix = jacobian, output_matrix
         self._forward, self._ways, self._place = forward, ways, place
+        self.curvature = curvature
+
+    @property
+    def held_bytes(self) -> int:
+        return super().held_bytes + self._jacobian.double_bytes
 
     def product(self, v: Tensor) -> Tensor:
         ways = self._ways

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from curvops.linearize.count import counted
 from curvops.losses import OutputCurvature
 from curvops.space import TensorSpace
 
@@ -19,6 +21,9 @@ class OutputLinearization:
         z: The output, carrying the graph of the forward pass.
         leaves: The parameters at the graph's end, by name.
         space: The space of the parameters.
+
+    Attributes:
+        double_bytes: Bytes of the graph of u ↦ Jᵀu, once it is there.
     """
 
     def __init__(self, z: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace) -> None:
@@ -27,6 +32,7 @@ class OutputLinearization:
         self._space = space
         self._dummy: Tensor | None = None
         self._pulled: list[Tensor | None] = []
+        self.double_bytes = 0
 
     def vjp(self, u: Tensor, batched: bool = False) -> Tensor:
         """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``."""
@@ -46,7 +52,9 @@ class OutputLinearization:
             return zero.expand(len(v), *zero.shape) if batched else zero
         if self._dummy is None:
             self._dummy = zero.clone().requires_grad_()
-            self._pulled = list(grad(self.z, self._leaves, self._dummy, create_graph=True, allow_unused=True))
+            pull = partial(grad, self.z, self._leaves, self._dummy, create_graph=True, allow_unused=True)
+            found, held = counted(pull)
+            self._pulled, self.double_bytes = list(found), held or 0
         (product,) = _pull(self._pulled, [self._dummy], tangents(v, self._space), batched)
         if product is None:
             return zero.expand(len(v), *zero.shape) if batched else zero
@@ -68,6 +76,7 @@ class GradientLinearization:
     ) -> None:
         self._leaves = list(leaves.values())
         self._space = space
+        self.curvature: OutputCurvature | None = None
         self._slopes: list[Tensor | None] = [None] * len(self._leaves)
         if output.requires_grad:
             self._slopes = list(grad(output, self._leaves, slope, create_graph=True, allow_unused=True))
@@ -78,9 +87,11 @@ class GradientLinearization:
     ) -> GradientLinearization:
         """The Hessian of a loss at a model's output ``z``, by the loss's closed forms where it has them."""
         curvature = at(z.detach())
-        if curvature.closed_form:
-            return cls(z, leaves, space, curvature.gradient_at(z))
-        return cls(at(z).value(), leaves, space)
+        if not curvature.closed_form:
+            return cls(at(z).value(), leaves, space)
+        found = cls(z, leaves, space, curvature.gradient_at(z))
+        found.curvature = curvature
+        return found
 
     def product(self, v: Tensor) -> Tensor:
         """The product with a flat vector ``[D]``."""

@@ -55,7 +55,8 @@ class OutputFactorOperator(RiskOperator):
                 pushed = jvp(lambda p: self.risk.forward(p, batch.X), (primals,), (directions,))[1]
                 return pushed.to(jacobian.z.dtype)
 
-            return OutputProduct(jacobian, self._output_product(curvature, batch.start), forward, ways, batch.start)
+            matrix = self._output_product(curvature, batch.start)
+            return OutputProduct(jacobian, matrix, forward, ways, batch.start, curvature)
 
         return linearize
 

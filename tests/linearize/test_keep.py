@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
+from curvops.linearize import choose
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 
@@ -114,6 +115,24 @@ def test_what_fits_is_kept() -> None:
         torch.testing.assert_close(part @ v, expected, rtol=1e-12, atol=1e-14)
     assert "1 of 2 batches kept" in str(part.explain())
     assert 0 < part._kept.size <= 0.7 * size
+
+
+def test_what_outgrows_the_budget_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", 0.0)  # the second product makes the graph of u ↦ Jᵀu
+    model, loss, params, data = problem()
+    whole = GGNLinearOperator(model, loss, params, data, check_deterministic=False)
+    v = torch.ones(whole.shape[1], dtype=torch.float64)
+    expected = whole @ v
+    first = whole._kept.size
+    whole @ v
+    room = max(first, int(0.7 * whole._kept.size))
+    assert whole._kept.size > room
+    part = GGNLinearOperator(model, loss, params, data, check_deterministic=False, memory_budget=room)
+    torch.testing.assert_close(part @ v, expected, rtol=1e-12, atol=1e-14)
+    assert "2 of 2 batches kept" in str(part.explain())
+    for _ in range(3):
+        torch.testing.assert_close(part @ v, expected, rtol=1e-12, atol=1e-14)
+        assert 0 < part._kept.size <= room and "1 of 2 batches kept" in str(part.explain())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,8 @@ def substitutions(mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Substitutions() if mode is None else mode)
         stack.enter_context(_without_checkpoints())
         yield

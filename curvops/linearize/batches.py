@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -16,9 +17,10 @@ from curvops.linearize.choose import CLEARLY, timed
 from curvops.linearize.count import counted
 from curvops.linearize.keep import Build, Kept, KeptLinearizations, versions
 from curvops.linearize.products import WORTH, BatchProduct
-from curvops.risk.data import joined_batches
+from curvops.risk.data import Batch, joined_batches
 
 JOINED_BYTES = 2**28  # what a joined batch's linearization may hold: beyond, larger batches are no faster
+TRACING = 10.0  # seconds of products after which a program for forward mode is made, which takes up to as long
 
 
 class Upgrade(ABC):
@@ -26,9 +28,11 @@ class Upgrade(ABC):
 
     Attributes:
         form: What is kept then, for the account.
+        final: Whether nothing is faster.
     """
 
     form: str
+    final = False
 
     @abstractmethod
     def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
@@ -48,24 +52,34 @@ class Upgrade(ABC):
         """It serves from now on."""
 
 
-class JoinedBatches(Upgrade):
-    """Fewer and larger batches, where the model does not mix the data of a batch.
+class Relinearized(Upgrade):
+    """The linearizations made anew in another way, with an account of its own choices.
 
     Args:
-        linearizer: Makes a function that linearizes batches, with an account of its own choices.
+        build: Linearizes a batch.
+        account: Where the choices of what it makes are recorded.
         budget: Bytes that may be kept.
-        accept: Takes that function and its account.
+        accept: Takes ``build`` and ``account`` if they are to serve.
     """
 
     def __init__(
-        self,
-        linearizer: Callable[[Account], Build],
-        budget: Callable[[], int],
-        accept: Callable[[Build, Account], None],
+        self, build: Build, account: Account, budget: Callable[[], int], accept: Callable[[Build, Account], None]
     ) -> None:
-        self._account = Account()
-        self._build, self._budget, self._accept = linearizer(self._account), budget, accept
-        self.form = ""
+        self._build, self._account, self._budget, self._accept = build, account, budget, accept
+
+    def accept(self) -> None:
+        self._accept(self._build, self._account)
+
+    def _kept(self, sources: Sequence[Batch]) -> Kept:
+        (batch,) = joined_batches(sources, sum(source.size for source in sources))
+        product, held = counted(partial(self._build, batch))
+        return Kept(product, sources, versions(sources), held or 0)
+
+
+class JoinedBatches(Relinearized):
+    """Fewer and larger batches, where the model does not mix the data of a batch."""
+
+    form = "batches joined"
 
     def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
         if len(kept) < 2 or 2 * sum(k.size for k in kept) > self._budget():
@@ -75,23 +89,32 @@ class JoinedBatches(Upgrade):
     def build(self, kept: Sequence[Kept]) -> list[Kept]:
         sources = [batch for k in kept for batch in k.sources]
         size, data = sum(k.size for k in kept), sum(batch.size for batch in sources)
-        most = max(1, data * JOINED_BYTES // max(size, 1))
-        joined = list(joined_batches(sources, most))
-        found, first = [], 0
-        for batch in joined:
-            product, held = counted(partial(self._build, batch))
-            last, covered = first, 0
-            while covered < batch.size:
-                covered += sources[last].size
-                last += 1
-            own = sources[first:last]
-            found.append(Kept(product, own, versions(own), held or 0))
-            first = last
-        self.form = f"{len(sources)} batches joined to {len(joined)}"
-        return found
+        groups, left = [], iter(sources)
+        for joined in joined_batches(sources, max(1, data * JOINED_BYTES // max(size, 1))):
+            groups.append([next(left)])
+            while sum(batch.size for batch in groups[-1]) < joined.size:
+                groups[-1].append(next(left))
+        self.form = f"{len(sources)} batches joined to {len(groups)}"
+        return [self._kept(group) for group in groups]
 
-    def accept(self) -> None:
-        self._accept(self._build, self._account)
+
+class LinearizedForward(Relinearized):
+    """Forward mode by a program of its own, from which everything that does not depend on the vector is gone."""
+
+    form = "forward mode linearized"
+
+    def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
+        if 3 * sum(k.size for k in kept) > self._budget():
+            return None
+        return vectors > WORTH and seconds >= TRACING
+
+    def build(self, kept: Sequence[Kept]) -> list[Kept]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing warns of its own doings
+            found = [self._kept(k.sources) for k in kept]
+        for k in found:
+            k.graph *= 2  # the program holds about what the graph does
+        return found
 
 
 class BatchSum:
@@ -120,22 +143,23 @@ class BatchSum:
         first: list[Tensor] = []
         if self._kept.all is None and columns.shape[1] >= WORTH and self._left:
             first, columns = [self._sum(columns[:, :1])], columns[:, 1:]  # so that there is something to upgrade
-        while self._due():
-            first.append(self._try(self._left.pop(0), columns[:, :1]))
+        while (upgrade := self._due()) is not None:
+            first.append(self._try(upgrade, columns[:, :1]))
             columns = columns[:, 1:]
             if not columns.shape[1]:
                 return torch.cat(first, 1)
         return torch.cat([*first, self._sum(columns)], 1) if first else self._sum(columns)
 
-    def _due(self) -> bool:
-        """Whether the next upgrade is due; those that never will be are dropped."""
+    def _due(self) -> Upgrade | None:
+        """The first upgrade that is due, which is tried once; those that never will be are dropped."""
         kept = self._kept.all
-        while self._left and kept is not None:
-            due = self._left[0].due(kept, self._vectors, self._seconds)
-            if due is not None:
-                return due
-            self._left.pop(0)
-        return False
+        for upgrade in list(self._left) if kept is not None else []:
+            due = upgrade.due(kept or [], self._vectors, self._seconds)
+            if due is not False:
+                self._left.remove(upgrade)
+            if due:
+                return upgrade
+        return None
 
     def _try(self, upgrade: Upgrade, v: Tensor) -> Tensor:
         """One product, and the upgrade if it gives the same one faster."""
@@ -145,7 +169,7 @@ class BatchSum:
             kept = upgrade.build(self._kept.all or [])
             found, fast = timed(lambda: added((k.product for k in kept), v), v.device)
         except Exception as error:  # any failure of an optimisation means that the reference serves
-            self._account.note(work, "as given", f"{upgrade.form or 'joining'} is unsupported here: {reason(error)}")
+            self._account.note(work, "as given", f"{upgrade.form} is unsupported here: {reason(error)}")
             return expected
         difference = relative_difference(found, expected)
         times = f"{1e3 * fast:.1f} ms, {1e3 * slow:.1f} ms before"
@@ -154,6 +178,7 @@ class BatchSum:
         elif fast < CLEARLY * slow:
             self._kept.replace(kept, upgrade.form)
             upgrade.accept()
+            self._left = [] if upgrade.final else self._left
             self._account.note(work, upgrade.form, times)
         else:
             self._account.note(work, "as given", f"{upgrade.form}: {times}")

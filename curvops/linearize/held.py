@@ -29,6 +29,7 @@ class HeldMatrix(Upgrade):
     """
 
     form = "the matrix itself is kept"
+    final = True
 
     def __init__(self, space: TensorSpace, dense: Callable[[Sequence[Batch]], Tensor]) -> None:
         self._space, self._dense = space, dense
@@ -54,6 +55,7 @@ class HeldRows(Upgrade):
     """
 
     form = "the rows of Sᵀ J are kept"
+    final = True
 
     def __init__(
         self, space: TensorSpace, rows: Callable[[Batch, float], Iterable[Tensor]], budget: Callable[[], int]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, linearize
 from torch.nn import Module
 
-from curvops.linearize.batches import Upgrade
+from curvops.linearize.batches import LinearizedForward, Upgrade
 from curvops.linearize.certify import Account
 from curvops.linearize.held import HeldRows
 from curvops.linearize.judge import judge_jacobian
@@ -41,24 +41,34 @@ class OutputFactorOperator(RiskOperator):
         factor = self._factor(curvature, start)
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
-    def _linearizer(self, account: Account) -> Build:
+    def _upgrades(self) -> list[Upgrade]:
+        account = Account()
+        build = self._linearizer(account, traced=True)
+        return [*super()._upgrades(), LinearizedForward(build, account, self._budget, self._accept)]
+
+    def _linearizer(self, account: Account, traced: bool = False) -> Build:
         ways = OutputWays(account)
 
-        def linearize(batch: Batch) -> OutputProduct:
+        def build(batch: Batch) -> OutputProduct:
             leaves = self.risk.model.leaves()
             jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
             curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
             primals = {name: leaf.detach() for name, leaf in leaves.items()}
 
+            def output(params: dict[str, Tensor]) -> Tensor:
+                return self.risk.forward(params, batch.X)
+
+            program = linearize(output, primals)[1] if traced else None
+
             def forward(v: Tensor) -> Tensor:
                 directions = dict(zip(primals, tangents(v, self.domain), strict=True))
-                pushed = jvp(lambda p: self.risk.forward(p, batch.X), (primals,), (directions,))[1]
+                pushed = jvp(output, (primals,), (directions,))[1] if program is None else program(directions)
                 return pushed.to(jacobian.z.dtype)
 
             matrix = self._output_product(curvature, batch.start)
             return OutputProduct(jacobian, matrix, forward, ways, batch.start, curvature)
 
-        return linearize
+        return build
 
     def _held(self) -> Upgrade:
         return HeldRows(self.domain, self._rows, self._budget)

@@ -44,7 +44,7 @@ class HessianLinearOperator(RiskOperator):
     def _linearizer(self, account: Account) -> Build:
         ways = HessianWays(account)
 
-        def linearize(batch: Batch) -> HessianProduct:
+        def build(batch: Batch) -> HessianProduct:
             leaves = self.risk.model.leaves()
             primals = {name: leaf.detach() for name, leaf in leaves.items()}
 
@@ -57,7 +57,7 @@ class HessianLinearOperator(RiskOperator):
             reference = GradientLinearization.of_loss(self.risk.forward(leaves, batch.X), at, leaves, self.domain)
             return HessianProduct(reference, forward, ways)
 
-        return linearize
+        return build
 
     def _value(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return self.risk.output_curvature(self.risk.forward(params, batch.X), batch).value()

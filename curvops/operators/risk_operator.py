@@ -101,7 +101,8 @@ class RiskOperator(LinearOperator):
     def _upgrades(self) -> list[Upgrade]:
         """Forms that may replace the linearizations of the batches; asked for whenever something has changed."""
         self._kept.build = self._linearizer(self.account)  # what was certified before need not hold now
-        return [JoinedBatches(self._linearizer, self._budget, self._accept), self._held()]
+        account = Account()
+        return [JoinedBatches(self._linearizer(account), account, self._budget, self._accept), self._held()]
 
     def _accept(self, build: Build, account: Account) -> None:
         self._kept.build = build

@@ -11,7 +11,7 @@ from problems import PROBLEMS
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import batches, held, per_datum
+from curvops.linearize import batches, choose, held, per_datum
 from curvops.linearize.batches import JoinedBatches
 from curvops.operators import ggn, hessian
 
@@ -64,6 +64,33 @@ def test_a_model_that_mixes_data_keeps_its_batches(kind: Any, only_joined: None)
         close(op @ v, anew(kind, args, v), 1e-11)
     choice, why = op.account.rows["batches"]
     assert choice == "as given" and "joined to 1: differ by" in why
+
+
+@pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
+@pytest.mark.parametrize("lie", [False, True])
+def test_forward_mode_becomes_a_program(
+    kind: Any, lie: bool, only_joined: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "TRACING", 0.0)
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
+    calls: list[int] = []
+    honest = ggn.linearize
+
+    def counted(*args: Any) -> Any:
+        out, program = honest(*args)
+        return out, lambda v: calls.append(1) or (1.001 if lie else 1.0) * program(v)
+
+    monkeypatch.setattr(ggn, "linearize", counted)
+    args = problem()
+    op = kind(*args, check_deterministic=False)
+    for seed in range(12):
+        v = draws(op.shape[1], seed=seed)
+        close(op @ v, anew(kind, args, v), 1e-11)
+    assert calls and op.account.rows["batches"][0] == "forward mode linearized"
+    assert op.account.rows["J v"][0] == ("reverse over reverse" if lie else "forward mode")
+    assert len(op._kept.all) == 1 and op._kept.all[0].sources[0].start == 0
+    block = draws(op.shape[1], 6)
+    close(op @ block, anew(kind, args, block), 1e-11)
 
 
 def test_joining_is_bounded(monkeypatch: pytest.MonkeyPatch, only_joined: None) -> None:

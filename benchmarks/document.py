@@ -32,12 +32,14 @@ class Section:
             print(line, flush=True)
             self.lines += line.split("\n")
 
-    def table(self, header: Iterable[str], rows: Iterable[Iterable[object]] = ()) -> None:
-        """Print a table's head, and its rows as they come."""
+    def table(self, header: Iterable[str]) -> None:
+        """Print a table's head."""
         titles = list(header)
         self.say("", row(titles), row("---" for _ in titles))
-        for cells in rows:
-            self.say(row(cells))
+
+    def row(self, cells: Iterable[object]) -> None:
+        """Print a row of the table that was begun."""
+        self.say(row(cells))
 
     def write(self, path: Path | None) -> None:
         """Put the section onto the page, if there is one: a file, or a folder that holds it."""

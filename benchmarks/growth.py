@@ -21,7 +21,7 @@ from typing import Any
 
 import models
 import torch
-from document import Section, page, row
+from document import Section, page
 from timing import medians
 from torch import Tensor, nn
 
@@ -151,7 +151,7 @@ def batches(inputs: int, classes: int, batch: int, times: int = 1) -> Batches:
 
 
 def data(size: int) -> tuple[Problem, Works]:
-    problem = Problem(mlp(64, 128, 128, 10), batches(64, 10, 100, size // 100))
+    problem = Problem(mlp(64, 256, 256, 10), batches(64, 10, 100, size // 100))
     return problem, {**problem.products(), "KFAC-mc": problem.factors("KFAC", "mc")}
 
 
@@ -197,7 +197,7 @@ class Kind:
 
 
 GROWTHS = {
-    "data": Kind(data, (100, 1_000, 10_000, 100_000), "data", "An MLP 64-128-128-10, batches of 100.", "datum"),
+    "data": Kind(data, (100, 1_000, 10_000, 100_000), "data", "An MLP 64-256-256-10, batches of 100.", "datum"),
     "parameters": Kind(
         parameters,
         (32, 128, 512, 2048),
@@ -237,7 +237,7 @@ def grow(name: str, rounds: int, section: Section) -> Growth:
         torch.manual_seed(0)
         problem, works = kind.make(size)
         growth.measure(size, problem, works, rounds)
-        section.say(row(growth.last_row()))
+        section.row(growth.last_row())
     section.say("", growth.remark())
     return growth
 
@@ -258,6 +258,10 @@ def draw(growths: dict[str, Growth], path: Path) -> None:
         top.set(xscale="log", yscale="log", title=name, ylabel="seconds")
         top.legend(fontsize=7)
         bottom.set(xscale="log", xlabel=growth.axis, ylabel="peak MiB", ylim=(0, None))
+    for (_, growth), column in zip(growths.items(), axes.T, strict=True):
+        for panel in column:
+            panel.set_xticks(growth.sizes, [f"{size:g}" if size < 1e4 else f"{size:.0e}" for size in growth.sizes])
+            panel.minorticks_off()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -64,6 +64,16 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(h))).transpose(1, 2)
 
 
+def linear_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of linear and convolution layers, which every library's KFAC covers."""
+    return {
+        f"{prefix}.{name}" if prefix else name: p
+        for prefix, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for name, p in module.named_parameters()
+    }
+
+
 def cnn() -> Problem:
     """The tutorial's CNN: 683 parameters, 50 data in batches of 20."""
     setup = tutorial()

@@ -13,7 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,7 @@ def product_rows(problem: Problem, work: list[str], rounds: int) -> Iterator[Row
 
 def kronecker_rows(problem: Problem, rounds: int) -> Iterator[Row]:
     """KFAC and EKFAC of the parameters that the peer covers too."""
-    covered = {
-        f"{prefix}.{name}" if prefix else name: p
-        for prefix, module in problem.model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-        for name, p in module.named_parameters()
-    }
-    problem = Problem(problem.name, problem.model, problem.data, covered)
+    problem = replace(problem, params=models.linear_parameters(problem.model))
     terms = LOSS(problem.model(problem.data[0][0]), problem.data[0][1]).numel() and problem.data[0][1][0].numel()
     for kind, fisher_type in (("KFAC", "mc"), ("EKFAC", "mc"), ("EKFAC", "type-2")):
         if fisher_type == "type-2" and terms > 1:

@@ -14,7 +14,7 @@ help:
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make support  write docs/support.md: what each operator does with each layer"
-	@echo "make bench    the tour's six matrices, products, columns and factors, beside the peer library"
+	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside the peer library; and growth"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
@@ -44,9 +44,11 @@ docs: .venv/.dev
 support: .venv/.dev
 	$(BIN)/python tests/kronecker/support.py --write
 
+# each benchmark puts its section onto the page; ARGS="--rounds 3 --threads 1" goes to all of them
 bench: .venv-peer/.peer
-	.venv-peer/bin/python benchmarks/tour.py $(ARGS)
-	.venv-peer/bin/python benchmarks/work.py
+	for name in tour work memory growth; do \
+	  .venv-peer/bin/python benchmarks/$$name.py --write docs $(ARGS) || exit; \
+	done
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)

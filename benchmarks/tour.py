@@ -1,6 +1,7 @@
 """Seconds of the tour's six matrices, ours and curvlinops' alternating in one process, and whether they agree.
 
-Usage: python benchmarks/tour.py [--rounds 7] [--dtype float32] [--device cpu] [--at-least RATIO]
+Usage: python benchmarks/tour.py [--rounds 7] [--dtype float32] [--device cpu] [--threads 2] [--at-least RATIO]
+       [--write FILE]
 Both libraries get the same model, loss and data, construct their operator anew each time and run
 without the check for determinism. Exit status 1 if matrices disagree or the ratio is not reached.
 """
@@ -13,10 +14,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 
 import curvlinops
 import torch
+from document import Section
 from torch import Tensor
 
 from curvops import GGNLinearOperator
@@ -58,7 +62,7 @@ def timed(compute: Callable[[str, Setup], Tensor], title: str, setup: Setup) -> 
     return time.perf_counter() - start, matrix
 
 
-def compare_times(setup: Setup, rounds: int) -> float:
+def compare_times(setup: Setup, rounds: int, section: Section) -> float:
     """Print the medians and return how many times faster all six are together."""
     seconds: dict[tuple[str, Callable[[str, Setup], Tensor]], list[float]] = {}
     for number in range(rounds + 1):
@@ -68,18 +72,23 @@ def compare_times(setup: Setup, rounds: int) -> float:
                 if number:  # the first round warms up
                     seconds.setdefault((title, compute), []).append(taken)
     medians = {key: statistics.median(taken) for key, taken in seconds.items()}
-    print(f"{'matrix':<26}{'ours s':>9}{'peer s':>9}{'ratio':>8}   medians of {rounds} rounds")
+    section.table(["matrix", "ours (ms)", "peer (ms)", "peer / ours"])
     for title in OPERATORS:
-        a, b = medians[title, ours], medians[title, peer]
-        print(f"{title:<26}{a:>9.4f}{b:>9.4f}{b / a:>8.1f}")
+        section.row(cost_cells(title, medians[title, ours], medians[title, peer]))
     a, b = (sum(medians[title, compute] for title in OPERATORS) for compute in (ours, peer))
-    print(f"{'all':<26}{a:>9.4f}{b:>9.4f}{b / a:>8.1f}")
+    section.row(cost_cells("all", a, b))
     return b / a
 
 
-def compare_matrices(setup: Setup, dtype: torch.dtype) -> bool:
+def cost_cells(title: str, own: float, other: float) -> list[str]:
+    """A row of the table of times."""
+    return [title, f"{1e3 * own:.1f}", f"{1e3 * other:.1f}", f"{other / own:.1f}"]
+
+
+def compare_matrices(setup: Setup, dtype: torch.dtype, section: Section) -> bool:
     """Print how far the deterministic matrices are from the peer's, and the sampled ones from the GGN."""
     agree = True
+    section.table(["matrix", "relative distance", "verdict"])
     for title in OPERATORS:
         if title == "Monte-Carlo Fisher":
             continue
@@ -87,14 +96,14 @@ def compare_matrices(setup: Setup, dtype: torch.dtype) -> bool:
         distance = float((found - expected).norm() / expected.norm())
         agree &= distance <= TOLERANCE[dtype]
         verdict = "ok" if distance <= TOLERANCE[dtype] else "DIFFERS"
-        print(f"{title:<26} relative distance to the peer's {distance:.1e} {verdict}")
+        section.row([title, f"to the peer's {distance:.1e}", verdict])
 
     distances = [sampling_error(setup, samples) for samples in SAMPLES]
     # 8 times the samples, 1/√8 of the distance; a root mean square of 20 draws is good to some 20 %
     falls = all(2 < a / b < 4 for a, b in pairwise(distances))
     shown = ", ".join(f"{d:.4f}" for d in distances)
-    print(f"{'Monte-Carlo Fisher':<26} relative distance to the GGN with {SAMPLES} samples: {shown}", end="")
-    print(" ok" if falls else " DIFFERS")
+    about = f"to the GGN {shown} with {', '.join(map(str, SAMPLES))} samples"
+    section.row(["Monte-Carlo Fisher", about, "ok" if falls else "DIFFERS"])
     return agree and falls
 
 
@@ -118,13 +127,22 @@ def main() -> int:
     parser.add_argument(
         "--at-least", type=float, default=0.0, metavar="RATIO", help="fail if all six are not so much faster"
     )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", module="curvlinops|backpack|einconv")
     dtype = getattr(torch, given.dtype)
     setup = tutorial(device=given.device, dtype=dtype)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.device}, {given.dtype}")
-    agree = compare_matrices(setup, dtype)
-    ratio = compare_times(setup, given.rounds)
+    torch.set_num_threads(given.threads)
+    section = Section(
+        "The tour's matrices",
+        f"Six dense matrices of the tutorial's CNN with {setup.num_params} parameters, ours and curvlinops' "
+        f"{version('curvlinops-for-pytorch')}, each made anew.",
+        f"{given.device}, {given.dtype}, medians of {given.rounds} rounds",
+    )
+    agree = compare_matrices(setup, dtype, section)
+    ratio = compare_times(setup, given.rounds, section)
+    section.write(given.write)
     if not agree:
         print("the matrices disagree", file=sys.stderr)
     if ratio < given.at_least:

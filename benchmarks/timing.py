@@ -1,0 +1,34 @@
+"""Seconds of pieces of work that are compared: alternating in one process, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def medians(
+    works: Sequence[Callable[[], Any]], rounds: int, *, warm_up: int = 2, at_most: float = float("inf")
+) -> list[float]:
+    """Median seconds of each, alternating.
+
+    Args:
+        works: What is timed.
+        rounds: How often each of them is.
+        warm_up: Rounds before that, which are not counted.
+        at_most: Seconds after which no further round begins; the first one always counts.
+    """
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(warm_up):
+        for work in works:
+            work()
+    begun = time.perf_counter()
+    for k in range(rounds):
+        if k and time.perf_counter() - begun > at_most:
+            break
+        for times, work in zip(seconds, works, strict=True):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 _SETUPS = ("tutorial", "digits")
 
@@ -31,14 +34,16 @@ def _tour(given: argparse.Namespace) -> int:
 
         kept = finished = Finished()
         try:
-            run_tour(
-                given.output,
-                setups=given.setups,
-                device=given.device,
-                dtype=getattr(torch, given.dtype),
-                seed=given.seed,
-                finished=finished,
-            )
+            with _interruptible() as check:
+                run_tour(
+                    given.output,
+                    setups=given.setups,
+                    device=given.device,
+                    dtype=getattr(torch, given.dtype),
+                    seed=given.seed,
+                    finished=finished,
+                    say=lambda line: (check(), print(line))[1],
+                )
         except (OutputError, OSError) as error:
             return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -47,6 +52,33 @@ def _tour(given: argparse.Namespace) -> int:
         print(f"curvops tour: interrupted; kept {kept}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """A context in which Ctrl-C is remembered, and a check that raises it again.
+
+    Libraries may swallow the exception where they meant to catch their own.
+    """
+    pressed: list[int] = []
+
+    def remember(*_: object) -> None:
+        pressed.append(1)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+        check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(reason: str) -> int:

@@ -198,6 +198,7 @@ def added(products: Iterable[BatchProduct], columns: Tensor) -> Tensor:
     total: Tensor | None = None
     for product in products:
         one = columns.shape[1] == 1
+        product.once = product.once and one
         part = (product.product(columns[:, 0]).unsqueeze(1) if one else product.products(columns)).to(dtype)
         total = part if total is None else total.add_(part)
     assert total is not None  # data are never empty

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from curvops.linearize.count import counted
-from curvops.linearize.products import BatchProduct
+from curvops.linearize.products import CHUNK, BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.tree import content, tensors_of
@@ -111,10 +111,12 @@ class KeptLinearizations:
                     yield self._kept[place].product
                     continue
                 room = self._limit - self.size
-                if room <= 0:
-                    yield self.build(batch)
-                    continue
-                product, size = counted(partial(self.build, batch))
+                if self._limit <= 0:
+                    product, size = self.build(batch), None
+                    product.together, product.once = 1, True
+                else:
+                    product, size = counted(partial(self.build, batch))
+                    product.together = _together(size, self._limit)
                 yield product
                 # only now is everything made that a product needs
                 if size is not None and size + product.held_bytes <= room:
@@ -127,6 +129,11 @@ class KeptLinearizations:
             self.clear()
         while self._kept and self.size > self._limit:
             self._kept.popitem()
+
+
+def _together(size: int | None, limit: int) -> int:
+    """Vectors whose intermediate results, each about as large as the graph, fit a budget."""
+    return CHUNK if size is None else min(CHUNK, max(1, limit // max(1, 2 * size)))
 
 
 def versions(batches: Sequence[Batch]) -> object:

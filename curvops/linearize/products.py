@@ -24,9 +24,13 @@ class BatchProduct(ABC):
 
     Attributes:
         curvature: What it holds of the loss beside its graph.
+        together: Vectors that may go together.
+        once: Whether the next product with one vector is the last one, so that memory may go while it runs.
     """
 
     curvature: OutputCurvature | None = None
+    together = CHUNK
+    once = False
 
     @property
     def held_bytes(self) -> int:
@@ -41,9 +45,9 @@ class BatchProduct(ABC):
 
     def products(self, columns: Tensor) -> Tensor:
         """The products with columns ``[D, K]``."""
-        if columns.shape[1] < WORTH:
-            return torch.stack([self.product(column) for column in columns.unbind(1)], 1)
-        parts = [self._together(part.T.contiguous()) for part in columns.split(CHUNK, 1)]
+        if min(columns.shape[1], self.together) < WORTH:
+            return torch.stack([self.product(column) for column in columns.unbind(1)]).T
+        parts = [self._together(part.T.contiguous()) for part in columns.split(self.together, 1)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
 
     @abstractmethod
@@ -92,7 +96,7 @@ class HessianProduct(BatchProduct):
         self.curvature = reference.curvature
 
     def product(self, v: Tensor) -> Tensor:
-        return self._reference.product(v)
+        return self._reference.product(v, self.once)
 
     def _together(self, rows: Tensor) -> Tensor:
         ways = {
@@ -165,9 +169,11 @@ class OutputProduct(BatchProduct):
     def product(self, v: Tensor) -> Tensor:
         ways = self._ways
         if ways.push.chosen is not None or not ways.first(self._place):
-            return self._jacobian.vjp(self._output_matrix(self._push(v)))
+            return self._jacobian.vjp(self._output_matrix(self._push(v)), last=self.once)
         found = None if ways.forward_fails else self._certifying_itself(v)
-        return self._jacobian.vjp(self._output_matrix(self._jacobian.jvp(v))) if found is None else found
+        if found is not None:
+            return found
+        return self._jacobian.vjp(self._output_matrix(self._jacobian.jvp(v)), last=self.once)
 
     def _certifying_itself(self, v: Tensor) -> Tensor | None:
         """The product by forward mode, if ⟨S w, w⟩ = ⟨Jᵀ S w, v⟩ with w from forward and Jᵀ from reverse mode."""

@@ -34,12 +34,17 @@ class OutputLinearization:
         self._pulled: list[Tensor | None] = []
         self.double_bytes = 0
 
-    def vjp(self, u: Tensor, batched: bool = False) -> Tensor:
-        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``."""
+    def vjp(self, u: Tensor, batched: bool = False, last: bool = False) -> Tensor:
+        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``.
+
+        The ``last`` one frees the graphs.
+        """
         if not self.z.requires_grad:
             rows = u.shape[:1] if batched else ()
             return torch.zeros(*rows, self._space.dim, dtype=self._space.dtype, device=self._space.device)
-        found = _pull([self.z], self._leaves, [u.to(self.z.dtype)], batched)
+        if last:
+            self._dummy, self._pulled = None, []
+        found = _pull([self.z], self._leaves, [u.to(self.z.dtype)], batched, last)
         return _join_batched(found, self._space, u.shape[0]) if batched else self._space.join(drained(found))
 
     def jvp(self, v: Tensor, batched: bool = False) -> Tensor:
@@ -93,9 +98,9 @@ class GradientLinearization:
         found.curvature = curvature
         return found
 
-    def product(self, v: Tensor) -> Tensor:
-        """The product with a flat vector ``[D]``."""
-        return self._space.join(drained(_pull(self._slopes, self._leaves, tangents(v, self._space), False)))
+    def product(self, v: Tensor, last: bool = False) -> Tensor:
+        """The product with a flat vector ``[D]``; the ``last`` one frees the graph."""
+        return self._space.join(drained(_pull(self._slopes, self._leaves, tangents(v, self._space), False, last)))
 
     def products(self, rows: Tensor) -> Tensor:
         """The products with several, ``[K, D]`` to ``[K, D]``, in one batched backward pass."""
@@ -126,7 +131,7 @@ def _join_batched(found: list[Tensor | None], space: TensorSpace, rows: int) -> 
 
 
 def _pull(
-    outputs: list[Tensor | None], inputs: list[Tensor], cotangents: list[Tensor], batched: bool
+    outputs: list[Tensor | None], inputs: list[Tensor], cotangents: list[Tensor], batched: bool, last: bool = False
 ) -> list[Tensor | None]:
     """Products of those outputs that depend on something; a missing dependence is a zero, not an error."""
     used = [
@@ -137,4 +142,4 @@ def _pull(
     if not used:
         return [None] * len(inputs)
     outs, us = zip(*used, strict=True)
-    return list(grad(outs, inputs, us, retain_graph=True, allow_unused=True, is_grads_batched=batched))
+    return list(grad(outs, inputs, us, retain_graph=not last, allow_unused=True, is_grads_batched=batched))

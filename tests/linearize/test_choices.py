@@ -114,7 +114,7 @@ def test_failing_and_lying_batching_falls_back(
     right = expected(kind) @ block
 
     def spoil(honest: Any, default: bool = False) -> Any:
-        def way(self: Any, several: Tensor, batched: bool = default) -> Tensor:
+        def way(self: Any, several: Tensor, batched: bool = default, last: bool = False) -> Tensor:
             if not batched:
                 return honest(self, several, batched)
             if factor is None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 _SETUPS = ("tutorial", "digits")
 
@@ -34,16 +31,14 @@ def _tour(given: argparse.Namespace) -> int:
 
         kept = finished = Finished()
         try:
-            with _interruptible() as check:
-                run_tour(
-                    given.output,
-                    setups=given.setups,
-                    device=given.device,
-                    dtype=getattr(torch, given.dtype),
-                    seed=given.seed,
-                    finished=finished,
-                    say=lambda line: (check(), print(line))[1],
-                )
+            run_tour(
+                given.output,
+                setups=given.setups,
+                device=given.device,
+                dtype=getattr(torch, given.dtype),
+                seed=given.seed,
+                finished=finished,
+            )
         except (OutputError, OSError) as error:
             return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -52,33 +47,6 @@ def _tour(given: argparse.Namespace) -> int:
         print(f"curvops tour: interrupted; kept {kept}", file=sys.stderr)
         return 130
     return 0
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """A context in which Ctrl-C is remembered, and a check that raises it again.
-
-    Libraries may swallow the exception where they meant to catch their own.
-    """
-    pressed: list[int] = []
-
-    def remember(*_: object) -> None:
-        pressed.append(1)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
-        yield check
-        return
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield check
-        check()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _fail(reason: str) -> int:

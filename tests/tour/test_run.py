@@ -1,6 +1,5 @@
 """The tour leaves what it promises, looks at the folder first, and survives an interruption."""
 
-import contextlib
 import os
 import re
 import signal
@@ -107,19 +106,6 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path):
     assert error.startswith(f"curvops tour: interrupted; kept {', '.join(found.matrices)} in {tmp_path / MATRICES}")
     assert list(found.matrices) == list(OPERATORS)[: len(found.matrices)]
     assert not list(tmp_path.rglob("*.part"))
-
-
-def test_an_interruption_that_a_library_swallows_is_raised_again(monkeypatch, tmp_path, capsys):
-    def swallow(*args, **kwargs):
-        with contextlib.suppress(BaseException):
-            signal.raise_signal(signal.SIGINT)
-        yield from ()
-
-    monkeypatch.setattr("curvops.tour.run.each_matrix", swallow)
-    before = signal.getsignal(signal.SIGINT)
-    assert cli.main(["tour", "--output", str(tmp_path / "tour"), "--setups", "tutorial"]) == 130
-    assert capsys.readouterr().err.startswith("curvops tour: interrupted; kept ")
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_interrupted_before_anything_is_finished(monkeypatch, tmp_path, capsys):

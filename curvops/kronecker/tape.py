@@ -31,6 +31,7 @@ class Tape:
         data_dependent: Whether rows may be ordered by the data's values.
         units: Number of units (data, or one for the whole pass) that rows are attributed to.
         precision: The lowest that the model computes in.
+        activations: Bytes of the operations' results, about what the graph holds.
         layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
         inputs: Inputs already arranged, by use and role.
     """
@@ -42,6 +43,7 @@ class Tape:
     data_dependent: bool
     units: int
     precision: torch.dtype
+    activations: int
     layouts: list[Layout | None] = field(default_factory=list)
     inputs: dict[tuple[int, str], Any] = field(default_factory=dict)
 
@@ -68,7 +70,8 @@ def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
     leaves = risk.model.leaves()
     taps = Taps(leaves)
     z = risk.forward(leaves, X, taps)
-    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units, taps.precision or z.dtype)
+    precision = taps.precision or z.dtype
+    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units, precision, taps.activations)
     tape.layouts = [ONE_UNIT if units == 1 else None] * len(taps.uses)
     return tape
 

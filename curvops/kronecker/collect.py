@@ -35,7 +35,7 @@ class MomentCollector(Collector):
     def entries(self) -> dict[Key, Moment]:
         """What was collected."""
         known = self._sweep.fisher_type != "forward-only"
-        found = {key: Moment(factors, known) for key, factors in self._factors.items()}
+        found = {key: Moment(factors.finished(), known) for key, factors in self._factors.items()}
         if self._moments.approximation == "expand":
             return found
         # inputs were averaged over positions, so they are divided by the number of units, those included

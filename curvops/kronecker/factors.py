@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from curvops.kronecker.gram import add_moment, mirrored
 from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
-
-STRIPE = 128  # columns of a symmetric product that are computed together
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,13 @@ class Factors:
     """Second moments of one group, by the side that the inputs are on (a tied weight has both)."""
 
     sides: dict[str, Side] = field(default_factory=dict)
+
+    def finished(self) -> Factors:
+        """The same after the last row."""
+        for side in self.sides.values():
+            mirrored(side.inputs)
+            mirrored(side.outputs)
+        return self
 
 
 @dataclass(frozen=True)
@@ -288,15 +294,8 @@ def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> No
     if isinstance(rows, OneHot):
         ids = rows.ids.flatten()
         moment += torch.bincount(ids[ids >= 0], minlength=rows.width).to(dtype)
-        return
-    rows = rows.to(dtype).flatten(0, 1)
-    if moment.ndim == 2:
-        moment += rows.square().sum(0)
-    elif moment.shape[0] == 1:
-        add_gram(moment[0], rows.squeeze(1))
     else:
-        by_group = rows.movedim(1, 0)
-        moment.baddbmm_(by_group.mT, by_group)
+        add_moment(moment, rows.to(dtype))
 
 
 def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
@@ -311,19 +310,6 @@ def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
 
 def _count(rows: Tensor | OneHot) -> int:
     return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
-
-
-def add_gram(moment: Tensor, rows: Tensor) -> None:
-    """Add rowsᵀ rows ``[c, c]`` for rows ``[n, c]``; where c is large only half of it is computed."""
-    size = rows.shape[1]
-    if size < 4 * STRIPE or len(rows) < 2 * STRIPE:  # measured: then one product is faster
-        moment.addmm_(rows.T, rows)
-        return
-    for start in range(0, size, STRIPE):
-        stop = min(start + STRIPE, size)
-        product = rows[:, start:stop].T @ rows[:, start:]
-        moment[start:stop, start:] += product
-        moment[stop:, start:stop] += product[:, stop - start :].T
 
 
 def _equal_on_one(windows: Windows, dtype: torch.dtype, joint: bool) -> bool:

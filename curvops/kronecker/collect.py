@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from curvops.kronecker.factors import BasisDiagonal, BlockRule, Factors, Moments, WholeGradients, whole_gradients
+from curvops.kronecker.correction import BasisDiagonal
+from curvops.kronecker.factors import BlockRule, Factors, Moments, WholeGradients, whole_gradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.replay import Collector, rows_of
 from curvops.kronecker.state import Eigen, Entry, Moment, Whole
@@ -97,7 +98,7 @@ class DiagonalCollector(Collector):
             if key not in self._diagonals:
                 group = self._sweep.groups[key]
                 self._diagonals[key] = BasisDiagonal(group, None, None, self._dtype, self._budget)
-            self._diagonals[key].add(found)
+            self._diagonals[key].add([found])
 
     def entries(self) -> dict[Key, Entry]:
         """What was collected."""

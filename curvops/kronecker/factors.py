@@ -1,15 +1,14 @@
-"""Accumulates what a sweep gives: Kronecker factors, whole-gradient blocks, and diagonals in a basis."""
+"""Accumulates what a sweep gives: Kronecker factors, and blocks of whole gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from curvops.kronecker.gram import add_moment, mirrored
-from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, vector_gradients
+from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
 from curvops.linearize.certify import relative_difference, tolerance
@@ -200,93 +199,6 @@ def whole_gradients(group: Group, captured: Captured) -> Tensor | None:
     if group.key not in captured.uses:
         return None
     return vector_gradients(captured.uses[group.key], captured.tape, captured.slopes)
-
-
-class BasisDiagonal:
-    """Adds Σ (U_Lᵀ G U_R)² over whole per-unit gradients G: George et al. 2018 (1806.03884), eq. 12.
-
-    Args:
-        group: The group.
-        left: Orthonormal columns ``[groups, left, left]``; ``None`` for the identity.
-        right: Likewise.
-        dtype: Precision.
-        budget: Bytes that the gradients of some units may take together.
-    """
-
-    def __init__(
-        self, group: Group, left: Tensor | None, right: Tensor | None, dtype: torch.dtype, budget: int
-    ) -> None:
-        self.group, self.left, self.right, self.dtype = group, left, right, dtype
-        self.total = torch.zeros(group.shape, dtype=dtype, device=group.places.device)
-        self._chunk = max(1, budget // (4 * self.total.numel() * dtype.itemsize))
-
-    def add(self, found: Sequence[Piece]) -> None:
-        """Add the rows of one backward pass."""
-        if not found:
-            return
-        positions = sum(piece.outputs.shape[1] for piece in found)
-        _, left, right = self.group.shape
-        # operations a position, and a unit's gradient, to turn into the bases
-        per_row = (left * left if self.left is not None else 0) + (right * right if self.right is not None else 0)
-        whole = left * right * ((left if self.left is not None else 0) + (right if self.right is not None else 0))
-        rows_first = positions * per_row <= whole
-        if rows_first:
-            sides = [
-                (_project(piece.sides[0], self.left, self.dtype), _project(piece.sides[1], self.right, self.dtype))
-                for piece in found
-            ]
-        else:
-            sides = [(cast(piece.sides[0], self.dtype), cast(piece.sides[1], self.dtype)) for piece in found]
-        if positions == 1 and rows_first and all(isinstance(t, Tensor) for pair in sides for t in pair):
-            # one row a unit: the square of an outer product is the outer product of the squares
-            ((rows, others),) = sides
-            assert isinstance(rows, Tensor) and isinstance(others, Tensor)
-            self.total += torch.einsum("nogl,nogr->glr", rows.square(), others.square())
-            return
-        for gradient in gradients(sides, self.total, self._chunk):
-            turned = gradient if rows_first else _rotate(gradient, self.left, self.right)
-            self.total += turned.square().sum(0)
-
-
-def gradients(sides: Sequence[tuple[Tensor | OneHot, Tensor | OneHot]], like: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Whole gradients ``[units, groups, left, right]``, some units at a time, from left and right rows."""
-    units = sides[0][1].shape[0] if isinstance(sides[0][1], Tensor) else sides[0][1].ids.shape[0]
-    for start in range(0, units, chunk):
-        stop = min(start + chunk, units)
-        total = torch.zeros(stop - start, *like.shape, dtype=like.dtype, device=like.device)
-        for left, right in sides:
-            assert isinstance(right, Tensor)
-            if isinstance(left, OneHot):
-                _scatter_rows(total, left.ids[start:stop], right[start:stop])
-            else:
-                total += torch.einsum("nogl,nogr->nglr", left[start:stop], right[start:stop])
-        yield total
-
-
-def _scatter_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Add rows ``[n, o, 1, r]`` to ``total`` ``[n, 1, width, r]`` at ``ids`` ``[n, o, 1]``; −1 is dropped."""
-    n, _, width, right = total.shape
-    offsets = torch.arange(n, device=ids.device).view(-1, 1, 1) * width
-    seen = ids >= 0
-    flat = total.view(n * width, right)
-    flat.index_add_(0, (ids.clamp(min=0) + offsets).flatten(), (rows * seen.unsqueeze(-1)).reshape(-1, right))
-
-
-def _rotate(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    if left is not None:
-        gradient = left.mT @ gradient
-    return gradient if right is None else gradient @ right
-
-
-def _project(rows: Tensor | OneHot, basis: Tensor | None, dtype: torch.dtype) -> Tensor | OneHot:
-    if isinstance(rows, OneHot):
-        return rows if basis is None else torch.einsum("nogc,gck->nogk", rows.dense(dtype), basis)
-    rows = rows.to(dtype)
-    return rows if basis is None else torch.einsum("nogc,gck->nogk", rows, basis)
-
-
-def cast(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor | OneHot:
-    return rows if isinstance(rows, OneHot) else rows.to(dtype)
 
 
 def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> None:

@@ -24,9 +24,13 @@ def add_moment(moment: Tensor, rows: Tensor) -> None:
         by_group = rows.flatten(0, 1).movedim(1, 0)
         moment.baddbmm_(by_group.mT, by_group)
     elif _channels_first(rows):
-        # a map's gradients as they lie in memory: a copy with the channels last would take longer than the product
+        # as they lie in memory: a copy with the channels last would take longer than the product
         maps = rows.squeeze(2).mT
-        moment[0] += torch.bmm(maps, maps.mT).sum(0)
+        units, size, positions = maps.shape
+        if positions >= size:
+            moment[0] += torch.bmm(maps, maps.mT).sum(0)
+        else:
+            add_gram(moment[0], maps.transpose(0, 1).reshape(size, units * positions).T)
     else:
         add_gram(moment[0], rows.flatten(0, 2))
 
@@ -56,4 +60,4 @@ def _stripes(moment: Tensor) -> Iterator[tuple[int, int]]:
 
 def _channels_first(rows: Tensor) -> bool:
     positions, groups, size = rows.shape[1:]
-    return groups == 1 and size > 1 and rows.stride(1) == 1 and rows.stride(3) == positions >= size
+    return groups == 1 and size > 1 and positions > 1 and rows.stride(1) == 1 and rows.stride(3) == positions

@@ -205,7 +205,10 @@ def _arranged_inputs(tape: Tape, k: int, role: str) -> Tensor | OneHot:
         return OneHot(layout.arrange(a.ids, 1, tape.units), a.width)
     a = layout.arrange(a, 2, tape.units)
     if role == "joint":
-        a = torch.cat([a, torch.ones(*a.shape[:-1], 1, dtype=a.dtype, device=a.device)], -1)
+        ones = torch.ones(*a.shape[:-1], 1, dtype=a.dtype, device=a.device)
+        if a.stride(1) == 1 < a.stride(3):  # positions come last in memory, and stay there
+            return torch.cat([a.movedim(1, 3), ones.movedim(1, 3)], 2).movedim(3, 1)
+        a = torch.cat([a, ones], -1)
     return a
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -113,17 +114,26 @@ def patches(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Windows of a map: ``[N, C, *space]`` to ``[N, windows, groups, C/groups · kernel]``."""
+    """Windows of a map: ``[N, C, *space]`` to ``[N, windows, groups, C/groups · kernel]``.
+
+    In memory the places of a window come before the windows, as they are copied in long runs.
+    """
     amounts = [amount for pair in reversed(padding) for amount in pair]
     if any(amounts):
         x = torch.nn.functional.pad(x, amounts)
-    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + axis, (size - 1) * spread + 1, step)[..., ::spread]
     n, channels = x.shape[:2]
-    order = len(kernel)
-    space = x.shape[2 : 2 + order].numel()
-    x = x.movedim(1, 1 + order)
-    return x.reshape(n, space, groups, channels // groups * torch.Size(kernel).numel())
+    steps = list(zip(x.shape[2:], kernel, stride, dilation, strict=True))
+    space = [(length - (size - 1) * spread - 1) // step + 1 for length, size, step, spread in steps]
+    windows = x.new_empty(n, channels, *kernel, *space)
+    for place in product(*map(range, kernel)):
+        part = x
+        for axis, (offset, count, (_, _, step, spread)) in enumerate(zip(place, space, steps, strict=True), 2):
+            part = part.narrow(axis, offset * spread, (count - 1) * step + 1)
+            part = part if step == 1 else part.unfold(axis, 1, step).squeeze(-1)
+        here: tuple[slice | int, ...] = (slice(None), slice(None), *place)
+        windows[here] = part
+    size = channels // groups * torch.Size(kernel).numel()
+    return windows.view(n, groups, size, -1).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,10 @@ def window_moment(x: Tensor, kernel: tuple[int, int]) -> Tensor:
 
 def moment_by_strips(x: Tensor, kernel: tuple[int, int]) -> Tensor:
     """The moment from products of rows of windows: a row's places are written out, those below it are not."""
-    n, channels, _, width = x.shape
+    n, channels, height, width = x.shape
     p, q = kernel
-    columns, high = width - q + 1, x.shape[2] - p + 1
-    maps = x.permute(1, 2, 0, 3)
-    strips = x.new_empty(channels, q, x.shape[2], n, columns)
-    for j in range(q):
-        strips[:, j] = maps[..., j : j + columns]
-    rows = strips.view(channels * q, -1)
-    step = n * columns
+    high, step = height - p + 1, n * (width - q + 1)
+    rows = x.unfold(3, q, 1).permute(1, 4, 2, 0, 3).reshape(channels * q, height * step)
     moment = x.new_empty(channels, p, q, channels, p, q)
     for dy in range(p):
 

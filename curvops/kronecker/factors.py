@@ -14,6 +14,9 @@ from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
 
+# for each form of convolution seen so far, whether the autocorrelation gave the windows' moment on one datum
+CERTIFIED: dict[tuple[object, ...], bool] = {}
+
 
 @dataclass(frozen=True)
 class BlockRule:
@@ -84,13 +87,11 @@ class Moments:
         approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
         dtype: Precision of the accumulation.
         rule: When a factor is kept as its diagonal.
-        certified: For each form of convolution, whether the autocorrelation gave the windows' moment on one datum.
     """
 
     approximation: str
     dtype: torch.dtype
     rule: BlockRule
-    certified: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     def add(self, group: Group, factors: Factors, captured: Captured) -> None:
         """Add the rows of one backward pass."""
@@ -124,10 +125,11 @@ class Moments:
         if side.inputs.ndim == 2 or not windows.correlates:
             return False
         joint = role == "joint"
-        form = (windows.kernel, windows.padding, *windows.input.shape[2:], joint)
-        if form not in self.certified:
-            self.certified[form] = _equal_on_one(windows, self.dtype, joint)
-        if not self.certified[form]:
+        x = windows.input
+        form = (windows.kernel, windows.padding, x.shape[1:], x.dtype, self.dtype, x.device, joint)
+        if form not in CERTIFIED:
+            CERTIFIED[form] = _equal_on_one(windows, self.dtype, joint)
+        if not CERTIFIED[form]:
             return False
         side.inputs[0] += windows.moment(self.dtype, joint)
         side.rows += lead(use).numel()

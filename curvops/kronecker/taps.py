@@ -108,9 +108,6 @@ DATA_DEPENDENT = {
 }
 
 
-_signature = cache(inspect.signature)
-
-
 class Taps(TorchFunctionMode):
     """Records how each parameter enters a forward pass.
 
@@ -227,7 +224,7 @@ class Taps(TorchFunctionMode):
         if substitute in TRANSPARENT:
             with self:
                 return substitute(*args, **kwargs)
-        if func in RULES and _fits(RULES[func], self, func, *args, **kwargs):
+        if func in RULES and _fits(RULES[func], 2 + len(args), tuple(kwargs)):
             out = RULES[func](self, substitute, *args, **kwargs)
             self._note(func, args, out)
             return out
@@ -272,10 +269,11 @@ class Taps(TorchFunctionMode):
         self._kept.append(tensor)
 
 
-def _fits(function: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a rule knows all arguments of a call."""
+@cache
+def _fits(function: Any, count: int, names: tuple[str, ...]) -> bool:
+    """Whether a rule knows all arguments of a call: so many by place, and those with names."""
     try:
-        _signature(function).bind(*args, **kwargs)
+        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(names))
     except TypeError:
         return False
     return True

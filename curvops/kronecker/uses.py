@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -121,19 +120,13 @@ def patches(
     amounts = [amount for pair in reversed(padding) for amount in pair]
     if any(amounts):
         x = torch.nn.functional.pad(x, amounts)
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, (size - 1) * spread + 1, step)[..., ::spread]
     n, channels = x.shape[:2]
-    steps = list(zip(x.shape[2:], kernel, stride, dilation, strict=True))
-    space = [(length - (size - 1) * spread - 1) // step + 1 for length, size, step, spread in steps]
-    windows = x.new_empty(n, channels, *kernel, *space)
-    for place in product(*map(range, kernel)):
-        part = x
-        for axis, (offset, count, (_, _, step, spread)) in enumerate(zip(place, space, steps, strict=True), 2):
-            part = part.narrow(axis, offset * spread, (count - 1) * step + 1)
-            part = part if step == 1 else part.unfold(axis, 1, step).squeeze(-1)
-        here: tuple[slice | int, ...] = (slice(None), slice(None), *place)
-        windows[here] = part
+    order = len(kernel)
+    x = x.permute(0, 1, *range(2 + order, 2 + 2 * order), *range(2, 2 + order))
     size = channels // groups * torch.Size(kernel).numel()
-    return windows.view(n, groups, size, -1).permute(0, 3, 1, 2)
+    return x.reshape(n, groups, size, -1).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

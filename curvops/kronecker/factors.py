@@ -10,7 +10,7 @@ from torch import Tensor
 from curvops.kronecker.gram import add_moment, mirrored
 from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
-from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
+from curvops.kronecker.uses import LinearUse, OneHot, Windows
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
 
@@ -132,7 +132,7 @@ class Moments:
         if not CERTIFIED[form]:
             return False
         side.inputs[0] += windows.moment(self.dtype, joint)
-        side.rows += lead(use).numel()
+        side.rows += use.lead.numel()
         return True
 
     def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:

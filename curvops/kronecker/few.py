@@ -13,7 +13,6 @@ from torch import Tensor
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.layout import Layout
 from curvops.kronecker.tape import Tape, certify, record
-from curvops.kronecker.uses import lead
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import OutputCurvature
 from curvops.losses.autodiff import AutodiffLoss
@@ -71,7 +70,7 @@ class Few:
 
 def fit(layouts: list[Layout | None], tape: Tape) -> bool:
     """Whether a pass's rows can be arranged in these ways."""
-    return all(lay is None or lay.fits(lead(use), tape.units) for lay, use in zip(layouts, tape.uses, strict=True))
+    return all(lay is None or lay.fits(use.lead, tape.units) for lay, use in zip(layouts, tape.uses, strict=True))
 
 
 def look(risk: EmpiricalRisk, grouping: Grouping, batch: Batch, budget: int) -> Few | None:

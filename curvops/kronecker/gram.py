@@ -45,7 +45,8 @@ def mirrored(moment: Tensor) -> Tensor:
     """The moment with its upper half copied to the lower one, in place; a diagonal as it is."""
     if moment.ndim == 3:
         for start, stop in _stripes(moment):
-            moment[:, stop:, start:stop] = moment[:, start:stop, stop:].mT
+            if stop < moment.shape[-1]:
+                moment[:, stop:, start:stop] = moment[:, start:stop, stop:].mT
     return moment
 
 

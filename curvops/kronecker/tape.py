@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,8 +139,12 @@ def _projected(use: Use, slope: Tensor | None) -> Tensor | None:
         return None
     rows = use.outputs(slope).flatten(-2) if isinstance(use, LinearUse) else use.rows(slope)
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    directions = torch.randn(rows.shape[-1], PROJECTIONS, generator=torch.Generator().manual_seed(0))
-    return (rows.detach().to(dtype) @ directions.to(rows.device, dtype)).to(rows.dtype)
+    return (rows.detach().to(dtype) @ _directions(rows.shape[-1]).to(rows.device, dtype)).to(rows.dtype)
+
+
+@lru_cache(maxsize=64)
+def _directions(size: int) -> Tensor:
+    return torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
 
 
 def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Tensor | None) -> bool:
@@ -162,8 +167,8 @@ def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Te
     allowed = max(tolerance(lowest), tolerance(tape.precision))
     if found is None:
         return total is None or not total.any()
-    scale = 0.0 if total is None else float(total.detach().norm())
-    difference = float((found if total is None else found.sub_(total.detach().flatten())).norm())
+    scale = 0.0 if total is None else float(torch.linalg.vector_norm(total.detach()))
+    difference = float(torch.linalg.vector_norm(found if total is None else found.sub_(total.detach().flatten())))
     return difference <= allowed * scale if scale > 0 else difference <= allowed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,6 +76,11 @@ class LinearUse:
     kind: str
     shape: torch.Size
 
+    @cached_property
+    def lead(self) -> torch.Size:
+        """The axes of the rows."""
+        return self.outputs(torch.empty(self.shape, device="meta")).shape[:-2]
+
 
 @dataclass(frozen=True)
 class VectorUse:
@@ -96,13 +102,6 @@ class VectorUse:
 
 
 Use = LinearUse | VectorUse
-
-
-def lead(use: Use) -> torch.Size:
-    """The axes of a use's rows."""
-    if isinstance(use, VectorUse):
-        return use.lead
-    return use.outputs(torch.empty(use.shape, device="meta")).shape[:-2]
 
 
 def patches(

@@ -111,7 +111,7 @@ def window_sum(x: Tensor, kernel: tuple[int, int]) -> Tensor:
     return total.unfold(1, total.shape[1] - p + 1, 1).unfold(2, total.shape[2] - q + 1, 1).sum((3, 4)).flatten()
 
 
-WORTH = 2e6  # multiplications from which the work saved outweighs the many small operations; measured on a CPU
+WORTH = 8e6  # multiplications from which the work saved outweighs the many small operations; measured on a CPU
 
 
 def worthwhile(x: Tensor, kernel: tuple[int, ...]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.layout import Layout
-from curvops.kronecker.tape import Tape, certify, record
+from curvops.kronecker.tape import Tape, certify, certify_twins, record
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import OutputCurvature
 from curvops.losses.autodiff import AutodiffLoss
@@ -86,19 +86,37 @@ def look(risk: EmpiricalRisk, grouping: Grouping, batch: Batch, budget: int) -> 
     if batch.size <= FEW or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors):
         return None
     # from both ends: whoever comes first or last may be treated differently
-    places = [*range(FEW // 2), *range(batch.size - FEW // 2, batch.size)]
-    index = torch.tensor(places, device=risk.space.device)
-    X, y = (select(part, batch.size, index) for part in (batch.X, batch.y))
-    tape = record(risk, X, FEW)
-    if tape.data_dependent:
-        return None
-    z = tape.z.detach()
-    failed = failures(risk, grouping, tape, risk.output_curvature(z, Batch(X, y, FEW, batch.start)))
+    for places in ([0, batch.size - 1] * (FEW // 2), [*range(FEW // 2), *range(batch.size - FEW // 2, batch.size)]):
+        index = torch.tensor(places, device=risk.space.device)
+        X, y = (select(part, batch.size, index) for part in (batch.X, batch.y))
+        tape = record(risk, X, FEW)
+        if tape.data_dependent:
+            return None
+        z = tape.z.detach()
+        curvature = risk.output_curvature(z, Batch(X, y, FEW, batch.start))
+        failed: dict[str, str] = {}
+        twins = places[0] == places[FEW // 2]
+        if twins and _explained_by_twins(risk, grouping, tape, curvature):
+            break
+        if not twins:
+            failed = failures(risk, grouping, tape, curvature)
     most = budget * FEW // max(tape.activations, 1)
     # a loss without a closed form may depend on its batch in ways that are not known
     joinable = not failed and most >= batch.size and not isinstance(risk.loss, AutodiffLoss)
     shape = _shape(X) if joinable else None
     return Few(batch.start, places, z, tape.signature(), tape.layouts, tape.precision, failed, shape, most)
+
+
+def _explained_by_twins(risk: EmpiricalRisk, grouping: Grouping, tape: Tape, curvature: OutputCurvature) -> bool:
+    """Whether one backward pass explains all parameters, for data of which the second half equals the first."""
+    if curvature.terms_per_datum is None or grouping.overlapping(tape):
+        return False
+    generator = torch.Generator().manual_seed(1)
+    unit_weights = (0.5 + torch.rand(tape.units, generator=generator, dtype=torch.float64)).to(tape.z.device)
+    rows = torch.randn(curvature.num_terms // 2, curvature.width, generator=generator)
+    weights = unit_weights.repeat_interleave(curvature.terms_per_datum).unsqueeze(1).to(curvature.dtype)
+    cotangent = rows.to(weights).repeat(2, 1).mul_(weights)
+    return certify_twins(tape, unit_weights, curvature.outputs(cotangent), list(risk.space.names))
 
 
 def failures(risk: EmpiricalRisk, grouping: Grouping, tape: Tape, curvature: OutputCurvature) -> dict[str, str]:

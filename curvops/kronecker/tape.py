@@ -84,6 +84,45 @@ def views(use: Use) -> list[View]:
     return [view for view in (use.weight, use.bias) if view is not None]
 
 
+def certify_twins(tape: Tape, unit_weights: Tensor, cotangent: Tensor, names: Sequence[str]) -> bool:
+    """Find the layouts of the rows of data that come twice, in one backward pass.
+
+    A row that belongs to one unit comes back scaled by that unit's weight, so that twins' rows differ by the ratio of
+    their weights.
+
+    Args:
+        tape: The forward pass, whose second half of data equals the first; its layouts are set.
+        unit_weights: One weight for each unit, all different.
+        cotangent: Of the output's shape: the same for both halves, but for the weights.
+        names: The parameters to look at.
+
+    Returns:
+        Whether all parameters are explained by their uses; if not, `certify` tells which are not, and why.
+    """
+    if tape.unknowns:
+        return False
+    found, totals = tape.gradients(cotangent, range(len(tape.uses)), names)
+    for k, (use, slope) in enumerate(zip(tape.uses, found, strict=True)):
+        tape.layouts[k] = _twins_layout(_projected(use, slope), unit_weights, tape.precision)
+        if tape.layouts[k] is None:
+            return False
+    return all(_explained(tape, name, found, total) for name, total in zip(names, totals, strict=True))
+
+
+def _twins_layout(rows: Tensor | None, units: Tensor, precision: torch.dtype) -> Layout | None:
+    """The layout in which projected rows of twins differ by the ratio of their weights; ``None`` if all are zero."""
+    if rows is None:
+        return None
+    half = len(units) // 2
+    ratios = (units[half:] / units[:half]).to(rows).view(-1, 1, 1)
+    allowed = max(tolerance(rows.dtype), tolerance(precision))
+    for layout in candidates(tuple(rows.shape[:-1]), len(units)):
+        first, second = layout.arrange(rows, 1, len(units)).split(half)
+        if relative_difference(second, first * ratios) <= allowed and rows.any():
+            return layout
+    return None
+
+
 def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[str]) -> dict[str, str]:
     """Find the layouts of a tape's rows, and which parameters are explained by their uses.
 

@@ -17,6 +17,8 @@ from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.risk.empirical_risk import EmpiricalRisk
 
+Part = tuple[Use, View, Tensor]  # a use of a parameter, which part it uses, and the gradient at its output
+
 PROJECTIONS = 8  # random numbers that stand for a row when its scale is looked at
 
 
@@ -106,7 +108,11 @@ def certify_twins(tape: Tape, unit_weights: Tensor, cotangent: Tensor, names: Se
         tape.layouts[k] = _twins_layout(_projected(use, slope), unit_weights, tape.precision)
         if tape.layouts[k] is None:
             return False
-    return all(_explained(tape, name, found, total) for name, total in zip(names, totals, strict=True))
+    parts, allowed = _parts(tape, found), _allowed(tape, found)
+    return all(
+        _explained(tape.leaves[name], parts.get(name, ()), total, allowed)
+        for name, total in zip(names, totals, strict=True)
+    )
 
 
 def _twins_layout(rows: Tensor | None, units: Tensor, precision: torch.dtype) -> Layout | None:
@@ -152,11 +158,12 @@ def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[s
         tape.layouts[k] = _layout(before, _projected(use, scaled[k]), unit_weights, tape.precision)
         if tape.layouts[k] is None:
             failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
+    parts, allowed = _parts(tape, scaled), _allowed(tape, scaled)
     for k, name in enumerate(names):
         total, totals[k] = totals[k], None
         if name in tape.unknowns and total is not None:
             failed[name] = f"it enters {tape.unknowns[name]}"
-        elif name not in failed and not _explained(tape, name, scaled, total):
+        elif name not in failed and not _explained(tape.leaves[name], parts.get(name, ()), total, allowed):
             failed[name] = "its gradient is not the sum over the operations that were seen"
     return failed
 
@@ -186,24 +193,32 @@ def _directions(size: int) -> Tensor:
     return torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
 
 
-def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Tensor | None) -> bool:
+def _parts(tape: Tape, slopes: Sequence[Tensor | None]) -> dict[str, list[Part]]:
+    """What makes up the gradient of each parameter."""
+    found: dict[str, list[Part]] = {}
+    for use, g in zip(tape.uses, slopes, strict=True):
+        if g is not None:
+            for view in views(use):
+                found.setdefault(view.name, []).append((use, view, g))
+    return found
+
+
+def _allowed(tape: Tape, slopes: Sequence[Tensor | None]) -> float:
+    """The difference that rounding explains in the lowest precision of a pass."""
+    return max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in slopes if g is not None)})
+
+
+def _explained(leaf: Tensor, parts: Sequence[Part], total: Tensor | None, allowed: float) -> bool:
     """Whether a parameter's gradient is the sum over its uses."""
-    leaf = tape.leaves[name]
     found: Tensor | None = None
     dtype = torch.promote_types(leaf.dtype, torch.float32)
-    for use, g in zip(tape.uses, slopes, strict=True):
-        if g is None:
-            continue
-        for view in views(use):
-            if view.name == name:
-                part = _pooled(use, view, g).to(dtype).flatten()
-                if view.index is None:
-                    found = part if found is None else found.add_(part)
-                else:
-                    found = torch.zeros(leaf.numel(), dtype=dtype, device=leaf.device) if found is None else found
-                    found.index_add_(0, view.index.flatten(), part)
-    lowest = min((g.dtype for g in slopes if g is not None), key=lambda d: -torch.finfo(d).eps, default=leaf.dtype)
-    allowed = max(tolerance(lowest), tolerance(tape.precision))
+    for use, view, g in parts:
+        part = _pooled(use, view, g).to(dtype).flatten()
+        if view.index is None:
+            found = part if found is None else found.add_(part)
+        else:
+            found = torch.zeros(leaf.numel(), dtype=dtype, device=leaf.device) if found is None else found
+            found.index_add_(0, view.index.flatten(), part)
     if found is None:
         return total is None or not total.any()
     scale = 0.0 if total is None else float(torch.linalg.vector_norm(total.detach()))

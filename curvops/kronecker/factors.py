@@ -103,7 +103,9 @@ class Moments:
     def _expand(self, group: Group, factors: Factors, captured: Captured) -> None:
         tape = captured.tape
         for k, role in captured.uses[group.key]:
-            if not (captured.first and self._add_windows(group, factors, captured, k, role)):
+            if role == "bias":
+                self._add_ones(group, factors, captured, k)
+            elif not (captured.first and self._add_windows(group, factors, captured, k, role)):
                 a = arranged_inputs(tape, k, role)
                 side = self._side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
                 if captured.first:
@@ -114,12 +116,21 @@ class Moments:
             if g is not None:
                 self._add_outputs(side.outputs, captured, k, role, g)
 
+    def _add_ones(self, group: Group, factors: Factors, captured: Captured, k: int) -> None:
+        """Add Σ a aᵀ of a lone bias, whose inputs are ones."""
+        use = captured.tape.uses[k]
+        assert isinstance(use, LinearUse)
+        side = self._side(group, factors, "right", False)
+        if captured.first:
+            side.inputs += use.lead.numel()
+            side.rows += use.lead.numel()
+
     def _add_windows(self, group: Group, factors: Factors, captured: Captured, k: int, role: str) -> bool:
         """Add a convolution's Σ a aᵀ by autocorrelation, if that is certified and the windows are not needed anyway."""
         use = captured.tape.uses[k]
         assert isinstance(use, LinearUse)
         windows = use.inputs
-        if role == "bias" or not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
+        if not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
             return False
         side = self._side(group, factors, "right", False)
         if side.inputs.ndim == 2 or not windows.correlates:

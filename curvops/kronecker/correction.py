@@ -11,7 +11,7 @@ from torch import Tensor
 from curvops.kronecker.groups import Group, Piece
 from curvops.kronecker.uses import OneHot
 
-CHUNK = 8 * 2**20  # bytes of gradients that are squared together; measured on a CPU: more does not fit its caches
+CHUNK = 32 * 2**20  # bytes of gradients that are squared together; measured on a CPU: more does not fit its caches
 
 Pass = Sequence[Piece]
 
@@ -89,10 +89,10 @@ class BasisDiagonal:
         for start in range(0, len(passes), most):
             rows = [_joined([piece.outputs for piece in found], self.dtype) for found in passes[start : start + most]]
             if rows[0].stride(1) == 1 < rows[0].shape[1]:  # a map's channels come before its positions
-                stack = torch.stack([part.permute(0, 2, 3, 1) for part in rows], 2)
+                stack = _stacked([part.permute(0, 2, 3, 1) for part in rows], 2)
                 yield stack if basis is None else basis.mT.unsqueeze(1) @ stack
             else:
-                stack = torch.stack(rows, 3)
+                stack = _stacked(rows, 3)
                 yield _turned(stack, basis).permute(0, 2, 3, 4, 1)
 
     def _add_looked_up(self, passes: list[Pass]) -> None:
@@ -129,6 +129,11 @@ def _joined(rows: Sequence[Tensor | OneHot], dtype: torch.dtype) -> Tensor:
     """Rows of all uses ``[units, positions, groups, c]``."""
     parts = [part.to(dtype) for part in rows if isinstance(part, Tensor)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _stacked(rows: list[Tensor], axis: int) -> Tensor:
+    """Stacked along a new axis; one alone is not copied."""
+    return torch.stack(rows, axis) if len(rows) > 1 else rows[0].unsqueeze(axis)
 
 
 def _turned(rows: Tensor, basis: Tensor | None) -> Tensor:

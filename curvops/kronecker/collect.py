@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from curvops.kronecker.factors import BasisDiagonal, BlockRule, Factors, Moments, WholeGradients, whole_gradients
+from curvops.kronecker.correction import BasisDiagonal
+from curvops.kronecker.factors import BlockRule, Factors, Moments, WholeGradients, whole_gradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.replay import Collector, rows_of
 from curvops.kronecker.state import Eigen, Entry, Moment, Whole
@@ -35,7 +36,7 @@ class MomentCollector(Collector):
     def entries(self) -> dict[Key, Moment]:
         """What was collected."""
         known = self._sweep.fisher_type != "forward-only"
-        found = {key: Moment(factors, known) for key, factors in self._factors.items()}
+        found = {key: Moment(factors.finished(), known) for key, factors in self._factors.items()}
         if self._moments.approximation == "expand":
             return found
         # inputs were averaged over positions, so they are divided by the number of units, those included
@@ -97,7 +98,7 @@ class DiagonalCollector(Collector):
             if key not in self._diagonals:
                 group = self._sweep.groups[key]
                 self._diagonals[key] = BasisDiagonal(group, None, None, self._dtype, self._budget)
-            self._diagonals[key].add(found)
+            self._diagonals[key].add([found])
 
     def entries(self) -> dict[Key, Entry]:
         """What was collected."""

@@ -1,20 +1,21 @@
-"""Accumulates what a sweep gives: Kronecker factors, whole-gradient blocks, and diagonals in a basis."""
+"""Accumulates what a sweep gives: Kronecker factors, and blocks of whole gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, Piece, arranged_inputs, arranged_outputs, vector_gradients
+from curvops.kronecker.gram import add_moment, mirrored
+from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
-from curvops.kronecker.uses import LinearUse, OneHot, Windows, lead
+from curvops.kronecker.uses import LinearUse, OneHot, Windows
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
 
-STRIPE = 128  # columns of a symmetric product that are computed together
+# for each form of convolution seen so far, whether the autocorrelation gave the windows' moment on one datum
+CERTIFIED: dict[tuple[object, ...], bool] = {}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Factors:
 
     sides: dict[str, Side] = field(default_factory=dict)
 
+    def finished(self) -> Factors:
+        """The same after the last row."""
+        for side in self.sides.values():
+            mirrored(side.inputs)
+            mirrored(side.outputs)
+        return self
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -79,13 +87,11 @@ class Moments:
         approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
         dtype: Precision of the accumulation.
         rule: When a factor is kept as its diagonal.
-        certified: For each form of convolution, whether the autocorrelation gave the windows' moment on one datum.
     """
 
     approximation: str
     dtype: torch.dtype
     rule: BlockRule
-    certified: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     def add(self, group: Group, factors: Factors, captured: Captured) -> None:
         """Add the rows of one backward pass."""
@@ -97,7 +103,9 @@ class Moments:
     def _expand(self, group: Group, factors: Factors, captured: Captured) -> None:
         tape = captured.tape
         for k, role in captured.uses[group.key]:
-            if not (captured.first and self._add_windows(group, factors, captured, k, role)):
+            if role == "bias":
+                self._add_ones(group, factors, captured, k)
+            elif not (captured.first and self._add_windows(group, factors, captured, k, role)):
                 a = arranged_inputs(tape, k, role)
                 side = self._side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
                 if captured.first:
@@ -108,24 +116,34 @@ class Moments:
             if g is not None:
                 self._add_outputs(side.outputs, captured, k, role, g)
 
+    def _add_ones(self, group: Group, factors: Factors, captured: Captured, k: int) -> None:
+        """Add Σ a aᵀ of a lone bias, whose inputs are ones."""
+        use = captured.tape.uses[k]
+        assert isinstance(use, LinearUse)
+        side = self._side(group, factors, "right", False)
+        if captured.first:
+            side.inputs += use.lead.numel()
+            side.rows += use.lead.numel()
+
     def _add_windows(self, group: Group, factors: Factors, captured: Captured, k: int, role: str) -> bool:
         """Add a convolution's Σ a aᵀ by autocorrelation, if that is certified and the windows are not needed anyway."""
         use = captured.tape.uses[k]
         assert isinstance(use, LinearUse)
         windows = use.inputs
-        if role == "bias" or not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
+        if not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
             return False
         side = self._side(group, factors, "right", False)
         if side.inputs.ndim == 2 or not windows.correlates:
             return False
         joint = role == "joint"
-        form = (windows.kernel, windows.padding, *windows.input.shape[2:], joint)
-        if form not in self.certified:
-            self.certified[form] = _equal_on_one(windows, self.dtype, joint)
-        if not self.certified[form]:
+        x = windows.input
+        form = (windows.kernel, windows.padding, x.shape[1:], x.dtype, self.dtype, x.device, joint)
+        if form not in CERTIFIED:
+            CERTIFIED[form] = _equal_on_one(windows, self.dtype, joint)
+        if not CERTIFIED[form]:
             return False
         side.inputs[0] += windows.moment(self.dtype, joint)
-        side.rows += lead(use).numel()
+        side.rows += use.lead.numel()
         return True
 
     def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:
@@ -196,107 +214,13 @@ def whole_gradients(group: Group, captured: Captured) -> Tensor | None:
     return vector_gradients(captured.uses[group.key], captured.tape, captured.slopes)
 
 
-class BasisDiagonal:
-    """Adds Σ (U_Lᵀ G U_R)² over whole per-unit gradients G: George et al. 2018 (1806.03884), eq. 12.
-
-    Args:
-        group: The group.
-        left: Orthonormal columns ``[groups, left, left]``; ``None`` for the identity.
-        right: Likewise.
-        dtype: Precision.
-        budget: Bytes that the gradients of some units may take together.
-    """
-
-    def __init__(
-        self, group: Group, left: Tensor | None, right: Tensor | None, dtype: torch.dtype, budget: int
-    ) -> None:
-        self.group, self.left, self.right, self.dtype = group, left, right, dtype
-        self.total = torch.zeros(group.shape, dtype=dtype, device=group.places.device)
-        self._chunk = max(1, budget // (4 * self.total.numel() * dtype.itemsize))
-
-    def add(self, found: Sequence[Piece]) -> None:
-        """Add the rows of one backward pass."""
-        if not found:
-            return
-        positions = sum(piece.outputs.shape[1] for piece in found)
-        _, left, right = self.group.shape
-        # operations a position, and a unit's gradient, to turn into the bases
-        per_row = (left * left if self.left is not None else 0) + (right * right if self.right is not None else 0)
-        whole = left * right * ((left if self.left is not None else 0) + (right if self.right is not None else 0))
-        rows_first = positions * per_row <= whole
-        if rows_first:
-            sides = [
-                (_project(piece.sides[0], self.left, self.dtype), _project(piece.sides[1], self.right, self.dtype))
-                for piece in found
-            ]
-        else:
-            sides = [(cast(piece.sides[0], self.dtype), cast(piece.sides[1], self.dtype)) for piece in found]
-        if positions == 1 and rows_first and all(isinstance(t, Tensor) for pair in sides for t in pair):
-            # one row a unit: the square of an outer product is the outer product of the squares
-            ((rows, others),) = sides
-            assert isinstance(rows, Tensor) and isinstance(others, Tensor)
-            self.total += torch.einsum("nogl,nogr->glr", rows.square(), others.square())
-            return
-        for gradient in gradients(sides, self.total, self._chunk):
-            turned = gradient if rows_first else _rotate(gradient, self.left, self.right)
-            self.total += turned.square().sum(0)
-
-
-def gradients(sides: Sequence[tuple[Tensor | OneHot, Tensor | OneHot]], like: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Whole gradients ``[units, groups, left, right]``, some units at a time, from left and right rows."""
-    units = sides[0][1].shape[0] if isinstance(sides[0][1], Tensor) else sides[0][1].ids.shape[0]
-    for start in range(0, units, chunk):
-        stop = min(start + chunk, units)
-        total = torch.zeros(stop - start, *like.shape, dtype=like.dtype, device=like.device)
-        for left, right in sides:
-            assert isinstance(right, Tensor)
-            if isinstance(left, OneHot):
-                _scatter_rows(total, left.ids[start:stop], right[start:stop])
-            else:
-                total += torch.einsum("nogl,nogr->nglr", left[start:stop], right[start:stop])
-        yield total
-
-
-def _scatter_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Add rows ``[n, o, 1, r]`` to ``total`` ``[n, 1, width, r]`` at ``ids`` ``[n, o, 1]``; −1 is dropped."""
-    n, _, width, right = total.shape
-    offsets = torch.arange(n, device=ids.device).view(-1, 1, 1) * width
-    seen = ids >= 0
-    flat = total.view(n * width, right)
-    flat.index_add_(0, (ids.clamp(min=0) + offsets).flatten(), (rows * seen.unsqueeze(-1)).reshape(-1, right))
-
-
-def _rotate(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    if left is not None:
-        gradient = left.mT @ gradient
-    return gradient if right is None else gradient @ right
-
-
-def _project(rows: Tensor | OneHot, basis: Tensor | None, dtype: torch.dtype) -> Tensor | OneHot:
-    if isinstance(rows, OneHot):
-        return rows if basis is None else torch.einsum("nogc,gck->nogk", rows.dense(dtype), basis)
-    rows = rows.to(dtype)
-    return rows if basis is None else torch.einsum("nogc,gck->nogk", rows, basis)
-
-
-def cast(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor | OneHot:
-    return rows if isinstance(rows, OneHot) else rows.to(dtype)
-
-
 def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> None:
     """Add Σ rows rowsᵀ, or its diagonal, for rows ``[units, positions, groups, c]``."""
     if isinstance(rows, OneHot):
         ids = rows.ids.flatten()
         moment += torch.bincount(ids[ids >= 0], minlength=rows.width).to(dtype)
-        return
-    rows = rows.to(dtype).flatten(0, 1)
-    if moment.ndim == 2:
-        moment += rows.square().sum(0)
-    elif moment.shape[0] == 1:
-        add_gram(moment[0], rows.squeeze(1))
     else:
-        by_group = rows.movedim(1, 0)
-        moment.baddbmm_(by_group.mT, by_group)
+        add_moment(moment, rows.to(dtype))
 
 
 def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
@@ -311,19 +235,6 @@ def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
 
 def _count(rows: Tensor | OneHot) -> int:
     return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
-
-
-def add_gram(moment: Tensor, rows: Tensor) -> None:
-    """Add rowsᵀ rows ``[c, c]`` for rows ``[n, c]``; where c is large only half of it is computed."""
-    size = rows.shape[1]
-    if size < 4 * STRIPE or len(rows) < 2 * STRIPE:  # measured: then one product is faster
-        moment.addmm_(rows.T, rows)
-        return
-    for start in range(0, size, STRIPE):
-        stop = min(start + STRIPE, size)
-        product = rows[:, start:stop].T @ rows[:, start:]
-        moment[start:stop, start:] += product
-        moment[stop:, start:stop] += product[:, stop - start :].T
 
 
 def _equal_on_one(windows: Windows, dtype: torch.dtype, joint: bool) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.tape import Tape, views
-from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, Windows, lead
+from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, Windows
 from curvops.operators.places import Places
 from curvops.space import TensorSpace
 
@@ -199,13 +199,16 @@ def _arranged_inputs(tape: Tape, k: int, role: str) -> Tensor | OneHot:
     use, layout = tape.uses[k], tape.layouts[k]
     assert isinstance(use, LinearUse) and layout is not None
     if role == "bias":
-        return torch.ones(tape.units, lead(use).numel() // tape.units, 1, 1, dtype=tape.z.dtype, device=tape.z.device)
+        return torch.ones(tape.units, use.lead.numel() // tape.units, 1, 1, dtype=tape.z.dtype, device=tape.z.device)
     a = use.inputs()
     if isinstance(a, OneHot):
         return OneHot(layout.arrange(a.ids, 1, tape.units), a.width)
     a = layout.arrange(a, 2, tape.units)
     if role == "joint":
-        a = torch.cat([a, torch.ones(*a.shape[:-1], 1, dtype=a.dtype, device=a.device)], -1)
+        ones = torch.ones(*a.shape[:-1], 1, dtype=a.dtype, device=a.device)
+        if a.stride(1) == 1 < a.stride(3):  # positions come last in memory, and stay there
+            return torch.cat([a.movedim(1, 3), ones.movedim(1, 3)], 2).movedim(3, 1)
+        a = torch.cat([a, ones], -1)
     return a
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.account import Form, eigen_form
-from curvops.kronecker.factors import BasisDiagonal
+from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.replay import Replay
@@ -122,8 +122,7 @@ class EKFACLinearOperator(KroneckerOperator):
                 label = f"block of {describe(group.names)}"
                 left, right = bases.of(block.left, label), bases.of(block.right, label)
                 diagonals[key] = BasisDiagonal(group, left, right, self._compute_dtype, self._budget())
-        for rows in replay.rows(f"{self.name} correction"):
-            for key, found in rows.items():
-                if key in diagonals:
-                    diagonals[key].add(found)
+        for passes in replay.together(f"{self.name} correction"):
+            for key, diagonal in diagonals.items():
+                diagonal.add([rows[key] for rows in passes if key in rows])
         return {**{key: Eigen(d.left, d.right, d.total) for key, d in diagonals.items()}, **wholes.entries()}

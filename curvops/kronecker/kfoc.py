@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvops.kronecker.factors import cast, gradients
+from curvops.kronecker.correction import cast, gradients
 from curvops.kronecker.groups import Group, Key, Piece
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.replay import Replay

@@ -161,7 +161,13 @@ class KroneckerOperator(StatefulOperator):
             "separate_weight_and_bias": separate_weight_and_bias,
         }
         self._sweep = Sweep(
-            self.risk, fisher_type, mc_samples, seed, not separate_weight_and_bias, num_per_example_loss_terms
+            self.risk,
+            fisher_type,
+            mc_samples,
+            seed,
+            not separate_weight_and_bias,
+            num_per_example_loss_terms,
+            memory_budget,
         )
         self._memory_budget = memory_budget
         self._compute_dtype = torch.promote_types(self.dtype, torch.float32)

@@ -10,6 +10,7 @@ from curvops.kronecker.sweep import Captured, Sweep
 from curvops.kronecker.uses import OneHot
 
 Rows = Mapping[Key, list[Piece]]
+TOGETHER = 4  # share of the budget that the rows of a second sweep may take
 
 
 class Collector(ABC):
@@ -56,11 +57,7 @@ class Replay(Collector):
             self._sizes.append({})
         rows = rows_of(self._sweep, captured)
         self._kept[place].append(rows)
-        for several in rows.values():
-            for piece in several:
-                for side in piece.sides:
-                    tensor = side.ids if isinstance(side, OneHot) else side
-                    self._sizes[place][tensor.data_ptr()] = tensor.numel() * tensor.itemsize
+        self._sizes[place].update(_sizes(rows))
         if self.kept_bytes > self._budget:
             # a batch is kept whole or not at all
             self._kept.pop()
@@ -75,6 +72,31 @@ class Replay(Collector):
             for _, captured in self._sweep.captures(title, skip=len(self._kept)):
                 yield rows_of(self._sweep, captured)
                 del captured
+
+    def together(self, title: str) -> Iterator[list[Rows]]:
+        """The same, those of one forward pass together, as far as they fit."""
+        yield from self._kept
+        if self._open:
+            return
+        passes: list[Rows] = []
+        held: dict[int, int] = {}
+        seen = 0
+        for _, captured in self._sweep.captures(title, skip=len(self._kept)):
+            seen = 1 if captured.first else seen + 1
+            last = seen >= captured.columns
+            passes.append(rows_of(self._sweep, captured))
+            held.update(_sizes(passes[-1]))
+            del captured
+            if last or sum(held.values()) > self._budget // TOGETHER:
+                yield passes
+                passes, held = [], {}
+
+
+def _sizes(rows: Rows) -> dict[int, int]:
+    """Bytes of the tensors, by their place in memory: uses and passes share some."""
+    sides = [side for several in rows.values() for piece in several for side in piece.sides]
+    tensors = [side.ids if isinstance(side, OneHot) else side for side in sides]
+    return {tensor.data_ptr(): tensor.numel() * tensor.itemsize for tensor in tensors}
 
 
 def rows_of(sweep: Sweep, captured: Captured) -> Rows:

@@ -55,7 +55,7 @@ def layer_rows(sweep: Sweep, title: str) -> Iterator[LayerRows]:
 
 def _layer_rows(sweep: Sweep, title: str, skip: int) -> Iterator[LayerRows]:
     batch, datum, column = -1, -1, 0
-    for place, captured in sweep.captures(title, skip):
+    for place, captured in sweep.captures(title, skip, joined=False):
         if place != batch:
             batch, datum = place, -1
         column = 0 if captured.first else column + 1

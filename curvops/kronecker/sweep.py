@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.cotangents import LIMIT, Cotangents
+from curvops.kronecker.few import FEW, JOINED, Few, failures, fit, look, peeked
 from curvops.kronecker.groups import Group, Grouping, Key, arranged_inputs
 from curvops.kronecker.layout import ONE_UNIT, Layout
 from curvops.kronecker.tape import Tape, certify, record
-from curvops.kronecker.uses import LinearUse, OneHot, lead
+from curvops.kronecker.uses import LinearUse, OneHot
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch
@@ -82,9 +83,6 @@ class FirstBatch:
     row_bytes: int
 
 
-FEW = 4  # data that certificates look at where a batch can be cut
-
-
 class Demoted(Exception):
     """A later batch refuted what was certified on the first; the routes have changed."""
 
@@ -99,6 +97,7 @@ class Sweep:
         seed: Seed of the samples.
         joint: Whether a bias joins its weight's block.
         terms_per_datum: Loss terms of a datum, to compare with what is seen.
+        budget: Bytes that intermediate results may take.
     """
 
     def __init__(
@@ -109,6 +108,7 @@ class Sweep:
         seed: int,
         joint: bool,
         terms_per_datum: int | None = None,
+        budget: int | None = None,
     ) -> None:
         self.risk = risk
         self.fisher_type, self.mc_samples, self.seed = fisher_type, mc_samples, seed
@@ -120,29 +120,41 @@ class Sweep:
         self._terms_per_datum = terms_per_datum
         self._signature: tuple[object, ...] | None = None
         self._layouts: list[Any] = []
+        self._budget = JOINED if budget is None else min(JOINED, budget)
+        self._few: Few | None = None
+        self._processed = 0
+        self._looked = self._agreed = self._apart = False  # apart: batches must not be joined
 
     @property
     def groups(self) -> dict[Key, Group]:
         """The groups seen so far."""
         return self.grouping.groups
 
-    def captures(self, title: str, skip: int = 0) -> Iterator[tuple[int, Captured]]:
+    def captures(self, title: str, skip: int = 0, joined: bool = True) -> Iterator[tuple[int, Captured]]:
         """What each backward pass gives, with the place of its batch.
 
         Args:
             title: For the progress bar.
             skip: Number of batches at the beginning that are not needed.
+            joined: Whether small batches may be processed together, as one.
 
         Raises:
             Demoted: If a batch refutes what was certified before; start again.
         """
         with closing(self.risk.batches(title)) as batches:
-            for place, batch in enumerate(batches):
+            counted = self._counted(batches)
+            for place, batch in enumerate(self._together(counted) if joined else counted):
                 if place >= skip:
                     for captured in self._captures(batch):
                         yield place, captured
                         del captured  # its graph is gone before the next one grows
-                self.units = {"data": batch.start + batch.size, "batches": place + 1}
+                self.units["data"] = batch.start + batch.size
+                self._processed = place + 1
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for place, batch in enumerate(batches):
+            self.units["batches"] = place + 1
+            yield batch
 
     def _captures(self, batch: Batch, pull: bool = True) -> Iterator[Captured]:
         tape = record(self.risk, batch.X, batch.size)
@@ -183,12 +195,17 @@ class Sweep:
 
     def notes(self) -> list[str]:
         """Remarks for the account."""
-        if not self.signed:
-            return []
-        return [
-            f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
-            "with random signs, so that cross terms vanish in expectation"
-        ]
+        found = []
+        if self._processed < self.units["batches"]:
+            found.append(
+                f"{self.units['batches']} batches were processed as {self._processed}: no datum's output depends on others"
+            )
+        if self.signed:
+            found.append(
+                f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
+                "with random signs, so that cross terms vanish in expectation"
+            )
+        return found
 
     def _check_terms(self, curvature: OutputCurvature) -> None:
         expected, seen = self._terms_per_datum, curvature.terms_per_datum
@@ -243,18 +260,14 @@ class Sweep:
     def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> None:
         """Give the tape its layouts; find the routes on the first batch, and again where it looks different."""
         signature = tape.signature()
+        self._check_joining(batch, tape)
         known = signature == self._signature and len(self._layouts) == len(tape.uses) and not tape.data_dependent
-        if known:
-            shapes = [lead(use) for use in tape.uses]
-            if all(
-                lay is None or lay.fits(shape, batch.size) for lay, shape in zip(self._layouts, shapes, strict=True)
-            ):
-                tape.layouts = list(self._layouts)
-                return
-        names = list(self.risk.space.names)
-        failed = self._failures_on_few(batch, tape, names)
+        if known and fit(self._layouts, tape):
+            tape.layouts = list(self._layouts)
+            return
+        failed = self._failures_on_few(batch, tape)
         if failed is None:
-            failed = self._failures(tape, curvature, names)
+            failed = failures(self.risk, self.grouping, tape, curvature)
         # layouts of a batch with one datum say nothing of others
         self._signature, self._layouts = (signature, list(tape.layouts)) if batch.size > 1 else (None, [])
         if not self.routes:
@@ -265,34 +278,38 @@ class Sweep:
         if broken:
             fresh = self._find_routes(batch, tape, {name: failed[name] for name in broken})
             self.routes.update({name: fresh[name] for name in broken})
+            self._apart = True
             raise Demoted
 
-    def _failures_on_few(self, batch: Batch, tape: Tape, names: list[str]) -> dict[str, str] | None:
-        """Certify on the first data of a batch, which costs less; ``None`` where that says nothing of the batch."""
-        tensors = tensors_of((batch.X, batch.y))
-        if batch.size <= FEW or tape.data_dependent or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors):
+    def _failures_on_few(self, batch: Batch, tape: Tape) -> dict[str, str] | None:
+        """Certify on a few data of a batch, which costs less; ``None`` where that says nothing of the batch."""
+        few = self._few
+        if tape.data_dependent or batch.size <= FEW:
             return None
-        X, y = (select(part, batch.size, slice(0, FEW)) for part in (batch.X, batch.y))
-        small = record(self.risk, X, FEW)
-        if small.signature() != tape.signature():
+        if few is None or few.start != batch.start:
+            few = look(self.risk, self.grouping, batch, 0)
+        if few is None or not few.speaks_for(tape):
             return None
-        curvature = self.risk.output_curvature(small.z.detach(), Batch(X, y, FEW, batch.start))
-        failed = self._failures(small, curvature, names)
-        shapes = [lead(use) for use in tape.uses]
-        if not all(lay is None or lay.fits(s, batch.size) for lay, s in zip(small.layouts, shapes, strict=True)):
-            return None
-        tape.layouts = list(small.layouts)
-        return failed
+        tape.layouts = list(few.layouts)
+        return few.failed
 
-    def _failures(self, tape: Tape, curvature: OutputCurvature, names: list[str]) -> dict[str, str]:
-        if tape.units > 1 and curvature.terms_per_datum is None:
-            return dict.fromkeys(names, "the number of loss terms is not a multiple of the number of data")
-        generator = torch.Generator().manual_seed(1)
-        unit_weights = (0.5 + torch.rand(tape.units, generator=generator, dtype=torch.float64)).to(tape.z.device)
-        rows = unit_weights.repeat_interleave(curvature.num_terms // tape.units)
-        spread = rows[:, None].expand(-1, curvature.width).to(curvature.dtype)
-        failed = certify(tape, unit_weights, curvature.outputs(spread.contiguous()), names)
-        return {**self.grouping.overlapping(tape), **failed}
+    def _together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, small ones joined if what was seen of a few data allows it."""
+        if not self._looked:
+            self._looked = True
+            first, batches = peeked(batches)
+            self._few = None if first is None else look(self.risk, self.grouping, first, self._budget)
+        return batches if self._few is None or self._apart else self._few.joined(batches)
+
+    def _check_joining(self, batch: Batch, tape: Tape) -> None:
+        """Compare the first joined batch with the few data that were seen without the others."""
+        few = self._few
+        if few is None or few.shape is None or self._apart or self._agreed or batch.start != few.start:
+            return
+        if not few.agrees(tape):
+            self._apart = True  # the output depends on which data come together
+            raise Demoted
+        self._agreed = True
 
     def _find_routes(self, batch: Batch, tape: Tape, failed: Mapping[str, str]) -> dict[str, Route]:
         routes = {name: Route("batch", True, "tapped") for name in self.risk.space.names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.risk.empirical_risk import EmpiricalRisk
+
+Part = tuple[Use, View, Tensor]  # a use of a parameter, which part it uses, and the gradient at its output
 
 PROJECTIONS = 8  # random numbers that stand for a row when its scale is looked at
 
@@ -31,6 +34,7 @@ class Tape:
         data_dependent: Whether rows may be ordered by the data's values.
         units: Number of units (data, or one for the whole pass) that rows are attributed to.
         precision: The lowest that the model computes in.
+        activations: Bytes of the operations' results, about what the graph holds.
         layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
         inputs: Inputs already arranged, by use and role.
     """
@@ -42,6 +46,7 @@ class Tape:
     data_dependent: bool
     units: int
     precision: torch.dtype
+    activations: int
     layouts: list[Layout | None] = field(default_factory=list)
     inputs: dict[tuple[int, str], Any] = field(default_factory=dict)
 
@@ -68,7 +73,8 @@ def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
     leaves = risk.model.leaves()
     taps = Taps(leaves)
     z = risk.forward(leaves, X, taps)
-    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units, taps.precision or z.dtype)
+    precision = taps.precision or z.dtype
+    tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units, precision, taps.activations)
     tape.layouts = [ONE_UNIT if units == 1 else None] * len(taps.uses)
     return tape
 
@@ -78,6 +84,49 @@ def views(use: Use) -> list[View]:
     if isinstance(use, VectorUse):
         return [use.vector]
     return [view for view in (use.weight, use.bias) if view is not None]
+
+
+def certify_twins(tape: Tape, unit_weights: Tensor, cotangent: Tensor, names: Sequence[str]) -> bool:
+    """Find the layouts of the rows of data that come twice, in one backward pass.
+
+    A row that belongs to one unit comes back scaled by that unit's weight, so that twins' rows differ by the ratio of
+    their weights.
+
+    Args:
+        tape: The forward pass, whose second half of data equals the first; its layouts are set.
+        unit_weights: One weight for each unit, all different.
+        cotangent: Of the output's shape: the same for both halves, but for the weights.
+        names: The parameters to look at.
+
+    Returns:
+        Whether all parameters are explained by their uses; if not, `certify` tells which are not, and why.
+    """
+    if tape.unknowns:
+        return False
+    found, totals = tape.gradients(cotangent, range(len(tape.uses)), names)
+    for k, (use, slope) in enumerate(zip(tape.uses, found, strict=True)):
+        tape.layouts[k] = _twins_layout(_projected(use, slope), unit_weights, tape.precision)
+        if tape.layouts[k] is None:
+            return False
+    parts, allowed = _parts(tape, found), _allowed(tape, found)
+    return all(
+        _explained(tape.leaves[name], parts.get(name, ()), total, allowed)
+        for name, total in zip(names, totals, strict=True)
+    )
+
+
+def _twins_layout(rows: Tensor | None, units: Tensor, precision: torch.dtype) -> Layout | None:
+    """The layout in which projected rows of twins differ by the ratio of their weights; ``None`` if all are zero."""
+    if rows is None:
+        return None
+    half = len(units) // 2
+    ratios = (units[half:] / units[:half]).to(rows).view(-1, 1, 1)
+    allowed = max(tolerance(rows.dtype), tolerance(precision))
+    for layout in candidates(tuple(rows.shape[:-1]), len(units)):
+        first, second = layout.arrange(rows, 1, len(units)).split(half)
+        if relative_difference(second, first * ratios) <= allowed and rows.any():
+            return layout
+    return None
 
 
 def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[str]) -> dict[str, str]:
@@ -109,11 +158,12 @@ def certify(tape: Tape, unit_weights: Tensor, weights: Tensor, names: Sequence[s
         tape.layouts[k] = _layout(before, _projected(use, scaled[k]), unit_weights, tape.precision)
         if tape.layouts[k] is None:
             failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
+    parts, allowed = _parts(tape, scaled), _allowed(tape, scaled)
     for k, name in enumerate(names):
         total, totals[k] = totals[k], None
         if name in tape.unknowns and total is not None:
             failed[name] = f"it enters {tape.unknowns[name]}"
-        elif name not in failed and not _explained(tape, name, scaled, total):
+        elif name not in failed and not _explained(tape.leaves[name], parts.get(name, ()), total, allowed):
             failed[name] = "its gradient is not the sum over the operations that were seen"
     return failed
 
@@ -135,32 +185,44 @@ def _projected(use: Use, slope: Tensor | None) -> Tensor | None:
         return None
     rows = use.outputs(slope).flatten(-2) if isinstance(use, LinearUse) else use.rows(slope)
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    directions = torch.randn(rows.shape[-1], PROJECTIONS, generator=torch.Generator().manual_seed(0))
-    return (rows.detach().to(dtype) @ directions.to(rows.device, dtype)).to(rows.dtype)
+    return (rows.detach().to(dtype) @ _directions(rows.shape[-1]).to(rows.device, dtype)).to(rows.dtype)
 
 
-def _explained(tape: Tape, name: str, slopes: Sequence[Tensor | None], total: Tensor | None) -> bool:
+@lru_cache(maxsize=64)
+def _directions(size: int) -> Tensor:
+    return torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
+
+
+def _parts(tape: Tape, slopes: Sequence[Tensor | None]) -> dict[str, list[Part]]:
+    """What makes up the gradient of each parameter."""
+    found: dict[str, list[Part]] = {}
+    for use, g in zip(tape.uses, slopes, strict=True):
+        if g is not None:
+            for view in views(use):
+                found.setdefault(view.name, []).append((use, view, g))
+    return found
+
+
+def _allowed(tape: Tape, slopes: Sequence[Tensor | None]) -> float:
+    """The difference that rounding explains in the lowest precision of a pass."""
+    return max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in slopes if g is not None)})
+
+
+def _explained(leaf: Tensor, parts: Sequence[Part], total: Tensor | None, allowed: float) -> bool:
     """Whether a parameter's gradient is the sum over its uses."""
-    leaf = tape.leaves[name]
     found: Tensor | None = None
     dtype = torch.promote_types(leaf.dtype, torch.float32)
-    for use, g in zip(tape.uses, slopes, strict=True):
-        if g is None:
-            continue
-        for view in views(use):
-            if view.name == name:
-                part = _pooled(use, view, g).to(dtype).flatten()
-                if view.index is None:
-                    found = part if found is None else found.add_(part)
-                else:
-                    found = torch.zeros(leaf.numel(), dtype=dtype, device=leaf.device) if found is None else found
-                    found.index_add_(0, view.index.flatten(), part)
-    lowest = min((g.dtype for g in slopes if g is not None), key=lambda d: -torch.finfo(d).eps, default=leaf.dtype)
-    allowed = max(tolerance(lowest), tolerance(tape.precision))
+    for use, view, g in parts:
+        part = _pooled(use, view, g).to(dtype).flatten()
+        if view.index is None:
+            found = part if found is None else found.add_(part)
+        else:
+            found = torch.zeros(leaf.numel(), dtype=dtype, device=leaf.device) if found is None else found
+            found.index_add_(0, view.index.flatten(), part)
     if found is None:
         return total is None or not total.any()
-    scale = 0.0 if total is None else float(total.detach().norm())
-    difference = float((found if total is None else found.sub_(total.detach().flatten())).norm())
+    scale = 0.0 if total is None else float(torch.linalg.vector_norm(total.detach()))
+    difference = float(torch.linalg.vector_norm(found if total is None else found.sub_(total.detach().flatten())))
     return difference <= allowed * scale if scale > 0 else difference <= allowed
 
 

@@ -108,9 +108,6 @@ DATA_DEPENDENT = {
 }
 
 
-_signature = cache(inspect.signature)
-
-
 class Taps(TorchFunctionMode):
     """Records how each parameter enters a forward pass.
 
@@ -122,6 +119,7 @@ class Taps(TorchFunctionMode):
         unknowns: Names of parameters that also enter operations without a rule, and one such operation.
         data_dependent: Whether rows may be ordered by the data's values.
         precision: The lowest that was computed in.
+        activations: Bytes of the operations' results that carry a graph.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
@@ -131,6 +129,7 @@ class Taps(TorchFunctionMode):
         self.unknowns: dict[str, str] = {}
         self.data_dependent = False
         self.precision: torch.dtype | None = None
+        self.activations = 0
         self._views = {id(leaf): View(name, (), None, leaf.shape) for name, leaf in leaves.items()}
         self._sizes = {name: leaf.numel() for name, leaf in leaves.items()}
         self._kept: list[Tensor] = list(leaves.values())  # ids stay valid while the tensors live
@@ -212,7 +211,7 @@ class Taps(TorchFunctionMode):
         substitute = TABLE.get(func, func)
         if not parameters and not (rows and func in ADDS):
             out = substitute(*args, **kwargs)
-            self._note_precision(out)
+            self._note(func, args, out)
             if alone and func in VIEWS:
                 self.lookups.arrange(func, rows[0], args[1:], kwargs, out)
             elif alone and func in CASTS:
@@ -225,8 +224,10 @@ class Taps(TorchFunctionMode):
         if substitute in TRANSPARENT:
             with self:
                 return substitute(*args, **kwargs)
-        if func in RULES and _fits(RULES[func], self, func, *args, **kwargs):
-            return RULES[func](self, substitute, *args, **kwargs)
+        if func in RULES and _fits(RULES[func], 2 + len(args), tuple(kwargs)):
+            out = RULES[func](self, substitute, *args, **kwargs)
+            self._note(func, args, out)
+            return out
         out = substitute(*args, **kwargs)
         if func in VIEWS and len(parameters) == 1 and parameters[0] is args[0]:
             self._derive(func, args, kwargs, out)
@@ -236,11 +237,18 @@ class Taps(TorchFunctionMode):
             self.unknown(*parameters)
         return out
 
-    def _note_precision(self, out: Any) -> None:
-        if isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad and out.dtype != self.precision:
-            lowest = 0.0 if self.precision is None else torch.finfo(self.precision).eps
-            if torch.finfo(out.dtype).eps > lowest:
-                self.precision = out.dtype
+    def _note(self, func: Any, args: Any, out: Any) -> None:
+        """Note the precision of a result, and the memory that it takes."""
+        if not (isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad):
+            return
+        if out.dtype != self.precision and (
+            self.precision is None or torch.finfo(out.dtype).eps > torch.finfo(self.precision).eps
+        ):
+            self.precision = out.dtype
+        if func not in VIEWS:
+            self.activations += out.numel() * out.itemsize
+        if func is F.scaled_dot_product_attention:  # its scores, of all pairs of positions, stay inside
+            self.activations += 2 * args[0].shape[:-1].numel() * args[1].shape[-2] * out.itemsize
 
     def _derive(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """The same operation on the entries' places tells which entries the result holds."""
@@ -261,10 +269,11 @@ class Taps(TorchFunctionMode):
         self._kept.append(tensor)
 
 
-def _fits(function: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a rule knows all arguments of a call."""
+@cache
+def _fits(function: Any, count: int, names: tuple[str, ...]) -> bool:
+    """Whether a rule knows all arguments of a call: so many by place, and those with names."""
     try:
-        _signature(function).bind(*args, **kwargs)
+        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(names))
     except TypeError:
         return False
     return True

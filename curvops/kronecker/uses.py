@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,6 +76,11 @@ class LinearUse:
     kind: str
     shape: torch.Size
 
+    @cached_property
+    def lead(self) -> torch.Size:
+        """The axes of the rows."""
+        return self.outputs(torch.empty(self.shape, device="meta")).shape[:-2]
+
 
 @dataclass(frozen=True)
 class VectorUse:
@@ -98,13 +104,6 @@ class VectorUse:
 Use = LinearUse | VectorUse
 
 
-def lead(use: Use) -> torch.Size:
-    """The axes of a use's rows."""
-    if isinstance(use, VectorUse):
-        return use.lead
-    return use.outputs(torch.empty(use.shape, device="meta")).shape[:-2]
-
-
 def patches(
     x: Tensor,
     kernel: tuple[int, ...],
@@ -113,7 +112,10 @@ def patches(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Windows of a map: ``[N, C, *space]`` to ``[N, windows, groups, C/groups · kernel]``."""
+    """Windows of a map: ``[N, C, *space]`` to ``[N, windows, groups, C/groups · kernel]``.
+
+    In memory the places of a window come before the windows, as they are copied in long runs.
+    """
     amounts = [amount for pair in reversed(padding) for amount in pair]
     if any(amounts):
         x = torch.nn.functional.pad(x, amounts)
@@ -121,9 +123,9 @@ def patches(
         x = x.unfold(2 + axis, (size - 1) * spread + 1, step)[..., ::spread]
     n, channels = x.shape[:2]
     order = len(kernel)
-    space = x.shape[2 : 2 + order].numel()
-    x = x.movedim(1, 1 + order)
-    return x.reshape(n, space, groups, channels // groups * torch.Size(kernel).numel())
+    x = x.permute(0, 1, *range(2 + order, 2 + 2 * order), *range(2, 2 + order))
+    size = channels // groups * torch.Size(kernel).numel()
+    return x.reshape(n, groups, size, -1).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

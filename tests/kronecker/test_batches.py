@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from curvops.kronecker import sweep
 from kronecker.cases import APPROXIMATIONS, FISHER_TYPES, KINDS, PROBLEMS, build, close, cnn, real, seeded, tokens
 
 FORBIDDEN = {("ekfac", "forward-only"), ("kfoc", "forward-only"), ("diagonal", "forward-only")}
@@ -13,8 +14,11 @@ CASES = [case for case in itertools.product(KINDS, FISHER_TYPES, APPROXIMATIONS)
 
 
 @pytest.mark.parametrize("name", ["cnn", "tied"])
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize(("kind", "fisher_type", "approximation"), CASES)
-def test_any_cut_gives_the_same(kind, fisher_type, approximation, name):
+def test_any_cut_gives_the_same(kind, fisher_type, approximation, joined, name, monkeypatch):
+    if not joined:
+        monkeypatch.setattr(sweep, "JOINED", 0)
     options = {"fisher_type": fisher_type, "kfac_approx": approximation, "check_deterministic": False}
     if fisher_type == "mc":
         options["mc_samples"] = 2
@@ -30,8 +34,9 @@ def test_any_cut_gives_the_same(kind, fisher_type, approximation, name):
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-def test_any_cut_gives_the_same_corrected_factors(fisher_type, approximation):
+def test_any_cut_gives_the_same_corrected_factors(fisher_type, approximation, monkeypatch):
     """So many data that no eigenvalue is zero, and none is repeated."""
+    monkeypatch.setattr(sweep, "JOINED", 0)
     model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Flatten()))
     problem = model, nn.MSELoss(), real(40, 2, 3), real(40, 8)
     options = {"fisher_type": fisher_type, "kfac_approx": approximation, "mc_samples": 2}
@@ -42,7 +47,8 @@ def test_any_cut_gives_the_same_corrected_factors(fisher_type, approximation):
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
-def test_a_second_sweep_gives_what_kept_rows_give(kind, name, fisher_type):
+def test_a_second_sweep_gives_what_kept_rows_give(kind, name, fisher_type, monkeypatch):
+    monkeypatch.setattr(sweep, "JOINED", 0)
     problem, options = PROBLEMS[name](), {"fisher_type": fisher_type, "check_deterministic": False}
     kept = build(kind, problem, 3, 2, 1, **options)
     dense = kept.to_dense()
@@ -65,7 +71,8 @@ def test_the_plan_knows_what_will_be_kept(problem):
     assert planned.startswith(f"rows of this batch: {kept.removeprefix('rows kept for the second look: ')};")
 
 
-def test_one_sweep_takes_one_backward_pass_a_column():
+def test_one_sweep_takes_one_backward_pass_a_column(monkeypatch):
+    monkeypatch.setattr(sweep, "JOINED", 0)
     op = build("ekfac", cnn(), 3, 3)
     op.trace()
     assert "4 backward passes to the layers' outputs" in op.explain().notes  # two batches, two outputs

@@ -1,0 +1,64 @@
+"""Second moments Σ r rᵀ of rows: on a CPU only the upper half of a matrix is accumulated, and mirrored in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+STRIPE = 64  # rows of a matrix that are accumulated together; measured: smaller ones are not faster
+STRIPES = 12  # stripes at most: twelve save 46 % of the work, all of them would save 50 %
+
+
+def add_moment(moment: Tensor, rows: Tensor) -> None:
+    """Add Σ r rᵀ over rows ``[units, positions, groups, c]``, or its diagonal.
+
+    Args:
+        moment: ``[groups, c, c]``, of which the upper half is right until it is `mirrored`; or ``[groups, c]``.
+        rows: Of the moment's precision.
+    """
+    if moment.ndim == 2:
+        moment += rows.square().sum((0, 1))
+    elif moment.shape[0] > 1:
+        by_group = rows.flatten(0, 1).movedim(1, 0)
+        moment.baddbmm_(by_group.mT, by_group)
+    elif _channels_first(rows):
+        # as they lie in memory: a copy with the channels last would take longer than the product
+        maps = rows.squeeze(2).mT
+        units, size, positions = maps.shape
+        if positions >= size:
+            moment[0] += torch.bmm(maps, maps.mT).sum(0)
+        else:
+            add_gram(moment[0], maps.transpose(0, 1).reshape(size, units * positions).T)
+    else:
+        add_gram(moment[0], rows.flatten(0, 2))
+
+
+def add_gram(moment: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to the upper half of ``[c, c]`` for rows ``[n, c]``."""
+    for start, stop in _stripes(moment):
+        moment[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def mirrored(moment: Tensor) -> Tensor:
+    """The moment with its upper half copied to the lower one, in place; a diagonal as it is."""
+    if moment.ndim == 3:
+        for start, stop in _stripes(moment):
+            if stop < moment.shape[-1]:
+                moment[:, stop:, start:stop] = moment[:, start:stop, stop:].mT
+    return moment
+
+
+def _stripes(moment: Tensor) -> Iterator[tuple[int, int]]:
+    size = moment.shape[-1]
+    width = STRIPE * -(-size // (STRIPE * STRIPES))
+    if size < 2 * STRIPE or moment.device.type != "cpu":
+        width = max(size, 1)
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
+
+
+def _channels_first(rows: Tensor) -> bool:
+    positions, groups, size = rows.shape[1:]
+    return groups == 1 and size > 1 and positions > 1 and rows.stride(1) == 1 and rows.stride(3) == positions

@@ -92,7 +92,13 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
 
 def test_interrupted_it_keeps_what_is_finished(tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, "--output", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "--output", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that run in a shell's background are told to ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / MATRICES).exists():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvops.kronecker.gram import add_moment, mirrored
+from curvops.gram import add_moment, mirrored
 from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot, Windows

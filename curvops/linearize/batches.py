@@ -7,15 +7,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvops.linearize.certify import Account, reason, relative_difference, tolerance
 from curvops.linearize.choose import CLEARLY, timed
-from curvops.linearize.count import counted
-from curvops.linearize.keep import Build, Kept, KeptLinearizations, versions
+from curvops.linearize.keep import Build, Kept, KeptLinearizations, linearized, versions
 from curvops.linearize.products import WORTH, BatchProduct
 from curvops.risk.data import Batch, joined_batches
 
@@ -72,7 +70,7 @@ class Relinearized(Upgrade):
 
     def _kept(self, sources: Sequence[Batch]) -> Kept:
         (batch,) = joined_batches(sources, sum(source.size for source in sources))
-        product, held = counted(partial(self._build, batch))
+        product, held = linearized(self._build, batch, self._budget())
         return Kept(product, sources, versions(sources), held or 0)
 
 

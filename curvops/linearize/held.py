@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from curvops.gram import add_gram, mirrored
 from curvops.linearize.batches import Upgrade
 from curvops.linearize.choose import timed
 from curvops.linearize.keep import Kept, versions
@@ -93,7 +94,9 @@ class HeldRows(Upgrade):
         rows = torch.cat(found)
         if len(rows) < self._space.dim or self._space.dim > LARGEST:
             return [_held(MatrixProduct(rows, rows=True), sources)]
-        return [_held(MatrixProduct(rows.T @ rows, rows=False), sources)]
+        matrix = rows.new_zeros(self._space.dim, self._space.dim)
+        add_gram(matrix, rows)
+        return [_held(MatrixProduct(mirrored(matrix.unsqueeze(0))[0], rows=False), sources)]
 
 
 def _held(product: MatrixProduct, sources: Sequence[Batch]) -> Kept:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from curvops.linearize.count import counted
-from curvops.linearize.products import CHUNK, BatchProduct
+from curvops.linearize.products import CHUNK, WORTH, BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.tree import content, tensors_of
 
+TOGETHER_BYTES = 2**27  # graphs that go together: beyond, convolutions by `vmap` were measured slower than one by one
 Build = Callable[[Batch], BatchProduct]
 
 
@@ -111,12 +112,7 @@ class KeptLinearizations:
                     yield self._kept[place].product
                     continue
                 room = self._limit - self.size
-                if self._limit <= 0:
-                    product, size = self.build(batch), None
-                    product.together, product.once = 1, True
-                else:
-                    product, size = counted(partial(self.build, batch))
-                    product.together = _together(size, self._limit)
+                product, size = linearized(self.build, batch, self._limit)
                 yield product
                 # only now is everything made that a product needs
                 if size is not None and size + product.held_bytes <= room:
@@ -131,9 +127,18 @@ class KeptLinearizations:
             self._kept.popitem()
 
 
-def _together(size: int | None, limit: int) -> int:
-    """Vectors whose intermediate results, each about as large as the graph, fit a budget."""
-    return CHUNK if size is None else min(CHUNK, max(1, limit // max(1, 2 * size)))
+def linearized(build: Build, batch: Batch, budget: int) -> tuple[BatchProduct, int | None]:
+    """A batch's linearization, and the bytes of its graph if it may be kept and they can be counted."""
+    if budget <= 0:
+        product = build(batch)
+        product.together, product.once = 1, True
+        return product, None
+    product, size = counted(partial(build, batch))
+    if size is not None:
+        # intermediate results are about as large as the graph, for each of the vectors that go together
+        within = budget // max(1, 2 * size)
+        product.together = min(CHUNK, max(WORTH, TOGETHER_BYTES // max(1, size)), max(1, within))
+    return product, size
 
 
 def versions(batches: Sequence[Batch]) -> object:

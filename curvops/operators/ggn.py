@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import jvp, linearize
 from torch.nn import Module
 
+from curvops.gram import add_gram, mirrored
 from curvops.linearize.batches import LinearizedForward, Upgrade
 from curvops.linearize.certify import Account
 from curvops.linearize.held import HeldRows
@@ -73,11 +74,15 @@ class OutputFactorOperator(RiskOperator):
     def _held(self) -> Upgrade:
         return HeldRows(self.domain, self._rows, self._budget)
 
+    def _dense_of(self, batches: Iterable[Batch]) -> tuple[Tensor, float]:
+        total, difference = super()._dense_of(batches)
+        return mirrored(total.unsqueeze(0))[0], difference
+
     def _add_dense(self, batch: Batch, total: Tensor) -> float:
+        """Add to the upper half."""
         found = self._rows(batch, 3 * self.domain.dim)
         for rows in found:
-            rows = rows.to(total.dtype)
-            total.addmm_(rows.T, rows)
+            add_gram(total, rows.to(total.dtype))
         return found.difference
 
     def _rows(self, batch: Batch, most: float) -> CertifiedRows:

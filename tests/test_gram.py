@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from curvops.kronecker.gram import add_moment, mirrored
+from curvops.gram import add_moment, mirrored
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 127, 128, 200, 800])

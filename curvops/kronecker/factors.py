@@ -148,14 +148,16 @@ class Moments:
 
     def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:
         """Add Σ g gᵀ; a weight and its separate bias share it."""
+        known = captured.moments.pop((k, moment.ndim), None)
+        if known is not None:
+            moment += known
+            return
         rows = arranged_outputs(captured.tape, k, role, g)
-        if role == "joint" or rows.shape[2] > 1:
+        if k not in captured.twice or rows.shape[2] > 1:
             _add_moment(moment, rows, self.dtype)
             return
-        found = captured.moments.get((k, moment.ndim))
-        if found is None:
-            found = captured.moments[k, moment.ndim] = torch.zeros_like(moment)
-            _add_moment(found, rows, self.dtype)
+        found = captured.moments[k, moment.ndim] = torch.zeros_like(moment)
+        _add_moment(found, rows, self.dtype)
         moment += found
 
     def _reduce(self, group: Group, factors: Factors, captured: Captured) -> None:

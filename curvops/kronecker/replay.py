@@ -50,6 +50,7 @@ class Replay(Collector):
 
     def add(self, place: int, captured: Captured) -> None:
         """Keep a backward pass of the batch at ``place``, if there is room for all of the batch."""
+        self._open = self._open and self._budget > 0
         if not self._open:
             return
         if place == len(self._kept):
@@ -78,6 +79,9 @@ class Replay(Collector):
         yield from self._kept
         if self._open:
             return
+        if self._budget <= 0:
+            yield from self._one_by_one(title)
+            return
         passes: list[Rows] = []
         held: dict[int, int] = {}
         seen = 0
@@ -90,6 +94,16 @@ class Replay(Collector):
             if last or sum(held.values()) > self._budget // TOGETHER:
                 yield passes
                 passes, held = [], {}
+
+    def _one_by_one(self, title: str) -> Iterator[list[Rows]]:
+        """The same, group by group: the rows of one at a time are there."""
+        for _, captured in self._sweep.captures(title, skip=len(self._kept)):
+            for key, uses in captured.uses.items():
+                if self._sweep.groups[key].kind == "linear":
+                    yield [{key: pieces(uses, captured.tape, captured.slopes)}]
+                for use in uses:
+                    captured.tape.inputs.pop(use, None)
+            del captured
 
 
 def _sizes(rows: Rows) -> dict[int, int]:

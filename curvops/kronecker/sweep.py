@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class Captured:
         first: Whether it is the first backward pass of this forward pass.
         route: The units of the forward pass, as in `Route`.
         columns: Number of backward passes of this forward pass.
-        moments: Second moments of output gradients that were computed already, by use and number of axes.
+        moments: Second moments of output gradients that the next group needs too, by use and number of axes.
     """
 
     tape: Tape
@@ -62,6 +64,12 @@ class Captured:
     route: str
     columns: int
     moments: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def twice(self) -> set[int]:
+        """Uses that belong to two groups: a weight's, and its separate bias's."""
+        seen = [k for several in self.uses.values() for k, _ in several]
+        return {k for k, times in Counter(seen).items() if times > 1}
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ bench: .venv-peer/.peer
 	for name in tour work memory growth; do \
 	  .venv-peer/bin/python benchmarks/$$name.py --write docs $(ARGS) || exit; \
 	done
+	.venv-peer/bin/python benchmarks/summary.py --write README.md
 
 bench-minilm: .venv-models/.peer
 	.venv-models/bin/python benchmarks/work.py --models minilm --work one,repeated,kfac --rounds 3 $(ARGS)

@@ -117,12 +117,9 @@ class TensorSpace:
     def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Flat vector ``[D]`` of tensors in order; ``None`` stands for zeros."""
         flat = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
-        given = iter(tensors)
-        for part in flat.split(self.sizes):
-            tensor = next(given)
+        for part, tensor in zip(flat.split(self.sizes), tensors, strict=True):
             if tensor is not None:
                 part.copy_(tensor.reshape(-1))
-            del tensor  # a caller may give tensors one by one and hold none of them
         return flat
 
     def random(self, generator: torch.Generator, columns: int | None = None) -> Tensor:

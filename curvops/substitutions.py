@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,8 +31,7 @@ def substitutions(mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a model may compile parts of it as it runs
         stack.enter_context(Substitutions() if mode is None else mode)
         stack.enter_context(_without_checkpoints())
         yield

@@ -148,7 +148,7 @@ class Moments:
 
     def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:
         """Add Σ g gᵀ; a weight and its separate bias share it."""
-        known = captured.moments.pop((k, moment.ndim), None)
+        known = captured.moments.pop((k, moment.shape), None)
         if known is not None:
             moment += known
             return
@@ -156,7 +156,7 @@ class Moments:
         if k not in captured.twice or rows.shape[2] > 1:
             _add_moment(moment, rows, self.dtype)
             return
-        found = captured.moments[k, moment.ndim] = torch.zeros_like(moment)
+        found = captured.moments[k, moment.shape] = torch.zeros_like(moment)
         _add_moment(found, rows, self.dtype)
         moment += found
 

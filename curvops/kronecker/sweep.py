@@ -53,7 +53,7 @@ class Captured:
         first: Whether it is the first backward pass of this forward pass.
         route: The units of the forward pass, as in `Route`.
         columns: Number of backward passes of this forward pass.
-        moments: Second moments of output gradients that the next group needs too, by use and number of axes.
+        moments: Second moments of output gradients that the next group needs too, by use and shape.
     """
 
     tape: Tape
@@ -63,7 +63,7 @@ class Captured:
     first: bool
     route: str
     columns: int
-    moments: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    moments: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
 
     @cached_property
     def twice(self) -> set[int]:

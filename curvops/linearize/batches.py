@@ -138,15 +138,17 @@ class BatchSum:
             self._left = self._upgrades()
             self._vectors, self._seconds = 0, 0.0
         self._vectors += columns.shape[1]
-        first: list[Tensor] = []
         if self._kept.all is None and columns.shape[1] >= WORTH and self._left:
-            first, columns = [self._sum(columns[:, :1])], columns[:, 1:]  # so that there is something to upgrade
+            # one column first, so that there is something to upgrade for the others
+            first, columns = self._sum(columns[:, :1]), columns[:, 1:]
+            return torch.cat([first, self._upgraded(columns)], 1)
+        return self._upgraded(columns)
+
+    def _upgraded(self, columns: Tensor) -> Tensor:
+        """The product, after the upgrades that are due."""
         while (upgrade := self._due()) is not None:
-            first.append(self._try(upgrade, columns[:, :1]))
-            columns = columns[:, 1:]
-            if not columns.shape[1]:
-                return torch.cat(first, 1)
-        return torch.cat([*first, self._sum(columns)], 1) if first else self._sum(columns)
+            self._try(upgrade, columns)
+        return self._sum(columns)
 
     def _due(self) -> Upgrade | None:
         """The first upgrade that is due, which is tried once; those that never will be are dropped."""
@@ -159,8 +161,12 @@ class BatchSum:
                 return upgrade
         return None
 
-    def _try(self, upgrade: Upgrade, v: Tensor) -> Tensor:
-        """One product, and the upgrade if it gives the same one faster."""
+    def _try(self, upgrade: Upgrade, like: Tensor) -> None:
+        """Take the upgrade if it gives the same product with a random vector, and faster."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(len(like), 1, generator=generator, dtype=torch.promote_types(like.dtype, torch.float32)).to(
+            like
+        )
         expected, slow = timed(lambda: self._sum(v), v.device)
         work = "batches"
         try:
@@ -168,7 +174,7 @@ class BatchSum:
             found, fast = timed(lambda: added((k.product for k in kept), v), v.device)
         except Exception as error:  # any failure of an optimisation means that the reference serves
             self._account.note(work, "as given", f"{upgrade.form} is unsupported here: {reason(error)}")
-            return expected
+            return
         difference = relative_difference(found, expected)
         times = f"{1e3 * fast:.1f} ms, {1e3 * slow:.1f} ms before"
         if not difference <= tolerance(v.dtype):
@@ -180,7 +186,6 @@ class BatchSum:
             self._account.note(work, upgrade.form, times)
         else:
             self._account.note(work, "as given", f"{upgrade.form}: {times}")
-        return expected
 
     def _sum(self, columns: Tensor) -> Tensor:
         start = time.perf_counter()

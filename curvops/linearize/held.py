@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvops.gram import add_gram, mirrored
 from curvops.linearize.batches import Upgrade
+from curvops.linearize.certify import Account, reason
 from curvops.linearize.choose import timed
 from curvops.linearize.keep import Kept, versions
 from curvops.linearize.products import WORTH, MatrixProduct
@@ -27,16 +28,22 @@ class HeldMatrix(Upgrade):
     Args:
         space: The space of the parameters.
         dense: Makes the matrix of some batches, without the constant c.
+        budget: Bytes that may be kept.
     """
 
     form = "the matrix itself is kept"
     final = True
 
-    def __init__(self, space: TensorSpace, dense: Callable[[Sequence[Batch]], Tensor]) -> None:
-        self._space, self._dense = space, dense
+    def __init__(
+        self, space: TensorSpace, dense: Callable[[Sequence[Batch]], Tensor], budget: Callable[[], int]
+    ) -> None:
+        self._space, self._dense, self._budget = space, dense, budget
 
     def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
-        return None if self._space.dim > LARGEST else SHARE * vectors >= self._space.dim
+        needed = self._space.dim**2 * self._space.sum_dtype.itemsize + sum(k.size for k in kept)
+        if self._space.dim > LARGEST or needed > self._budget():
+            return None
+        return SHARE * vectors >= self._space.dim
 
     def build(self, kept: Sequence[Kept]) -> list[Kept]:
         sources = [batch for k in kept for batch in k.sources]
@@ -53,15 +60,20 @@ class HeldRows(Upgrade):
         rows: Gives rows ``[…, D]`` of a batch; takes the number of rows a datum that are too many, and raises a
             ValueError then.
         budget: Bytes that may be kept.
+        account: Where it is recorded why rows are not kept.
     """
 
     form = "the rows of Sᵀ J are kept"
     final = True
 
     def __init__(
-        self, space: TensorSpace, rows: Callable[[Batch, float], Iterable[Tensor]], budget: Callable[[], int]
+        self,
+        space: TensorSpace,
+        rows: Callable[[Batch, float], Iterable[Tensor]],
+        budget: Callable[[], int],
+        account: Account,
     ) -> None:
-        self._space, self._rows, self._budget = space, rows, budget
+        self._space, self._rows, self._budget, self._account = space, rows, budget, account
         self._predicted: float | None = None
 
     def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
@@ -82,11 +94,17 @@ class HeldRows(Upgrade):
         most = room / (data * self._space.dim * self._space.dtype.itemsize)
         try:
             rows, seconds = timed(lambda: torch.cat(list(self._rows(part, most))), self._space.device)
-        except Exception:  # an optimisation that does not work here is none
+        except Exception as error:  # any failure of an optimisation means that the reference serves
+            self._account.note("rows of Sᵀ J", "not kept", reason(error))
             return torch.inf
         v = rows.sum(0)
-        product = timed(lambda: rows.T @ (rows @ v), self._space.device)[1]
-        return torch.inf if product * data / few > before else seconds * data / few
+        product = timed(lambda: rows.T @ (rows @ v), self._space.device)[1] * data / few
+        if product <= before:
+            return seconds * data / few
+        self._account.note(
+            "rows of Sᵀ J", "not kept", f"{1e3 * product:.1f} ms a product, {1e3 * before:.1f} ms before"
+        )
+        return torch.inf
 
     def build(self, kept: Sequence[Kept]) -> list[Kept]:
         sources = [batch for k in kept for batch in k.sources]

@@ -16,7 +16,7 @@ from curvops.losses import OutputCurvature
 
 CHUNK = 16  # vectors that go together
 WORTH = 4  # vectors from which their going together is measured
-ROUNDING = 64  # machine precisions within which ⟨Sw, w⟩ and ⟨JᵀSw, v⟩ agree if w = J v
+ROUNDING = 64  # machine precisions within which ⟨u, w⟩ and ⟨Jᵀu, v⟩ agree if w = J v
 
 
 class BatchProduct(ABC):
@@ -116,6 +116,7 @@ class OutputWays:
         outputs: Products with the output matrix, of several.
         pulls: Jᵀ u of several.
         forward_fails: Whether forward mode was refused or refuted.
+        certified: Whether a random cotangent has told forward mode and reverse mode to be adjoint.
     """
 
     def __init__(self, account: Account) -> None:
@@ -125,6 +126,7 @@ class OutputWays:
         self.outputs = Choice("columns, output matrix", account)
         self.pulls = Choice("columns, Jᵀu", account)
         self.forward_fails = False
+        self.certified = False
         self._seen: set[int] = set()
 
     def first(self, place: int) -> bool:
@@ -176,7 +178,10 @@ class OutputProduct(BatchProduct):
         return self._jacobian.vjp(self._output_matrix(self._jacobian.jvp(v)), last=self.once)
 
     def _certifying_itself(self, v: Tensor) -> Tensor | None:
-        """The product by forward mode, if ⟨S w, w⟩ = ⟨Jᵀ S w, v⟩ with w from forward and Jᵀ from reverse mode."""
+        """The product by forward mode, if ⟨u, w⟩ = ⟨Jᵀ u, v⟩ with w = J v from forward and Jᵀ from reverse mode.
+
+        The cotangents u are S w, in each batch, and a random one in the first.
+        """
         ways = self._ways
         try:
             pushed = self._forward(v)
@@ -184,10 +189,13 @@ class OutputProduct(BatchProduct):
             ways.forward_fails = True
             ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason(error)}")
             return None
+        # a random cotangent, once for the model: the product's own one vanishes where forward mode gives zeros
+        if not ways.certified:
+            u = torch.randn(pushed.shape, generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(pushed)
+            ways.certified = _adjoint(u, pushed, self._jacobian.vjp(u), v)
         image = self._output_matrix(pushed)
         result = self._jacobian.vjp(image)
-        difference = abs(float(_inner(image, pushed) - _inner(result, v)))
-        if difference <= ROUNDING * torch.finfo(image.dtype).eps * float(image.norm() * pushed.norm()):
+        if ways.certified and _adjoint(image, pushed, result, v):
             ways.account.note("J v", "forward mode", "Jᵀ by reverse mode is its adjoint on the vector at hand")
             return result
         ways.forward_fails = True
@@ -214,6 +222,12 @@ class OutputProduct(BatchProduct):
 
 def _loop(one: Way) -> Way:
     return lambda several: torch.stack([one(x) for x in several])
+
+
+def _adjoint(u: Tensor, pushed: Tensor, pulled: Tensor, v: Tensor) -> bool:
+    """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding."""
+    difference = abs(float(_inner(u, pushed) - _inner(pulled, v)))
+    return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

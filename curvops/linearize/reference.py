@@ -91,9 +91,10 @@ class GradientLinearization:
         cls, z: Tensor, at: Callable[[Tensor], OutputCurvature], leaves: Mapping[str, Tensor], space: TensorSpace
     ) -> GradientLinearization:
         """The Hessian of a loss at a model's output ``z``, by the loss's closed forms where it has them."""
-        curvature = at(z.detach())
+        curvature = at(z)
         if not curvature.closed_form:
-            return cls(at(z).value(), leaves, space)
+            return cls(curvature.value(), leaves, space)
+        curvature = at(z.detach())
         found = cls(z, leaves, space, curvature.gradient_at(z))
         found.curvature = curvature
         return found

@@ -72,7 +72,7 @@ class OutputFactorOperator(RiskOperator):
         return build
 
     def _held(self) -> Upgrade:
-        return HeldRows(self.domain, self._rows, self._budget)
+        return HeldRows(self.domain, self._rows, self._budget, self.account)
 
     def _dense_of(self, batches: Iterable[Batch]) -> tuple[Tensor, float]:
         total, difference = super()._dense_of(batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -63,7 +63,10 @@ class HessianLinearOperator(RiskOperator):
         return self.risk.output_curvature(self.risk.forward(params, batch.X), batch).value()
 
     def _held(self) -> Upgrade:
-        return HeldMatrix(self.domain, lambda sources: self._dense_of(joined_batches(sources, JOINED))[0])
+        def dense(sources: Sequence[Batch]) -> Tensor:
+            return self._dense_of(joined_batches(sources, JOINED))[0]
+
+        return HeldMatrix(self.domain, dense, self._budget)
 
     def _add_dense(self, batch: Batch, total: Tensor) -> float:
         params = {name: p.detach() for name, p in self.risk.model.params.items()}

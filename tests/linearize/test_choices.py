@@ -79,6 +79,35 @@ def test_a_way_that_fails_later_gives_way_to_the_reference(monkeypatch: pytest.M
     assert account.rows["doubling"] == ("plain", "small failed on a later batch: ValueError: too long")
 
 
+def test_a_vector_of_zeros_certifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
+    choice, ways = Choice("doubling", Account()), {"plain": lambda v: 2 * v, "lying": lambda v: 3 * v}
+    assert not choice(torch.zeros(3), ways).any() and choice.chosen == "plain"
+    assert torch.equal(choice(torch.ones(3), ways), 2 * torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
+@pytest.mark.parametrize("outputs", [slice(None), slice(0, 1), slice(2, 4)])
+def test_forward_mode_that_loses_tangents_is_refuted(
+    kind: Any, outputs: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where J v is zero by mistake, so is the product's own cotangent, which then certifies nothing."""
+    v = torch.randn(83, dtype=torch.float64)
+    right = expected(kind) @ v
+    exact = torch.func.jvp
+
+    def lose(*args: Any) -> Any:
+        primal, tangent = exact(*args)
+        tangent = tangent.clone()
+        tangent[outputs] = 0
+        return primal, tangent
+
+    monkeypatch.setattr(ggn, "jvp", lose)
+    op = operator(kind)
+    torch.testing.assert_close(op @ v, right, rtol=1e-11, atol=1e-13)
+    assert "not forward mode's adjoint" in op.account.rows["J v"][1]
+
+
 @pytest.mark.parametrize("clearly", [torch.inf, 0.0])
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_a_few_entries_measure_the_reference(clearly: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:

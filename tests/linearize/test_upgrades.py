@@ -66,6 +66,27 @@ def test_a_model_that_mixes_data_keeps_its_batches(kind: Any, only_joined: None)
     assert choice == "as given" and "joined to 1: differ by" in why
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vector_of_zeros_joins_nothing(kind: Any, only_joined: None) -> None:
+    args = problem(mixing=True)
+    op = kind(*args, check_deterministic=False)
+    for _ in range(6):
+        assert not (op @ torch.zeros(op.shape[1]).double()).any()
+    v = draws(op.shape[1])
+    close(op @ v, anew(kind, args, v), 1e-11)
+    assert "joined to 1: differ by" in op.account.rows["batches"][1]
+
+
+def test_a_matrix_beyond_the_budget_is_not_held(eager: None) -> None:
+    args = problem()
+    op = HessianLinearOperator(*args, check_deterministic=False)
+    op @ draws(op.shape[1])
+    room = op._kept.size + 8 * op.shape[1] ** 2
+    for budget, due in ((room, True), (room - 1, None)):
+        upgrade = held.HeldMatrix(op.domain, lambda _: torch.empty(0), lambda budget=budget: budget)
+        assert upgrade.due(op._kept.all, 99, 0.0) is due
+
+
 @pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
 @pytest.mark.parametrize("lie", [False, True])
 def test_forward_mode_becomes_a_program(
@@ -167,9 +188,10 @@ def test_rows_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) -> N
     args = problem()
     op = GGNLinearOperator(*args, check_deterministic=False)
     op @ draws(op.shape[1])
-    rows = held.HeldRows(op.domain, op._rows, lambda: op._kept.size + 15 * 3 * op.shape[1] * 8 - 1)
+    rows = held.HeldRows(op.domain, op._rows, lambda: op._kept.size + 15 * 3 * op.shape[1] * 8 - 1, op.account)
     assert rows.due(op._kept.all, 99, torch.inf) is None
-    rows = held.HeldRows(op.domain, op._rows, lambda: op._kept.size + 15 * 3 * op.shape[1] * 8)
+    assert "so many loss terms" in op.account.rows["rows of Sᵀ J"][1]
+    rows = held.HeldRows(op.domain, op._rows, lambda: op._kept.size + 15 * 3 * op.shape[1] * 8, op.account)
     assert rows.due(op._kept.all, 99, torch.inf) is True
     assert rows.due(op._kept.all, 99, 0.0) is False  # not before products have taken as long
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,38 +16,21 @@ from curvops.space import TensorSpace
 
 
 class CertifiedRows:
-    """Rows Jᵀu, datum by datum, for a model that does not mix the data of a batch.
+    """Rows Jᵀu that come with a certificate.
 
     A random combination of all rows must be what one backward pass gives for the same combination of cotangents.
 
     Args:
-        forward: The model, from parameters and an input.
-        params: The parameters.
-        X: Input of N data, each tensor with the data along its first axis.
-        cotangents: ``[N, P, *output]``, P of them for each datum, in the output's shape of one datum.
+        rows: Gives the rows, as `pulled_rows` does.
+        cotangents: What they are pulled from, ``[N, P, *output]``.
         jacobian: The Jacobian at the batch, by reverse mode.
-        space: The space of the parameters.
-        budget: Memory in bytes that decides how many data go together.
 
     Attributes:
         difference: Relative difference between the two, once all rows were given.
-
-    Raises:
-        ValueError: If a tensor of ``X`` has no axis of data.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[Mapping[str, Tensor], Any], Tensor],
-        params: Mapping[str, Tensor],
-        X: Any,
-        cotangents: Tensor,
-        jacobian: OutputLinearization,
-        space: TensorSpace,
-        budget: int,
-    ) -> None:
-        self._rows = partial(pulled_rows, forward, params, X, cotangents, space, budget)
-        self._cotangents, self._jacobian = cotangents, jacobian
+    def __init__(self, rows: Iterable[Tensor], cotangents: Tensor, jacobian: OutputLinearization) -> None:
+        self._rows, self._cotangents, self._jacobian = rows, cotangents, jacobian
         self.difference = torch.nan
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -59,7 +41,7 @@ class CertifiedRows:
             return
         weights = torch.randn(us.shape[:2], generator=torch.Generator().manual_seed(0)).to(us)
         total: Tensor | None = None
-        for rows in self._rows():
+        for rows in self._rows:
             combined = weights.flatten()[start : start + len(rows)].to(rows) @ rows
             total, start = combined if total is None else total.add_(combined), start + len(rows)
             yield rows

@@ -11,6 +11,7 @@ from torch.func import jvp, linearize
 from torch.nn import Module
 
 from curvops.gram import add_gram, mirrored
+from curvops.linearize import per_datum
 from curvops.linearize.batches import LinearizedForward, Upgrade
 from curvops.linearize.certify import Account
 from curvops.linearize.held import HeldRows
@@ -104,7 +105,8 @@ class OutputFactorOperator(RiskOperator):
             raise ValueError("the cotangents of all loss terms would take more than the memory budget")
         cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
         params = {name: leaf.detach() for name, leaf in leaves.items()}
-        return CertifiedRows(self.risk.forward, params, batch.X, cotangents, jacobian, self.domain, self._budget())
+        rows = per_datum.pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget())
+        return CertifiedRows(rows, cotangents, jacobian)
 
 
 class GGNLinearOperator(OutputFactorOperator):

@@ -20,6 +20,14 @@ CLOSED = [
 ]
 
 
+def compiled(function):
+    """A compiled function; as it is where PyTorch cannot wrap its own functions (2.6)."""
+    try:
+        return torch.compile(function, backend="eager")
+    except AssertionError:
+        return function
+
+
 @pytest.mark.parametrize("module,function,kind", CLOSED)
 def test_closed_forms(module, function, kind):
     for loss, reduction in (
@@ -28,7 +36,7 @@ def test_closed_forms(module, function, kind):
         (function, "mean"),
         (functools.partial(function, reduction="sum"), "sum"),
         (torch.compile(module(reduction="sum"), backend="eager"), "sum"),
-        (torch.compile(function, backend="eager"), "mean"),
+        (compiled(function), "mean"),
         (type("Named", (module,), {})(), "mean"),
     ):
         found = output_loss(loss)

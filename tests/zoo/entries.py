@@ -40,11 +40,12 @@ class Entry:
 ZOO: dict[str, Entry] = {}
 
 
-def entry(**facts: Any) -> Callable[[Any], Any]:
-    """Register a function that builds a model, its data and its loss."""
+def entry(exists: bool = True, **facts: Any) -> Callable[[Any], Any]:
+    """Register a function that builds a model, its data and its loss, if what it needs ``exists`` in this PyTorch."""
 
     def register(build: Any) -> Any:
-        ZOO[build.__name__] = Entry(build, **facts)
+        if exists:
+            ZOO[build.__name__] = Entry(build, **facts)
         return build
 
     return register

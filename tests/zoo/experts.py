@@ -73,7 +73,7 @@ def experts_by_slices():
     return Net(run, W=free(3, 6, 6), b=free(3, 6), head=nn.Linear(6, 3)), *vectors(7), CE
 
 
-@entry(dtype=torch.float32)
+@entry(exists=hasattr(F, "grouped_mm"), dtype=torch.float32)
 def experts_by_grouped_products():
     """PyTorch's grouped product of rows that are sorted by expert; it exists in single precision only."""
 

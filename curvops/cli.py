@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 _SETUPS = ("tutorial", "digits")
@@ -24,6 +25,8 @@ def _tour(given: argparse.Namespace) -> int:
     kept: object = "nothing"
     try:
         os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
+        # PyTorch 2.15's own, when it loads its rules for forward mode
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         import torch
 
         from curvops.tour.output import OutputError

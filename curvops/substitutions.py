@@ -52,8 +52,10 @@ def _without_checkpoints() -> Iterator[None]:
         return function(*args)
 
     module = torch.utils.checkpoint
+    generators = [name for name in vars(module) if name.startswith("_checkpoint_without_reentrant_generator")]
     with ExitStack() as stack:
-        stack.enter_context(patch.object(module, "_checkpoint_without_reentrant_generator", generator))
+        for name in generators:  # one up to PyTorch 2.14, then two
+            stack.enter_context(patch.object(module, name, generator))
         stack.enter_context(patch.object(module.CheckpointFunction, "apply", reentrant))
         yield
 

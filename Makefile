@@ -2,15 +2,16 @@
 
 PYTHON ?= python3
 ARGS ?=
+TORCH ?= 2.6.0
 BIN := .venv/bin
 
-.PHONY: help tour test oldest check format docs support bench bench-minilm peer others memory minilm picture clean
+.PHONY: help tour test test-torch check format docs support bench bench-minilm peer others memory minilm picture clean
 .NOTPARALLEL:
 
 help:
 	@echo "make tour     the visual tour of curvature matrices, in tour/"
 	@echo "make test     the tests"
-	@echo "make oldest   the tests with the oldest PyTorch that is supported: several gigabytes"
+	@echo "make test-torch TORCH=2.6.0  the tests with another PyTorch, oldest supported to newest; several gigabytes"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
@@ -30,8 +31,8 @@ tour: .venv/.tour
 test: .venv/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
-oldest: .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest $(ARGS)
+test-torch: .venv-torch-$(TORCH)/.dev
+	.venv-torch-$(TORCH)/bin/python -m pytest $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -77,7 +78,7 @@ picture: .venv/.tour
 	  save_figure(plot_matrices(m.matrices, groups=m.groups)[0], 'docs/curvature_matrices.png', dpi=140)"
 
 clean:
-	rm -rf .venv .venv-models .venv-oldest .venv-others .venv-peer tour .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-models .venv-others .venv-peer .venv-torch-* tour .mypy_cache .pytest_cache .ruff_cache
 
 # $(call install,ENVIRONMENT,EXTRAS): the mark says "begun, not finished", so that an interrupted
 # installation is thrown away and made anew.
@@ -99,12 +100,12 @@ endef
 	@touch .venv/.tour
 
 # the test environment but for PyTorch and what belongs to it
-.venv-oldest/.oldest: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-oldest
-	grep -viE '^(torch|sympy|triton|nvidia|setuptools|mpmath|networkx|fsspec|filelock|jinja2|markupsafe|typing)' \
-	  constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check -c .venv-oldest/constraints.txt \
-	  torch==2.6.0 -e '.[tour,dev]'
+.venv-torch-$(TORCH)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	grep -viE '^(torch|sympy|mpmath|networkx|fsspec|filelock|jinja2|markupsafe|typing)' constraints.txt \
+	  > .venv-torch-$(TORCH)/constraints.txt
+	.venv-torch-$(TORCH)/bin/python -m pip install -qq --disable-pip-version-check \
+	  -c .venv-torch-$(TORCH)/constraints.txt torch==$(TORCH) -e '.[tour,dev]'
 	@touch $@
 
 # an environment of its own: the peer's requirements (torchvision) get in the way of other libraries

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 
+from curvops.kronecker.captured import Captured
 from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.factors import BlockRule, Factors, Moments, WholeGradients, whole_gradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.replay import Collector, rows_of
 from curvops.kronecker.state import Eigen, Entry, Moment, Whole
-from curvops.kronecker.sweep import Captured, Sweep
+from curvops.kronecker.sweep import Sweep
 
 
 class MomentCollector(Collector):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from curvops.gram import add_moment, mirrored
+from curvops.kronecker.captured import Captured
 from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
-from curvops.kronecker.sweep import Captured
 from curvops.kronecker.uses import LinearUse, OneHot, Windows
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe

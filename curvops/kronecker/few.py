@@ -31,7 +31,7 @@ class Few:
     Attributes:
         start: Place of the batch's first datum in the data set.
         places: Which data of the batch were looked at.
-        z: Their output.
+        z: Their output; not kept where it is known to agree.
         signature: How their pass looked.
         layouts: The layouts of its rows.
         precision: The lowest that was computed in.
@@ -42,7 +42,7 @@ class Few:
 
     start: int
     places: list[int]
-    z: Tensor
+    z: Tensor | None
     signature: tuple[object, ...]
     layouts: list[Layout | None]
     precision: torch.dtype
@@ -56,6 +56,8 @@ class Few:
 
     def agrees(self, tape: Tape) -> bool:
         """Whether the data have the same output in a larger pass, so that it does not depend on the others."""
+        if self.z is None:
+            return True
         if tape.z.ndim == 0 or tape.z.shape[0] % tape.units:
             return False
         found = tape.z.detach().unflatten(0, (tape.units, -1))[self.places]

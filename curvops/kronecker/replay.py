@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
+from curvops.kronecker.captured import Captured
 from curvops.kronecker.groups import Key, Piece, pieces
-from curvops.kronecker.sweep import Captured, Sweep
+from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot
 
 Rows = Mapping[Key, list[Piece]]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from curvops.kronecker.captured import Captured, Route
 from curvops.kronecker.cotangents import LIMIT, Cotangents
 from curvops.kronecker.few import FEW, JOINED, Few, failures, fit, look, peeked
 from curvops.kronecker.groups import Group, Grouping, Key, arranged_inputs
@@ -23,53 +21,6 @@ from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.tree import select, tensors_of
-
-
-@dataclass(frozen=True)
-class Route:
-    """How a parameter is seen: by which pass, through taps or by its whole gradient, and why.
-
-    Attributes:
-        units: ``"batch"`` (rows of a batch belong to data), ``"datum"`` (each datum alone) or ``"whole"``
-            (the model mixes data, so that a batch is one unit).
-        tapped: Whether the taps explain the parameter; otherwise its whole gradient is taken.
-        why: The reason, for the account.
-    """
-
-    units: str
-    tapped: bool
-    why: str
-
-
-@dataclass(frozen=True)
-class Captured:
-    """What one backward pass gave.
-
-    Attributes:
-        tape: The forward pass.
-        uses: The uses of each group, as ``(index, role)``.
-        slopes: Gradients at the outputs of the uses, by their index.
-        leaves: Whole gradients of parameters that are not tapped, by group, ``[1, size]``.
-        first: Whether it is the first backward pass of this forward pass.
-        route: The units of the forward pass, as in `Route`.
-        columns: Number of backward passes of this forward pass.
-        moments: Second moments of output gradients that the next group needs too, by use and shape.
-    """
-
-    tape: Tape
-    uses: Mapping[Key, list[tuple[int, str]]]
-    slopes: Mapping[int, Tensor | None]
-    leaves: Mapping[Key, Tensor]
-    first: bool
-    route: str
-    columns: int
-    moments: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def twice(self) -> set[int]:
-        """Uses that belong to two groups: a weight's, and its separate bias's."""
-        seen = [k for several in self.uses.values() for k, _ in several]
-        return {k for k, times in Counter(seen).items() if times > 1}
 
 
 @dataclass(frozen=True)
@@ -131,7 +82,7 @@ class Sweep:
         self._budget = JOINED if budget is None else min(JOINED, budget)
         self._few: Few | None = None
         self._processed = 0
-        self._looked = self._agreed = self._apart = False  # apart: batches must not be joined
+        self._looked = self._shared = self._agreed = self._apart = False  # apart: batches must not be joined
 
     @property
     def groups(self) -> dict[Key, Group]:
@@ -204,6 +155,8 @@ class Sweep:
     def notes(self) -> list[str]:
         """Remarks for the account."""
         found = []
+        if self._shared:
+            found.append("how the parameters enter was certified by an earlier operator of this model")
         if self._processed < self.units["batches"]:
             found.append(
                 f"{self.units['batches']} batches were processed as {self._processed}: no datum's output depends on others"
@@ -287,6 +240,7 @@ class Sweep:
             fresh = self._find_routes(batch, tape, {name: failed[name] for name in broken})
             self.routes.update({name: fresh[name] for name in broken})
             self._apart = True
+            self.risk.certificates().clear()
             raise Demoted
 
     def _failures_on_few(self, batch: Batch, tape: Tape) -> dict[str, str] | None:
@@ -299,6 +253,8 @@ class Sweep:
         if few is None or not few.speaks_for(tape):
             return None
         tape.layouts = list(few.layouts)
+        if not few.failed:
+            self.risk.certificates()[self._few_key(batch)] = replace(few, z=None)
         return few.failed
 
     def _together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -306,8 +262,20 @@ class Sweep:
         if not self._looked:
             self._looked = True
             first, batches = peeked(batches)
-            self._few = None if first is None else look(self.risk, self.grouping, first, self._budget)
+            self._few = None if first is None else self._look(first)
         return batches if self._few is None or self._apart else self._few.joined(batches)
+
+    def _look(self, first: Batch) -> Few | None:
+        """What was found on a few data, if not now then by another operator of this model as it is."""
+        known = self.risk.certificates().get(self._few_key(first))
+        if known is None:
+            return look(self.risk, self.grouping, first, self._budget)
+        self._shared, self._agreed = True, True
+        return replace(known, start=first.start)
+
+    def _few_key(self, batch: Batch) -> object:
+        looks = tuple((t.shape[1:], t.dtype) for t in tensors_of((batch.X, batch.y)))
+        return "few", looks, type(self.risk.loss), self._budget, self.grouping.joint
 
     def _check_joining(self, batch: Batch, tape: Tape) -> None:
         """Compare the first joined batch with the few data that were seen without the others."""

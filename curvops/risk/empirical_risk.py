@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from curvops.risk.model import Model, ModelFunction
 from curvops.space import Vector
 from curvops.state import Autocast, differentiable, preserved_random_state
 from curvops.substitutions import substitutions
+
+STATES = 8  # of a module, of which certificates are remembered
+_CERTIFICATES: WeakKeyDictionary[Module, dict[object, dict[object, Any]]] = WeakKeyDictionary()
 
 
 class EmpiricalRisk:
@@ -66,6 +70,19 @@ class EmpiricalRisk:
         self.progressbar = progressbar
         self.num_data = num_data
         self._autocast = Autocast(self.space.device)
+
+    def certificates(self) -> dict[object, Any]:
+        """What was certified of this module as it is now, for all its operators to share; call within `evaluation`.
+
+        A function's own state is not known, so that nothing of it is remembered.
+        """
+        if self.model.module is None:
+            return {}
+        known = _CERTIFICATES.setdefault(self.model.module, {})
+        token = self.token(), tuple(self.space.names)
+        if token not in known and len(known) >= STATES:
+            known.clear()
+        return known.setdefault(token, {})
 
     def token(self) -> object:
         """Changes whenever the parameters, buffers, modes or the autocast state have changed."""

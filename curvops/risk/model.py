@@ -56,7 +56,10 @@ class Model:
         return [] if self.module is None else [m for m in self.module.modules() if m.training]
 
     def token(self) -> object:
-        """Changes whenever parameters, buffers, modes or plain attributes have changed, also by way of ``p.data``."""
+        """Changes whenever parameters, buffers, modes, plain attributes, functions or hooks have changed.
+
+        Values that change by way of ``p.data`` are seen too.
+        """
         modules = [m for root in self._roots() for m in root.modules()]
         tensors = list(self.params.values())
         settings: list[object] = []
@@ -66,8 +69,12 @@ class Model:
                     settings.append((name, value))
                 elif isinstance(value, Tensor):
                     tensors.append(value)
+                elif name.endswith("_hooks"):
+                    settings.append((name, *map(id, value.values())))
+                elif callable(value):
+                    settings.append((name, id(value)))
             tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        return settings, content(tensors)
+        return tuple(settings), content(tensors)
 
     def _roots(self) -> list[Module]:
         """The module, or the modules that a function refers to."""

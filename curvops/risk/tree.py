@@ -43,11 +43,11 @@ def tensors_of(tree: Any) -> list[Tensor]:
 def content(tensors: Sequence[Tensor]) -> object:
     """Changes with the tensors' values, also where they change behind autograd's back (``t.data``, NumPy views)."""
     tensors = [t.detach() for t in tensors]
-    versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     real = [t for t in tensors if t.is_floating_point()]
     sums = [t.sum(dtype=torch.float64) for t in tensors if t.numel() and not t.is_complex()]
     norm = get_total_norm(real)
-    return versions, float(norm), torch.stack(sums).tolist() if sums else []
+    return versions, float(norm), tuple(torch.stack(sums).tolist()) if sums else ()
 
 
 def select(tree: Any, size: int, index: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from curvops.linearize.certify import Account, reason, relative_difference, tole
 CLEARLY = 0.85  # part of the best time below which another way is taken: measurements are noisy
 ENOUGH = 0.2  # seconds after which a measurement is not repeated: first runs also pay for memory
 Way = Callable[[Tensor], Tensor]
+Known = Callable[[], dict[object, Any]]
 
 
 class Choice:
@@ -22,22 +24,35 @@ class Choice:
     Args:
         work: What is done, for the account.
         account: Where the choice is recorded.
+        known: Gives what was found before, by other operators that do the same work.
     """
 
-    def __init__(self, work: str, account: Account) -> None:
-        self._work, self._account = work, account
+    def __init__(self, work: str, account: Account, known: Known = dict) -> None:
+        self._work, self._account, self._known = work, account, known
+        self._key: object = None
         self.chosen: str | None = None
 
-    def __call__(self, x: Tensor, ways: Mapping[str, Way], few: int | None = None) -> Tensor:
+    def settled(self, x: Tensor, at: object = None) -> bool:
+        """Whether the choice is known, for this piece of work at a place that looks like this."""
+        if self.chosen is None:
+            self._key = self._work, x.shape, at
+            self.chosen = self._known().get(self._key)
+            if self.chosen is not None:
+                self._account.note(self._work, self.chosen, "as found by an earlier operator of this model")
+        return self.chosen is not None
+
+    def __call__(self, x: Tensor, ways: Mapping[str, Way], few: int | None = None, at: object = None) -> Tensor:
         """What the chosen way gives.
 
         Args:
             x: What is worked on.
             ways: The ways by name, the reference first.
             few: Entries of the first axis, each worked on alone, with which the reference is measured.
+            at: What else tells this work from others of the same name.
         """
-        if self.chosen is None:
+        if not self.settled(x, at):
             self._measure(x, ways, few)
+            self._known()[self._key] = self.chosen
         reference, chosen = next(iter(ways)), str(self.chosen)
         if chosen == reference:
             return ways[reference](x)
@@ -46,6 +61,7 @@ class Choice:
         except Exception as error:  # it worked on the batch that it was measured on
             self._account.note(self._work, reference, f"{chosen} failed on a later batch: {reason(error)}")
             self.chosen = reference
+            self._known().pop(self._key, None)
             return ways[reference](x)
 
     def _measure(self, x: Tensor, ways: Mapping[str, Way], few: int | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from curvops.linearize.certify import Account, reason
-from curvops.linearize.choose import Choice, Way
+from curvops.linearize.choose import Choice, Known, Way
 from curvops.linearize.reference import GradientLinearization, OutputLinearization
 from curvops.losses import OutputCurvature
 
@@ -116,18 +116,27 @@ class OutputWays:
         outputs: Products with the output matrix, of several.
         pulls: Jᵀ u of several.
         forward_fails: Whether forward mode was refused or refuted.
-        certified: Whether a random cotangent has told forward mode and reverse mode to be adjoint.
+
+    Args:
+        account: Where choices are recorded.
+        known: Gives what was certified of the model before; what is found here is added.
     """
 
-    def __init__(self, account: Account) -> None:
-        self.account = account
-        self.push = Choice("J v", account)
-        self.pushes = Choice("columns, J v", account)
+    def __init__(self, account: Account, known: Known) -> None:
+        self.account, self.known = account, known
+        self.push = Choice("J v", account, known)
+        self.pushes = Choice("columns, J v", account, known)
         self.outputs = Choice("columns, output matrix", account)
-        self.pulls = Choice("columns, Jᵀu", account)
+        self.pulls = Choice("columns, Jᵀu", account, known)
         self.forward_fails = False
-        self.certified = False
         self._seen: set[int] = set()
+
+    def adjoint(self, check: Callable[[], bool]) -> bool:
+        """Whether a random cotangent has told forward mode and reverse mode to be adjoint, once for the model."""
+        known = self.known()
+        if not known.get("forward mode"):
+            known["forward mode"] = check()
+        return bool(known["forward mode"])
 
     def first(self, place: int) -> bool:
         """Whether this is the first product of the batch at ``place``."""
@@ -170,7 +179,7 @@ class OutputProduct(BatchProduct):
 
     def product(self, v: Tensor) -> Tensor:
         ways = self._ways
-        if ways.push.chosen is not None or not ways.first(self._place):
+        if ways.push.settled(v, self._jacobian.z.shape) or not ways.first(self._place):
             return self._jacobian.vjp(self._output_matrix(self._push(v)), last=self.once)
         found = None if ways.forward_fails else self._certifying_itself(v)
         if found is not None:
@@ -189,13 +198,15 @@ class OutputProduct(BatchProduct):
             ways.forward_fails = True
             ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason(error)}")
             return None
-        # a random cotangent, once for the model: the product's own one vanishes where forward mode gives zeros
-        if not ways.certified:
+
+        def check() -> bool:  # the product's own cotangent vanishes where forward mode gives zeros
             u = torch.randn(pushed.shape, generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(pushed)
-            ways.certified = _adjoint(u, pushed, self._jacobian.vjp(u), v)
+            return _adjoint(u, pushed, self._jacobian.vjp(u), v)
+
+        certified = ways.adjoint(check)
         image = self._output_matrix(pushed)
         result = self._jacobian.vjp(image)
-        if ways.certified and _adjoint(image, pushed, result, v):
+        if certified and _adjoint(image, pushed, result, v):
             ways.account.note("J v", "forward mode", "Jᵀ by reverse mode is its adjoint on the vector at hand")
             return result
         ways.forward_fails = True
@@ -203,7 +214,8 @@ class OutputProduct(BatchProduct):
         return None
 
     def _push(self, v: Tensor) -> Tensor:
-        return self._ways.push(v, {"reverse over reverse": self._jacobian.jvp, "forward mode": self._forward})
+        pushes = {"reverse over reverse": self._jacobian.jvp, "forward mode": self._forward}
+        return self._ways.push(v, pushes, at=self._jacobian.z.shape)
 
     def _together(self, rows: Tensor) -> Tensor:
         pushes = {
@@ -216,8 +228,8 @@ class OutputProduct(BatchProduct):
             "one by one": _loop(self._jacobian.vjp),
             "by vmap": lambda us: self._jacobian.vjp(us, batched=True),
         }
-        pushed = self._ways.pushes(rows, pushes, WORTH)
-        return self._ways.pulls(self._ways.outputs(pushed, outputs, WORTH), pulls, WORTH)
+        pushed = self._ways.pushes(rows, pushes, WORTH, self._jacobian.z.shape)
+        return self._ways.pulls(self._ways.outputs(pushed, outputs, WORTH), pulls, WORTH, len(rows))
 
 
 def _loop(one: Way) -> Way:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -49,7 +50,7 @@ class OutputFactorOperator(RiskOperator):
         return [*super()._upgrades(), LinearizedForward(build, account, self._budget, self._accept)]
 
     def _linearizer(self, account: Account, traced: bool = False) -> Build:
-        ways = OutputWays(account)
+        ways = OutputWays(account, cache(dict if traced else self.risk.certificates))
 
         def build(batch: Batch) -> OutputProduct:
             leaves = self.risk.model.leaves()

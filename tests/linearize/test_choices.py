@@ -228,3 +228,54 @@ def test_a_double_graph_is_built_only_where_it_serves(monkeypatch: pytest.Monkey
     calls.clear()
     op @ v
     assert not calls
+
+
+def test_what_was_found_serves_later_choices_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CLEARLY", torch.inf)
+    found: dict[object, Any] = {}
+    calls: list[str] = []
+
+    def slow(v: Tensor) -> Tensor:
+        calls.append("slow")
+        return 2 * v
+
+    def small(v: Tensor) -> Tensor:
+        if calls.count("fails"):
+            raise ValueError("no more")
+        return 2 * v
+
+    def make() -> tuple[Choice, Account]:
+        account = Account()
+        return Choice("doubling", account, lambda: found), account
+
+    ways = {"slow": slow, "small": small}
+    x = torch.ones(3)
+    assert torch.equal(make()[0](x, ways), 2 * x) and calls
+    calls.clear()
+    later, account = make()
+    assert torch.equal(later(x, ways), 2 * x) and not calls
+    assert account.rows["doubling"] == ("small", "as found by an earlier operator of this model")
+    other, _ = make()
+    assert torch.equal(other(torch.ones(4), ways), 2 * torch.ones(4)) and calls  # another shape
+    calls[:] = ["fails"]
+    assert torch.equal(make()[0](x, ways), 2 * x) and make()[0].settled(x) is False
+
+
+def test_operators_of_one_model_share_what_was_found() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = [(torch.randn(5, 6).double(), torch.randint(3, (5,)))]
+    args = model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
+    v, shared = torch.randn(83, dtype=torch.float64), "as found by an earlier operator of this model"
+    ggn_operator = GGNLinearOperator(*args, check_deterministic=False)
+    expected_product = [ggn_operator @ v for _ in range(3)][-1]
+    later = GGNLinearOperator(*args, check_deterministic=False)
+    torch.testing.assert_close(later @ v, expected_product, rtol=1e-12, atol=1e-14)
+    fisher = EFLinearOperator(*args, check_deterministic=False)
+    fisher @ v
+    for op in (later, fisher):
+        assert op.account.rows["J v"] == (ggn_operator.account.rows["J v"][0], shared)
+    model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    changed = GGNLinearOperator(*args, check_deterministic=False)
+    changed @ v
+    assert changed.account.rows["J v"][1] != shared

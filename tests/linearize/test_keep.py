@@ -130,7 +130,7 @@ def test_what_outgrows_the_budget_is_dropped(monkeypatch: pytest.MonkeyPatch) ->
     whole @ v
     room = max(first, int(0.7 * whole._kept.size))
     assert whole._kept.size > room
-    part = GGNLinearOperator(model, loss, params, data, check_deterministic=False, memory_budget=room)
+    part = GGNLinearOperator(*problem(), check_deterministic=False, memory_budget=room)
     torch.testing.assert_close(part @ v, expected, rtol=1e-12, atol=1e-14)
     assert "2 of 2 batches kept" in str(part.explain())
     for _ in range(3):

@@ -148,8 +148,8 @@ class OutputWays:
 class OutputProduct(BatchProduct):
     """Jᵀ (output matrix) J of one batch.
 
-    The first product takes J v by forward mode, which needs no graph of its own, and certifies itself; the second
-    measures forward mode beside the reference.
+    The first product, and the only one of what is not kept, takes J v by forward mode, which needs no graph of its
+    own, and certifies itself; the second measures forward mode beside the reference.
 
     Args:
         jacobian: The Jacobian by reverse mode.
@@ -179,7 +179,8 @@ class OutputProduct(BatchProduct):
 
     def product(self, v: Tensor) -> Tensor:
         ways = self._ways
-        if ways.push.settled(v, self._jacobian.z.shape) or not ways.first(self._place):
+        # the graph for reverse over reverse costs more than one product gains, whatever is best later
+        if not (ways.first(self._place) or self.once):
             return self._jacobian.vjp(self._output_matrix(self._push(v)), last=self.once)
         found = None if ways.forward_fails else self._certifying_itself(v)
         if found is not None:

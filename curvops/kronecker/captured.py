@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from curvops.kronecker.groups import Key
@@ -42,7 +39,6 @@ class Captured:
         first: Whether it is the first backward pass of this forward pass.
         route: The units of the forward pass, as in `Route`.
         columns: Number of backward passes of this forward pass.
-        moments: Second moments of output gradients that the next group needs too, by use and shape.
     """
 
     tape: Tape
@@ -52,10 +48,3 @@ class Captured:
     first: bool
     route: str
     columns: int
-    moments: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def twice(self) -> set[int]:
-        """Uses that belong to two groups: a weight's, and its separate bias's."""
-        seen = [k for several in self.uses.values() for k, _ in several]
-        return {k for k, times in Counter(seen).items() if times > 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.replay import Collector, rows_of
 from curvops.kronecker.state import Eigen, Entry, Moment, Whole
 from curvops.kronecker.sweep import Sweep
+from curvops.kronecker.uses import LinearUse
 
 
 class MomentCollector(Collector):
@@ -20,19 +22,55 @@ class MomentCollector(Collector):
 
     def __init__(self, sweep: Sweep, moments: Moments) -> None:
         self._sweep, self._moments = sweep, moments
-        self._factors: dict[Key, Factors] = {}
-        self._units: dict[str, int] = {}
+        self.clear()
 
     def clear(self) -> None:
-        self._factors, self._units = {}, {}
+        self._factors: dict[Key, Factors] = {}
+        self._units: dict[str, int] = {}
+        self._weights: dict[Key, Key] = {}  # of biases that share the second moment of their outputs
 
     def add(self, place: int, captured: Captured) -> None:
         if captured.first:
             self._units[captured.route] = self._units.get(captured.route, 0) + captured.tape.units
-        for key in captured.uses:
-            group = self._sweep.groups[key]
-            if group.kind == "linear":
-                self._moments.add(group, self._factors.setdefault(key, Factors()), captured)
+        weights = self._weights_of(captured)
+        self._part(captured, weights)
+        known = set(self._factors)
+        for key in sorted(captured.uses, key=weights.__contains__):  # weights before their biases
+            group, weight = self._sweep.groups[key], weights.get(key)
+            if group.kind != "linear":
+                continue
+            factors = self._factors.setdefault(key, Factors())
+            if weight is not None and not {key, weight} & known:
+                self._moments.side(group, factors, "right", False, self._factors[weight].sides["right"].outputs)
+                self._weights[key] = weight
+            self._moments.add(group, factors, captured, outputs=key not in self._weights)
+
+    def _weights_of(self, captured: Captured) -> dict[Key, Key]:
+        """The weights of separate biases that enter with them and nowhere else, so that they have Σ g gᵀ in common."""
+
+        def applied(k: int) -> bool:
+            use = captured.tape.uses[k]
+            return isinstance(use, LinearUse) and use.input_side == "right"
+
+        weights: dict[tuple[int, ...], Key] = {}
+        biases: dict[Key, tuple[int, ...]] = {}
+        for key, uses in captured.uses.items():
+            places, roles = tuple(k for k, _ in uses), {role for _, role in uses}
+            if roles == {"bias"}:
+                biases[key] = places
+            elif roles == {"weight"} and all(map(applied, places)):
+                weights[places] = key
+        shapes = {key: self._sweep.groups[key].shape[:2] for key in captured.uses}
+        pairs = ((bias, weights.get(places)) for bias, places in biases.items())
+        return {bias: weight for bias, weight in pairs if weight is not None and shapes[weight] == shapes[bias]}
+
+    def _part(self, captured: Captured, weights: Mapping[Key, Key]) -> None:
+        """Give biases a moment of their own that now enter elsewhere than their weights."""
+        for bias, weight in list(self._weights.items()):
+            if {bias, weight} & captured.uses.keys() and weights.get(bias) != weight:
+                side = self._factors[bias].sides["right"]
+                side.outputs = side.outputs.clone()
+                del self._weights[bias]
 
     def entries(self) -> dict[Key, Moment]:
         """What was collected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from curvops.kronecker.uses import LinearUse, OneHot, Windows
 from curvops.linearize.certify import relative_difference, tolerance
 from curvops.space import describe
 
+Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index
 # for each form of convolution seen so far, whether the autocorrelation gave the windows' moment on one datum
 CERTIFIED: dict[tuple[object, ...], bool] = {}
 
@@ -56,7 +58,7 @@ class Side:
 
     Attributes:
         inputs: Σ a aᵀ ``[groups, in, in]``, or its diagonal ``[groups, in]``.
-        outputs: Σ g gᵀ likewise.
+        outputs: Σ g gᵀ likewise; a lone bias may hold its weight's.
         rows: Number of rows in ``inputs``.
     """
 
@@ -93,34 +95,35 @@ class Moments:
     dtype: torch.dtype
     rule: BlockRule
 
-    def add(self, group: Group, factors: Factors, captured: Captured) -> None:
-        """Add the rows of one backward pass."""
+    def add(self, group: Group, factors: Factors, captured: Captured, outputs: bool = True) -> None:
+        """Add the rows of one backward pass, those of the ``outputs`` too if they are not added elsewhere."""
+        slopes = captured.slopes if outputs else {}
         if self.approximation == "expand":
-            self._expand(group, factors, captured)
+            self._expand(group, factors, captured, slopes)
         else:
-            self._reduce(group, factors, captured)
+            self._reduce(group, factors, captured, slopes)
 
-    def _expand(self, group: Group, factors: Factors, captured: Captured) -> None:
+    def _expand(self, group: Group, factors: Factors, captured: Captured, slopes: Slopes) -> None:
         tape = captured.tape
         for k, role in captured.uses[group.key]:
             if role == "bias":
                 self._add_ones(group, factors, captured, k)
             elif not (captured.first and self._add_windows(group, factors, captured, k, role)):
                 a = arranged_inputs(tape, k, role)
-                side = self._side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
+                side = self.side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
                 if captured.first:
                     side.rows += _count(a)
                     _add_moment(side.inputs, a, self.dtype)
             side = factors.sides[_input_side(captured, k, role)]
-            g = captured.slopes.get(k)
+            g = slopes.get(k)
             if g is not None:
-                self._add_outputs(side.outputs, captured, k, role, g)
+                _add_moment(side.outputs, arranged_outputs(tape, k, role, g), self.dtype)
 
     def _add_ones(self, group: Group, factors: Factors, captured: Captured, k: int) -> None:
         """Add Σ a aᵀ of a lone bias, whose inputs are ones."""
         use = captured.tape.uses[k]
         assert isinstance(use, LinearUse)
-        side = self._side(group, factors, "right", False)
+        side = self.side(group, factors, "right", False)
         if captured.first:
             side.inputs += use.lead.numel()
             side.rows += use.lead.numel()
@@ -132,7 +135,7 @@ class Moments:
         windows = use.inputs
         if not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
             return False
-        side = self._side(group, factors, "right", False)
+        side = self.side(group, factors, "right", False)
         if side.inputs.ndim == 2 or not windows.correlates:
             return False
         joint = role == "joint"
@@ -146,44 +149,34 @@ class Moments:
         side.rows += use.lead.numel()
         return True
 
-    def _add_outputs(self, moment: Tensor, captured: Captured, k: int, role: str, g: Tensor) -> None:
-        """Add Σ g gᵀ; a weight and its separate bias share it."""
-        known = captured.moments.pop((k, moment.shape), None)
-        if known is not None:
-            moment += known
-            return
-        rows = arranged_outputs(captured.tape, k, role, g)
-        if k not in captured.twice or rows.shape[2] > 1:
-            _add_moment(moment, rows, self.dtype)
-            return
-        found = captured.moments[k, moment.shape] = torch.zeros_like(moment)
-        _add_moment(found, rows, self.dtype)
-        moment += found
-
-    def _reduce(self, group: Group, factors: Factors, captured: Captured) -> None:
+    def _reduce(self, group: Group, factors: Factors, captured: Captured, slopes: Slopes) -> None:
         """Rows of a unit are added over its uses before they are squared; inputs are averaged."""
         tape, uses = captured.tape, captured.uses[group.key]
         for input_side in sorted({_input_side(captured, k, role) for k, role in uses}):
             mine = [(k, role) for k, role in uses if _input_side(captured, k, role) == input_side]
             inputs = [arranged_inputs(tape, k, role) for k, role in mine]
-            side = self._side(group, factors, input_side, any(isinstance(a, OneHot) for a in inputs))
+            side = self.side(group, factors, input_side, any(isinstance(a, OneHot) for a in inputs))
             if captured.first:
                 rows = sum(_count(a) for a in inputs) // tape.units
                 total = sum(_summed(a, self.dtype) for a in inputs)
                 assert isinstance(total, Tensor)
                 _add_moment(side.inputs, total.unsqueeze(1) / max(rows, 1), self.dtype)
-            slopes = [(k, role, g) for k, role in mine if (g := captured.slopes.get(k)) is not None]
-            if slopes:
-                total = sum(arranged_outputs(tape, k, role, g).to(self.dtype).sum(1) for k, role, g in slopes)
+            found = [(k, role, g) for k, role in mine if (g := slopes.get(k)) is not None]
+            if found:
+                total = sum(arranged_outputs(tape, k, role, g).to(self.dtype).sum(1) for k, role, g in found)
                 assert isinstance(total, Tensor)
                 _add_moment(side.outputs, total.unsqueeze(1), self.dtype)
 
-    def _side(self, group: Group, factors: Factors, input_side: str, one_hot: bool) -> Side:
+    def side(
+        self, group: Group, factors: Factors, input_side: str, one_hot: bool, outputs: Tensor | None = None
+    ) -> Side:
+        """The moments of one side, zero at first, or with ``outputs`` that another group adds to."""
         if input_side not in factors.sides:
             count, left, right = group.shape
             a, g = (right, left) if input_side == "right" else (left, right)
             inputs = self._zeros(count, a, not one_hot and self.rule.factor(a, group), group)
-            outputs = self._zeros(count, g, self.rule.factor(g, group), group)
+            if outputs is None:
+                outputs = self._zeros(count, g, self.rule.factor(g, group), group)
             factors.sides[input_side] = Side(inputs, outputs)
         return factors.sides[input_side]
 

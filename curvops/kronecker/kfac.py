@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.account import Form, eigen_form
+from curvops.kronecker.collect import MomentCollector
 from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
@@ -114,6 +115,14 @@ class EKFACLinearOperator(KroneckerOperator):
         moments, wholes, replay = self._moments(), self._wholes(), Replay(self._sweep, self._budget())
         self._collect(moments, wholes, replay)
         self._kept_bytes = replay.kept_bytes
+        diagonals = self._diagonals(moments)
+        for passes in replay.together(f"{self.name} correction"):
+            for key, diagonal in diagonals.items():
+                diagonal.add([rows[key] for rows in passes if key in rows])
+        return {**{key: Eigen(d.left, d.right, d.total) for key, d in diagonals.items()}, **wholes.entries()}
+
+    def _diagonals(self, moments: MomentCollector) -> dict[Key, BasisDiagonal]:
+        """What the correction is added to, in the eigenbases of the factors, which are gone afterwards."""
         diagonals: dict[Key, BasisDiagonal] = {}
         bases = Bases()
         for key, entry in moments.entries().items():
@@ -122,7 +131,5 @@ class EKFACLinearOperator(KroneckerOperator):
                 label = f"block of {describe(group.names)}"
                 left, right = bases.of(block.left, label), bases.of(block.right, label)
                 diagonals[key] = BasisDiagonal(group, left, right, self._compute_dtype, self._budget())
-        for passes in replay.together(f"{self.name} correction"):
-            for key, diagonal in diagonals.items():
-                diagonal.add([rows[key] for rows in passes if key in rows])
-        return {**{key: Eigen(d.left, d.right, d.total) for key, d in diagonals.items()}, **wholes.entries()}
+        moments.clear()
+        return diagonals

@@ -11,8 +11,7 @@ from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.replay import Replay
-from curvops.kronecker.state import Eigen, Entry
-from curvops.operators.blocks import KroneckerBlock
+from curvops.kronecker.state import Eigen, Entry, Moment
 from curvops.operators.eigen import eigh
 from curvops.space import describe
 
@@ -66,20 +65,26 @@ class KFACLinearOperator(KroneckerOperator):
 
 
 class Bases:
-    """Eigenvectors of factors, each factor decomposed once: a separate bias shares its weight's."""
+    """Eigenvectors of factors, each factor decomposed once: layers with the same inputs share theirs."""
 
     def __init__(self) -> None:
-        self._known: dict[torch.Size, list[tuple[Tensor, Tensor | None]]] = {}
+        self._factors: list[tuple[Tensor, str]] = []
 
-    def of(self, factor: Tensor, label: str) -> Tensor | None:
-        """The eigenvectors of a factor, ``None`` for a diagonal one."""
-        known = self._known.setdefault(factor.shape, [])
-        for other, vectors in known:
-            if torch.equal(factor, other):
-                return vectors
-        vectors = eigh(factor, label)[1]
-        known.append((factor, vectors))
-        return vectors
+    def place(self, factor: Tensor, label: str) -> int:
+        """Take a factor; the place of its eigenvectors."""
+        for place, (other, _) in enumerate(self._factors):
+            if factor.shape == other.shape and torch.equal(factor, other):
+                return place
+        self._factors.append((factor, label))
+        return len(self._factors) - 1
+
+    def vectors(self) -> list[Tensor | None]:
+        """The eigenvectors of all factors, ``None`` for diagonal ones; a factor is given up once it is decomposed."""
+        remaining, found = self._factors[::-1], []
+        self._factors = []
+        while remaining:
+            found.append(eigh(*remaining.pop())[1])
+        return found
 
 
 class EKFACLinearOperator(KroneckerOperator):
@@ -123,13 +128,18 @@ class EKFACLinearOperator(KroneckerOperator):
 
     def _diagonals(self, moments: MomentCollector) -> dict[Key, BasisDiagonal]:
         """What the correction is added to, in the eigenbases of the factors, which are gone afterwards."""
-        diagonals: dict[Key, BasisDiagonal] = {}
         bases = Bases()
-        for key, entry in moments.entries().items():
-            block, group = entry.block(1.0), self._sweep.groups[key]
-            if isinstance(block, KroneckerBlock):
-                label = f"block of {describe(group.names)}"
-                left, right = bases.of(block.left, label), bases.of(block.right, label)
-                diagonals[key] = BasisDiagonal(group, left, right, self._compute_dtype, self._budget())
+        places = {key: self._places(key, entry, bases) for key, entry in moments.entries().items()}
         moments.clear()
-        return diagonals
+        vectors = bases.vectors()
+        return {
+            key: BasisDiagonal(
+                self._sweep.groups[key], vectors[pair[0]], vectors[pair[1]], self._compute_dtype, self._budget()
+            )
+            for key, pair in places.items()
+            if pair is not None
+        }
+
+    def _places(self, key: Key, entry: Moment, bases: Bases) -> tuple[int, int] | None:
+        block, label = entry.block(1.0), f"block of {describe(self._sweep.groups[key].names)}"
+        return None if block is None else (bases.place(block.left, label), bases.place(block.right, label))

@@ -61,7 +61,7 @@ class Moment(Entry):
     outputs_known: bool = True
     units: str | None = None
 
-    def block(self, constant: float) -> Block | None:
+    def block(self, constant: float) -> KroneckerBlock | None:
         return kronecker_block(self.factors, constant, self.outputs_known)
 
     @property

@@ -16,8 +16,8 @@ help:
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of the docstrings, the README and examples/"
 	@echo "make support  write docs/support.md: what each operator does with each layer"
-	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside the peer library; and growth"
-	@echo "make bench-minilm  products and factors of a pretrained transformer, beside the peer library"
+	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside other libraries; and growth"
+	@echo "make bench-minilm  the same page: products and factors of a pretrained transformer, beside the peer library"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
@@ -51,14 +51,16 @@ support: .venv/.dev
 	$(BIN)/python tests/kronecker/support.py --write
 
 # each benchmark puts its section onto the page; ARGS="--rounds 3 --threads 1" goes to all of them
-bench: .venv-peer/.peer
+bench: .venv-peer/.peer .venv-others/.others
 	for name in tour work memory growth; do \
 	  .venv-peer/bin/python benchmarks/$$name.py --write docs $(ARGS) || exit; \
 	done
+	.venv-others/bin/python benchmarks/peers.py --write docs $(ARGS)
 	.venv-peer/bin/python benchmarks/summary.py --write README.md
 
 bench-minilm: .venv-models/.peer
-	.venv-models/bin/python benchmarks/work.py --models minilm --work one,repeated,kfac --rounds 3 $(ARGS)
+	.venv-models/bin/python benchmarks/work.py --models minilm --work one,repeated,kfac --rounds 3 \
+	  --write docs $(ARGS)
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)

@@ -196,13 +196,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     work = options.work.split(",")
+    names = options.models.split(",")
     section = Section(
-        "Products and factors",
+        "Products and factors" + (" of a pretrained transformer" if names == ["minilm"] else ""),
         f"Costs in gradients of the risk over the same batches, ours and curvlinops' {installed('curvlinops-for-pytorch')}.",
         f"float32, medians of {options.rounds} rounds, fewer for columns, dense matrices and factors",
     )
     section.table(["model", "work", "ours", "peer", "peer / ours", ""])
-    for name in options.models.split(","):
+    for name in names:
         torch.manual_seed(0)
         model, data = models.PROBLEMS[name]()
         problem = Problem(name, model, data, dict(model.named_parameters()))

@@ -114,12 +114,12 @@ class TensorSpace:
         named = zip(parts, self.shapes.values(), self.dtypes.values(), strict=True)
         return [part.reshape((*shape, *trailing)).to(dtype) for part, shape, dtype in named]
 
-    def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """Flat vector ``[D]`` of tensors in order; ``None`` stands for zeros."""
-        flat = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+    def join(self, tensors: Iterable[Tensor | None], total: Tensor | None = None) -> Tensor:
+        """Flat vector ``[D]`` of tensors in order, added to ``total`` if that is given; ``None`` stands for zeros."""
+        flat = torch.zeros(self.dim, dtype=self.dtype, device=self.device) if total is None else total
         for part, tensor in zip(flat.split(self.sizes), tensors, strict=True):
             if tensor is not None:
-                part.copy_(tensor.reshape(-1))
+                part.add_(tensor.reshape(-1))
         return flat
 
     def random(self, generator: torch.Generator, columns: int | None = None) -> Tensor:

@@ -202,7 +202,11 @@ def added(products: Iterable[BatchProduct], columns: Tensor) -> Tensor:
     for product in products:
         one = columns.shape[1] == 1
         product.once = product.once and one
-        part = (product.product(columns[:, 0]).unsqueeze(1) if one else product.products(columns)).to(dtype)
-        total = part if total is None else total.add_(part)
+        if one:
+            total = torch.zeros(columns.shape, dtype=dtype, device=columns.device) if total is None else total
+            product.add_to(total[:, 0], columns[:, 0])
+        else:
+            part = product.products(columns).to(dtype)
+            total = part if total is None else total.add_(part)
     assert total is not None  # data are never empty
     return total

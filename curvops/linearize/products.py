@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from curvops.linearize.certify import Account, reason
 from curvops.linearize.choose import Choice, Known, Way
-from curvops.linearize.reference import GradientLinearization, OutputLinearization
+from curvops.linearize.reference import GradientLinearization, OutputLinearization, drained
 from curvops.losses import OutputCurvature
 
 CHUNK = 16  # vectors that go together
@@ -42,6 +42,10 @@ class BatchProduct(ABC):
     @abstractmethod
     def product(self, v: Tensor) -> Tensor:
         """The product with a flat vector ``[D]``."""
+
+    def add_to(self, total: Tensor, v: Tensor) -> None:
+        """Add the product with a flat vector to ``total`` ``[D]``."""
+        total.add_(self.product(v))
 
     def products(self, columns: Tensor) -> Tensor:
         """The products with columns ``[D, K]``."""
@@ -96,7 +100,10 @@ class HessianProduct(BatchProduct):
         self.curvature = reference.curvature
 
     def product(self, v: Tensor) -> Tensor:
-        return self._reference.product(v, self.once)
+        return self._reference.product(v)
+
+    def add_to(self, total: Tensor, v: Tensor) -> None:
+        self._reference.space.join(drained(self._reference.parts(v, self.once)), total)
 
     def _together(self, rows: Tensor) -> Tensor:
         ways = {
@@ -178,16 +185,23 @@ class OutputProduct(BatchProduct):
         return super().held_bytes + self._jacobian.double_bytes
 
     def product(self, v: Tensor) -> Tensor:
+        return self._jacobian.space.join(drained(self._parts(v)))
+
+    def add_to(self, total: Tensor, v: Tensor) -> None:
+        self._jacobian.space.join(drained(self._parts(v)), total)
+
+    def _parts(self, v: Tensor) -> list[Tensor | None]:
+        """The product by parameter: no flat vector lies beside its parts."""
         ways = self._ways
         # the graph for reverse over reverse costs more than one product gains, whatever is best later
         if not (ways.first(self._place) or self.once):
-            return self._jacobian.vjp(self._output_matrix(self._push(v)), last=self.once)
+            return self._jacobian.pull(self._output_matrix(self._push(v)))
         found = None if ways.forward_fails else self._certifying_itself(v)
         if found is not None:
             return found
-        return self._jacobian.vjp(self._output_matrix(self._jacobian.jvp(v)), last=self.once)
+        return self._jacobian.pull(self._output_matrix(self._jacobian.jvp(v)), last=self.once)
 
-    def _certifying_itself(self, v: Tensor) -> Tensor | None:
+    def _certifying_itself(self, v: Tensor) -> list[Tensor | None] | None:
         """The product by forward mode, if ⟨u, w⟩ = ⟨Jᵀ u, v⟩ with w = J v from forward and Jᵀ from reverse mode.
 
         The cotangents u are S w, in each batch, and a random one in the first.
@@ -200,14 +214,20 @@ class OutputProduct(BatchProduct):
             ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason(error)}")
             return None
 
+        def adjoint(u: Tensor, pulled: list[Tensor | None]) -> bool:
+            """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding."""
+            along = sum(_inner(a, b) for a, b in zip(pulled, v.split(self._jacobian.space.sizes), strict=True))
+            difference = abs(float(_inner(u, pushed.to(u.dtype)) - along))
+            return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
+
         def check() -> bool:  # the product's own cotangent vanishes where forward mode gives zeros
             u = torch.randn(pushed.shape, generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(pushed)
-            return _adjoint(u, pushed, self._jacobian.vjp(u), v)
+            return adjoint(u, self._jacobian.pull(u))
 
         certified = ways.adjoint(check)
         image = self._output_matrix(pushed)
-        result = self._jacobian.vjp(image)
-        if certified and _adjoint(image, pushed, result, v):
+        result = self._jacobian.pull(image)
+        if certified and adjoint(image, result):
             ways.account.note("J v", "forward mode", "Jᵀ by reverse mode is its adjoint on the vector at hand")
             return result
         ways.forward_fails = True
@@ -237,11 +257,5 @@ def _loop(one: Way) -> Way:
     return lambda several: torch.stack([one(x) for x in several])
 
 
-def _adjoint(u: Tensor, pushed: Tensor, pulled: Tensor, v: Tensor) -> bool:
-    """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding."""
-    difference = abs(float(_inner(u, pushed) - _inner(pulled, v)))
-    return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten().to(b.dtype), b.flatten())
+def _inner(a: Tensor | None, b: Tensor) -> Tensor:
+    return b.new_zeros(()) if a is None else torch.dot(a.flatten().to(b.dtype), b.flatten())

@@ -23,29 +23,28 @@ class OutputLinearization:
         space: The space of the parameters.
 
     Attributes:
+        z, space: As given.
         double_bytes: Bytes of the graph of u ↦ Jᵀu, once it is there.
     """
 
     def __init__(self, z: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace) -> None:
         self.z = z
         self._leaves = list(leaves.values())
-        self._space = space
+        self.space = space
         self._dummy: Tensor | None = None
         self._pulled: list[Tensor | None] = []
         self.double_bytes = 0
 
-    def vjp(self, u: Tensor, batched: bool = False, last: bool = False) -> Tensor:
-        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``.
+    def vjp(self, u: Tensor, batched: bool = False) -> Tensor:
+        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``."""
+        found = self.pull(u, batched)
+        return _join_batched(found, self.space, u.shape[0]) if batched else self.space.join(drained(found))
 
-        The ``last`` one frees the graphs.
-        """
-        if not self.z.requires_grad:
-            rows = u.shape[:1] if batched else ()
-            return torch.zeros(*rows, self._space.dim, dtype=self._space.dtype, device=self._space.device)
+    def pull(self, u: Tensor, batched: bool = False, last: bool = False) -> list[Tensor | None]:
+        """The same by parameter, ``None`` for zeros; the ``last`` one frees the graphs."""
         if last:
             self._dummy, self._pulled = None, []
-        found = _pull([self.z], self._leaves, [u.to(self.z.dtype)], batched, last)
-        return _join_batched(found, self._space, u.shape[0]) if batched else self._space.join(drained(found))
+        return _pull([self.z], self._leaves, [u.to(self.z.dtype)], batched, last)
 
     def jvp(self, v: Tensor, batched: bool = False) -> Tensor:
         """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩.
@@ -60,7 +59,7 @@ class OutputLinearization:
             pull = partial(grad, self.z, self._leaves, self._dummy, create_graph=True, allow_unused=True)
             found, held = counted(pull)
             self._pulled, self.double_bytes = list(found), held or 0
-        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self._space), batched)
+        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space), batched)
         if product is None:
             return zero.expand(len(v), *zero.shape) if batched else zero
         return product.detach()
@@ -80,7 +79,7 @@ class GradientLinearization:
         self, output: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace, slope: Tensor | None = None
     ) -> None:
         self._leaves = list(leaves.values())
-        self._space = space
+        self.space = space
         self.curvature: OutputCurvature | None = None
         self._slopes: list[Tensor | None] = [None] * len(self._leaves)
         if output.requires_grad:
@@ -99,14 +98,18 @@ class GradientLinearization:
         found.curvature = curvature
         return found
 
-    def product(self, v: Tensor, last: bool = False) -> Tensor:
-        """The product with a flat vector ``[D]``; the ``last`` one frees the graph."""
-        return self._space.join(drained(_pull(self._slopes, self._leaves, tangents(v, self._space), False, last)))
+    def product(self, v: Tensor) -> Tensor:
+        """The product with a flat vector ``[D]``."""
+        return self.space.join(drained(self.parts(v)))
+
+    def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
+        """The same by parameter, ``None`` for zeros; the ``last`` one frees the graph."""
+        return _pull(self._slopes, self._leaves, tangents(v, self.space), False, last)
 
     def products(self, rows: Tensor) -> Tensor:
         """The products with several, ``[K, D]`` to ``[K, D]``, in one batched backward pass."""
-        found = _pull(self._slopes, self._leaves, tangents(rows, self._space), True)
-        return _join_batched(found, self._space, len(rows))
+        found = _pull(self._slopes, self._leaves, tangents(rows, self.space), True)
+        return _join_batched(found, self.space, len(rows))
 
 
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:

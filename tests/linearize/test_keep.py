@@ -153,7 +153,7 @@ def test_memory_is_flat_and_goes_with_the_operator(kind: Any) -> None:
     settled = tensors()
     for _ in range(30):
         operator @ v
-    assert tensors() == settled
+    assert tensors() <= settled  # fewer if a smaller form was found later
     kept = weakref.ref(next(iter(operator._kept._kept.values())).product)
     del operator
     gc.collect()

@@ -18,6 +18,7 @@ from curvops.linearize.products import WORTH, BatchProduct
 from curvops.risk.data import Batch, joined_batches
 
 JOINED_BYTES = 2**28  # what a joined batch's linearization may hold: beyond, larger batches are no faster
+LONG = 0.05  # seconds of a batch's product from which the overhead of one more batch does not matter
 TRACING = 10.0  # seconds of products after which a program for forward mode is made, which takes up to as long
 
 
@@ -82,7 +83,9 @@ class JoinedBatches(Relinearized):
     def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
         if len(kept) < 2 or 2 * sum(k.size for k in kept) > self._budget():
             return None
-        return vectors >= WORTH
+        if vectors < WORTH:
+            return False
+        return True if seconds < LONG * vectors * len(kept) else None
 
     def build(self, kept: Sequence[Kept]) -> list[Kept]:
         sources = [batch for k in kept for batch in k.sources]
@@ -104,7 +107,8 @@ class LinearizedForward(Relinearized):
     def due(self, kept: Sequence[Kept], vectors: int, seconds: float) -> bool | None:
         if 3 * sum(k.size for k in kept) > self._budget():
             return None
-        return vectors > WORTH and seconds >= TRACING
+        # making and trying it takes the time of several products of a large model too
+        return vectors > 4 * WORTH and seconds >= TRACING
 
     def build(self, kept: Sequence[Kept]) -> list[Kept]:
         with warnings.catch_warnings():

@@ -104,7 +104,7 @@ def test_forward_mode_becomes_a_program(
     monkeypatch.setattr(ggn, "linearize", counted)
     args = problem()
     op = kind(*args, check_deterministic=False)
-    for seed in range(12):
+    for seed in range(20):
         v = draws(op.shape[1], seed=seed)
         close(op @ v, anew(kind, args, v), 1e-11)
     assert calls and op.account.rows["batches"][0] == "forward mode linearized"
@@ -112,6 +112,17 @@ def test_forward_mode_becomes_a_program(
     assert len(op._kept.all) == 1 and op._kept.all[0].sources[0].start == 0
     block = draws(op.shape[1], 6)
     close(op @ block, anew(kind, args, block), 1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_products_are_not_joined(kind: Any, only_joined: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "LONG", 0.0)
+    args = problem()
+    op = kind(*args, check_deterministic=False)
+    for seed in range(6):
+        v = draws(op.shape[1], seed=seed)
+        close(op @ v, anew(kind, args, v), 1e-11)
+    assert "batches" not in op.account.rows and len(op._kept.all) > 1
 
 
 def test_joining_is_bounded(monkeypatch: pytest.MonkeyPatch, only_joined: None) -> None:
@@ -199,7 +210,7 @@ def test_rows_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) -> N
 def test_many_rows_become_a_matrix(eager: None) -> None:
     args = problem(sizes=(20, 9))
     op = GGNLinearOperator(*args, check_deterministic=False)
-    for seed in range(12):
+    for seed in range(20):
         v = draws(op.shape[1], seed=seed)
         close(op @ v, anew(GGNLinearOperator, args, v), 1e-11)
     (kept,) = op._kept.all

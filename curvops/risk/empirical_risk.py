@@ -70,6 +70,8 @@ class EmpiricalRisk:
         self.progressbar = progressbar
         self.num_data = num_data
         self._autocast = Autocast(self.space.device)
+        self._token: object = None
+        self._evaluating = False
 
     def certificates(self) -> dict[object, Any]:
         """What was certified of this module as it is now, for all its operators to share; call within `evaluation`.
@@ -85,8 +87,10 @@ class EmpiricalRisk:
         return known.setdefault(token, {})
 
     def token(self) -> object:
-        """Changes whenever the parameters, buffers, modes or the autocast state have changed."""
-        return self.model.token(), self._autocast.enabled, self._autocast.dtype
+        """Changes whenever the parameters, buffers, modes or the autocast state have changed, but for during evaluation."""
+        if self._token is None or not self._evaluating:
+            self._token = self.model.token(), self._autocast.enabled, self._autocast.dtype
+        return self._token
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -98,6 +102,9 @@ class EmpiricalRisk:
             stack.enter_context(ambient.off())
             self._autocast = ambient
             stack.callback(setattr, self, "_autocast", before)
+            stack.callback(setattr, self, "_evaluating", self._evaluating)
+            stack.callback(setattr, self, "_token", None)
+            self._evaluating, self._token = True, None
             yield
 
     def forward(self, params: Mapping[str, Tensor], X: Any, mode: TorchFunctionMode | None = None) -> Tensor:

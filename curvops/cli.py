@@ -18,15 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 an interruption with Ctrl-C.
     """
     given = _parser().parse_args(arguments)
-    return _tour(given)
+    with warnings.catch_warnings():
+        # PyTorch 2.15's own, when it loads its rules for forward mode
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        return _tour(given)
 
 
 def _tour(given: argparse.Namespace) -> int:
     kept: object = "nothing"
     try:
         os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
-        # PyTorch 2.15's own, when it loads its rules for forward mode
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         import torch
 
         from curvops.tour.output import OutputError

@@ -139,7 +139,7 @@ class OutputWays:
         self._seen: set[int] = set()
 
     def adjoint(self, check: Callable[[], bool]) -> bool:
-        """Whether a random cotangent has told forward mode and reverse mode to be adjoint, once for the model."""
+        """Whether random numbers have told forward mode and reverse mode to be adjoint, once for the model."""
         known = self.known()
         if not known.get("forward mode"):
             known["forward mode"] = check()
@@ -204,7 +204,8 @@ class OutputProduct(BatchProduct):
     def _certifying_itself(self, v: Tensor) -> list[Tensor | None] | None:
         """The product by forward mode, if ⟨u, w⟩ = ⟨Jᵀ u, v⟩ with w = J v from forward and Jᵀ from reverse mode.
 
-        The cotangents u are S w, in each batch, and a random one in the first.
+        It is looked at for the vector at hand with u = S w in each batch, and once for the model with a random vector
+        and a random cotangent: S w vanishes where forward mode gives zeros by mistake.
         """
         ways = self._ways
         try:
@@ -214,25 +215,26 @@ class OutputProduct(BatchProduct):
             ways.account.note("J v", "reverse over reverse", f"forward mode is unsupported here: {reason(error)}")
             return None
 
-        def adjoint(u: Tensor, pulled: list[Tensor | None]) -> bool:
-            """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding."""
-            along = sum(_inner(a, b) for a, b in zip(pulled, v.split(self._jacobian.space.sizes), strict=True))
-            difference = abs(float(_inner(u, pushed.to(u.dtype)) - along))
-            return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
-
-        def check() -> bool:  # the product's own cotangent vanishes where forward mode gives zeros
-            u = torch.randn(pushed.shape, generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(pushed)
-            return adjoint(u, self._jacobian.pull(u))
+        def check() -> bool:  # on random numbers: what a caller's vector certifies need not hold for the next one
+            generator = torch.Generator().manual_seed(0)
+            r, u = (torch.randn(t.shape, generator=generator).to(t) for t in (v, pushed))
+            return self._adjoint(u, self._jacobian.pull(u), self._forward(r), r)
 
         certified = ways.adjoint(check)
         image = self._output_matrix(pushed)
         result = self._jacobian.pull(image)
-        if certified and adjoint(image, result):
+        if certified and self._adjoint(image, result, pushed, v):
             ways.account.note("J v", "forward mode", "Jᵀ by reverse mode is its adjoint on the vector at hand")
             return result
         ways.forward_fails = True
         ways.account.note("J v", "reverse over reverse", "Jᵀ by reverse mode is not forward mode's adjoint")
         return None
+
+    def _adjoint(self, u: Tensor, pulled: list[Tensor | None], pushed: Tensor, v: Tensor) -> bool:
+        """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding."""
+        along = sum(_inner(a, b) for a, b in zip(pulled, v.split(self._jacobian.space.sizes), strict=True))
+        difference = abs(float(_inner(u, pushed.to(u.dtype)) - along))
+        return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
 
     def _push(self, v: Tensor) -> Tensor:
         pushes = {"reverse over reverse": self._jacobian.jvp, "forward mode": self._forward}

@@ -108,6 +108,34 @@ def test_forward_mode_that_loses_tangents_is_refuted(
     assert "not forward mode's adjoint" in op.account.rows["J v"][1]
 
 
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
+@pytest.mark.parametrize("first", [torch.zeros(83), torch.eye(83)[0]])
+def test_no_vector_certifies_forward_mode_for_another(
+    kind: Any, first: Tensor, budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it loses the tangents of the head, which the first vector does not have."""
+    v = torch.zeros(83, dtype=torch.float64)
+    v[56:] = torch.randn(27, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    right = expected(kind) @ v
+    assert right.norm() > 1e-3
+    exact = torch.func.jvp
+
+    def lose(output: Any, primals: Any, directions: Any) -> Any:
+        (given,) = directions
+        lost = {name: torch.zeros_like(d) if name.startswith("2.") else d for name, d in given.items()}
+        return exact(output, primals, (lost,))
+
+    monkeypatch.setattr(ggn, "jvp", lose)
+    op = operator(kind)
+    op.memory_budget = budget
+    op @ first.double()
+    torch.testing.assert_close(op @ v, right, rtol=1e-11, atol=1e-13)
+    again = kind(op.risk.model.module, nn.CrossEntropyLoss(), op.risk.model.params, op.risk.data.batches)
+    again.memory_budget = budget
+    torch.testing.assert_close(again @ v, right, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("clearly", [torch.inf, 0.0])
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_a_few_entries_measure_the_reference(clearly: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:

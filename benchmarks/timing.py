@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+WARM_UP = 2  # rounds that are not counted
+
 
 def medians(
-    works: Sequence[Callable[[], Any]], rounds: int, *, warm_up: int = 2, at_most: float = float("inf")
+    works: Sequence[Callable[[], Any]], rounds: int, *, warm_up: int = WARM_UP, at_most: float = float("inf")
 ) -> list[float]:
     """Median seconds of each, alternating.
 

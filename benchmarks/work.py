@@ -22,7 +22,7 @@ from typing import Any
 import models
 import torch
 from document import Section
-from timing import medians
+from timing import WARM_UP, medians
 from torch import Tensor, nn
 
 import curvops
@@ -106,6 +106,9 @@ def product_rows(problem: Problem, kind: str, work: list[str], rounds: int) -> I
         yield compared(
             problem, f"{kind} product, one-off", lambda: problem.ours(kind) @ v, lambda: problem.peer(kind) @ v, rounds
         )
+    if "one" in work and kind == "GGN":
+        own = first(problem, lambda fresh: fresh.ours(kind) @ v, rounds)
+        yield compared(problem, f"{kind} product, first of a model", own, lambda: problem.peer(kind) @ v, rounds)
     if "repeated" in work:
         row = compared(problem, f"{kind} product, repeated", lambda: ours @ v, lambda: peer() @ v, rounds)
         if row.peer is not None:
@@ -119,6 +122,18 @@ def product_rows(problem: Problem, kind: str, work: list[str], rounds: int) -> I
         yield compared(
             problem, f"dense {kind}", lambda: problem.ours(kind).to_dense(), lambda: problem.peer(kind) @ eye, 3
         )
+
+
+def first(problem: Problem, work: Callable[[Problem], Any], rounds: int) -> Callable[[], Any]:
+    """Work on a copy of the model that nothing is known of: operators of one model share what was certified of it."""
+    copies = [copy.deepcopy(problem.model) for _ in range(rounds + WARM_UP)]
+
+    def once() -> Any:
+        model = copies.pop()
+        params = dict(model.named_parameters())
+        return work(replace(problem, model=model, params={name: params[name] for name in problem.params}))
+
+    return once
 
 
 def difference(problem: Problem, kind: str, v: Tensor, mine: Tensor, its: Tensor) -> str:
@@ -154,6 +169,14 @@ def kronecker_rows(problem: Problem, rounds: int) -> Iterator[Row]:
     """KFAC and EKFAC of the parameters that the peer covers too."""
     problem = replace(problem, params=models.linear_parameters(problem.model))
     terms = problem.data[0][1][0].numel()
+    few = max(3, rounds // 2)
+    yield compared(
+        problem,
+        "KFAC, mc, first of a model",
+        first(problem, lambda fresh: our_factors(fresh, "KFAC", "mc"), few),
+        partial(peer_factors, problem, "KFAC", "mc", terms),
+        few,
+    )
     for kind, fisher_type in (("KFAC", "mc"), ("EKFAC", "mc"), ("EKFAC", "type-2")):
         if fisher_type == "type-2" and terms > 1:
             continue  # the peer refuses, and we take one backward pass for each term and class
@@ -162,7 +185,7 @@ def kronecker_rows(problem: Problem, rounds: int) -> Iterator[Row]:
             f"{kind}, {fisher_type}",
             partial(our_factors, problem, kind, fisher_type),
             partial(peer_factors, problem, kind, fisher_type, terms),
-            max(3, rounds // 2),
+            few,
         )
 
 

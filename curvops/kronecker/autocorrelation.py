@@ -8,34 +8,42 @@ channels instead of k⁴; or k³, in larger products, where only the displacemen
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+SMALL = 2e6  # multiplications that take as long as the small operations of one displacement
 STRIPS = 16 * 2**20  # bytes that are written out at once
 
 
-def window_moment(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+Padding = tuple[tuple[int, int], ...]  # rows above and below, columns left and right
+
+
+def window_moment(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
     """Σ a aᵀ over all windows of stride 1.
 
     Args:
-        x: The padded map, ``[N, C, H, W]``.
-        kernel: Height and width of the windows; the map has at least as many windows each way.
+        x: The map, ``[N, C, H, W]``.
+        kernel: Height and width of the windows; the padded map has at least as many windows each way.
+        padding: Zeros around the map.
 
     Returns:
         ``[C · height · width, C · height · width]``.
     """
-    n, channels, height, width = x.shape
+    n, channels, height, width = _padded_shape(x, padding)
     p, q = kernel
     # multiplications, those of larger products taking 0.6 times as long, and the cost of many small operations in
     # the same unit (measured on a CPU)
     pairs = n * height * width * channels**2
-    if (2 * p * q - p - q + 1) * pairs + 3e5 * (p * q) ** 2 < 0.6 * p * q**2 * pairs:
-        return moment_by_places(x, kernel)
-    some = max(1, STRIPS // (q * x[:1].numel() * x.itemsize))
-    return torch.stack([moment_by_strips(part, kernel) for part in x.split(some)]).sum(0)
+    displacements = 2 * p * q - p - q + 1
+    if displacements * (pairs + SMALL) < 0.6 * p * q**2 * pairs:
+        return moment_by_places(x, kernel, padding)
+    some = max(1, STRIPS // (q * channels * height * width * x.itemsize))
+    return torch.stack([moment_by_strips(part, kernel, padding) for part in x.split(some)]).sum(0)
 
 
-def moment_by_strips(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def moment_by_strips(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
     """The moment from products of rows of windows: a row's places are written out, those below it are not."""
+    x = F.pad(x, (*padding[1], *padding[0]))
     n, channels, height, width = x.shape
     p, q = kernel
     high, step = height - p + 1, n * (width - q + 1)
@@ -58,57 +66,51 @@ def moment_by_strips(x: Tensor, kernel: tuple[int, int]) -> Tensor:
     return moment.view(size, size)
 
 
-def moment_by_places(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def moment_by_places(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
     """The moment from products of single places: fewest multiplications, but in small products."""
-    n, channels, _, width = x.shape
     p, q = kernel
-    columns = width - q + 1
-    # [H, W · N, C]: a range of columns is a view whose rows can be multiplied in one batch
-    rows = x.permute(2, 3, 0, 1).reshape(x.shape[2], width * n, channels)
+    # [H, W, N, C]: a range of columns is a view whose rows can be multiplied in one batch
+    rows = F.pad(x.permute(2, 3, 0, 1), (0, 0, 0, 0, *padding[1], *padding[0])).contiguous()
+    height, width, _, channels = rows.shape
+    high, wide = height - p + 1, width - q + 1
+    # columns left and right that some windows do not reach, one beside the other: [H, 2, N, (q − 1) C]
+    edges = torch.stack([rows[:, : q - 1], rows[:, wide:]], 1).transpose(2, 3).flatten(3)
     moment = torch.empty(channels, p, q, channels, p, q, dtype=x.dtype, device=x.device)
     for dy in range(p):
-        top, bottom = rows[: len(rows) - dy], rows[dy:]
+        top, bottom = slice(0, height - dy), slice(dy, height)
+        down = _ranges(p - dy, height - dy, high).to(x)
+        outer = (edges[top].mT @ edges[bottom]).unflatten(3, (q - 1, channels)).unflatten(2, (q - 1, channels))
         for dx in range(-(q - 1) if dy else 0, q):
             first, last = max(0, -dx), min(q - 1, q - 1 - dx)  # columns of the window that have a partner
-
-            def strip(v: int, end: int, top: Tensor = top, bottom: Tensor = bottom, dx: int = dx) -> Tensor:
-                """Products of columns v … end − 1 with those dx to the right, for each row."""
-                left = top[:, v * n : end * n]
-                return left.mT @ bottom[:, (v + dx) * n : (end + dx) * n]
-
-            core = strip(last, first + columns)
-            before = [strip(v, v + 1) for v in range(first, last)]
-            after = [strip(v, v + 1) for v in range(first + columns, last + columns)]
-            for j in range(first, last + 1):
-                each = core
-                for part in (*before[j - first :], *after[: j - first]):
-                    each = each + part
-                for i, total in enumerate(_over_rows(each, p - dy, x.shape[2] - p + 1)):
-                    moment[:, i, j, :, i + dy, j + dx] = total
-                    moment[:, i + dy, j + dx, :, i, j] = total.mT
+            left, right = rows[top, last : first + wide], rows[bottom, last + dx : first + wide + dx]
+            core = left.flatten(1, 2).mT @ right.flatten(1, 2)
+            beside = outer.diagonal(dx, 2, 4).movedim(-1, 2)
+            # products of each row: of the columns before those of all windows, of those, of the columns after
+            each = torch.cat([beside[:, 0], core[:, None], beside[:, 1]], 1)
+            across = _ranges(last - first + 1, each.shape[1], last - first + 1).to(x)
+            total = across @ (down @ each.flatten(1)).view(p - dy, each.shape[1], channels**2)
+            total = total.view(p - dy, last - first + 1, channels, channels).permute(2, 3, 0, 1)
+            moment.diagonal(dy, 1, 4).diagonal(dx, 1, 3).copy_(total)
+            moment.diagonal(-dy, 1, 4).diagonal(-dx, 1, 3).copy_(total.transpose(0, 1))
     size = channels * p * q
     return moment.view(size, size)
 
 
-def _over_rows(each: Tensor, starts: int, height: int) -> list[Tensor]:
-    """Sums of ``height`` consecutive rows from each of the first ``starts`` ones."""
-    last = starts - 1
-    core = each[last:height].sum(0)
-    totals = []
-    for i in range(starts):
-        total = core
-        for border in (each[i:last], each[height : height + i]):
-            if len(border):
-                total = total + border.sum(0)
-        totals.append(total)
-    return totals
+def _ranges(count: int, entries: int, length: int) -> Tensor:
+    """Ones at the entries ``k … k + length − 1`` of row k, zeros elsewhere: ``[count, entries]``."""
+    return torch.ones(count, entries).triu().tril(length - 1)
 
 
-def window_sum(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def window_sum(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
     """Σ a over all windows of stride 1, ``[C · height · width]``."""
     p, q = kernel
-    total = x.sum(0)
+    total = F.pad(x.sum(0), (*padding[1], *padding[0]))
     return total.unfold(1, total.shape[1] - p + 1, 1).unfold(2, total.shape[2] - q + 1, 1).sum((3, 4)).flatten()
+
+
+def _padded_shape(x: Tensor, padding: Padding) -> tuple[int, int, int, int]:
+    n, channels, height, width = x.shape
+    return n, channels, height + sum(padding[0]), width + sum(padding[1])
 
 
 WORTH = 8e6  # multiplications from which the work saved outweighs the many small operations; measured on a CPU

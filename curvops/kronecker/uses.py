@@ -161,14 +161,14 @@ class Windows:
 
     def moment(self, dtype: torch.dtype, joint: bool, first: int | None = None) -> Tensor:
         """Σ a aᵀ ``[in, in]``, with a one appended to a if ``joint``."""
-        amounts = [amount for pair in reversed(self.padding) for amount in pair]
-        x = torch.nn.functional.pad(self.input.detach()[:first].to(dtype), amounts)
+        x = self.input.detach()[:first].to(dtype)
         kernel = (self.kernel[0], self.kernel[1])
-        moment = window_moment(x, kernel)
+        moment = window_moment(x, kernel, self.padding)
         if not joint:
             return moment
-        total = window_sum(x, kernel)
-        rows = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
+        total = window_sum(x, kernel, self.padding)
+        windows = [n + sum(pair) - k + 1 for n, k, pair in zip(x.shape[2:], kernel, self.padding, strict=True)]
+        rows = len(x) * windows[0] * windows[1]
         edge = torch.cat([total, total.new_full((1,), rows)])
         return torch.cat([torch.cat([moment, total[None]]), edge[:, None]], 1)
 

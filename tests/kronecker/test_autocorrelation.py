@@ -10,23 +10,30 @@ from torch import nn
 
 from curvops import KFACLinearOperator
 from curvops.kronecker import autocorrelation, factors, uses
-from curvops.kronecker.autocorrelation import moment_by_places, moment_by_strips, window_moment, window_sum
+from curvops.kronecker.autocorrelation import (
+    Padding,
+    moment_by_places,
+    moment_by_strips,
+    window_moment,
+    window_sum,
+)
 from curvops.kronecker.uses import Windows, patches
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 9, 8), (1, 1, 6, 7), (2, 5, 12, 10)])
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 4), (1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, 2), (0, 3))])
 def test_moment_and_sum_are_those_of_the_windows(
-    shape: tuple[int, ...], kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], kernel: tuple[int, int], padding: Padding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
-    rows = patches(x, kernel, (1, 1), ((0, 0), (0, 0)), (1, 1), 1).flatten(0, 2)
+    rows = patches(x, kernel, (1, 1), padding, (1, 1), 1).flatten(0, 2)
     for moment in (window_moment, moment_by_strips, moment_by_places):
-        torch.testing.assert_close(moment(x, kernel), rows.T @ rows, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moment(x, kernel, padding), rows.T @ rows, rtol=1e-12, atol=1e-12)
     monkeypatch.setattr(autocorrelation, "STRIPS", 0)
-    torch.testing.assert_close(window_moment(x, kernel), rows.T @ rows, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(window_sum(x, kernel), rows.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(window_moment(x, kernel, padding), rows.T @ rows, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(window_sum(x, kernel, padding), rows.sum(0), rtol=1e-12, atol=1e-12)
 
 
 def kfac(separate: bool) -> Any:
@@ -61,5 +68,5 @@ def test_a_lying_autocorrelation_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
     direct = kfac(True).to_dense()
     monkeypatch.setattr(autocorrelation, "WORTH", 0.0)
     monkeypatch.setattr(factors, "CERTIFIED", {})
-    monkeypatch.setattr(uses, "window_moment", lambda x, kernel: 1.001 * window_moment(x, kernel))
+    monkeypatch.setattr(uses, "window_moment", lambda *given: 1.001 * window_moment(*given))
     torch.testing.assert_close(kfac(True).to_dense(), direct, rtol=1e-12, atol=1e-14)

@@ -201,16 +201,14 @@ class BatchSum:
 
 def added(products: Iterable[BatchProduct], columns: Tensor) -> Tensor:
     """Σ of products with columns ``[D, K]``, in at least single precision."""
-    dtype = torch.promote_types(columns.dtype, torch.float32)
+    one = columns.shape[1] == 1
     total: Tensor | None = None
     for product in products:
-        one = columns.shape[1] == 1
         product.once = product.once and one
         if one:
-            total = torch.zeros(columns.shape, dtype=dtype, device=columns.device) if total is None else total
-            product.add_to(total[:, 0], columns[:, 0])
+            total = product.add_to(total, columns[:, 0])
         else:
-            part = product.products(columns).to(dtype)
+            part = product.products(columns).to(torch.promote_types(columns.dtype, torch.float32))
             total = part if total is None else total.add_(part)
     assert total is not None  # data are never empty
-    return total
+    return total.unsqueeze(1) if one else total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from curvops.linearize.certify import Account, reason
 from curvops.linearize.choose import Choice, Known, Way
 from curvops.linearize.reference import GradientLinearization, OutputLinearization, drained
 from curvops.losses import OutputCurvature
+from curvops.space import TensorSpace
 
 CHUNK = 16  # vectors that go together
 WORTH = 4  # vectors from which their going together is measured
@@ -43,9 +44,10 @@ class BatchProduct(ABC):
     def product(self, v: Tensor) -> Tensor:
         """The product with a flat vector ``[D]``."""
 
-    def add_to(self, total: Tensor, v: Tensor) -> None:
-        """Add the product with a flat vector to ``total`` ``[D]``."""
-        total.add_(self.product(v))
+    def add_to(self, total: Tensor | None, v: Tensor) -> Tensor:
+        """The product with a flat vector, added to ``total`` ``[D]`` if that is given; in at least single precision."""
+        product = self.product(v)
+        return product.to(_single(v)) if total is None else total.add_(product)
 
     def products(self, columns: Tensor) -> Tensor:
         """The products with columns ``[D, K]``."""
@@ -102,8 +104,8 @@ class HessianProduct(BatchProduct):
     def product(self, v: Tensor) -> Tensor:
         return self._reference.product(v)
 
-    def add_to(self, total: Tensor, v: Tensor) -> None:
-        self._reference.space.join(drained(self._reference.parts(v, self.once)), total)
+    def add_to(self, total: Tensor | None, v: Tensor) -> Tensor:
+        return _joined(self._reference.parts(v, self.once), total, v, self._reference.space)
 
     def _together(self, rows: Tensor) -> Tensor:
         ways = {
@@ -187,8 +189,8 @@ class OutputProduct(BatchProduct):
     def product(self, v: Tensor) -> Tensor:
         return self._jacobian.space.join(drained(self._parts(v)))
 
-    def add_to(self, total: Tensor, v: Tensor) -> None:
-        self._jacobian.space.join(drained(self._parts(v)), total)
+    def add_to(self, total: Tensor | None, v: Tensor) -> Tensor:
+        return _joined(self._parts(v), total, v, self._jacobian.space)
 
     def _parts(self, v: Tensor) -> list[Tensor | None]:
         """The product by parameter: no flat vector lies beside its parts."""
@@ -216,25 +218,22 @@ class OutputProduct(BatchProduct):
             return None
 
         def check() -> bool:  # on random numbers: what a caller's vector certifies need not hold for the next one
-            generator = torch.Generator().manual_seed(0)
-            r, u = (torch.randn(t.shape, generator=generator).to(t) for t in (v, pushed))
-            return self._adjoint(u, self._jacobian.pull(u), self._forward(r), r)
+            sizes = self._jacobian.space.sizes
+            image = self._forward(torch.cat(list(_noise(sizes, v))))
+            (u,) = _noise([image.numel()], image, seed=1)
+            u = u.view_as(image)
+            # drawn again: the vector is not there beside its product
+            return _adjoint(u, drained(self._jacobian.pull(u)), image, _noise(sizes, v))
 
         certified = ways.adjoint(check)
         image = self._output_matrix(pushed)
         result = self._jacobian.pull(image)
-        if certified and self._adjoint(image, result, pushed, v):
+        if certified and _adjoint(image, result, pushed, v.split(self._jacobian.space.sizes)):
             ways.account.note("J v", "forward mode", "Jᵀ by reverse mode is its adjoint on the vector at hand")
             return result
         ways.forward_fails = True
         ways.account.note("J v", "reverse over reverse", "Jᵀ by reverse mode is not forward mode's adjoint")
         return None
-
-    def _adjoint(self, u: Tensor, pulled: list[Tensor | None], pushed: Tensor, v: Tensor) -> bool:
-        """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding."""
-        along = sum(_inner(a, b) for a, b in zip(pulled, v.split(self._jacobian.space.sizes), strict=True))
-        difference = abs(float(_inner(u, pushed.to(u.dtype)) - along))
-        return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
 
     def _push(self, v: Tensor) -> Tensor:
         pushes = {"reverse over reverse": self._jacobian.jvp, "forward mode": self._forward}
@@ -257,6 +256,30 @@ class OutputProduct(BatchProduct):
 
 def _loop(one: Way) -> Way:
     return lambda several: torch.stack([one(x) for x in several])
+
+
+def _single(v: Tensor) -> torch.dtype:
+    """What sums over batches are kept in."""
+    return torch.promote_types(v.dtype, torch.float32)
+
+
+def _joined(parts: list[Tensor | None], total: Tensor | None, v: Tensor, space: TensorSpace) -> Tensor:
+    """Parts by parameter as a flat vector, added to ``total`` if that is given: made only once the parts are there."""
+    total = torch.zeros_like(v, dtype=_single(v)) if total is None else total
+    return space.join(drained(parts), total)
+
+
+def _noise(sizes: Sequence[int], like: Tensor, seed: int = 0) -> Iterator[Tensor]:
+    """Random vectors of some sizes, always the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=generator).to(like) for size in sizes)
+
+
+def _adjoint(u: Tensor, pulled: Iterable[Tensor | None], pushed: Tensor, v: Iterable[Tensor]) -> bool:
+    """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩ up to rounding, for Jᵀ u and v by parameter."""
+    along = sum(_inner(a, b) for a, b in zip(pulled, v, strict=True))
+    difference = abs(float(_inner(u, pushed.to(u.dtype)) - along))
+    return difference <= ROUNDING * torch.finfo(pushed.dtype).eps * float(u.norm() * pushed.norm())
 
 
 def _inner(a: Tensor | None, b: Tensor) -> Tensor:

@@ -86,9 +86,9 @@ class Collection:
 
     def _keep(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""
-        for rows in uses if self.planned else ():
-            self.kept_bytes += rows.bytes(found.count, id(rows.use) not in self._planned)
-            self._planned[id(rows.use)] = rows.use  # weight and bias share its output gradients
+        for one in uses if self.planned else ():
+            self.kept_bytes += one.bytes(found.count, id(one.use) not in self._planned)
+            self._planned[id(one.use)] = one.use  # weight and bias share its output gradients
         if not self._open:
             return
         if found.batch == len(self._kept):
@@ -96,8 +96,8 @@ class Collection:
             self._places: dict[int, int] = {}  # uses share tensors
         rows = [use.formed() for use in uses]
         self._kept[-1].append((group.key, rows))
-        for one in rows:
-            for t in (one.inputs.ids if isinstance(one.inputs, OneHot) else one.inputs, *one.outputs):
+        for inputs, outputs in ((made.inputs, made.outputs) for made in rows):
+            for t in (inputs.ids if isinstance(inputs, OneHot) else inputs, *outputs):
                 if t.data_ptr() not in self._places:
                     self._places[t.data_ptr()] = t.numel() * t.itemsize
                     self.kept_bytes += self._places[t.data_ptr()]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from curvops import BlockRule
-from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, mlp, plan, real, seeded, tokens
+from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, plan, real, seeded, tokens
 
 RULES = {"default": None, "small": BlockRule(largest_factor=3, largest_block=2)}
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from curvops.kronecker.state import nearest_product
 
+from curvops.kronecker.state import nearest_product
 from kronecker.cases import close, real
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.risk.tree import map_tensors, tensors_of
+from curvops.tree import map_tensors, tensors_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.tree import tensors_of
+from curvops.tree import tensors_of
 
 CHUNK, PROJECTIONS = 2**16, 8  # entries of a gradient that are projected together, and onto how many numbers
 

@@ -14,12 +14,12 @@ from torch.autograd import grad
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from curvops.context import Autocast, differentiable, preserved_random_state
 from curvops.extras import extra
 from curvops.losses import OutputCurvature, output_loss
 from curvops.risk.data import Batch, Data
 from curvops.risk.model import Model, ModelFunction
 from curvops.space import Vector
-from curvops.state import Autocast, differentiable, preserved_random_state
 from curvops.substitutions import substitutions
 
 STATES = 8  # of a module, of which certificates are remembered

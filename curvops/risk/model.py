@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
-from curvops.risk.tree import content
 from curvops.space import TensorSpace, describe
+from curvops.tree import content
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
 # modules that only wrap another one, and the attribute that holds it

@@ -7,11 +7,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from curvops.linearize.count import counted
-from curvops.linearize.products import CHUNK, WORTH, BatchProduct
+from curvops.products.count import counted
+from curvops.products.products import CHUNK, WORTH, BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.tree import content, tensors_of
+from curvops.tree import content, tensors_of
 
 TOGETHER_BYTES = 2**27  # graphs that go together: beyond, convolutions by `vmap` were measured slower than one by one
 Build = Callable[[Batch], BatchProduct]

@@ -12,17 +12,17 @@ from torch.func import jvp, linearize
 from torch.nn import Module
 
 from curvops.gram import add_gram, mirrored
-from curvops.linearize import per_datum
-from curvops.linearize.batches import LinearizedForward, Upgrade
-from curvops.linearize.certify import Account
-from curvops.linearize.held import HeldRows
-from curvops.linearize.judge import judge_jacobian
-from curvops.linearize.keep import Build
-from curvops.linearize.per_datum import CertifiedRows, term_cotangents
-from curvops.linearize.products import OutputProduct, OutputWays
-from curvops.linearize.reference import OutputLinearization, tangents
 from curvops.losses import Factor, Noise, OutputCurvature
-from curvops.operators.risk_operator import RiskOperator
+from curvops.products import per_datum
+from curvops.products.batches import LinearizedForward, Upgrade
+from curvops.products.certify import Account
+from curvops.products.held import HeldRows
+from curvops.products.judge import judge_jacobian
+from curvops.products.keep import Build
+from curvops.products.per_datum import CertifiedRows, term_cotangents
+from curvops.products.products import OutputProduct, OutputWays
+from curvops.products.reference import OutputLinearization, tangents
+from curvops.products.risk_operator import RiskOperator
 from curvops.risk.data import Batch
 from curvops.risk.model import ModelFunction
 

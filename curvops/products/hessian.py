@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from curvops.linearize.batches import Upgrade
-from curvops.linearize.certify import Account, relative_difference
-from curvops.linearize.held import JOINED, HeldMatrix
-from curvops.linearize.judge import judge_hessian
-from curvops.linearize.keep import Build
-from curvops.linearize.layered import layered_hessian
-from curvops.linearize.products import HessianProduct, HessianWays
-from curvops.linearize.reference import GradientLinearization, tangents
-from curvops.operators.risk_operator import RiskOperator
+from curvops.products.batches import Upgrade
+from curvops.products.certify import Account, relative_difference
+from curvops.products.held import JOINED, HeldMatrix
+from curvops.products.judge import judge_hessian
+from curvops.products.keep import Build
+from curvops.products.layered import layered_hessian
+from curvops.products.products import HessianProduct, HessianWays
+from curvops.products.reference import GradientLinearization, tangents
+from curvops.products.risk_operator import RiskOperator
 from curvops.risk.data import Batch, joined_batches
 
 

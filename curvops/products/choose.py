@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.linearize.certify import Account, reason, relative_difference, tolerance
+from curvops.products.certify import Account, reason, relative_difference, tolerance
 
 CLEARLY = 0.85  # part of the best time below which another way is taken: measurements are noisy
 ENOUGH = 0.2  # seconds after which a measurement is not repeated: first runs also pay for memory

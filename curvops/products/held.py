@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from curvops.gram import add_gram, mirrored
-from curvops.linearize.batches import Upgrade
-from curvops.linearize.certify import Account, reason
-from curvops.linearize.choose import timed
-from curvops.linearize.keep import Kept, versions
-from curvops.linearize.products import WORTH, MatrixProduct
+from curvops.products.batches import Upgrade
+from curvops.products.certify import Account, reason
+from curvops.products.choose import timed
+from curvops.products.keep import Kept, versions
+from curvops.products.products import WORTH, MatrixProduct
 from curvops.risk.data import Batch, joined_batches
-from curvops.risk.tree import select
 from curvops.space import TensorSpace
+from curvops.tree import select
 
 LARGEST = 2048  # side up to which a square matrix is held
 SHARE = 8  # a dense matrix costs no more than this part of its columns one by one

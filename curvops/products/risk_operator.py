@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from curvops.linearize.batches import BatchSum, JoinedBatches, Upgrade
-from curvops.linearize.certify import Account, certified
-from curvops.linearize.held import JOINED
-from curvops.linearize.keep import Build, KeptLinearizations
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
+from curvops.products.batches import BatchSum, JoinedBatches, Upgrade
+from curvops.products.certify import Account, certified
+from curvops.products.held import JOINED
+from curvops.products.keep import Build, KeptLinearizations
 from curvops.risk.data import Batch, joined_batches
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from curvops.linearize.count import counted
 from curvops.losses import OutputCurvature
+from curvops.products.count import counted
 from curvops.space import TensorSpace
 
 

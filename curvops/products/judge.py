@@ -19,12 +19,12 @@ from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from curvops.linearize.reference import GradientLinearization, OutputLinearization
+from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import floating_to
-from curvops.risk.tree import map_tensors, select, tensors_of
 from curvops.space import TensorSpace
+from curvops.tree import map_tensors, select, tensors_of
 
 STEPS = (1e-4, 1e-5, 1e-6)
 STEADY = 1e-4  # relative difference between steps up to which they agree

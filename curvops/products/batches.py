@@ -11,10 +11,10 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from curvops.linearize.certify import Account, reason, relative_difference, tolerance
-from curvops.linearize.choose import CLEARLY, timed
-from curvops.linearize.keep import Build, Kept, KeptLinearizations, linearized, versions
-from curvops.linearize.products import WORTH, BatchProduct
+from curvops.products.certify import Account, reason, relative_difference, tolerance
+from curvops.products.choose import CLEARLY, timed
+from curvops.products.keep import Build, Kept, KeptLinearizations, linearized, versions
+from curvops.products.products import WORTH, BatchProduct
 from curvops.risk.data import Batch, joined_batches
 
 JOINED_BYTES = 2**28  # what a joined batch's linearization may hold: beyond, larger batches are no faster

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from curvops.linearize.certify import Account, reason
-from curvops.linearize.choose import Choice, Known, Way
-from curvops.linearize.reference import GradientLinearization, OutputLinearization, drained
 from curvops.losses import OutputCurvature
+from curvops.products.certify import Account, reason
+from curvops.products.choose import Choice, Known, Way
+from curvops.products.reference import GradientLinearization, OutputLinearization, drained
 from curvops.space import TensorSpace
 
 CHUNK = 16  # vectors that go together

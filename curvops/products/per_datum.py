@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from curvops.linearize.certify import relative_difference
-from curvops.linearize.reference import OutputLinearization
-from curvops.risk.tree import map_tensors, tensors_of
+from curvops.products.certify import relative_difference
+from curvops.products.reference import OutputLinearization
 from curvops.space import TensorSpace
+from curvops.tree import map_tensors, tensors_of
 
 
 class CertifiedRows:

@@ -240,6 +240,28 @@ def multi_margin_loss(
     return losses.sum() if reduction == "sum" else losses.mean()
 
 
+@_for(F.multilabel_margin_loss)
+def multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """A row of targets is a list of labels that ends at its first -1."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    rows, labels = torch.atleast_2d(input), torch.atleast_2d(target)
+    listed = (labels >= 0).cumprod(1).to(rows.dtype)
+    labels = labels.clamp(min=0)
+    others = 1 - torch.zeros_like(rows).scatter_reduce(1, labels, listed, "amax")
+    slack = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)
+    losses = (listed.unsqueeze(2) * others.unsqueeze(1) * slack).sum((1, 2)) / rows.shape[1]
+    if reduction == "none":
+        return losses.reshape(input.shape[:-1])
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
 def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,22 +131,16 @@ class BlockDiagonalOperator(LinearOperator):
         Raises:
             ValueError: If the power is negative and a block is singular.
         """
-        shifts = self._dampings(damping)
-
-        def map_block(placed: Placed, shift: float) -> EigenBlock:
-            eigen = placed.block.eigen(placed.label)
-            values = eigen.values + shift
-            if exponent < 0 and (eigen.singular if shift == 0 else not values.amin() > 0):
-                raise ValueError(
-                    f"{placed.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
-                    f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
-                )
-            return eigen.with_values(values**exponent)
-
-        return self._mapped(map_block, shifts, f"{self.name}^{exponent:g}")
+        blocks = [_power(p, exponent, shift) for p, shift in zip(self.blocks, self._dampings(damping), strict=True)]
+        return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}")
 
     def inverse(self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0) -> StructuredOperator:
         """The inverse of the damped matrix.
+
+        Without damping, and with the heuristic one, a Kronecker product of n × n factors takes a Cholesky factorisation
+        and inverse of each, some n³ multiplications, for each damping anew. The exact damping takes an eigendecomposition
+        of each, in the time of 10 to 30 n³, which is kept for all further dampings. Blocks that are known in their
+        eigenbasis (EKFAC) use that for all three.
 
         Args:
             damping: δ ≥ 0, or one for each parameter by name.
@@ -162,22 +156,17 @@ class BlockDiagonalOperator(LinearOperator):
             raise ValueError(f"kind: expected 'exact' or 'heuristic', got {kind!r}.")
         if not min_damping >= 0:
             raise ValueError(f"min_damping: expected a number ≥ 0, got {min_damping!r}.")
-        shifts = self._dampings(damping)
-        if kind == "exact":
-            floors = {
-                name: max(shift, min_damping) for p, shift in zip(self.blocks, shifts, strict=True) for name in p.names
-            }
-            return self.power(-1.0, floors)
 
-        def map_block(placed: Placed, shift: float) -> Block:
-            block = placed.block
-            damped = shift > 0.0 or min_damping > 0.0
-            if damped and isinstance(block, KroneckerBlock) and block.shape[2] > 1:
-                return block.damped_inverse(shift, min_damping, placed.label)
-            (exact,) = StructuredOperator(self.domain, [placed], self.name).power(-1.0, max(shift, min_damping)).blocks
-            return exact.block
+        def inverted(placed: Placed, shift: float) -> Placed:
+            block, least = placed.block, max(shift, min_damping)
+            if isinstance(block, KroneckerBlock) and (kind == "heuristic" or least == 0):
+                inverse = block.inverse(shift, min_damping, placed.label)
+                if inverse is not None:
+                    return replace(placed, block=inverse)
+            return _power(placed, -1.0, least)
 
-        return self._mapped(map_block, shifts, f"{self.name}^-1")
+        blocks = [inverted(p, shift) for p, shift in zip(self.blocks, self._dampings(damping), strict=True)]
+        return StructuredOperator(self.domain, blocks, f"{self.name}^-1")
 
     def sample(self, num_samples: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
         """Samples of N(0, (F + δ I)⁻¹), for Laplace approximations.
@@ -199,12 +188,6 @@ class BlockDiagonalOperator(LinearOperator):
             scaled = noise[placed.places.index].to(placed.block.dtype) * placed.block.values.flatten().unsqueeze(1)
             result[placed.places.index] = placed.block.rotate(scaled).to(self.dtype)
         return result
-
-    def _mapped(
-        self, map_block: Callable[[Placed, float], Block], shifts: Sequence[float], name: str
-    ) -> StructuredOperator:
-        placed = [Placed(p.names, p.places, map_block(p, shift)) for p, shift in zip(self.blocks, shifts, strict=True)]
-        return StructuredOperator(self.domain, placed, name)
 
     def _dampings(self, damping: Damping) -> list[float]:
         """One damping for each block."""
@@ -231,10 +214,7 @@ class BlockDiagonalOperator(LinearOperator):
         return found
 
     def _total(self, parts: Iterable[Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        for part in parts:
-            total += part.to(self.dtype)
-        return total
+        return sum((part.to(self.dtype) for part in parts), torch.zeros((), dtype=self.dtype, device=self.device))
 
 
 class StructuredOperator(BlockDiagonalOperator):
@@ -257,3 +237,14 @@ class StructuredOperator(BlockDiagonalOperator):
     @property
     def blocks(self) -> Sequence[Placed]:
         return self._blocks
+
+
+def _power(placed: Placed, exponent: float, shift: float) -> Placed:
+    eigen = placed.block.eigen(placed.label)
+    values = eigen.values + shift
+    if exponent < 0 and (eigen.singular if shift == 0 else not values.amin() > 0):
+        raise ValueError(
+            f"{placed.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
+            f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
+        )
+    return replace(placed, block=eigen.with_values(values**exponent))

@@ -106,14 +106,6 @@ class KroneckerBlock(Block):
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self._left, "right": self._right}
 
-    def frobenius_norm(self) -> Tensor:
-        # a factor's norm is the root of the sum of its squares, dense or diagonal
-        left, right = (
-            torch.linalg.vector_norm(factor.flatten(1), dim=1) * scale
-            for factor, scale in zip((self._left, self._right), self._scales, strict=True)
-        )
-        return torch.linalg.vector_norm(left * right)
-
     def eigen(self, label: str) -> EigenBlock:
         if self._eigen is None:
             left, left_basis = eigh(self.left, label)
@@ -123,25 +115,30 @@ class KroneckerBlock(Block):
             self._eigen = EigenBlock(left_basis, right_basis, values, singular=bool(zero))
         return self._eigen
 
-    def damped_inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock:
+    def inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock | None:
         """Inverse of (left + π√δ I) ⊗ (right + √δ/π I), π² the ratio of the factors' mean eigenvalues.
 
-        Martens & Grosse 2015 (1503.05671), section 6.3.
+        Martens & Grosse 2015 (1503.05671), section 6.3. A single matrix (``right`` a number) gets + δ I. ``None`` where
+        nothing is damped and it takes the eigenvalues to tell whether there is an inverse.
         """
+        left, right = self.left, self.right
         means = [diagonal.mean(1) for diagonal in self._diagonals()]
-        ratio = (means[0] / means[1]).sqrt()
-        # a factor of zeros has no scale to share
-        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-        root = math.sqrt(damping)
-        shifts = (root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)
-        left, right = (_inverse(f, shift, label) for f, shift in zip((self.left, self.right), shifts, strict=True))
-        return KroneckerBlock(left, right)
+        if right.shape[1] == 1:
+            left, right = left * right.reshape(-1, *[1] * (left.ndim - 1)), torch.ones_like(right)
+            shifts = [torch.full_like(means[0], max(damping, min_damping)), torch.zeros_like(means[0])]
+        else:
+            ratio = (means[0] / means[1]).sqrt()
+            # a factor of zeros has no scale to share
+            ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+            shifts = [(math.sqrt(damping) * scale).clamp(min=min_damping) for scale in (ratio, 1 / ratio)]
+        first = _inverse(left, shifts[0], label)
+        second = None if first is None else _inverse(right, shifts[1], label)
+        return None if first is None or second is None else KroneckerBlock(first, second)
 
     def _matmul(self, x: Tensor) -> Tensor:
         groups, left, right, k = x.shape
         x = _times(self._left, x.reshape(groups, left, right * k)).mul_(self._scales[0]).view(groups, left, right, k)
-        x = x.transpose(1, 2).reshape(groups, right, left * k)
-        x = _times(self._right, x).mul_(self._scales[1])
+        x = _times(self._right, x.transpose(1, 2).reshape(groups, right, left * k)).mul_(self._scales[1])
         return x.view(groups, right, left, k).transpose(1, 2)
 
     def diagonal(self) -> Tensor:
@@ -151,13 +148,17 @@ class KroneckerBlock(Block):
     def scaled(self, scalar: float) -> KroneckerBlock:
         return KroneckerBlock(self._left, self._right, (self._scales[0] * scalar, self._scales[1]))
 
+    def trace(self) -> Tensor:
+        left, right = self._diagonals()
+        return (left.sum(1) * right.sum(1)).sum()
+
     def dense(self) -> Tensor:
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
-    def trace(self) -> Tensor:
-        left, right = self._diagonals()
-        return (left.sum(1) * right.sum(1)).sum()
+    def frobenius_norm(self) -> Tensor:
+        left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
+        return torch.linalg.vector_norm(left * right)
 
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         return _diagonal(self._left) * self._scales[0], _diagonal(self._right) * self._scales[1]
@@ -182,9 +183,6 @@ class EigenBlock(Block):
     def tensors(self) -> dict[str, Tensor]:
         bases = {"left": self.left, "right": self.right}
         return {"values": self.values, **{name: basis for name, basis in bases.items() if basis is not None}}
-
-    def frobenius_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.values)
 
     def eigen(self, label: str) -> EigenBlock:
         check_finite(self.values, label)
@@ -211,12 +209,10 @@ class EigenBlock(Block):
 
     def rotate(self, columns: Tensor) -> Tensor:
         """The eigenbasis times columns ``[size, K]``."""
-        groups, left, right = self.shape
-        return self._rotate(columns.view(groups, left, right, -1), transposed=False).reshape(self.size, -1)
+        return self._rotate(columns.view(*self.shape, -1), transposed=False).reshape(self.size, -1)
 
     def _matmul(self, x: Tensor) -> Tensor:
-        x = self._rotate(x, transposed=True) * self.values.unsqueeze(-1)
-        return self._rotate(x, transposed=False)
+        return self._rotate(self._rotate(x, transposed=True) * self.values.unsqueeze(-1), transposed=False)
 
     def _rotate(self, x: Tensor, transposed: bool) -> Tensor:
         groups, left, right, k = x.shape
@@ -225,20 +221,13 @@ class EigenBlock(Block):
             x = (basis @ x.reshape(groups, left, right * k)).view(groups, left, right, k)
         if self.right is not None:
             basis = self.right.mT if transposed else self.right
-            x = (
-                (basis @ x.transpose(1, 2).reshape(groups, right, left * k))
-                .view(groups, right, left, k)
-                .transpose(1, 2)
-            )
+            x = basis @ x.transpose(1, 2).reshape(groups, right, left * k)
+            x = x.view(groups, right, left, k).transpose(1, 2)
         return x
 
     def diagonal(self) -> Tensor:
-        values = self.values
-        if self.left is not None:
-            values = self.left.square() @ values
-        if self.right is not None:
-            values = values @ self.right.square().mT
-        return values.flatten()
+        values = self.values if self.left is None else self.left.square() @ self.values
+        return (values if self.right is None else values @ self.right.square().mT).flatten()
 
     def scaled(self, scalar: float) -> EigenBlock:
         return EigenBlock(self.left, self.right, self.values * scalar)
@@ -247,12 +236,10 @@ class EigenBlock(Block):
         return self.values.sum()
 
     def dense(self) -> Tensor:
-        bases = []
-        for basis, size in zip((self.left, self.right), self.shape[1:], strict=True):
-            eye = torch.eye(size, dtype=self.values.dtype, device=self.values.device)
-            bases.append(eye.expand(self.shape[0], size, size) if basis is None else basis)
-        both = [torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(*bases, strict=True)]
-        return torch.block_diag(*((u * v.flatten()) @ u.T for u, v in zip(both, self.values, strict=True)))
+        return self.matmul(torch.eye(self.size, dtype=self.dtype, device=self.values.device))
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.values)
 
 
 def _times(factor: Tensor, x: Tensor) -> Tensor:
@@ -264,8 +251,29 @@ def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
 
 
-def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor:
-    """Inverse of a factor plus a multiple of the identity for each group."""
+def _norm(factor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(factor.flatten(1), dim=1)
+
+
+def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor | None:
+    """Inverse of a psd factor plus ``shift`` ``[groups]`` times the identity; ``None`` if not surely there without it."""
+    check_finite(factor, label)
+    damped = factor.clone()
+    _diagonal(damped).add_(shift[:, None])
+    if factor.ndim == 2:
+        if factor.amin() >= 0 and damped.amin() > 0:
+            return 1.0 / damped
+    else:
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            inverse = torch.cholesky_inverse(lower)
+            # the root of n as in `within_rounding`, so that what has an inverse here has a determinant there
+            least = torch.where(shift > 0, shift, 1.0 / (_norm(inverse) * factor.shape[1] ** 0.5))
+            if (least > 4 * torch.finfo(factor.dtype).eps * _norm(factor)).all():
+                return inverse
+    if not shift.amin() > 0:
+        return None
+    # as large as the shift is what rounding made of a zero: take it for one
     values, vectors = eigh(factor, label)
-    damped = values + shift[:, None]
-    return 1.0 / damped if vectors is None else (vectors / damped.unsqueeze(1)) @ vectors.mT
+    inverted = 1.0 / (values + shift[:, None])
+    return inverted if vectors is None else (vectors * inverted.unsqueeze(1)) @ vectors.mT

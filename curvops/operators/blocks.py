@@ -39,13 +39,9 @@ class Block(ABC):
     def diagonal(self) -> Tensor:
         """The diagonal, ``[size]``."""
 
-    @abstractmethod
-    def scaled(self, scalar: float) -> Block:
-        """The block times a number."""
-
-    @abstractmethod
     def trace(self) -> Tensor:
         """The trace, a scalar."""
+        return self.diagonal().sum()
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -145,13 +141,6 @@ class KroneckerBlock(Block):
         left, right = self._diagonals()
         return (left.unsqueeze(2) * right.unsqueeze(1)).flatten()
 
-    def scaled(self, scalar: float) -> KroneckerBlock:
-        return KroneckerBlock(self._left, self._right, (self._scales[0] * scalar, self._scales[1]))
-
-    def trace(self) -> Tensor:
-        left, right = self._diagonals()
-        return (left.sum(1) * right.sum(1)).sum()
-
     def dense(self) -> Tensor:
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
@@ -201,12 +190,6 @@ class EigenBlock(Block):
         """The same eigenvectors with other eigenvalues."""
         return EigenBlock(self.left, self.right, values)
 
-    def eigenvectors(self, places: Tensor) -> Tensor:
-        """Columns ``[size, K]``: the eigenvectors of the flattened eigenvalues at ``places``."""
-        units = torch.zeros(self.size, len(places), dtype=self.dtype, device=self.values.device)
-        units[places, torch.arange(len(places), device=places.device)] = 1.0
-        return self.rotate(units)
-
     def rotate(self, columns: Tensor) -> Tensor:
         """The eigenbasis times columns ``[size, K]``."""
         return self._rotate(columns.view(*self.shape, -1), transposed=False).reshape(self.size, -1)
@@ -228,12 +211,6 @@ class EigenBlock(Block):
     def diagonal(self) -> Tensor:
         values = self.values if self.left is None else self.left.square() @ self.values
         return (values if self.right is None else values @ self.right.square().mT).flatten()
-
-    def scaled(self, scalar: float) -> EigenBlock:
-        return EigenBlock(self.left, self.right, self.values * scalar)
-
-    def trace(self) -> Tensor:
-        return self.values.sum()
 
     def dense(self) -> Tensor:
         return self.matmul(torch.eye(self.size, dtype=self.dtype, device=self.values.device))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd.forward_ad import unpack_dual
 
 from curvops.extras import extra
@@ -140,12 +140,12 @@ class LinearOperator(ABC):
             return ProductOperator(self, other)
         context = f"'{self.name} @ v'"
         columns, form = self.domain.to_columns(other, context)
-        if is_functorch_wrapped_tensor(columns) or unpack_dual(columns).tangent is not None:
+        wrapped = is_functorch_wrapped_tensor(columns) or is_legacy_batchedtensor(columns)
+        if wrapped or unpack_dual(columns).tangent is not None:
             raise TypeError(
-                f"{context}: expected a plain tensor, got one inside a transform of torch.func (vmap, grad, jvp, …) or "
-                "of forward mode. In place of vmap, pass the vectors together as columns [D, K], or multiply in a loop "
-                "within 'with op.linearized():'; in place of grad, use torch.autograd.grad; the tangent of a product is "
-                "op @ tangent."
+                f"{context}: expected a plain tensor, got one inside a transform (vmap, grad, jvp, …, or forward mode). In "
+                "place of vmap, pass the vectors together as columns [D, K], or multiply in a loop within 'with "
+                "op.linearized():'; in place of grad, use torch.autograd.grad; a product's tangent is op @ tangent."
             )
         if columns.requires_grad and torch.is_grad_enabled():
             return self.codomain.from_columns(_Product.apply(columns, self), form)  # type: ignore[no-untyped-call]

@@ -26,14 +26,9 @@ class Block(ABC):
         groups, left, right = self.shape
         return groups * left * right
 
+    @abstractmethod
     def matmul(self, columns: Tensor) -> Tensor:
         """Product with columns ``[size, K]``."""
-        groups, left, right = self.shape
-        return self._matmul(columns.reshape(groups, left, right, -1)).reshape(self.size, -1)
-
-    @abstractmethod
-    def _matmul(self, x: Tensor) -> Tensor:
-        """Product with columns ``[groups, left, right, K]``."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -123,19 +118,16 @@ class KroneckerBlock(Block):
             left, right = left * right.reshape(-1, *[1] * (left.ndim - 1)), torch.ones_like(right)
             shifts = [torch.full_like(means[0], max(damping, min_damping)), torch.zeros_like(means[0])]
         else:
-            ratio = (means[0] / means[1]).sqrt()
+            ratio, root = (means[0] / means[1]).sqrt(), math.sqrt(damping)
             # a factor of zeros has no scale to share
             ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-            shifts = [(math.sqrt(damping) * scale).clamp(min=min_damping) for scale in (ratio, 1 / ratio)]
+            shifts = [(root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)]
         first = _inverse(left, shifts[0], label)
         second = None if first is None else _inverse(right, shifts[1], label)
         return None if first is None or second is None else KroneckerBlock(first, second)
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        groups, left, right, k = x.shape
-        x = _times(self._left, x.reshape(groups, left, right * k)).mul_(self._scales[0]).view(groups, left, right, k)
-        x = _times(self._right, x.transpose(1, 2).reshape(groups, right, left * k)).mul_(self._scales[1])
-        return x.view(groups, right, left, k).transpose(1, 2)
+    def matmul(self, columns: Tensor) -> Tensor:
+        return _kron(columns * self._scales[0], self.shape, self._left, self._right).mul_(self._scales[1])
 
     def diagonal(self) -> Tensor:
         left, right = self._diagonals()
@@ -190,23 +182,13 @@ class EigenBlock(Block):
         """The same eigenvectors with other eigenvalues."""
         return EigenBlock(self.left, self.right, values)
 
-    def rotate(self, columns: Tensor) -> Tensor:
-        """The eigenbasis times columns ``[size, K]``."""
-        return self._rotate(columns.view(*self.shape, -1), transposed=False).reshape(self.size, -1)
+    def rotate(self, columns: Tensor, transposed: bool = False) -> Tensor:
+        """The eigenbasis (or its transpose) times columns ``[size, K]``."""
+        left, right = (b if b is None or not transposed else b.mT for b in (self.left, self.right))
+        return _kron(columns, self.shape, left, right)
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        return self._rotate(self._rotate(x, transposed=True) * self.values.unsqueeze(-1), transposed=False)
-
-    def _rotate(self, x: Tensor, transposed: bool) -> Tensor:
-        groups, left, right, k = x.shape
-        if self.left is not None:
-            basis = self.left.mT if transposed else self.left
-            x = (basis @ x.reshape(groups, left, right * k)).view(groups, left, right, k)
-        if self.right is not None:
-            basis = self.right.mT if transposed else self.right
-            x = basis @ x.transpose(1, 2).reshape(groups, right, left * k)
-            x = x.view(groups, right, left, k).transpose(1, 2)
-        return x
+    def matmul(self, columns: Tensor) -> Tensor:
+        return self.rotate(self.rotate(columns, transposed=True) * self.values.reshape(-1, 1))
 
     def diagonal(self) -> Tensor:
         values = self.values if self.left is None else self.left.square() @ self.values
@@ -219,8 +201,17 @@ class EigenBlock(Block):
         return torch.linalg.vector_norm(self.values)
 
 
-def _times(factor: Tensor, x: Tensor) -> Tensor:
-    """Factor ``[groups, n, n]`` or diagonal ``[groups, n]`` times ``[groups, n, m]``."""
+def _kron(columns: Tensor, shape: tuple[int, int, int], left: Tensor | None, right: Tensor | None) -> Tensor:
+    """left ⊗ right times columns ``[size, K]``; ``None`` for the identity."""
+    (groups, a, b), k = shape, columns.shape[1]
+    x = _times(left, columns.reshape(groups, a, b * k)).view(groups, a, b, k).transpose(1, 2)
+    x = _times(right, x.reshape(groups, b, a * k)).view(groups, b, a, k).transpose(1, 2)
+    return x.reshape(columns.shape)
+
+
+def _times(factor: Tensor | None, x: Tensor) -> Tensor:
+    if factor is None:
+        return x
     return factor.unsqueeze(-1) * x if factor.ndim == 2 else factor @ x
 
 

@@ -235,9 +235,10 @@ def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor | None:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             inverse = torch.cholesky_inverse(lower)
+            size = _norm(inverse)
             # the root of n as in `within_rounding`, so that what has an inverse here has a determinant there
-            least = torch.where(shift > 0, shift, 1.0 / (_norm(inverse) * factor.shape[1] ** 0.5))
-            if (least > 4 * torch.finfo(factor.dtype).eps * _norm(factor)).all():
+            least = torch.where(shift > 0, shift, 1.0 / (size * factor.shape[1] ** 0.5))
+            if (size.isfinite() & (least > 4 * torch.finfo(factor.dtype).eps * _norm(factor))).all():
                 return inverse
     if not shift.amin() > 0:
         return None

@@ -20,13 +20,7 @@ Damping = float | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Placed:
-    """A block and where it sits.
-
-    Attributes:
-        names: Its parameters.
-        places: Where its rows sit in the flat vector.
-        block: The block.
-    """
+    """A block, its parameters, and where its rows sit in the flat vector."""
 
     names: tuple[str, ...]
     places: Places
@@ -66,7 +60,7 @@ class BlockDiagonalOperator(LinearOperator):
 
     def trace(self) -> Tensor:
         """The trace, a scalar tensor."""
-        return self._total(placed.block.trace() for placed in self.blocks)
+        return self._total(placed.block.diagonal().sum() for placed in self.blocks)
 
     def diagonal(self) -> Tensor:
         """The diagonal, ``[D]``."""
@@ -215,13 +209,7 @@ class BlockDiagonalOperator(LinearOperator):
 
 
 class StructuredOperator(BlockDiagonalOperator):
-    """Given blocks as an operator: an inverse, a power, or what was loaded from a file.
-
-    Args:
-        space: The space of the parameters.
-        blocks: Blocks that cover it.
-        name: What the operator is called.
-    """
+    """Given blocks, which cover the space, as an operator: an inverse or a power."""
 
     def __init__(self, space: TensorSpace, blocks: Sequence[Placed], name: str) -> None:
         super().__init__(space, psd=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -11,54 +10,19 @@ from torch import Tensor
 from curvops.operators.eigen import check_finite, eigh, within_rounding
 
 
-class Block(ABC):
+class _Block:
     """A symmetric matrix that is block-diagonal over ``groups`` blocks of size ``left · right`` each.
 
     Attributes:
         shape: ``(groups, left, right)``.
+        tensors: What it is made of.
     """
 
-    shape: tuple[int, int, int]
-
-    @property
-    def size(self) -> int:
-        """Number of rows."""
-        groups, left, right = self.shape
-        return groups * left * right
-
-    @abstractmethod
-    def matmul(self, columns: Tensor) -> Tensor:
-        """Product with columns ``[size, K]``."""
-
-    @abstractmethod
-    def diagonal(self) -> Tensor:
-        """The diagonal, ``[size]``."""
-
-    def trace(self) -> Tensor:
-        """The trace, a scalar."""
-        return self.diagonal().sum()
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """The matrix, ``[size, size]``."""
-
-    @abstractmethod
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar."""
-
-    @abstractmethod
-    def eigen(self, label: str) -> EigenBlock:
-        """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """What the block is made of."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the block."""
-        return next(iter(self.tensors.values())).dtype
+    def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
+        groups, left, right = shape
+        self.shape, self.tensors = (groups, left, right), tensors
+        self.size = groups * left * right
+        self.dtype = next(iter(tensors.values())).dtype
 
     @property
     def memory(self) -> int:
@@ -66,7 +30,7 @@ class Block(ABC):
         return sum(t.numel() * t.itemsize for t in self.tensors.values())
 
 
-class KroneckerBlock(Block):
+class KroneckerBlock(_Block):
     """left ⊗ right for each group; a factor with two axes is the diagonal of a diagonal one.
 
     With ``right`` a one, this is a dense matrix or a diagonal.
@@ -79,8 +43,8 @@ class KroneckerBlock(Block):
     """
 
     def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__((*left.shape[:2], right.shape[1]), {"left": left, "right": right})
         self._left, self._right, self._scales = left, right, scales
-        self.shape = (left.shape[0], left.shape[1], right.shape[1])
         self._eigen: EigenBlock | None = None
 
     @property
@@ -93,11 +57,8 @@ class KroneckerBlock(Block):
         """The right factor, likewise."""
         return self._right if self._scales[1] == 1.0 else self._right * self._scales[1]
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"left": self._left, "right": self._right}
-
     def eigen(self, label: str) -> EigenBlock:
+        """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
         if self._eigen is None:
             left, left_basis = eigh(self.left, label)
             right, right_basis = eigh(self.right, label)
@@ -127,17 +88,21 @@ class KroneckerBlock(Block):
         return None if first is None or second is None else KroneckerBlock(first, second)
 
     def matmul(self, columns: Tensor) -> Tensor:
+        """Product with columns ``[size, K]``."""
         return _kron(columns * self._scales[0], self.shape, self._left, self._right).mul_(self._scales[1])
 
     def diagonal(self) -> Tensor:
+        """The diagonal, ``[size]``."""
         left, right = self._diagonals()
         return (left.unsqueeze(2) * right.unsqueeze(1)).flatten()
 
     def dense(self) -> Tensor:
+        """The matrix, ``[size, size]``."""
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
     def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a scalar."""
         left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
         return torch.linalg.vector_norm(left * right)
 
@@ -145,7 +110,7 @@ class KroneckerBlock(Block):
         return _diagonal(self._left) * self._scales[0], _diagonal(self._right) * self._scales[1]
 
 
-class EigenBlock(Block):
+class EigenBlock(_Block):
     """(U_left ⊗ U_right) diag(values) (U_left ⊗ U_right)ᵀ for each group.
 
     Args:
@@ -156,14 +121,9 @@ class EigenBlock(Block):
     """
 
     def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor, singular: bool = False) -> None:
-        self.left, self.right, self.values = left, right, values
-        self._singular = singular
-        self.shape = (values.shape[0], values.shape[1], values.shape[2])
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        bases = {"left": self.left, "right": self.right}
-        return {"values": self.values, **{name: basis for name, basis in bases.items() if basis is not None}}
+        bases = {"left": left, "right": right}
+        super().__init__(values.shape, {"values": values, **{k: b for k, b in bases.items() if b is not None}})
+        self.left, self.right, self.values, self._singular = left, right, values, singular
 
     def eigen(self, label: str) -> EigenBlock:
         check_finite(self.values, label)
@@ -199,6 +159,9 @@ class EigenBlock(Block):
 
     def frobenius_norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.values)
+
+
+Block = KroneckerBlock | EigenBlock
 
 
 def _kron(columns: Tensor, shape: tuple[int, int, int], left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -90,9 +90,6 @@ class LinearOperator(ABC):
             return self._apply(columns)
         raise NotImplementedError(f"{self.name}: it is not symmetric, and gives no products with its adjoint.")
 
-    def _adjoint(self) -> LinearOperator:
-        return AdjointOperator(self)
-
     def _dense(self) -> Tensor:
         """The matrix, ``[codomain.dim, domain.dim]``; subclasses may know a faster way."""
         return self._apply(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device))
@@ -113,13 +110,10 @@ class LinearOperator(ABC):
         Example:
             >>> import torch
             >>> from curvops import HessianLinearOperator
-            >>> model = torch.nn.Linear(3, 2)
-            >>> data = [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
             >>> hessian = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
-            >>> v = torch.ones(8)
             >>> with hessian.linearized():
-            ...     for _ in range(10):
-            ...         v = hessian @ v
+            ...     columns = [hessian @ v for v in torch.eye(8)]
         """
         with ExitStack() as stack:
             for part in self._parts:
@@ -167,17 +161,14 @@ class LinearOperator(ABC):
 
     def adjoint(self) -> LinearOperator:
         """The adjoint operator; for a symmetric one itself."""
-        return self if self.symmetric else self._adjoint()
+        return self if self.symmetric else AdjointOperator(self)
 
     @property
     def T(self) -> LinearOperator:
         """The adjoint (real operators: the transpose)."""
         return self.adjoint()
 
-    @property
-    def H(self) -> LinearOperator:
-        """The adjoint."""
-        return self.adjoint()
+    H = T
 
     def __add__(self, other: Any) -> LinearOperator:
         return SumOperator(self, other) if isinstance(other, LinearOperator) else NotImplemented
@@ -323,7 +314,7 @@ class AdjointOperator(LinearOperator):
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
         return self.operator._apply(columns)
 
-    def _adjoint(self) -> LinearOperator:
+    def adjoint(self) -> LinearOperator:
         return self.operator
 
     def _dense(self) -> Tensor:

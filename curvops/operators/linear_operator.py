@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from curvops.space import TensorSpace, Vector
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
+
+
+SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
 
 
 class LinearOperator(ABC):
@@ -99,7 +102,7 @@ class LinearOperator(ABC):
         return (tensor for part in self._parts for tensor in part._leaves())
 
     @contextmanager
-    def linearized(self) -> Iterator[LinearOperator]:
+    def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
         """A context for many products, which yields the operator itself.
 
         Within it an operator over data may keep the graphs of its batches, as far as its memory budget allows, so

@@ -12,12 +12,9 @@ from curvops.gram import add_moment, mirrored
 from curvops.kronecker.captured import Captured
 from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.uses import LinearUse, OneHot, Windows
-from curvops.products.certify import relative_difference, tolerance
 from curvops.space import describe
 
 Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index
-# for each form of convolution seen so far, whether the autocorrelation gave the windows' moment on one datum
-CERTIFIED: dict[tuple[object, ...], bool] = {}
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Moments:
             side.rows += use.lead.numel()
 
     def _add_windows(self, group: Group, factors: Factors, captured: Captured, k: int, role: str) -> bool:
-        """Add a convolution's Σ a aᵀ by autocorrelation, if that is certified and the windows are not needed anyway."""
+        """Add a convolution's Σ a aᵀ by autocorrelation, if the windows are not needed anyway."""
         use = captured.tape.uses[k]
         assert isinstance(use, LinearUse)
         windows = use.inputs
@@ -139,12 +136,6 @@ class Moments:
         if side.inputs.ndim == 2 or not windows.correlates:
             return False
         joint = role == "joint"
-        x = windows.input
-        form = (windows.kernel, windows.padding, x.shape[1:], x.dtype, self.dtype, x.device, joint)
-        if form not in CERTIFIED:
-            CERTIFIED[form] = _equal_on_one(windows, self.dtype, joint)
-        if not CERTIFIED[form]:
-            return False
         side.inputs[0] += windows.moment(self.dtype, joint)
         side.rows += use.lead.numel()
         return True
@@ -230,14 +221,6 @@ def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
 
 def _count(rows: Tensor | OneHot) -> int:
     return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
-
-
-def _equal_on_one(windows: Windows, dtype: torch.dtype, joint: bool) -> bool:
-    """Whether autocorrelation and windows give the same moment on the first datum."""
-    rows = windows(1).to(dtype).flatten(0, 2)
-    if joint:
-        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-    return relative_difference(windows.moment(dtype, joint, 1), rows.T @ rows) <= tolerance(dtype)
 
 
 def _input_side(captured: Captured, k: int, role: str) -> str:

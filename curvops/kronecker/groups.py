@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.tape import Tape, views
-from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View, Windows
+from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, View
 from curvops.operators.places import Places
 from curvops.space import TensorSpace
 
@@ -230,19 +230,12 @@ def _identity(view: View | None) -> tuple[object, ...] | None:
 
 def _also(group: Group, use: LinearUse | VectorUse) -> Group:
     """A group that is used by another kind of operation as well, such as a head that is tied to an embedding."""
-    one_hot = group.one_hot or (
-        isinstance(use, LinearUse) and isinstance(use.inputs(), OneHot) and use.weight is not None
-    )
+    one_hot = group.one_hot or (isinstance(use, LinearUse) and use.one_hot)
     return replace(group, operation=f"{group.operation}, {use.kind}", one_hot=one_hot)
 
 
 def _shape(use: LinearUse, weight: View) -> tuple[tuple[int, int, int], bool]:
     """``(groups, left, right)`` of a weight, and whether its inputs are unit vectors."""
-    if isinstance(use.inputs, Windows):  # asked for their shape, windows need not be formed
-        one_hot, (groups, width) = False, use.inputs.shape
-    else:
-        a = use.inputs()
-        one_hot = isinstance(a, OneHot)
-        groups, width = (1, a.width) if isinstance(a, OneHot) else (a.shape[-2], a.shape[-1])
+    groups, width = use.input_shape
     rest = weight.shape.numel() // (groups * width)
-    return ((groups, rest, width) if use.input_side == "right" else (groups, width, rest)), one_hot
+    return ((groups, rest, width) if use.input_side == "right" else (groups, width, rest)), use.one_hot

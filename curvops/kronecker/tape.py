@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from curvops.kronecker.layout import ONE_UNIT, Layout, candidates
+from curvops.kronecker.rules import RULES
 from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
 from curvops.products.certify import relative_difference, tolerance
@@ -71,7 +72,7 @@ class Tape:
 def record(risk: EmpiricalRisk, X: Any, units: int) -> Tape:
     """Run the model under the taps."""
     leaves = risk.model.leaves()
-    taps = Taps(leaves)
+    taps = Taps(leaves, RULES)
     z = risk.forward(leaves, X, taps)
     precision = taps.precision or z.dtype
     tape = Tape(z, leaves, taps.uses, taps.unknowns, taps.data_dependent, units, precision, taps.activations)

@@ -53,10 +53,9 @@ class Recording:
         for tensor in parameters:
             self._number(tensor)
 
-    def signature(self, output: Any, units: int) -> Signature:
+    def signature(self, output: Tensor, units: int) -> Signature:
         """What was taken down, for a pass over so many data with an output."""
-        self.add(output)
-        return Signature(units, tuple(self._entries))
+        return Signature(units, (*self._entries, *self._number(output), *output.shape))
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> list[Tensor]:
         """Take down a call; returns the tensors that came into being by it."""

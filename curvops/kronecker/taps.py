@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -73,13 +72,12 @@ class Taps(TorchFunctionMode):
         """The operations of the pass, which had so many data and gave an output."""
         return self._recording.signature(output, units)
 
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """The context of backward passes: what is run again in it (checkpointing) runs as before, and leaves no record."""
+    def gradients(self, outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
+        """`torch.autograd.grad`; what is run again in it (checkpointing) runs as before, and leaves no record."""
         self._active = False
         try:
-            with self:
-                yield
+            with self:  # called plainly, it would be handed to the mode, and run without it
+                return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
         finally:
             self._active = True
 
@@ -232,7 +230,8 @@ class Taps(TorchFunctionMode):
     def _remember(self, tensor: Tensor, view: View) -> None:
         self._views[id(tensor)] = view
         self._kept.append(tensor)
-        self._recording.add(view.key)
+        if self._active:
+            self._recording.add(view.key)
 
 
 @cache

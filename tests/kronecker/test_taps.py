@@ -32,28 +32,28 @@ class Indexed(nn.Module):
         return self.head(torch.tanh(self._apply_parameter(self.p, x)).flatten(1))
 
 
-I, J = torch.arange(3)[:, None], torch.arange(3)[None]
+ROW, COLUMN = torch.arange(3)[:, None], torch.arange(3)[None]
 TRIANGLE = torch.tensor([[0, 1, 2], [1, 3, 4], [2, 4, 5]])
 W = real(3, 3, seed=7)
 
 
 def bounded_attention(p: Tensor, x: Tensor) -> Tensor:
     """SAM's relative positions: rows of a table by differences of places, in the product with the queries."""
-    return torch.einsum("nqc,qkc->nqk", x, p[I - J + 2])
+    return torch.einsum("nqc,qkc->nqk", x, p[ROW - COLUMN + 2])
 
 
 def swin(p: Tensor, x: Tensor) -> Tensor:
     """Swin's: a bias of the scores, from a table by an index."""
-    bias = p[(I - J + 2).flatten()].view(3, 3, 2).permute(2, 0, 1).contiguous()
+    bias = p[(ROW - COLUMN + 2).flatten()].view(3, 3, 2).permute(2, 0, 1).contiguous()
     return torch.softmax(x @ x.mT + bias.unsqueeze(0)[:, 0], -1) @ x
 
 
 # name: shape of the parameter, its use, shape of a datum, width of the head's input
 REPEATS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], tuple[int, ...], int]] = {
-    "circulant": ((3,), lambda p, x: F.linear(x, p[(I - J) % 3]), (3,), 3),
-    "circulant, over positions": ((3,), lambda p, x: x @ p[(J - I) % 3], (2, 3), 6),
-    "Toeplitz": ((5,), lambda p, x: x @ p[I - J + 2].T, (3,), 3),
-    "Toeplitz by take": ((5,), lambda p, x: x @ torch.take(p, I - J + 2), (3,), 3),
+    "circulant": ((3,), lambda p, x: F.linear(x, p[(ROW - COLUMN) % 3]), (3,), 3),
+    "circulant, over positions": ((3,), lambda p, x: x @ p[(COLUMN - ROW) % 3], (2, 3), 6),
+    "Toeplitz": ((5,), lambda p, x: x @ p[ROW - COLUMN + 2].T, (3,), 3),
+    "Toeplitz by take": ((5,), lambda p, x: x @ torch.take(p, ROW - COLUMN + 2), (3,), 3),
     "Toeplitz by unfold": ((5,), lambda p, x: F.linear(x, p.unfold(0, 3, 1).flip(0)), (3,), 3),
     "symmetric": ((6,), lambda p, x: F.linear(x, p[TRIANGLE]), (3,), 3),
     "index_select of rows": ((2, 3), lambda p, x: F.linear(x, p.index_select(0, torch.tensor([0, 1, 0]))), (3,), 3),
@@ -65,7 +65,7 @@ REPEATS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], tu
     "expanded weight, as many as data": ((3,), lambda p, x: F.linear(x, p.expand(4, 3)), (3,), 4),
     "indexed bias": ((2,), lambda p, x: F.linear(x, W, p[torch.tensor([0, 1, 0])]), (3,), 3),
     "indexed bias over positions": ((2,), lambda p, x: F.linear(x, W, p[[1, 1, 0]]), (2, 3), 6),
-    "weight and bias of one": ((3,), lambda p, x: F.linear(x, p[(I - J) % 3], p[[0, 0, 1]]), (3,), 3),
+    "weight and bias of one": ((3,), lambda p, x: F.linear(x, p[(ROW - COLUMN) % 3], p[[0, 0, 1]]), (3,), 3),
     "interleaved bias": ((2,), lambda p, x: x + p.repeat_interleave(2), (4,), 4),
     "expanded vector": ((1,), lambda p, x: x * p.expand(3), (3,), 3),
     "vector": ((2,), lambda p, x: x * p[torch.tensor([0, 1, 1])], (3,), 3),
@@ -84,7 +84,7 @@ def test_repeats_of_an_index(name: str, loss: Any) -> None:
     close(build("diagonal", problem).diagonal(), expected.diagonal())
     for sizes in ((), (3, 1)):
         ekfac = build("ekfac", problem, *sizes)
-        for name, slot in ((name, ekfac.domain.slice(name)) for name in ekfac.domain.names):
+        for slot in map(ekfac.domain.slice, ekfac.domain.names):
             close(ekfac.diagonal()[slot].sum(), expected.diagonal()[slot].sum())
         close(ekfac.trace(), expected.trace())
     places = torch.cat([placed.positions for placed in ekfac.blocks])
@@ -128,10 +128,8 @@ class Branches(nn.Module):
         return self.norm(h.view(n, 3, 1).expand(n, 3, 1).flatten(1).tanh())
 
 
-HOWS = (
-    "plain;other parameter;other operation;other axis;one axis;mean over data;detached;factor;rows of a table;"
-    "other rows of a table;views"
-).split(";")
+HOWS = ["plain", "other parameter", "other operation", "other axis", "one axis", "mean over data", "detached", "factor"]
+HOWS += ["rows of a table", "other rows of a table", "views"]
 
 
 def tapped(model: nn.Module, x: Tensor) -> tuple[Taps, Tensor]:

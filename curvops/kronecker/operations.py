@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.substitutions import embedding, embedding_bag, grouped_mm, linear_cross_entropy
+from curvops.substitutions import TABLE, embedding, embedding_bag, grouped_mm, linear_cross_entropy, opened
 
 
 def _named(names: str) -> set[Any]:
@@ -16,9 +16,12 @@ def _named(names: str) -> set[Any]:
     return {getattr(owner, name) for name in names.split() for owner in (torch, Tensor) if hasattr(owner, name)}
 
 
-# whose own operations apply parameters: Python functions of torch.nn.functional, and substitutes
-COMPOSITE = {F.multi_head_attention_forward}
-TRANSPARENT = {embedding, embedding_bag, grouped_mm, linear_cross_entropy}
+# what applies parameters by operations inside: to be run so that a mode sees them
+OPENED = {F.multi_head_attention_forward: opened(F.multi_head_attention_forward)} | {
+    func: substitute
+    for func, substitute in TABLE.items()
+    if substitute in (embedding, embedding_bag, grouped_mm, linear_cross_entropy)
+}
 # give an entry several times if asked to
 INDEXING = {Tensor.__getitem__} | _named("index_select gather take take_along_dim repeat_interleave unfold")
 # give a part or a rearrangement of a tensor

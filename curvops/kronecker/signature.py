@@ -16,11 +16,11 @@ class Signature:
     """The operations of a forward pass: functions, which tensors they take and give, settings, and shapes.
 
     Attributes:
-        units: Number of data.
+        size: Number of data.
         entries: All of it in the order of the calls; tensors by their number, as a tuple.
     """
 
-    units: int
+    size: int
     entries: tuple[Any, ...]
 
     def covers(self, later: Signature) -> bool:
@@ -32,7 +32,7 @@ class Signature:
             return False
         if self.entries == later.entries:
             return True
-        m, n = self.units, later.units
+        m, n = self.size, later.size
         return all(
             a == b or (type(a) is type(b) is int and m > 1 and not a % m and not b % n and a // m == b // n)
             for a, b in zip(self.entries, later.entries, strict=True)
@@ -53,9 +53,9 @@ class Recording:
         for tensor in parameters:
             self._number(tensor)
 
-    def signature(self, output: Tensor, units: int) -> Signature:
+    def signature(self, output: Tensor, size: int) -> Signature:
         """What was taken down, for a pass over so many data with an output."""
-        return Signature(units, (*self._entries, *self._number(output), *output.shape))
+        return Signature(size, (*self._entries, *self._number(output), *output.shape))
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> list[Tensor]:
         """Take down a call; returns the tensors that came into being by it."""
@@ -63,7 +63,8 @@ class Recording:
         self.add(args)
         if kwargs:
             self.add(kwargs)
-        tensors = [out] if isinstance(out, Tensor) else [t for t in _sequence(out) if isinstance(t, Tensor)]
+        several = out if isinstance(out, (list, tuple)) else (out,)
+        tensors = [t for t in several if isinstance(t, Tensor)]
         new = [t for t in tensors if self._number(t)[1]]
         for tensor in tensors:  # a call in place may have changed it
             self._entries += [self._number(tensor)[0], tensor.dtype, tensor.requires_grad, *tensor.shape]
@@ -96,7 +97,3 @@ class Recording:
         self._count += 1
         self._numbers[id(tensor)] = ref(tensor), (self._count,)
         return (self._count,), True
-
-
-def _sequence(value: Any) -> Any:
-    return value if isinstance(value, (list, tuple)) else ()

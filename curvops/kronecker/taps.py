@@ -14,16 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvops.kronecker.lookups import Lookups
-from curvops.kronecker.operations import (
-    ADDS,
-    CASTS,
-    COMPOSITE,
-    INDEXING,
-    TRANSPARENT,
-    VIEWS,
-    is_data_dependent,
-    is_query,
-)
+from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
 from curvops.kronecker.signature import Recording, Signature
 from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View, Windows
 from curvops.substitutions import TABLE, opened
@@ -68,9 +59,9 @@ class Taps(TorchFunctionMode):
         """The applications that a rule knows."""
         return [*self._uses, *self.lookups.uses]
 
-    def signature(self, output: Tensor, units: int) -> Signature:
-        """The operations of the pass, which had so many data and gave an output."""
-        return self._recording.signature(output, units)
+    def signature(self, output: Tensor, size: int) -> Signature:
+        """The operations of the pass over so many data, of which an output came."""
+        return self._recording.signature(output, size)
 
     def gradients(self, outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
         """`torch.autograd.grad`; what is run again in it (checkpointing) runs as before, and leaves no record."""
@@ -178,9 +169,9 @@ class Taps(TorchFunctionMode):
         substitute = TABLE.get(func, func)
         if parameters or (rows and func in ADDS):
             self._operation = getattr(func, "__name__", str(func))
-            if func in COMPOSITE or substitute in TRANSPARENT:
+            if func in OPENED:
                 with self:
-                    return (opened(func) if func in COMPOSITE else substitute)(*args, **kwargs)
+                    return OPENED[func](*args, **kwargs)
             if func in self._rules and _fits(self._rules[func], 2 + len(args), tuple(kwargs)):
                 return self._rules[func](self, substitute, *args, **kwargs)
         out = substitute(*args, **kwargs)

@@ -158,7 +158,6 @@ class Windows:
     groups: int
 
     def __call__(self) -> Tensor:
-        """The windows, ``[N, windows, groups, C/groups · kernel]``."""
         return patches(self.input.detach(), self.kernel, self.stride, self.padding, self.dilation, self.groups)
 
     @property

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from curvops.kronecker.taps import Rule, Taps
 
-Slope = Callable[[Tensor], Tensor]  # from the gradient at the output to a parameter's, before it is summed
-
 
 def _arithmetic(kind: str, first: Callable[..., Tensor], second: Callable[..., Tensor]) -> Rule:
     """The rule of an operation on two terms, from the gradients ``(input, other, g)`` in each."""
@@ -52,27 +50,21 @@ def expand(taps: Taps, func: Any, input: Tensor, *args: Any, **options: Any) -> 
 
 def prelu(taps: Taps, func: Any, input: Tensor, weight: Tensor) -> Tensor:
     out: Tensor = func(input, weight)
-    shape = (1,) * (input.ndim > 1) + tuple(weight.shape) + (1,) * (input.ndim - 2)
-    _spread(taps, out, weight, lambda g: g * input.clamp(max=0), "prelu", shape if weight.numel() > 1 else None)
+    if weight.numel() > 1:  # one for each channel
+        with taps:
+            weight = weight.view(-1, *(1,) * (input.ndim - 2))
+    _spread(taps, out, weight, lambda g: g * input.clamp(max=0), "prelu")
     return out
 
 
-def _spread(
-    taps: Taps,
-    out: Tensor,
-    vector: Any,
-    slope: Slope,
-    kind: str,
-    shape: tuple[int, ...] | None = None,
-) -> None:
+def _spread(taps: Taps, out: Tensor, vector: Any, slope: Callable[[Tensor], Tensor], kind: str) -> None:
     """Record a parameter that is broadcast to the output; ``slope`` is its gradient before it is summed.
 
     The axes along which it is broadcast are the rows.
     """
     if taps.view(vector) is None:
         return
-    shape = tuple(vector.shape) if shape is None else shape
-    shape = (1,) * (out.ndim - len(shape)) + shape
+    shape = (1,) * (out.ndim - vector.ndim) + tuple(vector.shape)
     own = [k for k, size in enumerate(shape) if size > 1]
     rest = [k for k in range(out.ndim) if k not in own]
     if out.is_complex() or not rest or any(out.shape[k] != shape[k] for k in own):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvops.kronecker.tape import TOGETHER, Layout, Tape, views
 from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
-from curvops.linearize.certify import relative_difference, tolerance
+from curvops.products.account import relative_difference, tolerance
 
 PROJECTIONS = 8  # random numbers that stand for a row when its scale is looked at
 
@@ -51,8 +51,8 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
     allowed = max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in scaled if g is not None)})
     for k, name in enumerate(names):
         total, totals[k] = totals[k], None
-        if name in tape.unknowns and total is not None:
-            failed[name] = f"it enters {tape.unknowns[name]}"
+        if name in tape.taps.unknowns and total is not None:
+            failed[name] = f"it enters {tape.taps.unknowns[name]}"
         elif name not in failed and not _explained(tape.params[name], parts.get(name, ()), total, allowed):
             failed[name] = "its gradient is not the sum over the operations that were seen"
     return failed

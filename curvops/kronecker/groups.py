@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.tape import Tape
-from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View, Windows
+from curvops.kronecker.uses import LinearUse, Use, VectorUse, View
 from curvops.operators.places import Places
 from curvops.space import TensorSpace
 
@@ -149,9 +149,9 @@ class Grouping:
         if isinstance(use, VectorUse):
             return Group(key, names, "vector", (1, len(where), 1), where, use.kind)
         if role == "bias":
-            weight = self._partner(key) if use.weight is not None and input_shape(use)[0] == 1 else None
+            weight = self._partner(key) if use.weight is not None and use.input_shape[0] == 1 else None
             return Group(key, names, "linear", (1, len(where), 1), where, use.kind, weight)
-        groups, width = input_shape(use)
+        groups, width = use.input_shape
         rest = len(where) // max(groups * width, 1)
         shape = (groups, rest, width) if use.input_side == "right" else (groups, width, rest)
         if role == "joint":
@@ -167,19 +167,6 @@ class Grouping:
         if view.index is None:
             return Places.range(own.start, own.stop, self.space.device)
         return Places.listed(view.index.flatten() + own.start)
-
-
-def input_shape(use: LinearUse) -> tuple[int, int]:
-    """Groups, and entries of a row in one."""
-    if isinstance(use.inputs, Windows):
-        return use.inputs.shape
-    a = use.inputs()
-    return (1, a.width) if isinstance(a, OneHot) else (a.shape[-2], a.shape[-1])
-
-
-def one_hot(use: LinearUse) -> bool:
-    """Whether the inputs are unit vectors."""
-    return not isinstance(use.inputs, Windows) and isinstance(use.inputs(), OneHot)
 
 
 def _identity(view: View) -> Key:

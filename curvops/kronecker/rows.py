@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, Key, Roles, input_shape, one_hot
+from curvops.kronecker.groups import Group, Key, Roles
 from curvops.kronecker.tape import Tape
 from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, Windows
 
@@ -46,7 +46,7 @@ class LazyRows:
         assert isinstance(use, LinearUse) and layout is not None
         self.use, self.role, self.size = use, role, tape.size
         self.input_side = "right" if role == "bias" else use.input_side
-        self.one_hot = role != "bias" and one_hot(use)
+        self.one_hot = role != "bias" and use.one_hot
         self._z, self._layout = tape.z, layout
         self._slopes = [g for slopes in columns if (g := slopes.get(k)) is not None]
 
@@ -89,7 +89,7 @@ class LazyRows:
 
     def bytes(self, columns: int, outputs: bool) -> int:
         """What the rows take, with the ``outputs`` of some backward passes or without."""
-        groups, width = (1, 1) if self.role == "bias" or self.one_hot else input_shape(self.use)
+        groups, width = (1, 1) if self.role == "bias" or self.one_hot else self.use.input_shape
         inputs = self.count * groups * (width + (self.role == "joint"))
         size = self.use.outputs(torch.empty(self.use.shape, device="meta")).numel() * columns
         return inputs * (8 if self.one_hot else self._z.itemsize) + outputs * size * self._z.itemsize

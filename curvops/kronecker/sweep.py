@@ -17,13 +17,14 @@ from curvops.kronecker.cotangents import LIMIT, Cotangents
 from curvops.kronecker.groups import Group, Grouping
 from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass
+from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
 from curvops.kronecker.uses import LinearUse
-from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import Noise, OutputCurvature
+from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
-from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.tree import map_tensors, tensors_of
+from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.tree import map_tensors, tensors_of
 
 SOME = 4  # data that a large batch is certified on
 SMALL = 2**18  # entries of the layers' outputs up to which a batch itself is certified: cheaper than another pass
@@ -34,7 +35,7 @@ class Proof:
     """What was certified of a pass, for passes of the same operations: layouts of the rows, and what failed."""
 
     way: str
-    signature: object
+    signature: Signature
     layouts: list[Layout | None]
     failed: dict[str, str]
 
@@ -79,6 +80,8 @@ class Sweep:
         self.data = dict.fromkeys(self.risk.space.names, 0)
         self.reasons = {name: [] for name in self.data}
         yield from self._walk(title, together)
+        if not self.grouping.again:
+            self.constant = self._steps.constant
 
     def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
         """The same passes once more, without those of some batches at the beginning."""
@@ -112,9 +115,10 @@ class Sweep:
         ]
 
     def _batches(self, title: str) -> Generator[Batch, None, None]:
-        with closing(self.risk.batches(title)) as batches:
-            yield from batches
-        self.constant = self.risk.constant
+        # what is done between two batches runs in the caller's context, so no context is entered here
+        with closing(self.risk.data.walk()) as batches:
+            self._steps = Walk(self.risk, batches, title)
+            yield from self._steps
 
     def _walk(self, title: str, together: int, skip: int = 0) -> Iterator[Pass]:
         with closing(self._batches(title)) as batches:
@@ -129,7 +133,7 @@ class Sweep:
     ) -> Iterator[Pass]:
         """Record, certify and pull one batch."""
         tape = record(self.risk, batch.X, batch.size)
-        curvature = self.risk.output_curvature(tape.z.detach(), batch)
+        curvature = self._steps.curvature(tape.z.detach(), batch)
         expected, seen = self.options.num_per_example_loss_terms, curvature.terms_per_datum
         if expected is not None and seen != expected:
             raise ValueError(
@@ -240,8 +244,8 @@ class Sweep:
         curvature: OutputCurvature | None = None,
     ) -> dict[str, str]:
         """The parameters that a pass's uses do not explain; the pass gets its layouts."""
-        for proof in () if tape.data_dependent else self._proofs:
-            if proof.way == way and proof.signature == tape.signature and tape.fits(proof.layouts):
+        for proof in () if tape.taps.data_dependent else self._proofs:
+            if proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts):
                 tape.layouts, failed = list(proof.layouts), proof.failed
                 break
         else:
@@ -270,14 +274,14 @@ class Sweep:
     def _some(self, batch: Batch, tape: Tape) -> Tape | None:
         """A pass of a few data that speaks for a large batch's, if there is one."""
         size, tensors = batch.size, tensors_of(batch.X)
-        if tape.data_dependent or size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors):
+        if tape.taps.data_dependent or size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors):
             return None
         if sum(_entries(tape, k) for k in range(len(tape.uses))) <= SMALL:
             return None
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
         some = attempt(lambda: record(self.risk, cut(batch.X, size, places), SOME))
-        if some is None or some.signature != tape.signature or not _agree(some.z, tape, places):
+        if some is None or not some.signature.covers(tape.signature) or not _agree(some.z, tape, places):
             return None
         return some
 
@@ -289,7 +293,7 @@ class Sweep:
             for place in (0, n - 1):
                 X = cut(batch.X, n, [place], kept)
                 with torch.no_grad():
-                    z = attempt(partial(self.risk.forward, self.risk.model.params, X))
+                    z = attempt(partial(self.risk.forward, X))
                 if z is None or not _agree(z, tape, [place]):
                     break
             else:

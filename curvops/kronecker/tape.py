@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
+from curvops.kronecker.rules import RULES
+from curvops.kronecker.signature import Signature
 from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import Use, VectorUse, View
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -59,11 +60,10 @@ class Tape:
 
     Attributes:
         z: The output, carrying the graph.
-        params: The parameters that it was run with.
-        uses: The applications of parameters that the taps know.
-        unknowns: Parameters that also enter otherwise, and an operation where they do.
-        data_dependent: Whether rows may be ordered by the data's values.
-        signature: The operations; passes with the same one have their rows in the same places.
+        params: The parameters.
+        taps: What the taps saw.
+        uses: The applications of parameters.
+        signature: The operations.
         size: Number of data that rows are attributed to; 1 where a batch that mixes its data is seen as one.
         precision: The lowest that the model computes in.
         layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
@@ -71,10 +71,9 @@ class Tape:
 
     z: Tensor
     params: Mapping[str, Tensor]
+    taps: Taps
     uses: Sequence[Use]
-    unknowns: Mapping[str, str]
-    data_dependent: bool
-    signature: object
+    signature: Signature
     size: int
     precision: torch.dtype
     layouts: list[Layout | None]
@@ -89,7 +88,9 @@ class Tape:
         targets: Any = [self.uses[k].edge for k in uses] + [self.params[n] for n in names]
         if not targets or not self.z.requires_grad:
             return [None] * len(uses), [None] * len(names)
-        found = grad(self.z, targets, cotangent.to(self.z.dtype), retain_graph=not last, allow_unused=True)
+        found = self.taps.gradients(
+            self.z, targets, cotangent.to(self.z.dtype), retain_graph=not last, allow_unused=True
+        )
         return list(found[: len(uses)]), list(found[len(uses) :])
 
     def fits(self, layouts: Sequence[Layout | None]) -> bool:
@@ -105,14 +106,11 @@ class Tape:
 
 def record(risk: EmpiricalRisk, X: Any, size: int) -> Tape:
     """Run the model under the taps."""
-    params = risk.model.leaves()
-    taps = Taps(params)
-    z = risk.forward(params, X, taps)
-    uses = taps.uses
-    signature = tuple((use.kind, *((view.name, *view.key) for view in views(use))) for use in uses)
+    taps = Taps(risk.params, RULES)
+    z = risk.forward(X, taps)
+    uses, precision = taps.uses, taps.precision or z.dtype
     layouts: list[Layout | None] = [TOGETHER if size == 1 else None] * len(uses)
-    precision = taps.precision or z.dtype
-    return Tape(z, params, uses, taps.unknowns, taps.data_dependent, signature, size, precision, layouts)
+    return Tape(z, risk.params, taps, uses, taps.signature(z, size), size, precision, layouts)
 
 
 def views(use: Use) -> list[View]:

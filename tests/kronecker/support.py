@@ -215,7 +215,7 @@ def cells(row: Row) -> list[str]:
             label = explained.block
             if close(placed.block.dense(), block):
                 label += " *exact*"
-            elif abs(float(placed.block.trace() - block.trace())) <= 1e-8 * float(block.trace()):
+            elif abs(float(placed.block.diagonal().sum() - block.trace())) <= 1e-8 * float(block.trace()):
                 label += " *trace*"
             names = ", ".join(name.removeprefix("layer.") for name in explained.names)
             parts.append(f"{names}: {label}")

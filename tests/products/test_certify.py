@@ -3,13 +3,13 @@
 import pytest
 import torch
 from conformance import close, draws
+from curvops.products.certify import Account, certified, relative_difference, tolerance
 from problems import PROBLEMS
 from torch import nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
 from curvops.operators import hessian
 from curvops.products import per_datum
-from curvops.products.certify import Account, certified, relative_difference, tolerance
 
 FAST = {
     HessianLinearOperator: (hessian, "layered_hessian"),

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from curvops.products.certify import Account
+from curvops.products.choose import Choice
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
 from curvops.operators import ggn, hessian
 from curvops.products import choose, held
-from curvops.products.certify import Account
-from curvops.products.choose import Choice
 from curvops.products.reference import GradientLinearization, OutputLinearization
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from curvops.products.batches import LinearizedForward
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
 from curvops.products import choose
-from curvops.products.batches import LinearizedForward
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 

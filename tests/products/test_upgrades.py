@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conformance import RISK, close, draws
+from curvops.products.batches import JoinedBatches
 from problems import PROBLEMS
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
 from curvops.operators import ggn, hessian
 from curvops.products import batches, choose, held, per_datum
-from curvops.products.batches import JoinedBatches
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from conformance import close, draws
+from curvops.products.per_datum import pulled_rows
 from torch.func import hessian, jacrev
 
 from curvops import TensorSpace
 from curvops.products.layered import COLUMNS, layered_hessian, layers
-from curvops.products.per_datum import pulled_rows
 from curvops.products.reference import GradientLinearization, OutputLinearization
 
 SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (2, 3), "scale": (), "unused": (2,)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,10 +32,9 @@ class Case:
         self.params = self.params or dict(self.model.named_parameters())
 
     def make(self, kind: str, **options: Any) -> Any:
-        fisher = {"fisher_type": "type-2"} if kind in ("KFAC", "KFOC", *KRONECKER) else {}
-        cls = getattr(curvops, f"{kind}LinearOperator")
+        fisher = {} if kind in IMPLICIT else {"fisher_type": "type-2"}
         given = {"check_deterministic": False, **fisher, **self.options, **options}
-        return cls(self.model, self.loss, self.params, self.data, **given)
+        return getattr(curvops, f"{kind}LinearOperator")(self.model, self.loss, self.params, self.data, **given)
 
     def outputs(self) -> list[Tensor]:
         call = self.model if isinstance(self.model, nn.Module) else lambda X: self.model(self.params, X)
@@ -50,34 +49,33 @@ class Case:
         with differentiable(self.params) as leaves:
             return {"Hessian": hessian, "EF": empirical_fisher}.get(kind, ggn)(self, leaves)
 
-    def check(self, kind: str, operator: Any = None, truth: Tensor | None = None) -> None:
-        """Everything that can be asked of an operator against the truth as it is now."""
+    def check(self, kind: str, op: Any = None, truth: Tensor | None = None) -> None:
+        """All that can be asked of an operator against the truth as it is now."""
         truth = self.truth(kind) if truth is None else truth
-        op = self.make(kind) if operator is None else operator
-        if kind not in IMPLICIT:
-            close(op.to_dense().diagonal() if kind == "GGNDiagonal" else self.traces(op.to_dense()), self.diagonal(kind, truth))
-            return
-        V = torch.randn(len(truth), 3, generator=torch.Generator().manual_seed(1))
-        close(op @ V[:, 0], truth @ V[:, 0])
+        op = self.make(kind) if op is None else op
+        if kind in KRONECKER:
+            found, expected = op.to_dense().diagonal(), truth.diagonal()
+            if kind == "EKFAC":
+                found, expected = self.traces(found), self.traces(expected)
+            return close(found, expected)
+        V = real(len(truth), 3, seed=1)
+        for _ in range(2):
+            close(op @ V[:, 0], truth @ V[:, 0])
         close(op @ V, truth @ V)
         close(op.to_dense(), truth)
         with op.linearized():
-            close(op @ V[:, 0], truth @ V[:, 0])
-            close(op @ V[:, 1], truth @ V[:, 1])
+            for k in (0, 1):
+                close(op @ V[:, k], truth @ V[:, k])
             close(op @ V, truth @ V)
+        return None
 
-    def traces(self, matrix: Tensor) -> Tensor:
-        return torch.stack([part.sum() for part in matrix.diagonal().split([p.numel() for p in self.params.values()])])
-
-    def diagonal(self, kind: str, truth: Tensor) -> Tensor:
-        return truth.diagonal() if kind == "GGNDiagonal" else self.traces(truth)
+    def traces(self, diagonal: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in diagonal.split([p.numel() for p in self.params.values()])])
 
 
 @contextmanager
-def differentiable(params: dict[str, Tensor]) -> Any:
-    frozen = [p for p in params.values() if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_()
+def differentiable(params: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    frozen = [p.requires_grad_() for p in params.values() if not p.requires_grad]
     yield list(params.values())
     for p in frozen:
         p.requires_grad_(False)
@@ -109,34 +107,18 @@ def ggn(case: Case, leaves: list[Tensor]) -> Tensor:
 
 
 def empirical_fisher(case: Case, leaves: list[Tensor]) -> Tensor:
-    """For one term a datum and a mean over data, or, with the option ``reduction="sum"``, a sum."""
+    """Of losses with one term a datum, without weights."""
     J, at, slope = jacobian(case, leaves)
     N, summed = sum(map(len, at)), case.options.get("reduction", getattr(case.loss, "reduction", "mean")) == "sum"
     rows = (slope.detach()[:, None] * J).reshape(N, -1, J.shape[1]).sum(1)
     return (1 if summed else N) * rows.T @ rows
 
 
-def picture(model: nn.Module) -> list[Any]:
-    """Which object stands under each name of each module, and what is known of the tensors among them."""
-    seen: list[Any] = []
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for kind in ("_parameters", "_buffers", "_modules", "__dict__"):
-            for name, value in vars(module).items() if kind == "__dict__" else vars(module)[kind].items():
-                facts = (value.requires_grad, id(value.grad), value.tolist()) if isinstance(value, Tensor) else len(getattr(value, "__dict__", ()))
-                seen.append((prefix, kind, name, id(value), type(value), facts))
-        seen.append((prefix, module.training, *(len(h) for n, h in vars(module).items() if n.endswith("_hooks"))))
-    return seen
-
-
 def close(found: Tensor, truth: Tensor, tolerance: float = 1e-9) -> None:
     found, truth = found.detach(), truth.detach()
     error = float((found - truth).norm() / truth.norm().clamp_min(1e-12))
-    assert error < tolerance, f"relative error {error:.2e}, norms {float(found.norm()):.6g} and {float(truth.norm()):.6g}"
+    assert error < tolerance, f"relative error {error:.2e}, norms {float(found.norm()):.6g}, {float(truth.norm()):.6g}"
 
 
 def real(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def labels(n: int, classes: int = 3) -> Tensor:
-    return torch.arange(n) * 7 % 5 % classes

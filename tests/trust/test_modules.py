@@ -1,4 +1,4 @@
-"""Modules of every make, threads, copies, transforms; what cannot be right is a clear error, what is doubtful a warning."""
+"""Modules of every make, threads, copies, transforms; what cannot be right is a clear error."""
 
 import copy
 import pickle
@@ -12,23 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, jvp, vmap
 
-import curvops
-from trust.oracle import IMPLICIT, KINDS, Case, close, labels, real
-
-CLEAR = (TypeError, ValueError, RuntimeError, NotImplementedError, pickle.PicklingError)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
-
-    def forward(self, X):
-        return self.b(self.a(X).tanh())
-
-
-def data():
-    return [(real(5, 3), labels(5)), (real(4, 3, seed=1), labels(4))]
+from trust.oracle import IMPLICIT, KINDS, Case, close, real
+from trust.support import CE, CLEAR, Model, Net, data, labels
 
 
 def exported(net):
@@ -36,77 +21,53 @@ def exported(net):
     return torch.export.export(net, (real(5, 3),), dynamic_shapes=sizes).module()
 
 
-def wrapped(net):
-    return torch.optim.swa_utils.AveragedModel(net)
+def compiled(net):
+    """As AOT autograd compiles: with buffers that its backward pass gives away, so that it never runs with a graph."""
+    net = torch.compile(net, backend="aot_eager", dynamic=True)
+    net(real(5, 3)).sum().backward()
+    return net
 
 
 MADE = {
     "fx": torch.fx.symbolic_trace,
     "export": exported,
-    "averaged": wrapped,
+    "averaged": torch.optim.swa_utils.AveragedModel,
     "data parallel": nn.DataParallel,
     "deep copy": copy.deepcopy,
     "unpickled": lambda net: pickle.loads(pickle.dumps(net)),
     "lazy": lambda net: nn.Sequential(nn.LazyLinear(4), nn.Tanh(), net.b),
-    "scripted": lambda net: torch.jit.script(net),
+    "scripted": torch.jit.script,
     "traced": lambda net: torch.jit.trace(net, real(5, 3)),
-    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "compiled": compiled,
 }
 
 
-def make(way):
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "KFAC"])
+@pytest.mark.parametrize("way", MADE)
+def test_modules_of_every_make(way, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = MADE[way](Net())
         net(real(2, 3))
-    return net
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
-@pytest.mark.parametrize("way", MADE)
-def test_modules_of_every_make(way, kind):
-    net = make(way)
-    case = Case(net, nn.CrossEntropyLoss(), data(), params={n: p for n, p in net.named_parameters() if p.requires_grad})
-    truth = Case(getattr(net, "_orig_mod", net), case.loss, case.data, params=case.params).truth(kind)
-    case.check(kind, truth=truth)
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "KFAC", "EKFAC"])
-def test_compiled_with_donated_buffers(kind):
-    """As AOT autograd compiles: its backward pass runs once, and never with a graph."""
-    net, case = Net(), None
-    case = Case(net, nn.CrossEntropyLoss(), data())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = torch.compile(net, backend="aot_eager", dynamic=True)
-        compiled(data()[0][0]).sum().backward()
-    twin = Case(compiled, case.loss, case.data, params=dict(compiled.named_parameters()))
+    case = Case(net, CE, data(), params={n: p for n, p in net.named_parameters() if p.requires_grad})
     if kind == "KFAC":
-        twin.make(kind).to_dense()
+        assert case.make(kind).to_dense().trace() > 0
     else:
-        twin.check(kind, truth=case.truth(kind))
-
-
-class Cond(nn.Module):
-    def __init__(self, closed):
-        super().__init__()
-        self.a, self.b, self.closed = nn.Linear(3, 4), nn.Linear(4, 3), closed
-
-    def forward(self, X):
-        h = self.a(X)
-        if self.closed:
-            return torch.cond(X.sum() > 0, lambda t: self.b(t.tanh()), lambda t: self.b(t.sin()), (h,))
-        return self.b(torch.cond(X.sum() > 0, lambda t: t.tanh(), lambda t: t.sin(), (h,)))
+        case.check(kind, truth=Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params).truth(kind))
 
 
 @pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("closed", [True, False])
 def test_cond(closed, kind):
-    net, plain = Cond(closed), Net()
-    plain.load_state_dict(net.state_dict())
-    plain.forward = lambda X: plain.b((torch.tanh if X.sum() > 0 else torch.sin)(plain.a(X)))
-    case = Case(net, nn.CrossEntropyLoss(), data())
-    truth = Case(plain, case.loss, case.data).truth(kind)
+    def cond(n, X):
+        h = n.a(X)
+        if closed:
+            return torch.cond(X.sum() > 0, lambda t: n.b(t.tanh()), lambda t: n.b(t.sin()), (h,))
+        return n.b(torch.cond(X.sum() > 0, lambda t: t.tanh(), lambda t: t.sin(), (h,)))
+
+    case = Case(Model(cond), CE, data())
+    plain = Model(lambda n, X: n.b((torch.tanh if X.sum() > 0 else torch.sin)(n.a(X))))
+    plain.load_state_dict(case.model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler
         try:
@@ -115,72 +76,60 @@ def test_cond(closed, kind):
         except CLEAR as error:
             assert "cond" in str(error)
         else:
-            case.check(kind, op, truth)
+            case.check(kind, op, Case(plain, CE, case.data).truth(kind))
 
 
-class Masked(nn.Module):
-    def __init__(self, first):
-        super().__init__()
-        self.a, self.b, self.first = nn.Linear(3, 4), nn.Linear(4, 3), first
-
-    def forward(self, X):
-        x, mask = (X if self.first == "x" else X[::-1]) if isinstance(X, tuple) else (X["x"], X["mask"])
-        return self.b((mask.softmax(-1) @ self.a(x).tanh()).mean(1))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["x", "mask", "dict"])
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 3), (2, 4)], ids=str)
-def test_a_mask_as_long_as_the_batch(sizes, form, kind):
-    mask = real(4, 4, seed=8)
-    xs = [real(n, 4, 3, seed=n) for n in sizes]
-    pack = {"x": lambda x: (x, mask), "mask": lambda x: (mask, x), "dict": lambda x: {"x": x, "mask": mask}}[form]
-    size = lambda X: len(X["x"] if form == "dict" else X[form == "mask"])  # noqa: E731
-    batches = [(pack(x), labels(n)) for x, n in zip(xs, sizes, strict=True)]
-    Case(Masked(form), nn.CrossEntropyLoss(), batches, {"batch_size_fn": size}).check(kind)
-    without = Case(Masked(form), nn.CrossEntropyLoss(), batches)
-    try:
-        op = without.make(kind)
-        op @ torch.ones(op.shape[1])
-    except ValueError as error:
-        assert "batch_size_fn" in str(error)
-    else:
-        without.check(kind, op)
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
-
-    def forward(self, X):
-        return self.b(self.a(X).tanh().mean(0))
-
-
-MEAN = (lambda z, y: F.cross_entropy(z, y), {"reduction": "mean"})
-OBJECTIVES = [MEAN, (nn.CrossEntropyLoss(), {}), (nn.MSELoss(), {}), (nn.HuberLoss(), {})]
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "GGNDiagonal"])
-@pytest.mark.parametrize("sizes", [(4, 2), (5, 5), (5, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("objective", range(len(OBJECTIVES)))
-def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
-    loss, options = OBJECTIVES[objective]
-    y = labels if objective < 2 else (lambda n: real(n, 3, seed=4))
-    case = Case(SequenceFirst(), loss, [(real(5, n, 3, seed=n), y(n)) for n in sizes], options)
-    Case(case.model, loss, case.data, {**options, "batch_size_fn": lambda X: X.shape[1]}).check(kind)
+def right_or_named(case, kind, names):
+    """The operator is right, or refuses with a message that names what to say."""
     try:
         op = case.make(kind)
         op @ torch.ones(op.shape[1])
     except ValueError as error:
-        assert re.search("batch_size_fn|reduction", str(error))
+        assert re.search(names, str(error))
     else:
         case.check(kind, op)
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EF"])
+FORMS = {
+    "x first": (lambda x, m: (x, m), lambda X: len(X[0]), lambda X: X),
+    "mask first": (lambda x, m: (m, x), lambda X: len(X[1]), lambda X: X[::-1]),
+    "mapping": (lambda x, m: {"x": x, "m": m}, lambda X: len(X["x"]), lambda X: (X["x"], X["m"])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 3), (2, 4)], ids=str)
+def test_a_mask_as_long_as_the_batch(sizes, form, kind):
+    pack, size, unpack = FORMS[form]
+    mask = real(4, 4, seed=8).softmax(1)
+    net = Model(lambda n, X: n.b((unpack(X)[1] @ n.a(unpack(X)[0]).tanh()).mean(1)))
+    batches = [(pack(real(n, 4, 3, seed=n), mask), labels(n)) for n in sizes]
+    Case(net, CE, batches, {"batch_size_fn": size}).check(kind)
+    right_or_named(Case(net, CE, batches), kind, "batch_size_fn")
+
+
+OBJECTIVES = {
+    "own mean": (lambda z, y: F.cross_entropy(z, y), {"reduction": "mean"}, labels),
+    "cross-entropy": (CE, {}, labels),
+    "huber": (nn.HuberLoss(), {}, lambda n: real(n, 3, seed=4)),
+}
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "GGNDiagonal"])
+@pytest.mark.parametrize("sizes", [(4, 2), (5, 5), (5, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
+    loss, options, y = OBJECTIVES[objective]
+    net = Model(lambda n, X: n.b(n.a(X).tanh().mean(0)))
+    batches = [(real(5, n, 3, seed=n), y(n)) for n in sizes]
+    Case(net, loss, batches, {**options, "batch_size_fn": lambda X: X.shape[1]}).check(kind)
+    right_or_named(Case(net, loss, batches, options), kind, "batch_size_fn|reduction")
+
+
+@pytest.mark.parametrize("kind", IMPLICIT)
 def test_eight_threads(kind):
-    case = Case(Net(), nn.CrossEntropyLoss(), data())
+    case = Case(Net(), CE, data())
     op, truth, errors = case.make(kind), case.truth(kind), []
 
     def work(seed):
@@ -201,38 +150,34 @@ def test_eight_threads(kind):
 
 
 def test_training_in_another_thread_feels_nothing():
-    """Checkpointing, modes and gradients of a model elsewhere are as without us."""
-    case, other = Case(Net(), nn.CrossEntropyLoss(), data()), Net()
-    X, saved, stop, wrong = real(5, 3), [], threading.Event(), []
+    """Checkpoints, substitutions and modes are those of our own thread."""
+    case, other, stop, wrong = Case(Net(), CE, data()), Net(), threading.Event(), []
+    calls, plain = [], other.b.forward
+    other.b.forward = lambda h: (calls.append(torch.is_grad_enabled()), plain(h))[1]
 
     def gradient():
-        calls = []
-        other.b.forward = lambda h: (calls.append(1), F.linear(h, other.b.weight, other.b.bias))[1]
-        out = torch.utils.checkpoint.checkpoint(other, X, use_reentrant=False).square().sum()
-        return torch.autograd.grad(out, other.a.weight)[0], len(calls), torch.is_grad_enabled()
-
-    expected = gradient()
+        calls.clear()
+        out = torch.utils.checkpoint.checkpoint(other, real(5, 3), use_reentrant=False).square().sum()
+        return torch.autograd.grad(out, other.a.weight)[0].tolist(), list(calls)
 
     def train():
         while not stop.is_set():
-            found = gradient()
-            if not torch.equal(found[0], expected[0]) or found[1:] != expected[1:]:
-                wrong.append(found)
+            wrong.extend([1] * (gradient() != expected))
 
+    expected = gradient()
     thread = threading.Thread(target=train)
     thread.start()
-    for kind in ("Hessian", "GGN", "EKFAC"):
-        for _ in range(3):
-            case.make(kind) @ torch.ones(31)
+    for kind in ("Hessian", "GGN", "EKFAC") * 3:
+        case.make(kind) @ torch.ones(31)
     stop.set()
     thread.join()
-    assert not wrong and not saved
+    assert not wrong
 
 
 @pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
 @pytest.mark.parametrize("how", ["pickle", "copy", "deepcopy"])
 def test_copies(how, kind):
-    case = Case(Net(), nn.CrossEntropyLoss(), data())
+    case = Case(Net(), CE, data())
     op = case.make(kind)
     op @ torch.ones(op.shape[1])
     do = {"pickle": lambda o: pickle.loads(pickle.dumps(o)), "copy": copy.copy, "deepcopy": copy.deepcopy}[how]
@@ -245,154 +190,37 @@ def test_copies(how, kind):
         case.check(kind, op)
 
 
-TRANSFORMS = {
-    "vmap": lambda f, v: vmap(f)(torch.stack([v, 2 * v]))[1] / 2,
-    "jvp": lambda f, v: jvp(f, (v,), (v,))[1],
-    "grad": lambda f, v: grad(lambda t: t @ f(t))(v) / 2,
-    "jacrev": lambda f, v: torch.func.jacrev(f)(v) @ v,
-    "backward": lambda f, v: backward(f, v),
-    "backward, dict": lambda f, v: backward(lambda t: f({"a": t[:10], "b": t[10:]})["a"], v),
-    "one backward": lambda f, v: backward(f, v, w=v.clone()),
-}
-
-
-def backward(f, v, w=None):
-    """Half the gradient of ½ wᵀ f(v) counts for w, half for v."""
+def backward(f, v, w):
+    """Half the gradient of wᵀ f(v): where v = w, half of it is v's."""
     v = v.clone().requires_grad_()
     (slope,) = torch.autograd.grad(((v if w is None else w) * f(v)).sum(), v)
     return slope / 2 if w is None else slope
 
 
+TRANSFORMS = {
+    "vmap": lambda f, v: vmap(f)(torch.stack([v, 2 * v]))[1] / 2,
+    "jvp": lambda f, v: jvp(f, (v,), (v,))[1],
+    "grad": lambda f, v: grad(lambda t: t @ f(t))(v) / 2,
+    "jacrev": lambda f, v: torch.func.jacrev(f)(v) @ v,
+    "backward": lambda f, v: backward(f, v, None),
+    "backward of a constant": lambda f, v: backward(f, v, v.clone()),
+}
+
+
 @pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
-@pytest.mark.parametrize("way", [w for w in TRANSFORMS if "dict" not in w])
+@pytest.mark.parametrize("way", TRANSFORMS)
 def test_inside_a_transform(way, kind):
-    case = Case(Net(), nn.CrossEntropyLoss(), data())
+    case = Case(Net(), CE, data())
     op, v = case.make(kind), real(31, seed=2)
     expected = op @ v
+    with torch.no_grad():
+        close(op @ v.clone().requires_grad_(), expected)
     try:
         found = TRANSFORMS[way](lambda t: op @ t, v)
     except CLEAR as error:
         assert re.search(r"detach|no_grad|torch\.func|vmap|transform|differentia", str(error)) and op.name in str(error)
     else:
         close(found, expected)
-    with torch.no_grad():
-        close(op @ v.clone().requires_grad_(), expected)
-        op @ list(case.params.values())
-
-
-def half(h):
-    if h.requires_grad:
-        h.register_hook(lambda g: g / 2)
-    return h
-
-
-ALTERED = {
-    "hook on a tensor": lambda net: lambda X: net.b(half(net.a(X)).tanh()),
-    "full backward hook": lambda net: net,
-    "own backward": lambda net: lambda X: net.b(Reversed.apply(net.a(X)).tanh()),
-}
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return -g
-
-
-def altered(way):
-    net = Net()
-    if way == "full backward hook":
-        net.b.register_full_backward_hook(lambda m, gi, go: (2 * gi[0],))
-    else:
-        net.forward = ALTERED[way](net)
-    return net
-
-
-@pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
-@pytest.mark.parametrize("way", ALTERED)
-def test_altered_gradients_are_warned_of(way, kind):
-    with pytest.warns(RuntimeWarning, match="central differences"):
-        op = Case(altered(way), nn.CrossEntropyLoss(), data()).make(kind, check_deterministic=True)
-        op @ torch.ones(op.shape[1])
-
-
-def ending(how):
-    model, loss = Net(), nn.NLLLoss()
-    if how == "log-softmax":
-        model = nn.Sequential(model, nn.LogSoftmax(1))
-    if how == "own loss":
-        model, loss = nn.Sequential(model, nn.Flatten()), lambda z, y: z.mean()
-        net, inner = model, model[0]
-        model.forward = lambda X: inner(X).logsumexp(1).square()
-        return Case(net, loss, data(), {"reduction": "mean"})
-    if how == "linear loss":
-        loss = lambda z, y: z.sum()  # noqa: E731
-        return Case(model, loss, data(), {"reduction": "sum"})
-    return Case(model, loss, data())
-
-
-@pytest.mark.parametrize("kind", ["GGN", "GGNDiagonal", "EKFAC"])
-@pytest.mark.parametrize("how", ["log-softmax", "own loss", "linear loss"])
-def test_a_curvature_that_is_zero_is_warned_of(how, kind):
-    case = ending(how)
-    with pytest.warns(Warning, match="zero|linear"):
-        op = case.make(kind, check_deterministic=True)
-        op @ torch.ones(op.shape[1])
-    case.check("Hessian")
-
-
-@pytest.mark.parametrize("kind", [*IMPLICIT, "KFAC", "EKFAC"])
-@pytest.mark.parametrize("what", ["X", "y", "later X", "infinite", "parameter", "diverges"])
-def test_what_is_not_finite_is_warned_of(what, kind):
-    batches, net = data(), Net()
-    loss = nn.MSELoss() if what == "y" else nn.CrossEntropyLoss()
-    if what == "y":
-        batches = [(X, real(len(X), 3)) for X, _ in batches]
-        batches[1][1][0, 0] = torch.nan
-    if what in ("X", "later X", "infinite"):
-        batches[what != "X"][0][0, 0] = torch.inf if what == "infinite" else torch.nan
-    if what == "parameter":
-        net.a.weight.data[0, 0] = torch.nan
-    if what == "diverges":
-        net.forward = lambda X: net.b(net.a(X).exp().exp().exp().exp())
-    try:
-        with pytest.warns(Warning, match="(?i)finite|nan|inf"):
-            op = Case(net, loss, batches).make(kind, check_deterministic=True)
-            op @ torch.ones(op.shape[1])
-    except (ValueError, RuntimeError, ArithmeticError) as error:
-        assert re.search("(?i)finite|nan|inf", str(error))  # noqa: PT017
-
-
-class Normed(nn.Module):
-    def __init__(self, norm):
-        super().__init__()
-        self.a, self.norm, self.b = nn.Linear(3, 4), norm, nn.Linear(4, 3)
-
-    def forward(self, X):
-        return self.b(self.norm(self.a(X)).tanh())
-
-
-@pytest.mark.parametrize("kind", [*IMPLICIT, "KFAC", "EKFAC", "GGNDiagonal"])
-@pytest.mark.parametrize("stats", [True, False])
-def test_batch_norm_in_train_mode_is_warned_of(stats, kind):
-    case = Case(Normed(nn.BatchNorm1d(4, track_running_stats=stats)), nn.CrossEntropyLoss(), data())
-    with pytest.warns(Warning, match="(?i)batch.?norm"):
-        op = case.make(kind, check_deterministic=True)
-    if kind != "KFAC" and not stats:
-        case.check(kind, op)
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "KFAC", "KFOC"])
-def test_the_usual_is_not_warned_of(kind):
-    for net in (Net(), Normed(nn.LayerNorm(4)), Normed(nn.BatchNorm1d(4)).eval()):
-        case = Case(net, nn.CrossEntropyLoss(), data())
-        op = case.make(kind, check_deterministic=True)
-        op @ torch.ones(op.shape[1])
-        op.to_dense()
 
 
 class Empty(nn.Module):
@@ -404,13 +232,9 @@ class Empty(nn.Module):
 
     def forward(self, X):
         h = self.a(X)
-        return self.b(torch.cat([h, F.linear(h, self.none)], 1)) + F.linear(h[:, :0], self.b.weight[:, :0])
+        return self.b(torch.cat([h, F.linear(h, self.none)], 1).tanh()) + F.linear(h[:, :0], self.b.weight[:, :0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_without_entries(kind):
-    Case(Empty(), nn.CrossEntropyLoss(), data()).check(kind)
-
-
-def test_names_are_public():
-    assert all(hasattr(curvops, f"{kind}LinearOperator") for kind in KINDS)
+    Case(Empty(), CE, data()).check(kind)

@@ -5,9 +5,9 @@ from curvops.kronecker.factors import BlockRule
 from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvops.kronecker.kfoc import KFOCLinearOperator
 from curvops.kronecker.operator import load
-from curvops.operators.ggn import EFLinearOperator, GGNLinearOperator
-from curvops.operators.hessian import HessianLinearOperator
 from curvops.operators.linear_operator import LinearOperator
+from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
+from curvops.products.hessian import HessianLinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import TensorSpace
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.functional import hessian
 
-from curvops.linearize.judge import compare
-from curvops.linearize.reference import GradientLinearization
+from curvops.products.judge import compare
+from curvops.products.reference import GradientLinearization
 from curvops.space import TensorSpace
 from curvops.substitutions import TABLE, substitutions
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.layout import Layout
 from curvops.kronecker.tape import Tape, certify, certify_twins, record
-from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import OutputCurvature
 from curvops.losses.autodiff import AutodiffLoss
+from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch, joined_batches
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.tree import select, tensors_of
+from curvops.tree import select, tensors_of
 
 FEW = 4  # data that certificates look at where a batch can be cut
 JOINED = 32 * 2**20  # bytes of joined batches' activations; measured on CPUs: beyond their caches joining costs time

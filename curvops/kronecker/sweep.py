@@ -16,11 +16,11 @@ from curvops.kronecker.groups import Group, Grouping, Key, arranged_inputs
 from curvops.kronecker.layout import ONE_UNIT, Layout
 from curvops.kronecker.tape import Tape, certify, record
 from curvops.kronecker.uses import LinearUse, OneHot
-from curvops.linearize.certify import relative_difference, tolerance
 from curvops.losses import Noise, OutputCurvature
+from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.tree import select, tensors_of
+from curvops.tree import select, tensors_of
 
 
 @dataclass(frozen=True)

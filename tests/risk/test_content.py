@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from curvops.risk.tree import LARGE, content
+from curvops.tree import LARGE, content
 
 KINDS = {
     "large": lambda: torch.rand(LARGE // 8, 8),

@@ -6,9 +6,9 @@ from conformance import close, draws
 from torch.func import hessian, jacrev
 
 from curvops import TensorSpace
-from curvops.linearize.layered import COLUMNS, layered_hessian, layers
-from curvops.linearize.per_datum import pulled_rows
-from curvops.linearize.reference import GradientLinearization, OutputLinearization
+from curvops.products.layered import COLUMNS, layered_hessian, layers
+from curvops.products.per_datum import pulled_rows
+from curvops.products.reference import GradientLinearization, OutputLinearization
 
 SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (2, 3), "scale": (), "unused": (2,)}
 SPACE = TensorSpace({name: torch.zeros(shape).double() for name, shape in SHAPES.items()})

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import choose
-from curvops.linearize.batches import LinearizedForward
+from curvops.products import choose
+from curvops.products.batches import LinearizedForward
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 

@@ -11,9 +11,9 @@ from problems import PROBLEMS
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import batches, choose, held, per_datum
-from curvops.linearize.batches import JoinedBatches
 from curvops.operators import ggn, hessian
+from curvops.products import batches, choose, held, per_datum
+from curvops.products.batches import JoinedBatches
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 

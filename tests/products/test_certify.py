@@ -7,9 +7,9 @@ from problems import PROBLEMS
 from torch import nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import per_datum
-from curvops.linearize.certify import Account, certified, relative_difference, tolerance
 from curvops.operators import hessian
+from curvops.products import per_datum
+from curvops.products.certify import Account, certified, relative_difference, tolerance
 
 FAST = {
     HessianLinearOperator: (hessian, "layered_hessian"),

@@ -9,8 +9,8 @@ from torch import nn
 from torch.autograd import Function
 
 from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import judge
-from curvops.linearize.judge import compare, judge_hessian, judge_jacobian, suspects
+from curvops.products import judge
+from curvops.products.judge import compare, judge_hessian, judge_jacobian, suspects
 
 X, Y = draws(6, 3), draws(6, 2, seed=1)
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvops.linearize import choose, held
-from curvops.linearize.certify import Account
-from curvops.linearize.choose import Choice
-from curvops.linearize.reference import GradientLinearization, OutputLinearization
 from curvops.operators import ggn, hessian
+from curvops.products import choose, held
+from curvops.products.certify import Account
+from curvops.products.choose import Choice
+from curvops.products.reference import GradientLinearization, OutputLinearization
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 

@@ -1,0 +1,204 @@
+"""The matrices c Σ Jᵀ S Sᵀ J: GGN, Monte-Carlo Fisher and empirical Fisher, as linear operators."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from curvops.gram import add_gram, mirrored
+from curvops.losses import Factor, Noise, OutputCurvature
+from curvops.products import rules
+from curvops.products.account import relative_difference, tolerance
+from curvops.products.batch import BatchProduct, FactorProduct, HeldRows
+from curvops.products.judge import judge_jacobian
+from curvops.products.proofs import forward_push, proved
+from curvops.products.record import Recorder
+from curvops.products.reference import OutputLinearization, tangents
+from curvops.products.risk_operator import Fast, RiskOperator
+from curvops.products.rows import pulled_rows, term_cotangents
+from curvops.risk.data import Batch, joined_batch
+from curvops.risk.empirical_risk import Walk
+
+
+class OutputFactorOperator(RiskOperator):
+    """c Σ_n J_nᵀ S_n S_nᵀ J_n; subclasses say what the output factor S is."""
+
+    def _judge(self) -> tuple[str, str]:
+        return judge_jacobian(self.risk)
+
+    @abstractmethod
+    def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
+        """The output factor S of a batch whose first datum is the ``start``-th of the data set."""
+
+    def _output_product(self, curvature: OutputCurvature, start: int) -> Callable[[Tensor], Tensor]:
+        """The product u ↦ S Sᵀ u of a batch, both of the output's shape."""
+        factor = self._factor(curvature, start)
+        return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
+
+    def _linearize(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
+    ) -> FactorProduct:
+        push, why = None, "about 2.3 gradients, 1.3 inside linearized()"
+        if rules.forward_mode_pays(record):
+            proof = proved(self.risk, batch, record)
+            push, why = (forward_push(self.risk, batch, z) if proof.holds else None), proof.why
+        self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
+        jacobian = OutputLinearization(z, self.risk.params, self.domain)
+        return FactorProduct(batch, curvature, record, jacobian, self._output_product(curvature, batch.start), push)
+
+    def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
+        columns = self.domain.dim if rows is None else len(rows)
+        if self._rows_pay(product, columns):
+            name = "rows Sᵀ J by vmap over the data"
+            return name, (self._matrix if rows is None else lambda products: self._by_rows(products, rows))
+        if rows is not None and rules.together_pays(columns, product.record.work):
+            return "J v and Jᵀ u by vmap", lambda products: self._columns(products, rows)
+        return None
+
+    def _rows_pay(self, product: BatchProduct, columns: int) -> bool:
+        curvature, data = product.curvature, product.batch.size
+        if curvature.terms_per_datum is None:
+            return False
+        try:
+            width = self._factor(curvature, product.batch.start).num_columns
+        except (ValueError, NotImplementedError):
+            return False  # a loss that is not convex in the output has products, but no factor
+        rows = data * curvature.terms_per_datum * width
+        spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
+        fits = max(rows * self.domain.dim, spread) * self.dtype.itemsize <= self._budget()
+        return fits and rules.rows_pay(columns, rows, self.domain.dim, data, product.record.work)
+
+    def _keep(self, batch: Batch, walk: Walk) -> BatchProduct:
+        product = super()._keep(batch, walk)
+        if not self._rows_pay(product, rules.MANY):
+            return product
+        expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
+        noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
+        product.add_to(expected, noise)
+        try:
+            held = HeldRows(product, torch.cat(list(self._rows([product]))))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
+            return product
+        found = held.add_to(torch.zeros_like(expected), noise)
+        return held if relative_difference(found, expected) <= tolerance(self.dtype) else product
+
+    def _rows(self, products: Sequence[BatchProduct]) -> Iterator[Tensor]:
+        """Rows Sᵀ J of some batches, datum by datum."""
+        batch = joined_batch([p.batch for p in products])
+        cotangents = [
+            term_cotangents(p.curvature.outputs, self._factor(p.curvature, p.batch.start).dense(), p.batch.size)
+            for p in products
+        ]
+        primals = {name: p.detach() for name, p in self.risk.params.items()}
+        return pulled_rows(self.risk.functional, primals, batch.X, torch.cat(cotangents), self.domain, self._budget())
+
+    def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
+        total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
+        for some in self._rows(products):
+            add_gram(total, some.to(total.dtype))
+        return mirrored(total.unsqueeze(0))[0]
+
+    def _by_rows(self, products: Sequence[BatchProduct], vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors, dtype=self.domain.sum_dtype)
+        for some in self._rows(products):
+            total += (vectors @ some.T) @ some
+        return total
+
+    def _columns(self, products: Sequence[BatchProduct], rows: Tensor) -> Tensor:
+        batch = joined_batch([p.batch for p in products])
+        primals = {name: p.detach() for name, p in self.risk.params.items()}
+
+        def output(params: dict[str, Tensor]) -> Tensor:
+            return self.risk.functional(params, batch.X)
+
+        pull = vjp(output, primals)[1]
+        sizes = [len(p.curvature.z) for p in products]
+        matrices = [self._output_product(p.curvature, p.batch.start) for p in products]
+        found = []
+        for some in rows.split(rules.CHUNK):
+            directions = dict(zip(primals, tangents(some, self.domain), strict=True))
+            pushed = vmap(lambda t: jvp(output, (primals,), (t,))[1])(directions)
+            images = [
+                torch.cat([m(w) for m, w in zip(matrices, one.split(sizes), strict=True)]) for one in pushed.unbind()
+            ]
+            (parts,) = vmap(pull)(torch.stack(images))
+            found.append(torch.cat([part.detach().unsqueeze(-1).flatten(1) for part in parts.values()], 1))
+        return torch.cat(found)
+
+
+class GGNLinearOperator(OutputFactorOperator):
+    """Generalized Gauss-Newton matrix (Schraudolph 2002), or its Monte-Carlo approximation.
+
+    For losses that are negative log-likelihoods the GGN is the Fisher matrix (Martens 2020, arXiv
+    1412.1193), and with ``mc_samples`` labels sampled from the model's likelihood the operator is the
+    Monte-Carlo Fisher. That is a fixed matrix: the noise belongs to the datum and the seed, not to the batch.
+
+    Args:
+        problem: ``model_func``, ``loss_func``, ``params`` and ``data``.
+        mc_samples: Number of sampled labels a loss term; 0 for the exact matrix.
+        seed: Seed of the samples.
+        options: The other options, as of `HessianLinearOperator`.
+
+    Raises:
+        ValueError: If ``mc_samples`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from curvops import GGNLinearOperator
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+        >>> params = dict(model.named_parameters())
+        >>> fisher = GGNLinearOperator(model, torch.nn.CrossEntropyLoss(), params, data, mc_samples=1)
+        >>> fisher.to_dense().shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(self, *problem: Any, mc_samples: int = 0, seed: int = 2147483647, **options: Any) -> None:
+        self._options(mc_samples, seed)
+        super().__init__(*problem, **options)
+
+    def _options(self, mc_samples: int = 0, seed: int = 2147483647) -> None:
+        if not isinstance(mc_samples, int) or mc_samples < 0:
+            raise ValueError(f"mc_samples: expected a number ≥ 0 (0 for the exact GGN), got {mc_samples!r}.")
+        self.mc_samples, self.seed = mc_samples, seed
+
+    def _is_psd(self) -> bool:
+        return self.mc_samples > 0 or self.risk.loss.psd
+
+    def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
+        if self.mc_samples:
+            return curvature.factor("mc", self.mc_samples, Noise(self.seed, start))
+        return curvature.factor("type-2")
+
+    def _output_product(self, curvature: OutputCurvature, start: int) -> Callable[[Tensor], Tensor]:
+        # the exact product needs no factor, so it exists for losses that are not convex in the output too
+        return super()._output_product(curvature, start) if self.mc_samples else curvature.hessian_product
+
+
+class EFLinearOperator(OutputFactorOperator):
+    """Empirical Fisher: the outer products of the loss terms' gradients at the true labels.
+
+    It is not the Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558).
+
+    Example:
+        >>> import torch
+        >>> from curvops import EFLinearOperator
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+        >>> ef = EFLinearOperator(model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+        >>> ef.psd
+        True
+    """
+
+    def _is_psd(self) -> bool:
+        return True
+
+    def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
+        return curvature.factor("empirical")

@@ -1,0 +1,104 @@
+"""Products of one batch by reverse over reverse: the reference that every fast way is measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from curvops.losses import OutputCurvature
+from curvops.space import TensorSpace
+from curvops.substitutions import gradients
+
+
+class OutputLinearization:
+    """The Jacobian of a model's output at one batch, as products.
+
+    Args:
+        z: The output, carrying the graph of the forward pass.
+        params: The parameters at the graph's end, by name.
+        space: Their space.
+    """
+
+    def __init__(self, z: Tensor, params: Mapping[str, Tensor], space: TensorSpace) -> None:
+        self.z, self.space = z, space
+        self._params = list(params.values())
+        self._dummy: Tensor | None = None
+        self._pulled: list[Tensor | None] = []
+
+    def pull(self, u: Tensor, last: bool = False) -> list[Tensor | None]:
+        """Jᵀ u by parameter, for u of the output's shape; ``None`` for zeros. The ``last`` one frees the graphs."""
+        if last:
+            self._dummy, self._pulled = None, []
+        return _pull([self.z], self._params, [u.to(self.z.dtype)], last)
+
+    def push(self, v: Tensor) -> Tensor:
+        """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩."""
+        if not self.z.requires_grad:
+            return torch.zeros_like(self.z)
+        if self._dummy is None:
+            self._dummy = torch.zeros_like(self.z, requires_grad=True)
+            self._pulled = list(gradients(self.z, self._params, self._dummy, create_graph=True, allow_unused=True))
+        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
+        return torch.zeros_like(self.z) if product is None else product.detach()
+
+
+class GradientLinearization:
+    """The Hessian of a scalar at one batch.
+
+    Args:
+        output: The scalar, or the tensor that it is a function of, carrying the graph of the forward pass.
+        params: The parameters at the graph's end, by name.
+        space: Their space.
+        slope: The scalar's gradient in the output, as a function of the output.
+    """
+
+    def __init__(
+        self, output: Tensor, params: Mapping[str, Tensor], space: TensorSpace, slope: Tensor | None = None
+    ) -> None:
+        self._params = list(params.values())
+        self.space = space
+        self._slopes: list[Tensor | None] = [None] * len(self._params)
+        if output.requires_grad:
+            self._slopes = list(gradients(output, self._params, slope, create_graph=True, allow_unused=True))
+
+    @classmethod
+    def of_loss(
+        cls, z: Tensor, curvature: OutputCurvature, params: Mapping[str, Tensor], space: TensorSpace
+    ) -> GradientLinearization:
+        """The Hessian of a loss at a model's output ``z``, by the loss's closed forms where it has them."""
+        if not curvature.closed_form:
+            return cls(curvature.value(), params, space)
+        return cls(z, params, space, curvature.gradient_at(z))
+
+    def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
+        """The product with a flat vector ``[D]`` by parameter, ``None`` for zeros; the ``last`` one frees the graph."""
+        return _pull(self._slopes, self._params, tangents(v, self.space), last)
+
+
+def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:
+    """Parts by parameter of a flat vector ``[D]``, or of several ``[K, D]``, in the parameters' dtypes."""
+    named = zip(v.split(space.sizes, -1), space.shapes.values(), space.dtypes.values(), strict=True)
+    return [part.reshape((*v.shape[:-1], *shape)).to(dtype) for part, shape, dtype in named]
+
+
+def drained(found: list[Tensor | None]) -> Iterator[Tensor | None]:
+    """The entries of a list, each of which is let go before the next one is asked for."""
+    while found:
+        yield found.pop(0)
+
+
+def _pull(
+    outputs: list[Tensor | None], inputs: list[Tensor], cotangents: list[Tensor], last: bool = False
+) -> list[Tensor | None]:
+    """Products of those outputs that depend on something; a missing dependence is a zero, not an error."""
+    used = [
+        (out, u.to(out.dtype))
+        for out, u in zip(outputs, cotangents, strict=True)
+        if out is not None and out.requires_grad
+    ]
+    if not used:
+        return [None] * len(inputs)
+    outs, us = zip(*used, strict=True)
+    return list(gradients(outs, inputs, us, retain_graph=not last, allow_unused=True))

@@ -35,7 +35,7 @@ class HessianLinearOperator(RiskOperator):
     """
 
     def _judge(self) -> tuple[str, str]:
-        return judge_hessian(self.risk)
+        return judge_hessian(self.risk).account
 
     def _linearize(
         self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
@@ -68,4 +68,6 @@ class HessianLinearOperator(RiskOperator):
         return torch.cat(found)
 
     def _value(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return self.risk.loss.curvature(self.risk.functional(params, batch.X), batch.y, batch.size).value()
+        return self.risk.loss.curvature(
+            self.risk.functional(params, batch.X), batch.y, batch.size, checked=False
+        ).value()

@@ -136,6 +136,9 @@ class RiskOperator(LinearOperator):
         finally:
             self._kept = outer
 
+    def _leaves(self) -> Iterable[Tensor]:
+        return self.risk.params.values()
+
     def _is_psd(self) -> bool:
         return False
 

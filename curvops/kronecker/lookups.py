@@ -111,4 +111,5 @@ def _use(weight: View, edge: GradientEdge, ids: Tensor, width: int, out: Tensor)
         False,
         "embedding",
         out.shape,
+        one_hot=True,
     )

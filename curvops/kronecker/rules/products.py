@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from string import ascii_lowercase, ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvops.kronecker.rules import rule
-
-if TYPE_CHECKING:
-    from curvops.kronecker.taps import Taps
+from curvops.kronecker.taps import Rule, Taps
 
 
-@rule(torch.einsum)
 def einsum(taps: Taps, func: Any, equation: Any, *operands: Any) -> Tensor:
     out: Tensor = func(equation, *operands)
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
@@ -28,7 +24,6 @@ def einsum(taps: Taps, func: Any, equation: Any, *operands: Any) -> Tensor:
     return out
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
 def matmul(taps: Taps, func: Any, input: Tensor, other: Tensor) -> Tensor:
     out: Tensor = func(input, other)
     pair, labels = [input, other], []
@@ -45,7 +40,6 @@ def matmul(taps: Taps, func: Any, input: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-@rule(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.addmv, Tensor.addmv)
 def sum_with_product(
     taps: Taps, func: Any, input: Tensor, one: Tensor, other: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -122,3 +116,25 @@ def _labels(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
     if not arrow:
         right = "..." + "".join(sorted(c for c, n in Counter(left).items() if n == 1 and c.isalpha()))
     return [*parts, right.replace("...", dots)]
+
+
+RULES: dict[Any, Rule] = {
+    torch.einsum: einsum,
+    **dict.fromkeys(
+        (
+            torch.matmul,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            torch.mm,
+            Tensor.mm,
+            torch.bmm,
+            Tensor.bmm,
+            torch.mv,
+            Tensor.mv,
+        ),
+        matmul,
+    ),
+    **dict.fromkeys(
+        (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.addmv, Tensor.addmv), sum_with_product
+    ),
+}

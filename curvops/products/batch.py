@@ -17,6 +17,15 @@ from curvops.risk.data import Batch
 Push = Callable[[Tensor], Tensor]
 
 
+def inner_product(parts: list[Tensor | None], v: Tensor, sizes: list[int]) -> Tensor:
+    """⟨parts, v⟩ of a vector by parameter, ``None`` for zeros, and a flat one."""
+    total = v.new_zeros(())
+    for part, piece in zip(parts, v.split(sizes), strict=True):
+        if part is not None:
+            total += torch.dot(part.flatten().to(v.dtype), piece)
+    return total
+
+
 class BatchProduct(ABC):
     """A batch's symmetric matrix without the constant c, known by its products.
 
@@ -108,11 +117,7 @@ class FactorProduct(BatchProduct):
     def _agree(self, result: list[Tensor | None], v: Tensor, image: Tensor, pushed: Tensor) -> bool:
         """Whether vᵀ G v = ‖Sᵀ J v‖², which costs nothing; an image of zero says nothing."""
         size = float(image.norm() * pushed.norm())
-        along = sum(
-            torch.dot(part.flatten().to(v.dtype), piece)
-            for part, piece in zip(result, v.split(self.sizes), strict=True)
-            if part is not None
-        )
+        along = inner_product(result, v, self.sizes)
         inner = torch.dot(image.flatten().to(v.dtype), pushed.flatten().to(v.dtype))
         return size > 0 and abs(float(inner - along)) <= tolerance(pushed.dtype) * size
 

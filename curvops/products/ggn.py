@@ -29,7 +29,7 @@ class OutputFactorOperator(RiskOperator):
     """c Σ_n J_nᵀ S_n S_nᵀ J_n; subclasses say what the output factor S is."""
 
     def _judge(self) -> tuple[str, str]:
-        return judge_jacobian(self.risk)
+        return judge_jacobian(self.risk).account
 
     @abstractmethod
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:

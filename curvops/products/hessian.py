@@ -35,7 +35,7 @@ class HessianLinearOperator(RiskOperator):
     """
 
     def _judge(self) -> tuple[str, str]:
-        return judge_hessian(self.risk)
+        return judge_hessian(self.risk).account
 
     def _linearize(
         self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int

@@ -57,7 +57,7 @@ class Verdict:
 
 def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
     """Verdict on a directional derivative at 0 of ``at``, a function of the step: as few steps as agree."""
-    slopes: list[Tensor] = []
+    product, slopes = product.detach(), list[Tensor]()
     for step in STEPS:
         slopes.append(((at(step) - at(-step)) / (2 * step)).detach())
         scale = max(float(slope.norm()) for slope in slopes)
@@ -69,11 +69,11 @@ def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
     return Verdict(None)
 
 
-def judge_hessian(risk: EmpiricalRisk) -> tuple[str, str]:
+def judge_hessian(risk: EmpiricalRisk) -> Verdict:
     """Judge the Hessian's product on a random vector; warn if it is wrong."""
     problem = _double_problem(risk)
     if problem is None:
-        return Verdict(None).account
+        return Verdict(None)
     params, batch, space, v = problem
 
     def value(leaves: dict[str, Tensor]) -> tuple[Tensor, OutputCurvature]:
@@ -91,14 +91,14 @@ def judge_hessian(risk: EmpiricalRisk) -> tuple[str, str]:
         verdict = compare(space.join(linear.parts(v)), slopes)
         if verdict.wrong:
             _warn("Hessian", verdict, lambda: risk.functional(leaves, batch.X, torch.float64))
-    return verdict.account
+    return verdict
 
 
-def judge_jacobian(risk: EmpiricalRisk) -> tuple[str, str]:
+def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
     """Judge the products of the model's Jacobian and its adjoint with random vectors; warn if one is wrong."""
     problem = _double_problem(risk)
     if problem is None:
-        return Verdict(None).account
+        return Verdict(None)
     params, batch, space, v = problem
 
     def outputs(step: float) -> Tensor:
@@ -120,7 +120,7 @@ def judge_jacobian(risk: EmpiricalRisk) -> tuple[str, str]:
         verdict = compare(torch.cat([jacobian.push(v).flatten(), along]), both)
         if verdict.wrong:
             _warn("Jacobian", verdict, lambda: risk.functional(leaves, batch.X, torch.float64))
-    return verdict.account
+    return verdict
 
 
 def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from curvops.products.account import reason, tolerance
-from curvops.products.batch import Push
+from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.rules import FEW
@@ -72,9 +72,9 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     v = piece.repeat(-(-risk.space.dim // PIECE))[: risk.space.dim]
     u = torch.randn(z.shape, generator=generator).to(z)
     pushed = forward_push(risk, few, z)(v)
-    pulled = risk.space.join(OutputLinearization(z, risk.params, risk.space).pull(u, last=True))
+    pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=True)
     wide = torch.promote_types(z.dtype, torch.float32)
-    inner, along = torch.sum(u.to(wide) * pushed.to(wide)), torch.dot(pulled, v)
+    inner, along = torch.sum(u.to(wide) * pushed.to(wide)), inner_product(pulled, v, risk.space.sizes)
     difference = float(abs(inner - along) / (u.norm() * pushed.norm()).clamp(min=torch.finfo(wide).tiny))
     if not difference <= tolerance(z.dtype):
         return Proof(record, False, f"forward mode is not the adjoint of reverse mode ({difference:.1e})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from curvops.products.record import Recorder
 
-FEW = 4  # data that a proof looks at
+FEW = 2  # data that a proof looks at
 JOINED = 128  # data up to which small batches go together, after a proof
 TOGETHER = 4  # columns from which it is asked whether they go together
 CHUNK = 64  # columns that go together at most

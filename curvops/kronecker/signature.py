@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
+
+PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device}
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Signature:
 
     Attributes:
         size: Number of data.
-        entries: All of it in the order of the calls; tensors by their number, as a tuple.
+        entries: All of it in the order of the calls; tensors by their number, as text.
     """
 
     size: int
@@ -49,7 +51,7 @@ class Recording:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._entries: list[Any] = []
         self._count = 0
-        self._numbers: dict[int, tuple[ref[Tensor], tuple[int]]] = {}
+        self._numbers: dict[int, tuple[ref[Tensor], str]] = {}
         for tensor in parameters:
             self._number(tensor)
 
@@ -57,43 +59,46 @@ class Recording:
         """What was taken down, for a pass over so many data with an output."""
         return Signature(size, (*self._entries, *self._number(output), *output.shape))
 
-    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> list[Tensor]:
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> list[Tensor]:
         """Take down a call; returns the tensors that came into being by it."""
         self._entries.append(func)
         self.add(args)
         if kwargs:
             self.add(kwargs)
-        several = out if isinstance(out, (list, tuple)) else (out,)
-        tensors = [t for t in several if isinstance(t, Tensor)]
-        new = [t for t in tensors if self._number(t)[1]]
-        for tensor in tensors:  # a call in place may have changed it
-            self._entries += [self._number(tensor)[0], tensor.dtype, tensor.requires_grad, *tensor.shape]
-        if isinstance(out, bool):  # the model may branch here
-            self._entries.append(out)
-        return new
+        born = []
+        for result in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(result, Tensor):
+                number, new = self._number(result)
+                self._entries += [number, result.dtype, result.requires_grad, *result.shape]
+                born += [result] * new
+            elif isinstance(result, bool):  # the model may branch here
+                self._entries.append(result)
+        return born
 
     def add(self, value: Any) -> None:
         """Take down an argument; a tensor by its number, and by its shape when it is first seen."""
-        if isinstance(value, Tensor):
-            number, new = self._number(value)
-            self._entries += [number, *value.shape] if new else [number]
-        elif isinstance(value, (list, tuple)):
+        if type(value) in PLAIN:
+            self._entries.append(value)
+        elif type(value) in (tuple, list):
             self._entries.append(len(value))
             for part in value:
                 self.add(part)
-        elif isinstance(value, Mapping):
-            self.add(list(value.items()))
+        elif isinstance(value, Tensor):
+            number, new = self._number(value)
+            self._entries += [number, *value.shape] if new else [number]
+        elif isinstance(value, (tuple, list, dict)):
+            self.add(list(value.items() if isinstance(value, dict) else value))
         elif isinstance(value, slice):
             self.add((value.start, value.stop, value.step))
         else:
-            plain = value is None or isinstance(value, (int, float, complex, str, torch.dtype, torch.device))
-            self._entries.append(value if plain else type(value))
+            self._entries.append(type(value))
 
-    def _number(self, tensor: Tensor) -> tuple[tuple[int], bool]:
+    def _number(self, tensor: Tensor) -> tuple[str, bool]:
         """The number of a tensor, and whether it is new."""
         known = self._numbers.get(id(tensor))
         if known is not None and known[0]() is tensor:  # an id is used again once its tensor is gone
             return known[1], False
         self._count += 1
-        self._numbers[id(tensor)] = ref(tensor), (self._count,)
-        return (self._count,), True
+        number = f"tensor {self._count}"
+        self._numbers[id(tensor)] = ref(tensor), number
+        return number, True

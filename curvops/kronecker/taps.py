@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
-from curvops.kronecker.signature import Recording, Signature
+from curvops.kronecker.signature import PLAIN, Recording, Signature
 from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View, Windows
 from curvops.substitutions import TABLE, opened
 
@@ -124,11 +124,11 @@ class Taps(TorchFunctionMode):
         v = self.view(vector)
         if v is None or not self._follows(out):
             return
-        if v.repeats:
+        if v.repeats:  # and other passes may choose other entries: the gradient in the whole parameter
             assert v.index is not None
-            entries, places = v.index.unique(return_inverse=True)
-            v = View(v.name, (*v.key, "pooled"), entries, entries.shape)
-            rows = _pooled(rows, places.flatten(), entries.numel())
+            size = self._sizes[v.name]
+            rows = _placed(rows, v.index.flatten(), size)
+            v = View(v.name, (), None, torch.Size([size]))
         self._uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
 
     def lookup(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
@@ -161,7 +161,7 @@ class Taps(TorchFunctionMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = _tensors(args, kwargs)
         parameters = [t for t in tensors if id(t) in self._views]
-        rows = [t for t in tensors if t in self.lookups]
+        rows = [t for t in tensors if t in self.lookups] if self._active else []
         first: Any = args[0] if args else None
         arranged = func in VIEWS and [id(t) for t in parameters + rows] == [id(first)]
         if rows and not (arranged or func in ADDS or func in CASTS or is_query(func)):
@@ -246,7 +246,9 @@ def _constant(rows: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _pooled(rows: Callable[[Tensor], Tensor], places: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+def _placed(rows: Callable[[Tensor], Tensor], places: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+    """Rows as parts of longer ones; what falls on one place is added."""
+
     def run(g: Tensor) -> Tensor:
         found = rows(g)
         return found.new_zeros(*found.shape[:-1], size).index_add_(-1, places, found)
@@ -267,10 +269,12 @@ def _key(place: Tensor) -> tuple[object, ...]:
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
+        if type(value) in PLAIN:  # most settings are; to ask whether something is a tensor takes longer
+            continue
+        if isinstance(value, (list, tuple)):
             found.extend(t for t in value if isinstance(t, Tensor))
+        elif isinstance(value, Tensor):
+            found.append(value)
     return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronecker.cases import Net, build, close, dense_ggn, integers, real, seeded
+from kronecker.cases import KINDS, Net, build, close, dense_ggn, integers, params, real, seeded
 
 
 def net(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
@@ -142,3 +142,35 @@ def test_a_later_batch_that_does_something_else(name: str, kind: str, sizes: tup
     for parameter in op.domain.names:  # no block is zero that is not
         where = op.domain.slice(parameter)
         assert bool(op.diagonal()[where].any()) == bool(matrix.diagonal()[where].any())
+
+
+def positions(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x) + net.p[: x.shape[1]])).mean(1)
+
+
+def chosen(net: Any, x: Tensor) -> Tensor:
+    """Rows by an index that repeats some, and other ones for other lengths."""
+    return net.head(torch.tanh(net.a(x) + net.p[torch.arange(x.shape[1]) % 2 + (x.shape[1] > 2)])).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "diagonal"])
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4), (4, 2), (3, 4, 3)])
+@pytest.mark.parametrize("forward", [positions, chosen])
+def test_parts_of_a_parameter_that_change_from_batch_to_batch(
+    forward: Callable[[Any, Tensor], Tensor], lengths: tuple[int, ...], kind: str
+) -> None:
+    model = net(forward)
+    model.p = nn.Parameter(real(5, 4, seed=9))
+    data = [(real(3, length, 3, seed=length), integers(2, 3, seed=length)) for length in lengths]
+    zero = 0.0 * sum(p.sum() for p in model.parameters())
+    whole = lambda x: model(x) + zero  # noqa: E731
+    whole.named_parameters = model.named_parameters  # type: ignore[attr-defined]
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    matrix = sum(dense_ggn((whole, loss, x, t)) for x, t in data) / (3 * len(data))  # type: ignore[arg-type]
+    op = KINDS[kind](model, nn.CrossEntropyLoss(), params(model), data, fisher_type="type-2")
+    assert isinstance(matrix, Tensor)
+    close(op.trace(), matrix.trace())
+    where = op.domain.slice("p")
+    close(op.diagonal()[where].sum(), matrix.diagonal()[where].sum())
+    places = torch.cat([placed.positions for placed in op.blocks])
+    assert len(places.unique()) == len(places)

@@ -179,11 +179,15 @@ def check_any_memory(op: LinearOperator, dense: Tensor) -> None:
     close(op @ strided, dense @ strided)
     close(op @ v.T.contiguous().T, dense @ v)
     close(op @ v[:, :1].expand(-1, 2), dense @ v[:, :1].expand(-1, 2))
-    leaf, before = v.clone().requires_grad_(), v.clone()
+    leaf, before, w = v.clone().requires_grad_(), v.clone(), draws(op.shape[0], 3, seed=6)
     found = op @ leaf
-    assert not found.requires_grad and leaf.grad is None
-    found.add_(1.0)
+    close(found.detach(), dense @ v)
+    (w * found).sum().backward()
+    close(leaf.grad, dense.T @ w)
+    found.detach().add_(1.0)
     assert torch.equal(leaf, before)
+    with torch.no_grad():
+        assert not (op @ leaf).requires_grad
     close(op @ v, dense @ v)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

@@ -1,5 +1,6 @@
 """Curvature of any twice differentiable loss in the model's output, by autodiff."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -7,99 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.losses.base import OutputCurvature, OutputLoss, compute_dtype
+from curvops.losses.base import OutputCurvature, TermLayout
 from curvops.losses.factor import Factor, StackedFactor
-from curvops.losses.facts import is_convex, output_weights, term_layout
-from curvops.losses.layout import TermLayout
 from curvops.losses.noise import Noise
-from curvops.losses.probes import couples_terms, is_additive
 from curvops.losses.scalar import ScalarLoss
 
 # how PyTorch says that there is no second derivative
 _ONCE_DIFFERENTIABLE = ("not implemented", "once_differentiable", "double backward")
-
-
-class AutodiffLoss(OutputLoss):
-    """A loss without a closed form.
-
-    A module with a `reduction`, or a function with this keyword, is evaluated with
-    "sum", and the denominator of its "mean" is the ratio of the two. Of any other
-    function, "mean" means the mean over data.
-
-    Args:
-        loss: The module or function.
-        reduction: "mean" or "sum".
-        averaging: What a switchable loss calls its mean: "mean" or "batchmean".
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from curvops.losses import output_loss
-        >>> loss = output_loss(nn.HuberLoss(delta=2.0))
-        >>> z, y = torch.tensor([[0.0], [5.0]]), torch.zeros(2, 1)
-        >>> loss.count(y, batch_size=2, z=z)
-        2.0
-        >>> loss.at(z, y, batch_size=2).hessian_product(torch.ones(2, 1))
-        tensor([[1.],
-                [0.]])
-    """
-
-    def __init__(self, loss: ScalarLoss, reduction: str, averaging: str) -> None:
-        self.reduction = reduction
-        self.psd = is_convex(loss)
-        self.needs_output_to_count = loss.switchable and reduction == "mean"
-        self._loss = loss
-        self._averaging = averaging
-
-    def count(self, y: Any, batch_size: int, z: Tensor | None = None) -> float:
-        """Divide the loss with "sum" by that with "mean"; see `OutputLoss.count`.
-
-        Raises:
-            ValueError: If z is missing, or the two are not proportional.
-        """
-        if not self.needs_output_to_count:
-            return float(batch_size)
-        if z is None:
-            raise ValueError(f"{self._loss.name!r}: 'count' needs the model's output. Pass z.")
-        z = z.detach().double()
-        # where the loss vanishes (a perfect fit) the ratio is sought at other outputs
-        elsewhere = Noise(0, 0).uniform(z.numel(), 1, 1, device=z.device).reshape(z.shape)
-        for output in (z, elsewhere):
-            total, mean = self._both(output, y)
-            if total != 0 and mean != 0 and torch.isfinite(total / mean):
-                return float(total / mean)
-            if total == 0 and mean.isnan():
-                return 0.0  # every target is ignored
-        raise ValueError(
-            f"{self._loss.name!r}: its sum {float(total)} and mean {float(mean)} over a batch do not tell what it "
-            "divides by. Pass a function with reduction='sum'."
-        )
-
-    def at(self, z: Tensor, y: Any, batch_size: int) -> "AutodiffCurvature":
-        """Look at one batch; see `OutputLoss.at`.
-
-        Raises:
-            ValueError: If the loss is not additive over data, or has weights with a
-                batch axis.
-        """
-        output_weights(self._loss, z.detach(), y)
-        if not is_additive(self._total, z.detach().to(compute_dtype(z)), y, batch_size):
-            raise ValueError(
-                f"{self._loss.name!r} with reduction={self.reduction!r}: the loss of a batch is not the "
-                f"{'sum' if self._loss.switchable else self.reduction} of the losses of its data. It mixes data, or "
-                "divides by something else than their number (class weights, ignored targets). Pass a function "
-                "that sums over data, with reduction='sum', and scale it yourself."
-            )
-        return AutodiffCurvature(z, y, batch_size, self._loss, self._total)
-
-    def _total(self, z: Tensor, y: Any, batch_size: float) -> Tensor:
-        """The sum of the loss over data."""
-        value = self._loss.evaluate(z, y, "sum")
-        return value * batch_size if self.reduction == "mean" and not self._loss.switchable else value
-
-    def _both(self, z: Tensor, y: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return self._loss.evaluate(z, y, "sum"), self._loss.evaluate(z, y, self._averaging)
 
 
 class AutodiffCurvature(OutputCurvature):
@@ -108,22 +23,28 @@ class AutodiffCurvature(OutputCurvature):
     A term is a vector along the last axis of the output (for `nn.NLLLoss` along axis
     1; of a one-axis output an entry), if the output Hessian does not couple these.
     Otherwise it is a whole datum.
+
+    Args:
+        z: The model's output.
+        y: Targets.
+        batch_size: Number of data in the batch.
+        loss: The loss.
+        total: Maps (output, target, number of data) to the sum of the loss over data.
     """
 
-    closed_form = False
-
     def __init__(
-        self, z: Tensor, y: Any, batch_size: int, loss: ScalarLoss, total: Callable[[Tensor, Any, float], Tensor]
+        self, z: Tensor, y: Any, batch_size: int, loss: ScalarLoss, total: Callable[[Tensor, Any, int], Tensor]
     ) -> None:
         super().__init__(z, y, batch_size)
-        self.psd = is_convex(loss)
+        loss.output_weights(z.detach(), y)  # refuses weights with a batch axis
+        self.psd = loss.convex
         self._loss = loss
         self._total = total
 
     @cached_property
     def layout(self) -> TermLayout:
         """The terms, found by probing the output Hessian."""
-        fine, whole = term_layout(self._loss, self.z), TermLayout(self.z.shape, None)
+        fine, whole = self._loss.term_layout(self.z), TermLayout(self.z.shape, None)
         for layout in (fine, whole):
             counts = layout is fine or (self.z.ndim > 0 and self.z.shape[0] == self.batch_size)
             if counts and not couples_terms(self._hessian_product, layout, self.dtype, self.z.device):
@@ -142,6 +63,14 @@ class AutodiffCurvature(OutputCurvature):
         """Differentiate `value`, as rows."""
         return self.layout.rows(self._graph[1].detach())
 
+    @cached_property
+    def linear(self) -> bool:
+        """Whether the output Hessian times a random vector is exactly zero."""
+        if not self.z.numel():
+            return False
+        u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape)
+        return not bool(self._hessian_product(u.to(self.dtype)).any())
+
     def _hessian_product(self, u: Tensor) -> Tensor:
         if not self._twice_differentiable:
             raise NotImplementedError(self._no_second_derivative)
@@ -156,7 +85,7 @@ class AutodiffCurvature(OutputCurvature):
 
     def _empirical_factor(self) -> Factor:
         gradient = self.gradient()
-        weights = output_weights(self._loss, self._constant, self.y)
+        weights = self._loss.output_weights(self._constant, self.y)
         if weights is not None:
             rows = self.layout.rows(weights.expand(self.z.shape))
             gradient = torch.where(rows > 0, gradient * torch.where(rows > 0, rows, 1).rsqrt(), 0)
@@ -230,3 +159,24 @@ class AutodiffCurvature(OutputCurvature):
                 f"{values.min().item():.3g}), so it has no factor: 'type-2' and 'mc' do not exist. Products with the "
                 "Hessian and the GGN still work; for a Fisher or a Kronecker approximation use 'empirical'."
             )
+
+
+def couples_terms(
+    product: Callable[[Tensor], Tensor], layout: TermLayout, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether an output Hessian has entries between different terms.
+
+    A random vector on one half of the terms must give zero on the other. Up to 16
+    terms the halves tell every pair apart, beyond that they are random.
+    """
+    count = layout.num_terms
+    vector = Noise(0, 0).normal(count, 1, 1, layout.width, device=device)[:, 0].to(dtype)
+    index = torch.arange(count, device=device)
+    signs = Noise(0, 0).signs(count, 1, 4, device=device) > 0
+    for probe in range(min(4, math.ceil(math.log2(count))) if count > 1 else 0):
+        half = (index >> probe & 1).bool() if count <= 16 else signs[:, probe]
+        result = layout.rows(product(layout.outputs(vector * half.unsqueeze(1)))).abs()
+        tolerance = 100 * torch.finfo(dtype).eps * result.max()
+        if bool((result * ~half.unsqueeze(1) > tolerance).any()):
+            return True
+    return False

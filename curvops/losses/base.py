@@ -1,6 +1,8 @@
-"""What every loss answers about its curvature in the model's output."""
+"""What every loss answers about its curvature in the model's output, and how outputs are cut into loss terms."""
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -8,66 +10,62 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from curvops.losses.factor import Factor, no_columns
-from curvops.losses.layout import TermLayout
+from curvops.losses.factor import Factor, StackedFactor
 from curvops.losses.noise import Noise
 
 KINDS = ("type-2", "mc", "empirical", "forward-only")
 
 
-class OutputLoss(ABC):
-    """A loss function, ready to be asked for its curvature batch by batch.
+@dataclass(frozen=True)
+class TermLayout:
+    """Correspondence between an output-shaped tensor and its rows, one per loss term.
+
+    Rows are in datum-major order: all terms of the first datum come first.
 
     Attributes:
-        reduction: "mean" or "sum", over the whole data set.
-        needs_output_to_count: Whether `count` needs the model's output.
-        psd: Whether the output Hessian is positive semi-definite by construction.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from curvops.losses import output_loss
-        >>> loss = output_loss(nn.CrossEntropyLoss(ignore_index=-100))
-        >>> y = torch.tensor([2, -100, 0])
-        >>> loss.count(y, batch_size=3)
-        2.0
-        >>> curvature = loss.at(torch.zeros(3, 4), y, batch_size=3)
-        >>> curvature.num_terms, curvature.width, curvature.psd
-        (3, 4, True)
+        shape: Shape of the model's output, the first axis being the data.
+        axis: The axis that a term's vector runs along. `None` makes a term of
+            everything behind the first axis.
     """
 
-    reduction: str
-    needs_output_to_count: bool = False
-    psd: bool = False
+    shape: torch.Size
+    axis: int | None
 
-    @abstractmethod
-    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
-        """Compute this batch's share of the denominator of "mean".
+    @property
+    def width(self) -> int:
+        """Entries of a term's vector, C."""
+        return math.prod(self.shape[1:]) if self.axis is None else self.shape[self.axis]
 
-        Args:
-            y: Targets of the batch.
-            batch_size: Number of data in the batch.
-            z: The model's output, needed if `needs_output_to_count`.
+    @property
+    def num_terms(self) -> int:
+        """Number of terms, T."""
+        if self.axis is None:
+            return math.prod(self.shape[:1])
+        axis = self.axis % len(self.shape)
+        return math.prod(self.shape[:axis]) * math.prod(self.shape[axis + 1 :])
 
-        Returns:
-            The share. Its sum over the batches is 1/c.
-        """
+    def rows(self, u: Tensor) -> Tensor:
+        """Bring a tensor from the output's shape into rows `[T, C]`."""
+        u = u if self.axis is None else u.movedim(self.axis, -1)
+        return u.reshape(self.num_terms, self.width)
 
-    @abstractmethod
-    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "OutputCurvature":
-        """Look at the loss of one batch at the model's output.
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Bring rows `[T, C]` back into the output's shape."""
+        if self.axis is None:
+            return rows.reshape(self.shape)
+        axis = self.axis % len(self.shape)
+        others = self.shape[:axis] + self.shape[axis + 1 :]
+        return rows.reshape(*others, self.width).movedim(-1, axis)
 
-        Args:
-            z: The model's output. It may carry a graph, for `value`.
-            y: Targets of the batch.
-            batch_size: Number of data in the batch.
 
-        Returns:
-            The curvature of the batch's loss at z.
+def entry_layout(shape: torch.Size) -> TermLayout:
+    """One term per vector along the last axis; of a one-axis output, one per entry."""
+    return TermLayout(shape, -1 if len(shape) > 1 else None)
 
-        Raises:
-            ValueError: If z and y do not fit each other or the loss.
-        """
+
+def class_layout(shape: torch.Size) -> TermLayout:
+    """One term per position outside the class axis 1; a lone axis is the classes'."""
+    return TermLayout(shape, 1 if len(shape) > 1 else 0)
 
 
 class OutputCurvature(ABC):
@@ -83,12 +81,23 @@ class OutputCurvature(ABC):
         dtype: Precision of the computation, and of the rows.
         psd: Whether the output Hessian is positive semi-definite by construction.
         closed_form: Whether gradient and Hessian products are formulas, not autograd.
+        linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that
+            only averages what the model has already computed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from curvops.losses import output_loss
+        >>> y = torch.tensor([2, -100, 0])
+        >>> curvature = output_loss(nn.CrossEntropyLoss()).curvature(torch.zeros(3, 4), y, batch_size=3)
+        >>> curvature.num_terms, curvature.width, curvature.psd
+        (3, 4, True)
     """
 
     psd: bool
-    closed_form = True
+    closed_form: bool = False
 
-    def __init__(self, z: Tensor, y: Tensor, batch_size: int) -> None:
+    def __init__(self, z: Tensor, y: Any, batch_size: int) -> None:
         self.z = z
         self.y = y
         self.batch_size = batch_size
@@ -98,6 +107,11 @@ class OutputCurvature(ABC):
     @abstractmethod
     def layout(self) -> TermLayout:
         """How the output is cut into terms."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the output Hessian is zero."""
+        return False
 
     @property
     def num_terms(self) -> int:
@@ -197,11 +211,9 @@ class OutputCurvature(ABC):
         if kind == "empirical":
             return self._empirical_factor()
         if kind == "forward-only":
-            rows = self.z.new_empty(0, dtype=self.dtype)
-            return no_columns(self.num_terms, self.width, rows)
+            return StackedFactor(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
         if kind != "mc":
-            known = ", ".join(repr(name) for name in KINDS)
-            raise ValueError(f"'factor': expected a kind of {known}, got {kind!r}.")
+            raise ValueError(f"'factor': expected a kind of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         if mc_samples < 1:
             raise ValueError(f"'factor': expected at least one Monte-Carlo sample, got {mc_samples}.")
         if noise is None:
@@ -230,6 +242,25 @@ class OutputCurvature(ABC):
     def _expect_shape(method: str, u: Tensor, shape: tuple[int, ...]) -> None:
         if u.shape != shape:
             raise ValueError(f"'OutputCurvature.{method}': expected shape {shape}, got {tuple(u.shape)}.")
+
+
+class ClosedForm(OutputCurvature):
+    """A loss of PyTorch's whose gradient and Hessian are formulas; its options are keywords of the constructor."""
+
+    psd = True
+    closed_form = True
+
+    @staticmethod
+    def check(*_: Any, **__: Any) -> None:
+        """Raise a ValueError where an option is not supported."""
+
+    @abstractmethod
+    def count(self) -> float:
+        """This batch's share of what "mean" divides by."""
+
+    def subtract_gradient(self, rows: Tensor) -> None:
+        """Subtract `gradient` from rows `[T, C]` in place."""
+        rows.sub_(self.gradient())
 
 
 class _Gradient(torch.autograd.Function):

@@ -6,72 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.losses.base import OutputCurvature, OutputLoss
+from curvops.losses.base import ClosedForm, TermLayout, entry_layout
 from curvops.losses.factor import DiagonalFactor, Factor, StackedFactor
-from curvops.losses.layout import TermLayout, entry_layout
 from curvops.losses.mse import expect_same_shape
 from curvops.losses.noise import Noise
 
 
-class BinaryCrossEntropyLoss(OutputLoss):
-    """`nn.BCEWithLogitsLoss`; "mean" divides by the number of entries.
+class BinaryCrossEntropyCurvature(ClosedForm):
+    """The sum of ω ((1 - y) z + (1 + (π - 1) y) log(1 + exp(-z))); "mean" divides by the number of entries.
 
-    Args:
-        reduction: "mean" or "sum".
-        weight: Non-negative weight of each entry, without a batch axis: it scales
-            the loss.
-        pos_weight: Non-negative weight of the positive answers, without a batch
-            axis: it changes the loss itself.
-
-    Raises:
-        ValueError: If a weight is negative.
+    Here ω is the weight and π the pos_weight, neither negative nor with a batch axis. The
+    output Hessian is diagonal, with entries ω σ (1 - σ) (1 + (π - 1) y), where σ is the
+    sigmoid of z.
     """
-
-    psd = True
-
-    def __init__(self, reduction: str, weight: Tensor | None, pos_weight: Tensor | None) -> None:
-        self.reduction = reduction
-        self._weight = _checked("weight", weight)
-        self._pos_weight = _checked("pos_weight", pos_weight)
-
-    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
-        """Count the entries; weights do not enter."""
-        self._expect_no_batch_axis(y)
-        return float(y.numel())
-
-    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "BinaryCrossEntropyCurvature":
-        """Look at one batch; see `OutputLoss.at`."""
-        expect_same_shape("BCEWithLogitsLoss", z, y)
-        self._expect_no_batch_axis(y)
-        if self._pos_weight is not None and bool(((y < 0) | (y > 1)).any()):
-            raise ValueError(
-                "'BCEWithLogitsLoss': with pos_weight, expected targets between 0 and "
-                f"1, got values from {y.min().item()} to {y.max().item()}."
-            )
-        return BinaryCrossEntropyCurvature(z, y, batch_size, self._weight, self._pos_weight)
-
-    def _expect_no_batch_axis(self, y: Tensor) -> None:
-        expect_no_batch_axis("BCEWithLogitsLoss", "weight", self._weight, y)
-        expect_no_batch_axis("BCEWithLogitsLoss", "pos_weight", self._pos_weight, y)
-
-
-class BinaryCrossEntropyCurvature(OutputCurvature):
-    """The sum of ω ((1 - y) z + (1 + (π - 1) y) log(1 + exp(-z))).
-
-    Here ω is the weight and π the pos_weight. The output Hessian is diagonal, with
-    entries ω σ (1 - σ) (1 + (π - 1) y), where σ is the sigmoid of z.
-    """
-
-    psd = True
 
     def __init__(
         self,
         z: Tensor,
         y: Tensor,
         batch_size: int,
-        weight: Tensor | None,
-        pos_weight: Tensor | None,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
     ) -> None:
+        self.check(weight, pos_weight)
+        expect_same_shape("BCEWithLogitsLoss", z, y)
+        expect_no_batch_axis("BCEWithLogitsLoss", "weight", weight, y)
+        expect_no_batch_axis("BCEWithLogitsLoss", "pos_weight", pos_weight, y)
+        if pos_weight is not None and bool(((y < 0) | (y > 1)).any()):
+            raise ValueError(
+                "'BCEWithLogitsLoss': with pos_weight, expected targets between 0 and "
+                f"1, got values from {y.min().item()} to {y.max().item()}."
+            )
         super().__init__(z, y, batch_size)
         one = torch.ones((), dtype=self.dtype, device=z.device)
         self._targets = y.to(self.dtype)
@@ -79,6 +44,19 @@ class BinaryCrossEntropyCurvature(OutputCurvature):
         self._slope = one
         if pos_weight is not None:
             self._slope = 1 + (pos_weight.to(one) - 1) * self._targets
+
+    @staticmethod
+    def check(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
+        """Refuse negative weights."""
+        for name, option in (("weight", weight), ("pos_weight", pos_weight)):
+            if option is not None and bool((option < 0).any()):
+                raise ValueError(
+                    f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {option.min().item()}."
+                )
+
+    def count(self) -> float:
+        """Count the entries; weights do not enter."""
+        return float(self.y.numel())
 
     @property
     def layout(self) -> TermLayout:
@@ -102,13 +80,7 @@ class BinaryCrossEntropyCurvature(OutputCurvature):
         return DiagonalFactor(self.layout.rows(self._curvature))
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
-        uniform = noise.uniform(
-            self.num_terms,
-            self.terms_per_datum,
-            mc_samples,
-            self.width,
-            device=self.z.device,
-        )
+        uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
         scale = (self._weight * self._slope / mc_samples).sqrt()
         rows = self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1)
         probability = self.layout.rows(self._sigmoid).unsqueeze(-1)
@@ -150,14 +122,6 @@ def expect_no_batch_axis(loss: str, option: str, weight: Tensor | None, y: Tenso
         raise ValueError(
             f"'{loss}': expected a {option} that broadcasts to the targets' shape {target}, got shape {shape}."
         )
-
-
-def _checked(name: str, weight: Tensor | None) -> Tensor | None:
-    if weight is not None and bool((weight < 0).any()):
-        raise ValueError(
-            f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {weight.min().item()}."
-        )
-    return None if weight is None else weight.detach()
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -1,112 +1,65 @@
 """Curvature of the cross-entropy over classes in the model's output."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from curvops.losses.base import OutputCurvature, OutputLoss
+from curvops.losses.base import ClosedForm, TermLayout, class_layout
 from curvops.losses.factor import Factor, StackedFactor
-from curvops.losses.layout import TermLayout, class_layout
 from curvops.losses.noise import Noise
 
 
-@dataclass(frozen=True)
-class CrossEntropyLoss(OutputLoss):
-    """`nn.CrossEntropyLoss`, with labels or with probabilities as targets.
-
-    "mean" divides by the sum of the weights of the labels that are not ignored, and
-    by the number of terms if the targets are probabilities.
-
-    Attributes:
-        reduction: "mean" or "sum".
-        weight: Non-negative weight of each class, `[C]`.
-        ignore_index: The label that is left out.
-        label_smoothing: Between 0 and 1.
-    """
-
-    reduction: str
-    weight: Tensor | None = None
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-
-    psd = True
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.weight is not None and bool((self.weight < 0).any()):
-            raise ValueError(
-                f"'CrossEntropyLoss': expected non-negative class weights, got a minimum of {self.weight.min().item()}."
-            )
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(
-                f"'CrossEntropyLoss': expected a label_smoothing between 0 and 1, got {self.label_smoothing}."
-            )
-
-    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
-        """Sum the labels' weights, or count the terms; smoothing does not enter."""
-        if y.is_floating_point():
-            return float(class_layout(y.shape).num_terms)
-        seen = y[y != self.ignore_index].long()
-        if self.weight is None:
-            return float(seen.numel())
-        self._expect_labels(y, self.weight.numel())
-        return float(self.weight.detach().to(y.device).double()[seen].sum())
-
-    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "CrossEntropyCurvature":
-        """Look at one batch; see `OutputLoss.at`."""
-        self._expect_shapes(z, y)
-        if not y.is_floating_point():
-            self._expect_labels(y, class_layout(z.shape).width)
-        curvature = CrossEntropyCurvature(z, y, batch_size, self)
-        if y.is_floating_point() and bool((curvature.weights < 0).any()):
-            raise ValueError(
-                "'CrossEntropyLoss': the (weighted) target probabilities of a term sum "
-                f"to {curvature.weights.min().item()}, expected a non-negative sum."
-            )
-        return curvature
-
-    def _expect_shapes(self, z: Tensor, y: Tensor) -> None:
-        if z.ndim == 0:
-            raise ValueError("'CrossEntropyLoss': expected an output with a class axis, got a scalar.")
-        layout = class_layout(z.shape)
-        labels = z.shape[:1] + z.shape[2:] if z.ndim > 1 else torch.Size()
-        expected = z.shape if y.is_floating_point() else labels
-        if y.shape != expected or y.dtype == torch.bool or y.is_complex():
-            raise ValueError(
-                f"'CrossEntropyLoss': for an output of shape {tuple(z.shape)} with "
-                f"{layout.width} classes, expected integer labels of shape "
-                f"{tuple(labels)} or floating-point probabilities of shape "
-                f"{tuple(z.shape)}, got {y.dtype} of shape {tuple(y.shape)}."
-            )
-        if self.weight is not None and self.weight.shape != (layout.width,):
-            raise ValueError(
-                f"'CrossEntropyLoss': expected one weight for each of the "
-                f"{layout.width} classes, got shape {tuple(self.weight.shape)}."
-            )
-
-    def _expect_labels(self, y: Tensor, num_classes: int) -> None:
-        wrong = ((y < 0) | (y >= num_classes)) & (y != self.ignore_index)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"'CrossEntropyLoss': expected labels from 0 to {num_classes - 1} or "
-                f"ignore_index={self.ignore_index}, got {y[wrong][0].item()}."
-            )
-
-
-class CrossEntropyCurvature(OutputCurvature):
+class CrossEntropyCurvature(ClosedForm):
     """The sum of -Σ_c t_c w_c log p_c, with p the softmax of z over the classes.
 
     With the target distribution t (labels, smoothed or soft), the class weights w
     and ω = Σ_c t_c w_c, a term's output Hessian is ω (diag p - p pᵀ).
+
+    "mean" divides by the sum of the weights of the labels that are not ignored, and
+    by the number of terms if the targets are probabilities.
     """
 
-    psd = True
-
-    def __init__(self, z: Tensor, y: Tensor, batch_size: int, loss: CrossEntropyLoss) -> None:
+    def __init__(
+        self,
+        z: Tensor,
+        y: Tensor,
+        batch_size: int,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.check(weight, ignore_index, label_smoothing)
         super().__init__(z, y, batch_size)
-        self._loss = loss
+        self._given_weight = weight
+        self._ignore_index = ignore_index
+        self._smoothing = label_smoothing
+        self._expect_shapes()
+        if not y.is_floating_point():
+            self._expect_labels()
+        elif bool((self.weights < 0).any()):
+            raise ValueError(
+                "'CrossEntropyLoss': the (weighted) target probabilities of a term sum "
+                f"to {self.weights.min().item()}, expected a non-negative sum."
+            )
+
+    @staticmethod
+    def check(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        """Refuse negative weights, and smoothing beyond 0 to 1."""
+        if weight is not None and bool((weight < 0).any()):
+            raise ValueError(
+                f"'CrossEntropyLoss': expected non-negative class weights, got a minimum of {weight.min().item()}."
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"'CrossEntropyLoss': expected a label_smoothing between 0 and 1, got {label_smoothing}.")
+
+    def count(self) -> float:
+        """Sum the labels' weights, or count the terms; smoothing does not enter."""
+        if self.y.is_floating_point():
+            return float(self.num_terms)
+        if self._given_weight is None:
+            return float(self._seen.sum())
+        return float(self._given_weight.to(self.y.device).double()[self._labels[self._seen]].sum())
 
     @property
     def layout(self) -> TermLayout:
@@ -130,9 +83,16 @@ class CrossEntropyCurvature(OutputCurvature):
         """Compute ω p - t w, as rows."""
         scaled = self.weights.unsqueeze(1) * self._probabilities
         if self._plain_labels:
-            labels, weights = self._labels.unsqueeze(1), self.weights.unsqueeze(1)
-            return scaled.scatter_add(1, labels, -weights)
+            return scaled.scatter_add_(1, self._labels.unsqueeze(1), -self.weights.unsqueeze(1))
         return scaled - self._weighted_targets
+
+    def subtract_gradient(self, rows: Tensor) -> None:
+        """Subtract `gradient` in place, without another tensor of this size where the targets are labels."""
+        rows.addcmul_(self.weights.unsqueeze(1), self._probabilities, value=-1)
+        if self._plain_labels:
+            rows.scatter_add_(1, self._labels.unsqueeze(1), self.weights.unsqueeze(1))
+        else:
+            rows.add_(self._weighted_targets)
 
     def _hessian_product(self, u: Tensor) -> Tensor:
         product = _categorical_product(self._probabilities, self.layout.rows(u))
@@ -157,7 +117,7 @@ class CrossEntropyCurvature(OutputCurvature):
         """The weight ω of each term, `[T]`; zero for ignored terms."""
         if self.y.is_floating_point():
             return self._weighted_targets.sum(-1)
-        smoothing = self._loss.label_smoothing
+        smoothing = self._smoothing
         own = (1 - smoothing) * self._class_weights[self._labels]
         weights = own + smoothing * self._class_weights.mean()
         return torch.where(self._seen, weights, 0)
@@ -165,7 +125,7 @@ class CrossEntropyCurvature(OutputCurvature):
     @cached_property
     def _weighted_targets(self) -> Tensor:
         """The targets t w, `[T, C]`."""
-        smoothing, weights = self._loss.label_smoothing, self._class_weights
+        smoothing, weights = self._smoothing, self._class_weights
         if self.y.is_floating_point():
             rows = self.layout.rows(self.y.detach().to(self.dtype))
             return ((1 - smoothing) * rows + smoothing / self.width) * weights
@@ -180,11 +140,11 @@ class CrossEntropyCurvature(OutputCurvature):
 
     @property
     def _plain_labels(self) -> bool:
-        return not self.y.is_floating_point() and self._loss.label_smoothing == 0
+        return not self.y.is_floating_point() and self._smoothing == 0
 
     @cached_property
     def _seen(self) -> Tensor:
-        return self.y.reshape(-1) != self._loss.ignore_index
+        return self.y.reshape(-1) != self._ignore_index
 
     @cached_property
     def _labels(self) -> Tensor:
@@ -193,9 +153,35 @@ class CrossEntropyCurvature(OutputCurvature):
 
     @cached_property
     def _class_weights(self) -> Tensor:
-        if self._loss.weight is None:
+        if self._given_weight is None:
             return self._constant.new_ones(self.width)
-        return self._loss.weight.detach().to(self._constant)
+        return self._given_weight.to(self._constant)
+
+    def _expect_shapes(self) -> None:
+        z, y, weight = self.z, self.y, self._given_weight
+        if z.ndim == 0:
+            raise ValueError("'CrossEntropyLoss': expected an output with a class axis, got a scalar.")
+        labels = z.shape[:1] + z.shape[2:] if z.ndim > 1 else torch.Size()
+        expected = z.shape if y.is_floating_point() else labels
+        if y.shape != expected or y.dtype == torch.bool or y.is_complex():
+            raise ValueError(
+                f"'CrossEntropyLoss': for an output of shape {tuple(z.shape)} with {self.width} classes, expected "
+                f"integer labels of shape {tuple(labels)} or floating-point probabilities of shape {tuple(z.shape)}, "
+                f"got {y.dtype} of shape {tuple(y.shape)}."
+            )
+        if weight is not None and weight.shape != (self.width,):
+            raise ValueError(
+                f"'CrossEntropyLoss': expected one weight for each of the {self.width} classes, "
+                f"got shape {tuple(weight.shape)}."
+            )
+
+    def _expect_labels(self) -> None:
+        wrong = ((self.y < 0) | (self.y >= self.width)) & (self.y != self._ignore_index)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"'CrossEntropyLoss': expected labels from 0 to {self.width - 1} or "
+                f"ignore_index={self._ignore_index}, got {self.y[wrong][0].item()}."
+            )
 
 
 class CategoricalFactor(Factor):

@@ -23,7 +23,7 @@ class Factor(ABC):
         >>> from torch import nn
         >>> from curvops.losses import output_loss
         >>> z, y = torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])
-        >>> S = output_loss(nn.CrossEntropyLoss()).at(z, y, 4).factor("type-2")
+        >>> S = output_loss(nn.CrossEntropyLoss()).curvature(z, y, 4).factor("type-2")
         >>> S.num_columns, S.column(0).shape
         (2, torch.Size([4, 2]))
         >>> S.product(torch.tensor([[1.0, 0.0]]).expand(4, 2))[0]
@@ -123,8 +123,3 @@ class DiagonalFactor(Factor):
 
     def _product(self, rows: Tensor) -> Tensor:
         return self._curvature * rows
-
-
-def no_columns(num_terms: int, width: int, like: Tensor) -> Factor:
-    """Make the factor of `forward-only`, with K = 0."""
-    return StackedFactor(like.new_zeros(num_terms, width, 0))

@@ -1,43 +1,38 @@
 """Curvature of the squared error in the model's output."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from curvops.losses.base import OutputCurvature, OutputLoss
+from curvops.losses.base import ClosedForm, TermLayout, entry_layout
 from curvops.losses.factor import DiagonalFactor, Factor, StackedFactor
-from curvops.losses.layout import TermLayout, entry_layout
 from curvops.losses.noise import Noise
 
 
-class SquaredErrorLoss(OutputLoss):
-    """`nn.MSELoss`; "mean" divides by the number of entries.
-
-    Args:
-        reduction: "mean" or "sum".
-    """
-
-    psd = True
-
-    def __init__(self, reduction: str) -> None:
-        self.reduction = reduction
-
-    def count(self, y: Tensor, batch_size: int, z: Tensor | None = None) -> float:
-        """Count the entries."""
-        return float(y.numel())
-
-    def at(self, z: Tensor, y: Tensor, batch_size: int) -> "SquaredErrorCurvature":
-        """Look at one batch; see `OutputLoss.at`."""
-        expect_same_shape("MSELoss", z, y)
-        return SquaredErrorCurvature(z, y, batch_size)
-
-
-class SquaredErrorCurvature(OutputCurvature):
-    """The sum of (z - y)², whose output Hessian is 2 I.
+class SquaredErrorCurvature(ClosedForm):
+    """The sum of (z - y)², whose output Hessian is 2 I; "mean" divides by the number of entries.
 
     As a likelihood it is a normal distribution of variance 1/2 around z.
     """
 
-    psd = True
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Any) -> None:
+        self.check(**options)
+        expect_same_shape("MSELoss", z, y)
+        super().__init__(z, y, batch_size)
+
+    @staticmethod
+    def check(weight: Tensor | None = None) -> None:
+        """Refuse the weight, which has a batch axis."""
+        if weight is not None:
+            raise ValueError(
+                "'output_loss': the weight of 'mse_loss' has a batch axis, so it cannot follow a data set that is "
+                "cut into batches. Pass a loss that reads each datum's weight from its target."
+            )
+
+    def count(self) -> float:
+        """Count the entries."""
+        return float(self.y.numel())
 
     @property
     def layout(self) -> TermLayout:
@@ -60,13 +55,7 @@ class SquaredErrorCurvature(OutputCurvature):
         return DiagonalFactor(two.expand(self.num_terms, self.width))
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
-        normal = noise.normal(
-            self.num_terms,
-            self.terms_per_datum,
-            mc_samples,
-            self.width,
-            device=self.z.device,
-        )
+        normal = noise.normal(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
         return StackedFactor((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
 
     def _empirical_factor(self) -> Factor:
@@ -77,7 +66,6 @@ def expect_same_shape(name: str, z: Tensor, y: Tensor) -> None:
     """Reject what PyTorch would broadcast."""
     if z.shape != y.shape:
         raise ValueError(
-            f"'{name}': expected targets of the output's shape {tuple(z.shape)}, got "
-            f"{tuple(y.shape)}. Reshape one of them: broadcasting is almost always "
-            "a mistake here."
+            f"'{name}': expected targets of the output's shape {tuple(z.shape)}, got {tuple(y.shape)}. "
+            "Reshape one of them: broadcasting is almost always a mistake here."
         )

@@ -1,28 +1,39 @@
-"""From a loss function to the object that knows its curvature."""
+"""From a loss function to the object that is asked for its curvature, batch by batch."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from curvops.losses.autodiff import AutodiffLoss
-from curvops.losses.base import OutputLoss
-from curvops.losses.bce import BinaryCrossEntropyLoss
-from curvops.losses.cross_entropy import CrossEntropyLoss
-from curvops.losses.mse import SquaredErrorLoss
-from curvops.losses.scalar import ScalarLoss, default_reduction
+from curvops.losses.additivity import Additivity
+from curvops.losses.autodiff import AutodiffCurvature
+from curvops.losses.base import ClosedForm, OutputCurvature
+from curvops.losses.bce import BinaryCrossEntropyCurvature
+from curvops.losses.cross_entropy import CrossEntropyCurvature
+from curvops.losses.mse import SquaredErrorCurvature
+from curvops.losses.scalar import ScalarLoss, is_untouched
 
-# functional forms take the options of their modules
-_FUNCTIONAL: tuple[tuple[Any, type[nn.Module]], ...] = (
-    (F.cross_entropy, nn.CrossEntropyLoss),
-    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
-    (F.mse_loss, nn.MSELoss),
+# function, module, what has its formulas, and the options that these take
+_CLOSED_FORMS: tuple[tuple[Any, type[nn.Module], type[ClosedForm], dict[str, Any]], ...] = (
+    (
+        F.cross_entropy,
+        nn.CrossEntropyLoss,
+        CrossEntropyCurvature,
+        {"weight": None, "ignore_index": -100, "label_smoothing": 0.0},
+    ),
+    (
+        F.binary_cross_entropy_with_logits,
+        nn.BCEWithLogitsLoss,
+        BinaryCrossEntropyCurvature,
+        {"weight": None, "pos_weight": None},
+    ),
+    (F.mse_loss, nn.MSELoss, SquaredErrorCurvature, {"weight": None}),
 )
 
 
-def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> OutputLoss:
+def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> "OutputLoss":
     """Find the curvature of a loss function in the model's output.
 
     Cross-entropy, binary cross-entropy of logits and squared error have closed forms,
@@ -46,102 +57,163 @@ def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> 
     Example:
         >>> import functools
         >>> import torch.nn.functional as F
-        >>> loss = functools.partial(F.cross_entropy, label_smoothing=0.1)
-        >>> type(output_loss(loss)).__name__, output_loss(loss).reduction
-        ('CrossEntropyLoss', 'mean')
+        >>> output_loss(functools.partial(F.cross_entropy, label_smoothing=0.1)).reduction
+        'mean'
         >>> output_loss(lambda z, y: (z - y).cosh().sum())
         Traceback (most recent call last):
         ...
         ValueError: 'output_loss': the reduction of '<lambda>' is not known. Pass \
 reduction='sum' if it sums over the data, or reduction='mean' if it averages.
     """
-    function, keywords = _split_partial(_uncompiled(loss_func))
-    name = str(getattr(function, "__name__", type(function).__name__))
-    functional = [kind for form, kind in _FUNCTIONAL if form is function]
-    stated, averaging = _stated_reduction(function, keywords), "mean"
-    if stated is None and reduction is None:
-        stated = default_reduction(function)
-    if stated == "batchmean":
-        stated, averaging = "mean", "batchmean"
-    agreed = _agreed_reduction(name, stated, reduction)
-    module = _as_module(functional[0], keywords) if functional else function
-    if _computes_like(module, nn.CrossEntropyLoss):
-        return CrossEntropyLoss(agreed, module.weight, module.ignore_index, module.label_smoothing)
-    if _computes_like(module, nn.BCEWithLogitsLoss):
-        return BinaryCrossEntropyLoss(agreed, module.weight, module.pos_weight)
-    if _computes_like(module, nn.MSELoss):
-        return SquaredErrorLoss(agreed)
-    return AutodiffLoss(ScalarLoss(function, keywords), agreed, averaging)
+    return OutputLoss(ScalarLoss(loss_func, reduction))
 
 
-def _uncompiled(loss_func: Any) -> Callable[..., Any]:
-    """Take the eager module or function out of a compiled one."""
-    for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):
-        loss_func = getattr(loss_func, attribute, loss_func)
-    # PyTorch's own functions are compiled inside one more wrapper
-    if getattr(loss_func, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
-        loss_func = getattr(loss_func, "__wrapped__", loss_func)
-    if not callable(loss_func):
-        raise TypeError(f"'output_loss': expected a loss module or function of (output, target), got {loss_func!r}.")
-    eager: Callable[..., Any] = loss_func
-    return eager
+class OutputLoss:
+    """A loss function, to be asked for its curvature batch by batch; see `output_loss`.
+
+    The function is asked as it is at that moment: nothing of it is copied.
+
+    A module with a `reduction`, or a function with this keyword, is evaluated with
+    "sum", and the denominator of its "mean" is the ratio of the two. Of any other
+    function, "mean" means the mean over data.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> loss = output_loss(nn.HuberLoss(delta=2.0))
+        >>> z, y = torch.tensor([[0.0], [5.0]]), torch.zeros(2, 1)
+        >>> walk = loss.walk()
+        >>> walk.curvature(z, y, batch_size=2).hessian_product(torch.ones(2, 1))
+        tensor([[1.],
+                [0.]])
+        >>> walk.constant()
+        0.5
+    """
+
+    def __init__(self, loss: ScalarLoss) -> None:
+        self._loss = loss
+        loss.reduction()
+        closed = self._closed_form()
+        if closed is not None:
+            closed[0].check(**closed[1])
+
+    @property
+    def reduction(self) -> str:
+        """ "mean" or "sum", over the whole data set."""
+        return self._loss.reduction()[0]
+
+    @property
+    def psd(self) -> bool:
+        """Whether the output Hessian is positive semi-definite by construction."""
+        return self._closed_form() is not None or self._loss.convex
+
+    def walk(self) -> "LossWalk":
+        """Begin one pass over the data."""
+        return LossWalk(self)
+
+    def curvature(self, z: Tensor, y: Any, batch_size: int, checked: bool = True) -> OutputCurvature:
+        """Look at the loss of one batch at the model's output.
+
+        Args:
+            z: The model's output. It may carry a graph, for `value`.
+            y: Targets of the batch.
+            batch_size: Number of data in the batch.
+            checked: Whether formulas are compared with the loss itself, which no transform of `torch.func` allows.
+
+        Returns:
+            The curvature of the batch's loss at z.
+
+        Raises:
+            ValueError: If z and y do not fit each other or the loss.
+        """
+        closed = self._closed_form()
+        if closed is not None and isinstance(y, Tensor) and not y.requires_grad:
+            kind, options = closed
+            found = kind(z, y, batch_size, **options)
+            if not checked or self._agrees(found):
+                return found
+        return AutodiffCurvature(z, y, batch_size, self._loss, self.total)
+
+    def total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
+        """Compute the sum of the loss over data, as the loss itself does."""
+        if self._loss.switchable:
+            return self._loss.evaluate(z, y, "sum")
+        value = self._loss.evaluate(z, y, "")
+        return value * batch_size if self.reduction == "mean" else value
+
+    def _closed_form(self) -> tuple[type[ClosedForm], dict[str, Any]] | None:
+        """The formulas of exactly this loss, and its options; options that are trained have none."""
+        for function, module, kind, defaults in _CLOSED_FORMS:
+            own = self._loss.function
+            if own is function or (type(own) is module and is_untouched(own)):
+                options = {name: self._loss.option(name, default) for name, default in defaults.items()}
+                trained = any(isinstance(option, Tensor) and option.requires_grad for option in options.values())
+                return None if trained else (kind, options)
+        return None
+
+    def _agrees(self, found: ClosedForm) -> bool:
+        """Whether formulas give the loss's own value and gradient on their batch, which hooks of all modules may alter.
+
+        Where PyTorch's mean is not a number, such as of no entries, there is nothing to compare.
+        """
+        reduction, averaging = self._loss.reduction()
+        count = found.count() if reduction == "mean" else 1.0
+        if count == 0 or not found.z.numel():
+            return True
+        eps = torch.finfo(found.dtype).eps
+        with torch.enable_grad():
+            z = found.z.detach().to(found.dtype).requires_grad_()
+            own = self._loss.evaluate(z, found.y, averaging)
+            if not own.requires_grad:
+                return False
+            (gradient,) = torch.autograd.grad(own, z, materialize_grads=True)
+        with torch.no_grad():
+            own, value = own.detach() * count, found.value().detach()
+            if bool((own - value).abs() > eps**0.5 * (own.abs() + value.abs()) + eps * found.num_terms):
+                return False
+            # one more tensor of the output's size, not two
+            rows = found.rows(gradient * count)
+            del gradient
+            scale = torch.linalg.vector_norm(rows, torch.inf)
+            found.subtract_gradient(rows)
+            rows.nan_to_num_(0.0)
+            return not bool(torch.linalg.vector_norm(rows, torch.inf) > eps**0.5 * scale + 10 * eps)
 
 
-def _split_partial(loss_func: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Split a partial of a function, with keywords only, into the two."""
-    if isinstance(loss_func, functools.partial) and not loss_func.args:
-        function = _uncompiled(loss_func.func)
-        if not isinstance(function, nn.Module):
-            return function, loss_func.keywords
-    return loss_func, {}
+class LossWalk:
+    """One pass over the data, on which the count of a mean is summed; made by `OutputLoss.walk`."""
 
+    def __init__(self, loss: OutputLoss) -> None:
+        self._loss = loss
+        self._mean = loss.reduction == "mean"
+        self._count = 0.0
+        self._additivity = Additivity(loss._loss, loss.total)
 
-def _as_module(kind: type[nn.Module], keywords: Mapping[str, Any]) -> Any:
-    """Build the module that does the same as a functional form."""
-    reducing = ("size_average", "reduce", "reduction")
-    options = {name: v for name, v in keywords.items() if name not in reducing}
-    if kind is nn.MSELoss and options.pop("weight", None) is not None:
-        raise ValueError(
-            "'output_loss': the weight of 'mse_loss' has a batch axis, so it cannot "
-            "follow a data set that is cut into batches. Pass a loss that reads each "
-            "datum's weight from its target."
-        )
-    return kind(**options)
+    def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
+        """Look at one batch; see `OutputLoss.curvature`.
 
+        Raises:
+            ValueError: If z and y do not fit the loss, or the loss of the data so far is
+                not the sum of their losses, as far as can be seen from it.
+        """
+        found = self._loss.curvature(z, y, batch_size)
+        if isinstance(found, ClosedForm):
+            self._count += found.count() if self._mean else 0.0
+        else:
+            self._count += self._additivity.check(z.detach().to(found.dtype), y, batch_size)
+        return found
 
-def _stated_reduction(function: Any, keywords: Mapping[str, Any]) -> str | None:
-    """Read the reduction of a module or of a function's keywords, if any."""
-    average, reduce = keywords.get("size_average"), keywords.get("reduce")
-    if average is not None or reduce is not None:
-        # PyTorch resolves and announces its deprecated options
-        return nn.L1Loss(size_average=average, reduce=reduce).reduction
-    stated = keywords.get("reduction", getattr(function, "reduction", None))
-    return stated if isinstance(stated, str) else None
+    def constant(self) -> float:
+        """The factor c in front of the sum over all data of this pass.
 
-
-def _agreed_reduction(name: str, stated: str | None, asked: str | None) -> str:
-    """Settle on "mean" or "sum" from what the loss states and the caller asks."""
-    for reduction in (stated, asked):
-        if reduction not in (None, "mean", "sum"):
+        Raises:
+            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
+        """
+        if not self._mean:
+            return 1.0
+        if self._count <= 0:
             raise ValueError(
-                f"'output_loss': expected a reduction 'mean' or 'sum' of {name!r}, got "
-                f"{reduction!r}. A risk is one number."
+                f"loss: the mean runs over {self._count:g} entries (all targets ignored, or all weights zero), so it "
+                'is undefined. Use targets that count, or reduction="sum".'
             )
-    if stated and asked and stated != asked:
-        raise ValueError(
-            f"'output_loss': {name!r} has the reduction {stated!r}, but "
-            f"reduction={asked!r} was passed. Leave it out, or change the loss."
-        )
-    agreed = stated or asked
-    if agreed is None:
-        raise ValueError(
-            f"'output_loss': the reduction of {name!r} is not known. Pass "
-            "reduction='sum' if it sums over the data, or reduction='mean' if it "
-            "averages."
-        )
-    return agreed
-
-
-def _computes_like(loss_func: Any, kind: type[nn.Module]) -> bool:
-    """Whether it is a module of this kind that keeps its computation."""
-    return isinstance(loss_func, kind) and type(loss_func).forward is kind.forward and "forward" not in vars(loss_func)
+        return 1.0 / self._count

@@ -1,36 +1,157 @@
-"""Any loss as a scalar function of (output, target), in the reduction that is asked for."""
+"""Any loss as a scalar function of (output, target), asked as it is now, in the reduction that is wanted."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvops.losses.plain import PlainLosses
+from curvops.losses.base import TermLayout, class_layout, entry_layout
+from curvops.losses.bce import expect_no_batch_axis
+from curvops.substitutions import Substitutions
+from curvops.tree import map_tensors, tensors_of
+
+# modules whose function is known; each is convex in the output as long as its weights are not negative
+_MODULES: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.HingeEmbeddingLoss: F.hinge_embedding_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.KLDivLoss: F.kl_div,
+    nn.L1Loss: F.l1_loss,
+    nn.MultiLabelMarginLoss: F.multilabel_margin_loss,
+    nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
+    nn.MultiMarginLoss: F.multi_margin_loss,
+    nn.NLLLoss: F.nll_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REDUCING = ("size_average", "reduce", "reduction")  # the first two are superseded by the last
 
 
 class ScalarLoss:
-    """A loss module, or a function with keywords, that is never changed.
+    """A loss module or function, which is never changed or copied, but read anew whenever it is asked.
+
+    Args:
+        loss_func: The module, the function, or a partial of a function.
+        asked: The reduction that the caller states, if any.
 
     Attributes:
         name: What to call it in messages.
-        function: The module or function.
-        keywords: Options of the function.
-        switchable: Whether it can be asked for another reduction: a module with the
-            attribute `reduction`, or a function with this keyword.
+        function: The module or function, without the partial around it.
     """
 
-    def __init__(self, function: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
-        self.name = str(getattr(function, "__name__", type(function).__name__))
-        self.function = function
-        # superseded by `reduction`, which `evaluate` passes
-        self.keywords = {k: v for k, v in keywords.items() if k not in ("size_average", "reduce", "reduction")}
-        self.switchable = _is_switchable(function)
-        self._prepared: dict[tuple[str, torch.device, torch.dtype], Callable[..., Any]] = {}
-        self._expect_two_arguments()
+    def __init__(self, loss_func: Any, asked: str | None) -> None:
+        self._options: Mapping[str, Any] = {}
+        self.function = _uncompiled(loss_func)
+        if isinstance(self.function, functools.partial) and not self.function.args:
+            inner = _uncompiled(self.function.func)
+            if not isinstance(inner, nn.Module):
+                self.function, self._options = inner, self.function.keywords
+        self.name = str(getattr(self.function, "__name__", type(self.function).__name__))
+        self._asked = asked
+        is_module = isinstance(self.function, nn.Module)
+        signature = _signature(self.function.forward if is_module else self.function)
+        self._keyword = None if is_module or signature is None else signature.parameters.get("reduction")
+        try:
+            if signature is not None:
+                signature.bind(None, None, **self.keywords)
+        except TypeError as error:
+            raise TypeError(
+                f"'output_loss': {self.name!r} cannot be called as loss(output, target): {error}. Wrap it in a "
+                "function of these two, with whatever else it needs as part of the target."
+            ) from error
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Options of the function, without those that name the reduction."""
+        return {name: option for name, option in self._options.items() if name not in _REDUCING}
+
+    @property
+    def switchable(self) -> bool:
+        """Whether it can be asked for another reduction: by a module's attribute, or a function's keyword."""
+        function = self.function
+        if isinstance(function, nn.Module):
+            return isinstance(getattr(function, "reduction", None), str) and not isinstance(
+                function, torch.jit.ScriptModule
+            )
+        return self._keyword is not None
+
+    def reduction(self) -> tuple[str, str]:
+        """Read the reduction, "mean" or "sum", and what a switchable loss calls it.
+
+        Raises:
+            ValueError: If it is unknown, another one, or not what the caller stated.
+        """
+        stated, asked = self._stated_reduction(), self._asked
+        meaning = "mean" if stated == "batchmean" else stated
+        for reduction in (meaning, asked):
+            if reduction not in (None, "mean", "sum"):
+                raise ValueError(
+                    f"'output_loss': expected a reduction 'mean' or 'sum' of {self.name!r}, got {reduction!r}. "
+                    "A risk is one number."
+                )
+        if meaning and asked and meaning != asked:
+            raise ValueError(
+                f"'output_loss': {self.name!r} has the reduction {stated!r}, but reduction={asked!r} was passed. "
+                "Leave it out, or change the loss."
+            )
+        agreed = meaning or asked
+        if agreed is None:
+            raise ValueError(
+                f"'output_loss': the reduction of {self.name!r} is not known. Pass reduction='sum' if it sums over "
+                "the data, or reduction='mean' if it averages."
+            )
+        return agreed, stated or agreed
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """Read an option of the module or function."""
+        if isinstance(self.function, nn.Module):
+            return getattr(self.function, name, default)
+        return self._options.get(name, default)
+
+    @property
+    def form(self) -> Any:
+        """PyTorch's function that this loss is, if nothing is added to it; else a function that is not known."""
+        function = self.function
+        if not isinstance(function, nn.Module):
+            return function
+        return _MODULES.get(type(function)) if is_untouched(function) else None
+
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is known to be convex in the output."""
+        form, weight = self.form, self.option("weight")
+        known = any(form is function for function in _MODULES.values())
+        return known and (not isinstance(weight, Tensor) or bool((weight >= 0).all()))
+
+    def term_layout(self, z: Tensor) -> TermLayout:
+        """The terms that the loss has before reduction, if it is a sum over entries."""
+        return class_layout(z.shape) if self.form is F.nll_loss else entry_layout(z.shape)
+
+    def output_weights(self, z: Tensor, y: Any) -> Tensor | None:
+        """The weight of each entry of the output, for losses that are linear in weights.
+
+        Returns:
+            A tensor that broadcasts to the output's shape, or `None` for no weights.
+
+        Raises:
+            ValueError: If the weights have a batch axis.
+        """
+        form, weight = self.form, self.option("weight")
+        if not isinstance(weight, Tensor):
+            return None
+        weight = weight.detach().to(z)
+        if form is F.binary_cross_entropy:
+            expect_no_batch_axis(self.name, "weight", weight, y)
+            return weight
+        if form is F.nll_loss:
+            labels = y.long().clamp(0, weight.numel() - 1)
+            return weight[labels].unsqueeze(1 if z.ndim > 1 else 0)
+        return None
 
     def evaluate(self, z: Tensor, y: Any, reduction: str) -> Tensor:
         """Compute the loss, its options brought to z's device and precision.
@@ -46,51 +167,52 @@ class ScalarLoss:
         Raises:
             ValueError: If the loss is not a scalar.
         """
-        if isinstance(y, Tensor) and y.is_floating_point():
-            y = y.to(z.dtype)
-        function = self._callable(reduction, z.device, z.dtype)
-        with PlainLosses():
-            value = function(z, y)
+        function = self.function
+        keywords = {name: _moved(option, z) for name, option in self.keywords.items()}
+        if isinstance(function, nn.Module):
+            function = _brought(function, z)
+            if self.switchable and function.reduction != reduction:
+                function = _shallow_copy(function, reduction=reduction)
+        elif self._keyword is not None:
+            keywords["reduction"] = reduction
+        if any(t.is_floating_point() and t.dtype != z.dtype for t in tensors_of(y)):
+            y = map_tensors(lambda t: t.to(z.dtype) if t.is_floating_point() else t, y)
+        with Substitutions():
+            value = function(z, y, **keywords)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
             raise ValueError(f"{self.name!r}: expected a scalar loss, got {got}. Reduce it by a sum or a mean.")
         return value.reshape(())
 
-    def _callable(self, reduction: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-        key = (reduction, device, dtype)
-        if key not in self._prepared:
-            self._prepared[key] = self._prepare(*key)
-        return self._prepared[key]
-
-    def _prepare(self, reduction: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-        function, keywords = self.function, self.keywords
-        if self.switchable and not isinstance(function, nn.Module):
-            keywords = {**keywords, "reduction": reduction}
-        if isinstance(function, nn.Module):
-            function = copy.deepcopy(function).to(device=device, dtype=dtype)
-            if self.switchable:
-                # nn.Module declares no such attribute, but this one has it
-                setattr(function, "reduction", reduction)  # noqa: B010
-        return functools.partial(function, **{k: _moved(v, device, dtype) for k, v in keywords.items()})
-
-    def _expect_two_arguments(self) -> None:
-        function = self.function.forward if isinstance(self.function, nn.Module) else self.function
-        signature = _signature(function)
-        try:
-            if signature is not None:
-                signature.bind(None, None, **self.keywords)
-        except TypeError as error:
-            raise TypeError(
-                f"'output_loss': {self.name!r} cannot be called as loss(output, target): {error}. Wrap it in a "
-                "function of these two, with whatever else it needs as part of the target."
-            ) from error
+    def _stated_reduction(self) -> str | None:
+        """Read the reduction of a module, or of a function's keywords or signature, if any."""
+        options = self._options
+        if options.get("size_average") is not None or options.get("reduce") is not None:
+            # PyTorch resolves and announces its deprecated options
+            return nn.L1Loss(size_average=options.get("size_average"), reduce=options.get("reduce")).reduction
+        stated = options.get("reduction", getattr(self.function, "reduction", None))
+        if stated is None and self._asked is None and self._keyword is not None:
+            stated = self._keyword.default
+        return stated if isinstance(stated, str) else None
 
 
-def _is_switchable(function: Callable[..., Any]) -> bool:
-    if isinstance(function, nn.Module):
-        return isinstance(getattr(function, "reduction", None), str)
-    signature = _signature(function)
-    return signature is not None and "reduction" in signature.parameters
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module does what its class does: no hooks, and no method of its own."""
+    hooked = any(getattr(module, name, None) for name in _HOOKS)
+    return not hooked and not any(callable(getattr(type(module), name, None)) for name in vars(module))
+
+
+def _uncompiled(loss_func: Any) -> Any:
+    """Take the eager module or function out of a compiled one, unless hooks hang on the compiled one."""
+    for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):
+        hooked = isinstance(loss_func, nn.Module) and any(vars(loss_func).get(name) for name in _HOOKS)
+        loss_func = loss_func if hooked else getattr(loss_func, attribute, loss_func)
+    # PyTorch's own functions are compiled inside one more wrapper
+    if getattr(loss_func, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
+        loss_func = getattr(loss_func, "__wrapped__", loss_func)
+    if not callable(loss_func):
+        raise TypeError(f"'output_loss': expected a loss module or function of (output, target), got {loss_func!r}.")
+    return loss_func
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
@@ -100,14 +222,27 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def default_reduction(function: Callable[..., Any]) -> str | None:
-    """Read the reduction that a function's signature has as a default, if any."""
-    signature = None if isinstance(function, nn.Module) else _signature(function)
-    parameter = signature.parameters.get("reduction") if signature is not None else None
-    return parameter.default if parameter is not None and isinstance(parameter.default, str) else None
-
-
-def _moved(option: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _moved(option: Any, z: Tensor) -> Any:
     if not isinstance(option, Tensor):
         return option
-    return option.to(device=device, dtype=dtype if option.is_floating_point() else None)
+    return option.to(device=z.device, dtype=z.dtype if option.is_floating_point() else None)
+
+
+def _brought(module: nn.Module, z: Tensor) -> nn.Module:
+    """The module with its tensors on z's device and in its precision: itself, or a copy that shares all else.
+
+    Gradients flow through the copy to the module's own tensors.
+    """
+    parts: dict[str, dict[str, Any]] = {
+        "_parameters": {name: _moved(t, z) for name, t in module._parameters.items()},
+        "_buffers": {name: _moved(t, z) for name, t in module._buffers.items()},
+        "_modules": {name: m if m is None else _brought(m, z) for name, m in module._modules.items()},
+    }
+    same = all(new is getattr(module, kind)[name] for kind, items in parts.items() for name, new in items.items())
+    return module if same else _shallow_copy(module, **parts)
+
+
+def _shallow_copy(module: nn.Module, **changes: Any) -> nn.Module:
+    copy = type(module).__new__(type(module))
+    copy.__dict__.update(vars(module), **changes)
+    return copy

@@ -20,6 +20,14 @@ def close(a, b, tol=1e-11):
     torch.testing.assert_close(a, b, rtol=0, atol=tol * scale)
 
 
+def count(loss, *batches):
+    """What the mean divides by, on one walk over batches (z, y, number of data)."""
+    walk = loss.walk()
+    for batch in batches:
+        walk.curvature(*batch)
+    return 1 / walk.constant()
+
+
 def factor_matrix(curvature, factor):
     """The block-diagonal matrix of all S_t S_tᵀ over the flattened output."""
     size = curvature.z.numel()
@@ -51,11 +59,11 @@ def check_closed_form(loss, torch_loss, z, y, batch_size):
     def total(z):
         return torch_loss(z, y)
 
-    curvature = loss.at(z, y, batch_size)
+    curvature = loss.curvature(z, y, batch_size)
     assert curvature.psd
     leaf = z.clone().requires_grad_()
-    close(loss.at(leaf, y, batch_size).value(), total(z))
-    close(hessian(lambda z: loss.at(z, y, batch_size).value(), z), hessian(total, z))
+    close(loss.curvature(leaf, y, batch_size).value(), total(z))
+    close(hessian(lambda z: loss.curvature(z, y, batch_size).value(), z), hessian(total, z))
     close(curvature.outputs(curvature.gradient()), gradient(total, z))
     H = hessian(total, z)
     eye = torch.eye(z.numel(), dtype=torch.float64)

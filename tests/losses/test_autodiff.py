@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from curvops.losses import Noise, output_loss
 
-from .oracles import check_factor, close, factor_matrix, gradient, hessian
+from .oracles import check_factor, close, count, factor_matrix, gradient, hessian
 
 W = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
 # name -> (module, output, target) of 6 data with 4 entries
@@ -53,13 +53,12 @@ def test_matches_pytorch(name):
     total.reduction = "sum"
     batch_size = len(z)
     loss = output_loss(module)
-    assert loss.needs_output_to_count
-    curvature = loss.at(z, y, batch_size)
+    curvature = loss.curvature(z, y, batch_size)
     close(curvature.value(), total(z, y))
     close(curvature.outputs(curvature.gradient()), gradient(lambda z: total(z, y), z))
     # the shares of a cut add up, and give the mean
-    count = sum(loss.count(y[a:b], b - a, z[a:b]) for a, b in ((0, 1), (1, batch_size)))
-    close(curvature.value() / count, module(z, y))
+    batches = [(z[a:b], y[a:b], b - a) for a, b in ((0, 1), (1, batch_size))]
+    close(curvature.value() / count(loss, *batches), module(z, y))
     # the Hessian by central differences of PyTorch's own gradient
     u = torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     shifted = [gradient(lambda z: total(z, y), z + s * 1e-5 * u) for s in (1, -1)]
@@ -83,12 +82,12 @@ def test_agrees_with_the_closed_forms(randn, randint, rand):
         (nn.BCEWithLogitsLoss(), rand(4, 3, 2)),
     )
     for module, y in cases:
-        closed = output_loss(module).at(z, y, 4)
+        closed = output_loss(module).curvature(z, y, 4)
         opaque = output_loss(lambda z, y, m=module: m(z, y), reduction="mean")
-        assert opaque.count(y, 4) == 4
-        curvature = opaque.at(z, y, 4)
+        assert count(opaque, (z, y, 4)) == 4
+        curvature = opaque.curvature(z, y, 4)
         # a mean over entries is a mean over data, of means
-        scale = output_loss(module).count(y, 4) / 4
+        scale = count(output_loss(module), (z, y, 4)) / 4
         close(scale * curvature.value(), closed.value())
         close(scale * curvature.hessian_product(z), closed.hessian_product(z))
         matrix = factor_matrix(curvature, curvature.factor("type-2"))
@@ -102,13 +101,13 @@ def test_terms_are_probed(randn, randint):
         return F.cross_entropy(z, y, reduction="sum")
 
     # the class axis is not the last: a term is a whole datum
-    curvature = output_loss(by_position, reduction="sum").at(z, y, 4)
+    curvature = output_loss(by_position, reduction="sum").curvature(z, y, 4)
     assert (curvature.num_terms, curvature.width, curvature.terms_per_datum) == (4, 6, 1)
-    curvature = output_loss(lambda z, y: (z - y).cosh().sum(), reduction="sum").at(z, z, 4)
+    curvature = output_loss(lambda z, y: (z - y).cosh().sum(), reduction="sum").curvature(z, z, 4)
     assert (curvature.num_terms, curvature.width, curvature.terms_per_datum) == (12, 2, 3)
-    single = output_loss(lambda z, y: (z - y).cosh().sum(), reduction="sum").at(z[:, 0, 0], z[:, 1, 0], 4)
+    single = output_loss(lambda z, y: (z - y).cosh().sum(), reduction="sum").curvature(z[:, 0, 0], z[:, 1, 0], 4)
     assert (single.num_terms, single.width) == (4, 1)
-    scalar = output_loss(lambda z, y: z.cosh(), reduction="sum").at(z[0, 0, 0], y, 1)
+    scalar = output_loss(lambda z, y: z.cosh(), reduction="sum").curvature(z[0, 0, 0], y, 1)
     assert scalar.factor("type-2").dense().shape == (1, 1, 1)
 
 
@@ -121,7 +120,7 @@ def test_many_terms_are_probed(randn):
 
     loss = output_loss(neighbours, reduction="sum")
     # without targets to cut, only the probe can tell
-    curvature = loss.at(z, (), 40)
+    curvature = loss.curvature(z, (), 40)
     with pytest.raises(ValueError, match="couples the data of a batch"):
         curvature.factor("type-2")
     H = hessian(lambda z: neighbours(z, ()), z)
@@ -134,9 +133,9 @@ def test_mixing_data_is_refused(randn, randint):
     weighted = functools.partial(F.cross_entropy, weight=weight)
     for loss in (lambda z, y: weighted(z, y), lambda z, y: (z - z.mean(0)).square().mean()):
         with pytest.raises(ValueError, match="mixes data, or divides by something else"):
-            output_loss(loss, reduction="mean").at(z, torch.tensor([0, 1, 1, 2]), 4)
+            output_loss(loss, reduction="mean").walk().curvature(z, torch.tensor([0, 1, 1, 2]), 4)
     with pytest.raises(ValueError, match="is not the sum of the losses of its data"):
-        output_loss(lambda z, y: F.cross_entropy(z, y), reduction="sum").at(z, y, 4)
+        output_loss(lambda z, y: F.cross_entropy(z, y), reduction="sum").walk().curvature(z, y, 4)
 
     class Deaf(nn.Module):
         reduction = "mean"
@@ -145,13 +144,13 @@ def test_mixing_data_is_refused(randn, randint):
             return F.cross_entropy(z, y)
 
     with pytest.raises(ValueError, match="is not the sum of the losses of its data"):
-        output_loss(Deaf()).at(z, y, 4)
+        output_loss(Deaf()).walk().curvature(z, y, 4)
 
 
 def test_flattened_positions_are_data_of_equal_size(randn, randint):
     z, y = randn(6, 3), randint(3, 6)
     loss = output_loss(lambda z, y: F.cross_entropy(z, y), reduction="mean")
-    curvature = loss.at(z, y, 3)  # two positions for each of three data
+    curvature = loss.curvature(z, y, 3)  # two positions for each of three data
     close(curvature.value(), 3 * F.cross_entropy(z, y))
     assert curvature.terms_per_datum == 2
 
@@ -162,7 +161,7 @@ def test_not_convex_has_products_but_no_factor(randn):
     def wavy(z, y):
         return (z - y).cos().sum()
 
-    curvature = output_loss(wavy, reduction="sum").at(z, 0 * z, 4)
+    curvature = output_loss(wavy, reduction="sum").curvature(z, 0 * z, 4)
     assert not curvature.psd
     close(curvature.hessian_product(z), -z.cos() * z)
     for kind in ("type-2", "mc"):
@@ -174,7 +173,7 @@ def test_not_convex_has_products_but_no_factor(randn):
 def test_sampled_factor_approaches_the_hessian(randn, randint):
     z, y = randn(3, 4), randint(4, 3)
     loss = output_loss(lambda z, y: F.cross_entropy(z, y), reduction="mean")
-    curvature = loss.at(z, y, 3)
+    curvature = loss.curvature(z, y, 3)
     samples = 20_000
     factor = curvature.factor("mc", samples, Noise(0, 0))
     H = hessian(lambda z: F.cross_entropy(z, y, reduction="sum"), z)
@@ -187,8 +186,8 @@ def test_sampled_factor_approaches_the_hessian(randn, randint):
 def test_noise_belongs_to_the_datum(randn):
     z, y = randn(5, 2, 3), randn(5, 2, 3)
     loss = output_loss(nn.HuberLoss())  # degenerate eigenvalues
-    whole = loss.at(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
-    tail = loss.at(z[2:], y[2:], 3).factor("mc", 2, Noise(1, 2)).dense()
+    whole = loss.curvature(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
+    tail = loss.curvature(z[2:], y[2:], 3).factor("mc", 2, Noise(1, 2)).dense()
     torch.testing.assert_close(whole[4:], tail, rtol=0, atol=1e-14)
 
 
@@ -196,27 +195,25 @@ def test_weights_of_nll_enter_by_their_root():
     d = Data()
     module = nn.NLLLoss(weight=W)
     for z, y in ((d.z, d.labels), (d.z.view(3, 4, 2), d.labels.view(3, 2))):
-        curvature = output_loss(module).at(z, y, len(z))
+        curvature = output_loss(module).curvature(z, y, len(z))
         expected = torch.zeros(6, 4, dtype=torch.float64)
         expected[torch.arange(6), y.flatten()] = -W[y.flatten()].sqrt()
         close(curvature.factor("empirical").dense()[..., 0], expected)
     probability = d.z.sigmoid()
-    curvature = output_loss(nn.BCELoss(weight=W)).at(probability, d.unit, 6)
+    curvature = output_loss(nn.BCELoss(weight=W)).curvature(probability, d.unit, 6)
     g = gradient(lambda z: F.binary_cross_entropy(z, d.unit, reduction="sum"), probability)
     close(curvature.factor("empirical").dense()[..., 0], W.sqrt() * g)
     with pytest.raises(ValueError, match="batch axis"):
-        output_loss(nn.BCELoss(weight=d.unit)).at(probability, d.unit, 6).factor("empirical")
+        output_loss(nn.BCELoss(weight=d.unit)).curvature(probability, d.unit, 6).factor("empirical")
 
 
 def test_count_where_the_loss_vanishes(randn):
     z = randn(3, 2)
-    assert output_loss(nn.HuberLoss()).count(z, 3, z) == 6
+    assert count(output_loss(nn.HuberLoss()), (z, z, 3)) == 6
     ignored = torch.full((3,), -100)
-    assert output_loss(nn.NLLLoss()).count(ignored, 3, z) == 0
+    assert count(output_loss(nn.NLLLoss()), (z, ignored, 3), (z, ignored.clamp(min=0), 3)) == 3
     far = torch.tensor([[100.0, 0.0]])
-    assert output_loss(nn.MultiMarginLoss()).count(torch.tensor([0]), 1, far) == 1
-    with pytest.raises(ValueError, match="needs the model's output"):
-        output_loss(nn.HuberLoss()).count(z, 3)
+    assert count(output_loss(nn.MultiMarginLoss()), (far, torch.tensor([0]), 1)) == 1
 
 
 def test_nothing_of_the_callers_changes(randn, randint):
@@ -225,8 +222,7 @@ def test_nothing_of_the_callers_changes(randn, randint):
     module = nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
     state = torch.get_rng_state()
     loss = output_loss(module)
-    loss.count(y, 4, z)
-    curvature = loss.at(z, y, 4)
+    curvature = loss.walk().curvature(z, y, 4)
     curvature.factor("mc", 2, Noise(0, 0))
     curvature.hessian_product(z.detach())
     assert module.reduction == "mean" and module.weight.dtype == torch.float32
@@ -242,7 +238,7 @@ def test_products_under_vmap_and_without_grad_mode(randn, randint):
     for loss in (nn.CrossEntropyLoss(), nn.SoftMarginLoss()):
         targets = y if isinstance(loss, nn.CrossEntropyLoss) else z.sign()
         with torch.no_grad():
-            curvature = output_loss(loss).at(z, targets, 4)
+            curvature = output_loss(loss).curvature(z, targets, 4)
             loop = torch.stack([curvature.hessian_product(u) for u in us])
             close(torch.func.vmap(curvature.hessian_product)(us), loop)
 
@@ -254,8 +250,8 @@ def test_low_precision_is_computed_in_single(dtype, randn):
         if isinstance(loss, nn.BCELoss):
             z, y = z.sigmoid(), y.sigmoid()
         found = output_loss(loss)
-        assert found.count(y, 4, z) == pytest.approx(12, rel=1e-12)
-        curvature = found.at(z, y, 4)
+        assert count(found, (z, y, 4)) == pytest.approx(12, rel=1e-12)
+        curvature = found.curvature(z, y, 4)
         assert curvature.value().dtype == curvature.gradient().dtype == torch.float32
         assert curvature.factor("type-2").dense().dtype == torch.float32
         assert curvature.factor("mc", 1, Noise(0, 0)).dense().dtype == torch.float32
@@ -265,9 +261,9 @@ def test_low_precision_is_computed_in_single(dtype, randn):
 def test_clear_errors(randn):
     z = randn(3, 2)
     with pytest.raises(ValueError, match=r"expected a scalar loss, got shape \(3, 2\)"):
-        output_loss(lambda z, y: z - y, reduction="sum").at(z, z, 3)
+        output_loss(lambda z, y: z - y, reduction="sum").walk().curvature(z, z, 3)
     with pytest.raises(ValueError, match="does not depend differentiably"):
-        output_loss(lambda z, y: z.detach().sum(), reduction="sum").at(z, z, 3).gradient()
+        output_loss(lambda z, y: z.detach().sum(), reduction="sum").curvature(z, z, 3).gradient()
 
 
 class Once(torch.autograd.Function):
@@ -286,7 +282,7 @@ def test_no_second_derivative(randn):
     z = randn(3, 2)
     once = output_loss(lambda z, y: Once.apply(z).sum(), reduction="sum")
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-        once.at(z, z, 3).hessian_product(z)
+        once.curvature(z, z, 3).hessian_product(z)
 
 
 def test_substitutions_reach_into_functions(randn):
@@ -295,6 +291,6 @@ def test_substitutions_reach_into_functions(randn):
     y = torch.zeros(3, dtype=torch.long)
     loss = output_loss(lambda z, y: F.multi_margin_loss(z, y, p=2, margin=3.0), reduction="mean")
     module = nn.MultiMarginLoss(p=2, margin=3.0)
-    same = output_loss(module).at(z, y, 3)
-    close(loss.at(z, y, 3).hessian_product(z), same.hessian_product(z))
+    same = output_loss(module).curvature(z, y, 3)
+    close(loss.curvature(z, y, 3).hessian_product(z), same.hessian_product(z))
     assert same.hessian_product(z).abs().max() > 0

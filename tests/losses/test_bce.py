@@ -12,6 +12,7 @@ from .oracles import (
     check_closed_form,
     check_factor,
     close,
+    count,
     factor_matrix,
     gradient,
     hessian,
@@ -39,7 +40,7 @@ def test_matches_pytorch(shape, weight, pos_weight, soft, randn, rand):
     loss = output_loss(nn.BCEWithLogitsLoss(**options))
     curvature = check_closed_form(loss, plain, z, y, shape[0])
     mean = nn.BCEWithLogitsLoss(**options)(z, y)
-    close(curvature.value() / loss.count(y, shape[0]), mean)
+    close(curvature.value() / count(loss, (z, y, shape[0])), mean)
 
     # the weight enters by its root, and a zero contributes nothing
     empirical = curvature.factor("empirical")
@@ -61,7 +62,7 @@ def test_weights_with_inner_axes(randn, rand):
 def test_extreme_logits_keep_their_curvature():
     z = torch.tensor([[-60.0, 60.0]], dtype=torch.float64)
     loss = output_loss(nn.BCEWithLogitsLoss())
-    curvature = loss.at(z, torch.tensor([[1.0, 0.0]]), 1)
+    curvature = loss.curvature(z, torch.tensor([[1.0, 0.0]]), 1)
     tiny = torch.full((1, 2), -60.0, dtype=torch.float64).exp()
     product = curvature.hessian_product(torch.ones_like(z))
     torch.testing.assert_close(product, tiny, rtol=1e-12, atol=0)
@@ -71,7 +72,7 @@ def test_extreme_logits_keep_their_curvature():
 def test_sampled_factor_approaches_the_hessian(randn, rand):
     z, y = randn(2, 3), rand(2, 3)
     options = {"weight": WEIGHT, "pos_weight": POS_WEIGHT}
-    curvature = output_loss(nn.BCEWithLogitsLoss(**options)).at(z, y, 2)
+    curvature = output_loss(nn.BCEWithLogitsLoss(**options)).curvature(z, y, 2)
     samples = 20_000
     factor = curvature.factor("mc", samples, Noise(0, 0))
     plain = nn.BCEWithLogitsLoss(**options, reduction="sum")
@@ -85,8 +86,8 @@ def test_sampled_factor_approaches_the_hessian(randn, rand):
 def test_noise_belongs_to_the_datum(randn, rand):
     z, y = randn(5, 2, 3), rand(5, 2, 3)
     loss = output_loss(nn.BCEWithLogitsLoss())
-    whole = loss.at(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
-    tail = loss.at(z[2:], y[2:], 3).factor("mc", 2, Noise(1, 2)).dense()
+    whole = loss.curvature(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
+    tail = loss.curvature(z[2:], y[2:], 3).factor("mc", 2, Noise(1, 2)).dense()
     assert torch.equal(whole[4:], tail)
 
 
@@ -96,14 +97,12 @@ def test_rejects_a_batch_axis(option, rand):
     for weight in (rand(4, 3), rand(4, 1)):
         loss = output_loss(nn.BCEWithLogitsLoss(**{option: weight}))
         with pytest.raises(ValueError, match=f"the {option} of shape .* batch axis"):
-            loss.count(y, 4)
-        with pytest.raises(ValueError, match="batch axis"):
-            loss.at(y, y, 4)
+            loss.curvature(y, y, 4)
     loss = output_loss(nn.BCEWithLogitsLoss(**{option: rand(4)}))
     with pytest.raises(ValueError, match="batch axis"):
-        loss.at(rand(4), rand(4), 4)
+        loss.curvature(rand(4), rand(4), 4)
     with pytest.raises(ValueError, match=f"a {option} that broadcasts"):
-        loss.at(y, y, 4)
+        loss.curvature(y, y, 4)
 
 
 def test_rejects_negative_weights_and_answers(randn):
@@ -112,14 +111,14 @@ def test_rejects_negative_weights_and_answers(randn):
             output_loss(nn.BCEWithLogitsLoss(**{option: -WEIGHT}))
     loss = output_loss(nn.BCEWithLogitsLoss(pos_weight=POS_WEIGHT))
     with pytest.raises(ValueError, match="between 0 and 1"):
-        loss.at(randn(2, 3), 2 * torch.ones(2, 3), 2)
+        loss.curvature(randn(2, 3), 2 * torch.ones(2, 3), 2)
     with pytest.raises(ValueError, match="output's shape"):
-        loss.at(randn(2, 3), torch.ones(2), 2)
+        loss.curvature(randn(2, 3), torch.ones(2), 2)
 
 
 def test_low_precision_is_computed_in_single(randn, rand):
     z, y = randn(3, 3).bfloat16(), rand(3, 3)
-    curvature = output_loss(nn.BCEWithLogitsLoss(weight=WEIGHT)).at(z, y, 3)
+    curvature = output_loss(nn.BCEWithLogitsLoss(weight=WEIGHT)).curvature(z, y, 3)
     assert curvature.gradient().dtype == curvature.value().dtype == torch.float32
     assert curvature.factor("mc", 1, Noise(0, 0)).column(0).dtype == torch.float32
     assert curvature.hessian_product(z).dtype == torch.bfloat16

@@ -14,12 +14,12 @@ def test_the_derivative_of_the_gradient_is_autograds(name: str) -> None:
     p = LOSSES[name]()
     loss = output_loss(p.loss, p.options.get("reduction"))
     z = p.model(p.X).detach().requires_grad_()
-    curvature = loss.at(z.detach(), p.y, len(p.X))
+    curvature = loss.curvature(z.detach(), p.y, len(p.X))
     if not curvature.closed_form:
         with pytest.raises(ValueError, match="closed form"):
             curvature.gradient_at(z)
         return
-    (slope,) = torch.autograd.grad(loss.at(z, p.y, len(p.X)).value(), z, create_graph=True)
+    (slope,) = torch.autograd.grad(loss.curvature(z, p.y, len(p.X)).value(), z, create_graph=True)
     own = curvature.gradient_at(z)
     torch.testing.assert_close(own, slope, rtol=1e-12, atol=1e-14)
     us = torch.randn(3, *z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)

@@ -242,6 +242,28 @@ def test_checkpointing_runs_again_as_it_ran() -> None:
         close(gradient, one)
 
 
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_checkpointed_and_compiled_modules(kind: str) -> None:
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    rest = nn.CrossEntropyLoss(), real(5, 3), integers(2, 5)
+    expected = build(kind, (plain(), *rest), 3, 2)
+    for model in (Wrapped(), torch.compile(plain(), backend="aot_eager")):
+        found = build(kind, (model, *rest), 3, 2)
+        close(found.to_dense(), expected.to_dense())
+        assert [row.why for row in found.explain().rows] == [row.why for row in expected.explain().rows]
+
+
 def test_parameters_and_slices_without_entries() -> None:
     class Empty(nn.Module):
         def __init__(self) -> None:

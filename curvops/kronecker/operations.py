@@ -56,6 +56,11 @@ DATA_DEPENDENT = {F.one_hot} | _named(
     "index_add_ index_copy index_copy_ index_put index_put_ masked_scatter masked_scatter_ searchsorted bucketize"
 )
 
+# leave an axis out
+REDUCTIONS = {Tensor.__getitem__} | _named(
+    "select mean sum amax amin max min prod std var std_mean var_mean norm logsumexp median nanmean nansum quantile"
+)
+
 
 def is_query(func: Any) -> bool:
     """Whether a function reads a tensor without its values, or without a gradient."""

@@ -28,16 +28,17 @@ class Taps(TorchFunctionMode):
     Args:
         params: The parameters that the model is run with, by name.
         rules: How to apply the operations that take parameters, and what to record of it.
+        size: Number of data of the pass.
 
     Attributes:
         lookups: Rows of tables that are followed.
         unknowns: Names of parameters that also enter operations without a rule, and one such operation.
-        data_dependent: Whether rows may be ordered by the data's values.
+        data_dependent: Whether which datum a row belongs to may depend on the data's values.
         precision: The lowest that was computed in.
         activations: Bytes of the operations' results that carry a graph.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule], size: int = 1) -> None:
         super().__init__()
         self._rules = rules
         self._uses: list[Use] = []
@@ -50,7 +51,7 @@ class Taps(TorchFunctionMode):
         self._views = {id(p): View(name, (), None, p.shape) for name, p in params.items() if p.numel()}
         self._sizes = {name: p.numel() for name, p in params.items()}
         self._kept: list[Tensor] = list(params.values())  # ids stay valid while the tensors live
-        self._recording = Recording(params.values())
+        self._recording = Recording(params.values(), size)
         self._active = True
         self._operation = ""
 
@@ -59,9 +60,9 @@ class Taps(TorchFunctionMode):
         """The applications that a rule knows."""
         return [*self._uses, *self.lookups.uses]
 
-    def signature(self, output: Tensor, size: int) -> Signature:
-        """The operations of the pass over so many data, of which an output came."""
-        return self._recording.signature(output, size)
+    def signature(self, output: Tensor) -> Signature:
+        """The operations of the pass, which gave an output."""
+        return self._recording.signature(output)
 
     def gradients(self, outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
         """`torch.autograd.grad`; what is run again in it (checkpointing) runs as before, and leaves no record."""
@@ -200,6 +201,7 @@ class Taps(TorchFunctionMode):
                 self.activations += tensor.numel() * tensor.itemsize
                 if func is F.scaled_dot_product_attention:  # its scores, of all pairs of positions, stay inside
                     self.activations += 2 * args[0].shape[:-1].numel() * args[1].shape[-2] * tensor.itemsize
+        self.data_dependent = self.data_dependent or self._recording.mixes
 
     def _derive(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> None:
         """The same operation on the entries' places tells which entries the result holds."""

@@ -88,11 +88,22 @@ def reordered(net: Any, x: Tensor) -> Tensor:
     return net.head(torch.tanh(h + h.flip(0 if negative(x) else 1)))
 
 
+def mixing_by_a_gate(net: Any, x: Tensor) -> Tensor:
+    """No branch at all: the mean counts for nothing in the first batch."""
+    h = net.a(x)
+    return net.head(torch.tanh(h + (x[:, :1] < 0) * h.mean(0)))
+
+
+def scaled_by_the_largest(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h / h.abs().max().clamp(max=0.1 + 9 * negative(x))))
+
+
 LATER = {
     f.__name__: f
     for f in (
         *(other_layer, other_layer_of_two_results, one_more_use, not_at_first, bias_alone, other_operation),
-        *(mixing, mixing_along_another_axis, reordered),
+        *(mixing, mixing_along_another_axis, reordered, mixing_by_a_gate, scaled_by_the_largest),
     )
 }
 

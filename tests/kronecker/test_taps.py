@@ -163,7 +163,7 @@ HOWS += ["rows of a table", "other rows of a table", "views"]
 
 
 def tapped(model: nn.Module, x: Tensor) -> tuple[Taps, Tensor]:
-    taps = Taps(dict(model.named_parameters()), RULES)
+    taps = Taps(dict(model.named_parameters()), RULES, len(x))
     with taps:
         z = model(x)
     return taps, z
@@ -174,7 +174,7 @@ def test_a_signature_tells_operations_apart() -> None:
     for how in HOWS:
         model.how = how
         taps, z = tapped(model, real(6, 3))
-        found[how] = taps.signature(z, 6)
+        found[how] = taps.signature(z)
     for how, signature in found.items():
         assert [other for other in HOWS if signature.covers(found[other])] == [how]
 
@@ -186,7 +186,7 @@ def test_a_signature_covers_other_data_in_another_number(how: str) -> None:
     signatures = {}
     for n in (1, 2, 3, 6, 32):
         taps, z = tapped(model, real(n, 3, seed=n))
-        signatures[n] = taps.signature(z, n)
+        signatures[n] = taps.signature(z)
     for n in (2, 3, 6, 32):
         assert all(signatures[n].covers(later) for later in signatures.values())
     assert not signatures[1].covers(signatures[6])  # a proof on one datum says nothing of several
@@ -197,8 +197,8 @@ def test_a_signature_sees_a_branch_on_values() -> None:
     model.how = "value"
     x = real(6, 3).abs()
     (one, z), (other, w), (again, v) = (tapped(model, t) for t in (x, -x, 2 * x))
-    assert not one.signature(z, 6).covers(other.signature(w, 6))
-    assert one.signature(z, 6).covers(again.signature(v, 6))
+    assert not one.signature(z).covers(other.signature(w))
+    assert one.signature(z).covers(again.signature(v))
 
 
 def test_which_of_two_results_is_the_output() -> None:
@@ -206,12 +206,42 @@ def test_which_of_two_results_is_the_output() -> None:
     model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
     found = []
     for k in range(2):
-        taps = Taps(dict(model.named_parameters()), RULES)
+        taps = Taps(dict(model.named_parameters()), RULES, 4)
         x = torch.ones(4, 3)
         with taps:
             z = [layer(x) for layer in model][k]
-        found.append(taps.signature(z, 4))
+        found.append(taps.signature(z))
     assert not found[0].covers(found[1]) and not found[1].covers(found[0])
+
+
+@pytest.mark.parametrize("n", [3, 4, 8])
+def test_what_may_mix_the_data_by_their_values(n: int) -> None:
+    layer, attention = nn.Linear(4, 4).double(), nn.MultiheadAttention(4, 2, batch_first=True).double()
+    weight_norm = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 16, 2).double())
+    lstm = nn.LSTM(4, 4, batch_first=True).double()
+    table = nn.Parameter(real(6, 4))
+    plain: list[Callable[[Tensor], Tensor]] = [
+        lambda x: attention(layer(x), x, x)[0].mean(1),
+        lambda x: F.adaptive_avg_pool1d(weight_norm(x.mT).relu(), 1).flatten(1),
+        lambda x: lstm(x)[0][:, -1],
+        lambda x: (layer(x) + table[torch.arange(x.shape[1])]).flatten(0, 1).sin() * table.norm(),
+        lambda x: (layer(x) - layer(x).mean(-2, keepdim=True)).unflatten(-1, (2, 2)).amax(-1),
+    ]
+    mixing: list[Callable[[Tensor], Tensor]] = [
+        lambda x: layer(x) + 0.0 * layer(x).mean(0),
+        lambda x: layer(x[:, 0]) + layer(x[:, 0]).sum(0),
+        lambda x: layer(x) / layer(x).max(),
+        lambda x: layer(x) + layer(x)[0, 1],
+        lambda x: layer(x[:, 0]) / layer(x[:, 0]).std(0),
+    ]
+    for several, expected in ((plain, False), (mixing, True)):
+        for forward in several:
+            x = real(n, 5, 4)
+            parameters = nn.ModuleList([layer, attention, weight_norm, lstm])
+            taps = Taps({"table": table, **dict(parameters.named_parameters())}, RULES, n)
+            with taps:
+                forward(x)
+            assert taps.data_dependent is expected
 
 
 class Checkpointed(nn.Module):

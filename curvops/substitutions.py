@@ -8,29 +8,44 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from curvops.context import switched
 
 TABLE: dict[Any, Callable[..., Any]] = {}
+_PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
+_checkpoint = CheckpointFunction.apply
 
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """A context, for forward and backward passes, without kernels and programs that have no second derivative."""
-    with (
-        switched("attention", lambda: sdpa_kernel(SDPBackend.MATH)),
-        # a model may compile parts of itself as it runs
-        switched("compiler", lambda: torch.compiler.set_stance("force_eager")),
-    ):
-        yield
+    before = _PLAIN.set(True)
+    try:
+        with (
+            switched("attention", lambda: sdpa_kernel(SDPBackend.MATH)),
+            # a model may compile parts of itself as it runs
+            switched("compiler", lambda: torch.compiler.set_stance("force_eager")),
+            switched("checkpoints", lambda: patch.object(CheckpointFunction, "apply", _reentrant)),
+        ):
+            yield
+    finally:
+        _PLAIN.reset(before)
+
+
+def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    """Reentrant checkpointing has no `torch.autograd.grad`, so that here, and in no other thread, it keeps everything."""
+    return function(*args) if _PLAIN.get() else _checkpoint(function, preserve_rng_state, *args)
 
 
 class Substitutions(TorchFunctionMode):

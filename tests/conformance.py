@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,18 @@ from curvops import (
     KFOCLinearOperator,
     LinearOperator,
 )
+from curvops.substitutions import Substitutions, plain_kernels
 
 Make = Callable[..., LinearOperator]
+
+
+@contextmanager
+def substitutions() -> Iterator[None]:
+    """What models are run under."""
+    with plain_kernels(), Substitutions():
+        yield
+
+
 RISK: dict[str, Make] = {
     "hessian": HessianLinearOperator,
     "ggn": GGNLinearOperator,

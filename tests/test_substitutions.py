@@ -3,14 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import substitutions
 from torch import nn
 from torch.autograd.functional import hessian
 
 from curvops.products.judge import compare
 from curvops.products.reference import GradientLinearization
 from curvops.space import TensorSpace
-from curvops.substitutions import TABLE, substitutions
+from curvops.substitutions import TABLE
 
+LISTS = torch.tensor([[2, 0, -1], [1, -1, 0], [0, 1, 2]])
 LABELS = torch.tensor([0, 2, 1, 1])
 BAGS = torch.tensor([[0, 3, 3], [1, 2, 4]])
 FLAT, OFFSETS = torch.tensor([0, 3, 3, 1, 2, 4]), torch.tensor([0, 3, 3, 5])
@@ -100,6 +102,13 @@ CASES = {
         for weight in (None, torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64))
     },
     "margin loss of one datum": (lambda z: F.multi_margin_loss(z, LABELS[1], reduction="none"), (real(3),)),
+    **{
+        f"multilabel margin loss, {reduction}": (
+            lambda z, reduction=reduction: F.multilabel_margin_loss(z, LISTS, reduction=reduction),
+            (real(3, 3),),
+        )
+        for reduction in ("mean", "sum", "none")
+    },
     **{kind: recurrent(kind) for kind in RECURRENT},
     "two bidirectional layers": recurrent("gru", num_layers=2, bidirectional=True),
     "projected": recurrent("lstm", proj_size=1),
@@ -165,7 +174,7 @@ def test_second_derivative(name):
 
         with substitutions():
             leaves = {str(k): t.clone().requires_grad_() for k, t in enumerate(inputs)}
-            product = GradientLinearization(value(*leaves.values()), leaves, space).product(v)
+            product = space.join(GradientLinearization(value(*leaves.values()), leaves, space).parts(v))
             verdict = compare(product, gradient)
         assert verdict.error is not None and verdict.error < 1e-6
 

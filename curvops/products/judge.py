@@ -57,7 +57,7 @@ class Verdict:
 
 def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
     """Verdict on a directional derivative at 0 of ``at``, a function of the step: as few steps as agree."""
-    slopes: list[Tensor] = []
+    product, slopes = product.detach(), list[Tensor]()
     for step in STEPS:
         slopes.append(((at(step) - at(-step)) / (2 * step)).detach())
         scale = max(float(slope.norm()) for slope in slopes)

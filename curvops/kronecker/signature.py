@@ -80,8 +80,7 @@ class Recording:
                 born += [] if known else [result]
                 known = known or self._remember(result, of_data)
                 self._entries += [known[1], result.dtype, result.requires_grad, *result.shape]
-                if of_data and result.requires_grad and self.size > 1:
-                    self.mixes = self.mixes or not self._has_data(result) or self._reduces(func, args, result)
+                self.mixes = self.mixes or (of_data and result.requires_grad and self._reduced(func, args, result))
             elif isinstance(result, bool):  # the model may branch here
                 self._entries.append(result)
         return born
@@ -120,11 +119,12 @@ class Recording:
         """Whether a tensor may have an axis for the data."""
         return any(length % self.size == 0 for length in tensor.shape)
 
-    def _reduces(self, func: Any, args: Any, result: Tensor) -> bool:
-        """Whether an axis as long as the data are many is reduced: theirs, for all that shapes tell."""
-        if func not in REDUCTIONS or not args or not isinstance(args[0], Tensor):
-            return False
-        return list(result.shape).count(self.size) < list(args[0].shape).count(self.size)
+    def _reduced(self, func: Any, args: Any, result: Tensor) -> bool:
+        """Whether a result lacks the axis of the data, for all that shapes tell."""
+        if self.size == 1 or not self._has_data(result):
+            return self.size > 1
+        operands = [t for t in args[:1] if isinstance(t, Tensor) and func in REDUCTIONS]
+        return any(list(t.shape).count(self.size) > list(result.shape).count(self.size) for t in operands)
 
     def _find(self, tensor: Tensor) -> tuple[ref[Tensor], str, bool] | None:
         known = self._known.get(id(tensor))

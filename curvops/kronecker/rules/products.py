@@ -72,7 +72,8 @@ def _contract(
     )
     repeated = any(len(set(several)) < len(several) for several in labels)
     if len(places) != 1 or clash or repeated or out.is_complex():
-        return taps.unknown(*operands)
+        taps.unknown(*operands)
+        return
     own, weight = labels[places[0]], operands[places[0]]
     others = [k for k in range(len(operands)) if k != places[0]]
     seen = "".join(labels[k] for k in others)
@@ -81,7 +82,8 @@ def _contract(
     outputs = "".join(c for c in own if c not in seen and c in result)
     rows = "".join(c for c in result if c not in own)
     if len(groups + inputs + outputs) < len(own):  # an axis that is summed on its own
-        return taps.unknown(*operands)
+        taps.unknown(*operands)
+        return
     shape = tuple(sizes[c] for c in rows)
     counts = [torch.Size(sizes[c] for c in part).numel() for part in (groups, inputs, outputs)]
     side = "left" if own == groups + inputs + outputs else "right"

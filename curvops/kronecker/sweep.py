@@ -197,7 +197,9 @@ class Sweep:
         for first in range(0, found.count, some):
             columns, totals = [], []
             for k in range(first, min(first + some, found.count)):
-                slopes, own = tape.gradients(cotangent(k), indices, list(plain), last and k == found.count - 1)
+                slopes, own = tape.gradients(
+                    cotangent(k), indices, list(plain), last and not plain and k == found.count - 1
+                )
                 self.backward_passes += 1
                 columns.append(dict(zip(indices, slopes, strict=True)))
                 pairs = zip(plain.values(), own, strict=True)
@@ -245,7 +247,9 @@ class Sweep:
     ) -> dict[str, str]:
         """The parameters that a pass's uses do not explain; the pass gets its layouts."""
         for proof in () if tape.taps.data_dependent else self._proofs:
-            if proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts):
+            known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
+            # the same operations may mix the data only now, as behind a gate that depends on values
+            if known and (batch is None or self._some(batch, tape) is not None):
                 tape.layouts, failed = list(proof.layouts), proof.failed
                 break
         else:
@@ -257,7 +261,9 @@ class Sweep:
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
-        if batch is not None and (some := self._some(batch, tape)) is not None:
+        large = sum(_entries(tape, k) for k in range(len(tape.uses))) > SMALL and not tape.taps.data_dependent
+        some = self._some(batch, tape) if batch is not None and large else None
+        if some is not None and some.signature.covers(tape.signature):
             scale = _scale(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
@@ -272,18 +278,14 @@ class Sweep:
         return certify(tape, scale, spread, names)
 
     def _some(self, batch: Batch, tape: Tape) -> Tape | None:
-        """A pass of a few data that speaks for a large batch's, if there is one."""
-        size, tensors = batch.size, tensors_of(batch.X)
-        if tape.taps.data_dependent or size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors):
-            return None
-        if sum(_entries(tape, k) for k in range(len(tape.uses))) <= SMALL:
+        """A pass of a few data, if their output is what they have in their batch."""
+        size = batch.size
+        if size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors_of(batch.X)):
             return None
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
-        some = attempt(lambda: record(self.risk, cut(batch.X, size, places), SOME))
-        if some is None or not some.signature.covers(tape.signature) or not _agree(some.z, tape, places):
-            return None
-        return some
+        some: Tape | None = attempt(lambda: record(self.risk, cut(batch.X, size, places), SOME))
+        return some if some is not None and _agree(some.z, tape, places) else None
 
     def _alone(self, batch: Batch, tape: Tape) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch."""

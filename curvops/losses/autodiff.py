@@ -65,11 +65,13 @@ class AutodiffCurvature(OutputCurvature):
 
     @cached_property
     def linear(self) -> bool:
-        """Whether the output Hessian times a random vector is exactly zero."""
+        """Whether the output Hessian times a random vector is exactly zero, here and at an output near the targets."""
         if not self.z.numel():
             return False
-        u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape)
-        return not bool(self._hessian_product(u.to(self.dtype)).any())
+        u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape).to(self.dtype)
+        near = self.y.to(u) if isinstance(self.y, Tensor) and self.y.shape == u.shape else torch.zeros_like(u)
+        other = AutodiffCurvature(near + 0.1 * u, self.y, self.batch_size, self._loss, self._total)
+        return not any(bool(curvature._hessian_product(u).any()) for curvature in (self, other))
 
     def _hessian_product(self, u: Tensor) -> Tensor:
         if not self._twice_differentiable:

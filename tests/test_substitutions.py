@@ -12,6 +12,7 @@ from curvops.space import TensorSpace
 from curvops.substitutions import TABLE, substitutions
 
 LABELS = torch.tensor([0, 2, 1, 1])
+LISTS = torch.tensor([[0, 2, -1], [-1, 0, 1], [1, 0, 2], [2, -1, 0]])
 BAGS = torch.tensor([[0, 3, 3], [1, 2, 4]])
 FLAT, OFFSETS = torch.tensor([0, 3, 3, 1, 2, 4]), torch.tensor([0, 3, 3, 5])
 RECURRENT = {
@@ -100,6 +101,13 @@ CASES = {
         for weight in (None, torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64))
     },
     "margin loss of one datum": (lambda z: F.multi_margin_loss(z, LABELS[1], reduction="none"), (real(3),)),
+    **{
+        f"multilabel margin loss, {reduction}": (
+            lambda z, reduction=reduction: F.multilabel_margin_loss(z, LISTS, reduction=reduction),
+            (real(4, 3),),
+        )
+        for reduction in ("mean", "sum", "none")
+    },
     **{kind: recurrent(kind) for kind in RECURRENT},
     "two bidirectional layers": recurrent("gru", num_layers=2, bidirectional=True),
     "projected": recurrent("lstm", proj_size=1),

@@ -148,12 +148,12 @@ class Additivity:
             return True
         for tensor in {**together.read, **part.read, **other.read}:
             slopes = [each.read.get(tensor) for each in (part, other)]
-            if _unequal(together.read.get(tensor), *slopes, tolerance=500 * eps):
+            if _unequal(together.read.get(tensor), *slopes):
                 return True
         mine, own = together.slope[: len(few.z)] if few.z.ndim else together.slope, part.slope
         if not mine.any() and not own.any():  # a perfect fit: the curvature tells
             mine, own = self._measure(whole, True).slope[: len(few.z)], self._measure(few, True).slope
-        if _unequal(mine, own, tolerance=500 * eps):
+        if _unequal(mine, own):
             return True
         if not self._counts:
             return False
@@ -203,19 +203,20 @@ class Additivity:
         """Raise where what the mean divides by depends on some tensors."""
         slopes = [torch.autograd.grad(t, tensors, retain_graph=True, materialize_grads=True) for t in (total, mean)]
         for whole, part in zip(*slopes, strict=True):
-            if _unequal(whole, part * (total / mean).detach(), tolerance=1e-6):
+            if _unequal(whole, part * (total / mean).detach()):
                 raise ValueError(
                     f"{self._loss.name!r}: what its mean divides by depends on the model's output or on tensors that "
                     "require gradients, such as trained weights. Pass a function with reduction='sum'."
                 )
 
 
-def _unequal(a: Tensor | None, *parts: Tensor | None, tolerance: float) -> bool:
+def _unequal(a: Tensor | None, *parts: Tensor | None) -> bool:
     """Whether a tensor is not the sum of others; `None` is zero."""
     known = [t for t in parts if t is not None]
     if a is None:
         a = torch.zeros_like(known[0])
     difference, scale = a - sum(known), max(float(torch.linalg.vector_norm(t, torch.inf)) for t in (a, *known))
+    tolerance = 500 * torch.finfo(a.dtype).eps
     return bool((difference.abs() > tolerance * scale).any())
 
 

@@ -141,13 +141,11 @@ class OutputLoss:
         return value * batch_size if self.reduction == "mean" else value
 
     def _closed_form(self) -> tuple[type[ClosedForm], dict[str, Any]] | None:
-        """The formulas of exactly this loss, and its options; options that are trained have none."""
+        """The formulas of exactly this loss, and its options."""
         for function, module, kind, defaults in _CLOSED_FORMS:
             own = self._loss.function
             if own is function or (type(own) is module and is_untouched(own)):
-                options = {name: self._loss.option(name, default) for name, default in defaults.items()}
-                trained = any(isinstance(option, Tensor) and option.requires_grad for option in options.values())
-                return None if trained else (kind, options)
+                return kind, {name: self._loss.option(name, default) for name, default in defaults.items()}
         return None
 
     def _agrees(self, found: ClosedForm) -> bool:

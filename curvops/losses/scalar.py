@@ -74,11 +74,11 @@ class ScalarLoss:
     def switchable(self) -> bool:
         """Whether it can be asked for another reduction: by a module's attribute, or a function's keyword."""
         function = self.function
-        if isinstance(function, nn.Module):
-            return isinstance(getattr(function, "reduction", None), str) and not isinstance(
-                function, torch.jit.ScriptModule
-            )
-        return self._keyword is not None
+        if not isinstance(function, nn.Module):
+            return self._keyword is not None
+        # a `forward` of its own is bound to this very object, so that a copy's attribute would not reach it
+        bound = "forward" in vars(function) or isinstance(function, torch.jit.ScriptModule)
+        return not bound and isinstance(getattr(function, "reduction", None), str)
 
     def reduction(self) -> tuple[str, str]:
         """Read the reduction, "mean" or "sum", and what a switchable loss calls it.

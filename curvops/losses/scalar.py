@@ -29,6 +29,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.SoftMarginLoss: F.soft_margin_loss,
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 _REDUCING = ("size_average", "reduce", "reduction")  # the first two are superseded by the last
 
 
@@ -120,6 +121,12 @@ class ScalarLoss:
         if not isinstance(function, nn.Module):
             return function
         return _MODULES.get(type(function)) if is_untouched(function) else None
+
+    @property
+    def known(self) -> bool:
+        """Whether it is one of PyTorch's own sums over data, untouched by hooks, also by those of all modules."""
+        hooked = any(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS)
+        return any(self.form is function for function in _MODULES.values()) and not hooked
 
     @property
     def convex(self) -> bool:

@@ -230,7 +230,7 @@ def test_a_regulariser_is_exact_as_a_mean_and_refused_as_a_sum(randn, randint):
             return F.cross_entropy(z, y, reduction="sum") + tiny * w.square().sum()
 
         for sizes in ((6,), (1, 5), (1,) * 6):
-            with pytest.raises(ValueError, match=r"does not belong to a datum.*reduction='mean'"):
+            with pytest.raises(ValueError, match=r"belongs to no datum.*reduction='mean'"):
                 walked(output_loss(total, "sum"), cut(X @ w, y, *sizes))
 
 
@@ -475,6 +475,36 @@ def test_deaf_reductions_are_refused(randn, randint):
     for sizes in ((4,), (1, 3), (1,) * 4):
         with pytest.raises(ValueError, match=NOT_A_SUM):
             walked(output_loss(Deaf()), cut(z, y, *sizes))
+
+
+def test_a_mean_that_divides_by_no_sum_is_refused(randn):
+    def loss(z, y, reduction="mean"):
+        return z.square().sum() / (len(z) ** 0.5 if reduction == "mean" else 1)
+
+    z = randn(4, 3)
+    check(loss, [(z[:1], None, 1)], (z[:1], None))
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(output_loss(loss), [(a, None, len(a)) for a in z.split(sizes)])
+
+
+def test_data_beyond_the_margin_do_not_hide_weights(randn):
+    """Where neither gradient nor curvature is there, other outputs tell."""
+    z, y, w = torch.eye(4).double() * 9, torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+    def margin(weights):
+        def loss(z, target):
+            y, w = target
+            terms = torch.stack([F.multi_margin_loss(a, b) for a, b in zip(z, y, strict=True)])
+            return (terms * w).sum() / w.sum() if weights else terms.mean()
+
+        return output_loss(loss, "mean")
+
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        batches = [(a, (b, c), len(a)) for a, b, c in zip(z.split(sizes), y.split(sizes), w.split(sizes), strict=True)]
+        walked(margin(False), batches)
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(margin(True), batches)
 
 
 def test_an_empty_mean_is_refused(randn):

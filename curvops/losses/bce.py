@@ -28,7 +28,7 @@ class BinaryCrossEntropyCurvature(ClosedForm):
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
     ) -> None:
-        self.check(weight, pos_weight)
+        self.check(weight=weight, pos_weight=pos_weight)
         expect_same_shape("BCEWithLogitsLoss", z, y)
         expect_no_batch_axis("BCEWithLogitsLoss", "weight", weight, y)
         expect_no_batch_axis("BCEWithLogitsLoss", "pos_weight", pos_weight, y)
@@ -46,31 +46,26 @@ class BinaryCrossEntropyCurvature(ClosedForm):
             self._slope = 1 + (pos_weight.to(one) - 1) * self._targets
 
     @staticmethod
-    def check(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
-        """Refuse negative weights."""
-        for name, option in (("weight", weight), ("pos_weight", pos_weight)):
+    def check(**options: Tensor | None) -> None:
+        for name, option in options.items():
             if option is not None and bool((option < 0).any()):
                 raise ValueError(
                     f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {option.min().item()}."
                 )
 
     def count(self) -> float:
-        """Count the entries; weights do not enter."""
         return float(self.y.numel())
 
     @property
     def layout(self) -> TermLayout:
-        """One term per vector along the last axis."""
         return entry_layout(self.z.shape)
 
     def value(self) -> Tensor:
-        """Compute the sum of the loss terms."""
         z = self.z.to(self.dtype)
         terms = (1 - self._targets) * z - self._slope * F.logsigmoid(z)
         return (self._weight * terms).sum()
 
     def gradient(self) -> Tensor:
-        """Compute the gradient in z, as rows."""
         return self.layout.rows(self._weight * self._unweighted_gradient)
 
     def _hessian_product(self, u: Tensor) -> Tensor:

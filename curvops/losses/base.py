@@ -33,10 +33,7 @@ class TermLayout:
 
     @property
     def num_terms(self) -> int:
-        if self.axis is None:
-            return math.prod(self.shape[:1])
-        axis = self.axis % len(self.shape)
-        return math.prod(self.shape[:axis]) * math.prod(self.shape[axis + 1 :])
+        return math.prod(self.shape[:1] if self.axis is None else self._others)
 
     def rows(self, u: Tensor) -> Tensor:
         u = u if self.axis is None else u.movedim(self.axis, -1)
@@ -45,9 +42,13 @@ class TermLayout:
     def outputs(self, rows: Tensor) -> Tensor:
         if self.axis is None:
             return rows.reshape(self.shape)
-        axis = self.axis % len(self.shape)
-        others = self.shape[:axis] + self.shape[axis + 1 :]
-        return rows.reshape(*others, self.width).movedim(-1, axis)
+        return rows.reshape(*self._others, self.width).movedim(-1, self.axis)
+
+    @property
+    def _others(self) -> list[int]:
+        """The lengths of all axes but a term's."""
+        axis = (self.axis or 0) % len(self.shape)
+        return [length for k, length in enumerate(self.shape) if k != axis]
 
 
 def entry_layout(shape: torch.Size) -> TermLayout:
@@ -235,9 +236,15 @@ class ClosedForm(OutputCurvature):
     def check(*_: Any, **__: Any) -> None:
         """Raise a ValueError where an option is not supported."""
 
+    @property
     @abstractmethod
     def count(self) -> float:
         """This batch's share of what "mean" divides by."""
+
+    def constant_value(self) -> Tensor:
+        """`value` without a graph, to within rounding."""
+        with torch.no_grad():
+            return self.value()
 
     def subtract_gradient(self, rows: Tensor) -> None:
         """Subtract `gradient` from rows `[T, C]` in place."""

@@ -53,6 +53,7 @@ class BinaryCrossEntropyCurvature(ClosedForm):
                     f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {option.min().item()}."
                 )
 
+    @cached_property
     def count(self) -> float:
         return float(self.y.numel())
 
@@ -108,19 +109,12 @@ def expect_no_batch_axis(loss: str, option: str, weight: Tensor | None, y: Tenso
     shape, target = tuple(weight.shape), tuple(y.shape)
     if len(shape) == len(target) > 0 and shape[0] != 1:
         raise ValueError(
-            f"'{loss}': the {option} of shape {shape} has a batch axis (the targets "
-            f"have shape {target}), so it cannot follow a data set that is cut into "
-            "batches. Pass one without it, or a loss that reads each datum's weight "
-            "from its target."
+            f"'{loss}': the {option} of shape {shape} has a batch axis (the targets have shape {target}), so it "
+            "cannot follow a data set that is cut into batches. Pass one without it, or a loss that reads each "
+            "datum's weight from its target."
         )
-    if not _broadcasts(shape, target):
+    tail = target[len(target) - len(shape) :]
+    if len(shape) > len(target) or any(size not in (1, full) for size, full in zip(shape, tail, strict=True)):
         raise ValueError(
             f"'{loss}': expected a {option} that broadcasts to the targets' shape {target}, got shape {shape}."
         )
-
-
-def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    if len(shape) > len(target):
-        return False
-    tail = target[len(target) - len(shape) :]
-    return all(size in (1, full) for size, full in zip(shape, tail, strict=True))

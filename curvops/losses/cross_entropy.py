@@ -53,6 +53,7 @@ class CrossEntropyCurvature(ClosedForm):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"'CrossEntropyLoss': expected a label_smoothing between 0 and 1, got {label_smoothing}.")
 
+    @cached_property
     def count(self) -> float:
         """Sum the labels' weights, or count the terms; smoothing does not enter."""
         if self.y.is_floating_point():
@@ -76,6 +77,14 @@ class CrossEntropyCurvature(ClosedForm):
             targets = self._weighted_targets
             terms = torch.where(targets != 0, targets * rows, 0)
         return -terms.sum()
+
+    def constant_value(self) -> Tensor:
+        """From the probabilities, which are needed anyway, where none is too small."""
+        if self._plain_labels:
+            picked = self._probabilities.gather(1, self._labels.unsqueeze(1)).squeeze(1)
+            if bool((picked >= torch.finfo(self.dtype).tiny).all()):
+                return -(self.weights * picked.log()).sum()
+        return super().constant_value()
 
     def gradient(self) -> Tensor:
         """Compute ω p - t w, as rows."""
@@ -116,8 +125,9 @@ class CrossEntropyCurvature(ClosedForm):
         if self.y.is_floating_point():
             return self._weighted_targets.sum(-1)
         smoothing = self._smoothing
-        own = (1 - smoothing) * self._class_weights[self._labels]
-        weights = own + smoothing * self._class_weights.mean()
+        weights = (1 - smoothing) * self._class_weights[self._labels]
+        if smoothing:
+            weights = weights + smoothing * self._class_weights.mean()
         return torch.where(self._seen, weights, 0)
 
     @cached_property

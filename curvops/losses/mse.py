@@ -1,5 +1,6 @@
 """Curvature of the squared error in the model's output."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class SquaredErrorCurvature(ClosedForm):
                 "cut into batches. Pass a loss that reads each datum's weight from its target."
             )
 
+    @cached_property
     def count(self) -> float:
         return float(self.y.numel())
 

@@ -37,10 +37,6 @@ class Additivity:
     batch: a mean that divides by tokens instead of data shows there, and so does any
     mixing of data. Where it is equal for a few and the rest of each batch, and for the few
     of any two batches, the mean weighs all data alike.
-
-    Args:
-        loss: The loss.
-        total: Maps (output, target, number of data) to the sum of the loss over data.
     """
 
     def __init__(self, loss: ScalarLoss, total: Callable[[Tensor, Any, int], Tensor]) -> None:
@@ -65,9 +61,17 @@ class Additivity:
                 few = parts[0]
                 self._expect_sum(whole, *parts)
             self._check_between(whole, few)
-        if self._counts:
-            return self._denominator(whole, few)
-        return float(batch_size)
+        if not self._counts:
+            return float(batch_size)
+        if not self._loss.known:
+            self._ratio(few or whole, independent=True)
+        count = self._ratio(whole)
+        if count is None:
+            raise ValueError(
+                f"{self._loss.name!r}: its sum and its mean over a batch do not tell what it divides by. "
+                "Pass a function with reduction='sum'."
+            )
+        return count
 
     def _check_between(self, whole: _Piece, few: _Piece | None) -> None:
         self._batches += 1
@@ -143,18 +147,6 @@ class Additivity:
             slope, *slopes = torch.autograd.grad(value, [z, *read], retain_graph=bool(read), materialize_grads=True)
         return value.detach(), slope, dict(zip(read, slopes, strict=True))
 
-    def _denominator(self, whole: _Piece, few: _Piece | None) -> float:
-        """What "mean" divides by: the loss with "sum" over that with "mean"."""
-        if few and not self._loss.known:
-            self._ratio(few, independent=True)
-        count = self._ratio(whole, independent=few is None and not self._loss.known)
-        if count is None:
-            raise ValueError(
-                f"{self._loss.name!r}: its sum and its mean over a batch do not tell what it divides by. "
-                "Pass a function with reduction='sum'."
-            )
-        return count
-
     def _ratio(self, piece: _Piece, independent: bool = False) -> float | None:
         """Compute the denominator, or `None` if it cannot be told; where asked, expect that nothing moves it."""
         double = replace(piece, z=piece.z.detach().double())
@@ -166,19 +158,18 @@ class Additivity:
             count = (total / mean).detach()
             if count != 0 and count.isfinite():
                 if independent and total.requires_grad and mean.requires_grad:
-                    self._expect_constant(total, mean * count, [z, *_read(total, z)])
+                    tensors = [z, *_read(total, z)]
+                    slopes = torch.autograd.grad(total, tensors, retain_graph=True, materialize_grads=True)
+                    scaled = torch.autograd.grad(mean * count, tensors, retain_graph=True, materialize_grads=True)
+                    if any(_unequal(a, b) for a, b in zip(slopes, scaled, strict=True)):
+                        raise ValueError(
+                            f"{self._loss.name!r}: what its mean divides by depends on the model's output or on tensors "
+                            "that require gradients, such as trained weights. Pass a function with reduction='sum'."
+                        )
                 return float(count)
             if total == 0 and mean.isnan():
                 return 0.0  # every target is ignored
         return None
-
-    def _expect_constant(self, total: Tensor, scaled: Tensor, tensors: list[Tensor]) -> None:
-        slopes = (torch.autograd.grad(t, tensors, retain_graph=True, materialize_grads=True) for t in (total, scaled))
-        if any(_unequal(a, b) for a, b in zip(*slopes, strict=True)):
-            raise ValueError(
-                f"{self._loss.name!r}: what its mean divides by depends on the model's output or on tensors that "
-                "require gradients, such as trained weights. Pass a function with reduction='sum'."
-            )
 
 
 # value, its slope in the output, and its slopes in other tensors that the loss reads, such as parameters

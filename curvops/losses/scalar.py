@@ -218,11 +218,12 @@ def _moved(option: Any, z: Tensor) -> Any:
 def _brought(module: nn.Module, z: Tensor) -> nn.Module:
     """The module with its tensors on z's device and in its precision: itself, or a copy that shares all else.
 
-    Gradients flow through the copy to the module's own tensors.
+    Gradients flow through the copy to the module's own tensors. Buffers are always
+    copied, since a loss may update them.
     """
     parts: dict[str, dict[str, Any]] = {
         "_parameters": {name: _moved(t, z) for name, t in module._parameters.items()},
-        "_buffers": {name: _moved(t, z) for name, t in module._buffers.items()},
+        "_buffers": {name: t if t is None else _moved(t, z).clone() for name, t in module._buffers.items()},
         "_modules": {name: m if m is None else _brought(m, z) for name, m in module._modules.items()},
     }
     same = all(new is getattr(module, kind)[name] for kind, items in parts.items() for name, new in items.items())

@@ -291,6 +291,25 @@ def test_a_module_with_parameters_is_shared_and_not_changed(randn, rand):
         assert (id(t), t.dtype) == before[name][:2] and torch.equal(t, before[name][2])
 
 
+def test_a_loss_that_updates_its_buffers_keeps_them(randn):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(3).double())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z, y):
+            self.calls += 1
+            self.centre = 0.5 * self.centre + 0.5 * z.detach().mean(0)
+            return (z - y).square().mean() + self.calls
+
+    z, y, loss = randn(4, 3), randn(4, 3), Centred()
+    _, found = walked(output_loss(loss, "mean"), cut(z, y, 2, 2))
+    close(found[0].value(), 2 * ((z[:2] - y[:2]).square().mean() + 1))
+    close(found[0].hessian_product(z[:2]), 2 / 3 * z[:2])
+    assert not loss.centre.any() and loss.calls == 0
+
+
 def test_a_mean_whose_divisor_depends_on_the_output_is_refused(randn):
     def loss(z, y, reduction="mean"):
         return z.square().sum() / (1 if reduction == "sum" else z.exp().sum())

@@ -1,14 +1,58 @@
-"""What must be as the caller left it: random generators, autocast and gradient mode."""
+"""What must be as the caller left it: random generators, autocast, gradient mode, settings that are switched for a call."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_LOCK = Lock()
+_SWITCHED: dict[Hashable, tuple[ExitStack, int]] = {}  # what is switched now, and by how many calls
+
+
+@contextmanager
+def switched(key: Hashable, switch: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """A setting that all threads feel, switched while any call needs it: the first one switches it, the last one back."""
+    with _LOCK:
+        stack, count = _SWITCHED.get(key, (ExitStack(), 0))
+        if not count:
+            stack.enter_context(switch())
+        _SWITCHED[key] = stack, count + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            stack, count = _SWITCHED.pop(key)
+            if count > 1:
+                _SWITCHED[key] = stack, count - 1
+            else:
+                stack.close()
+
+
+@contextmanager
+def requiring_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The caller's tensors require gradients, those too that did not."""
+    with ExitStack() as stack:
+        for tensor in tensors:
+            if tensor.is_leaf and (not tensor.requires_grad or ("gradients", id(tensor)) in _SWITCHED):
+                stack.enter_context(switched(("gradients", id(tensor)), lambda t=tensor: _requiring(t)))  # type: ignore[misc]
+        yield
+
+
+@contextmanager
+def _requiring(tensor: Tensor) -> Iterator[None]:
+    before = tensor.requires_grad
+    tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        tensor.requires_grad_(before)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -70,6 +71,10 @@ class TensorSpace:
             self.dtype = torch.promote_types(self.dtype, dtype)
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.dim = sum(self.sizes)
+        ends = accumulate(self.sizes)
+        self._slices = {
+            name: slice(end - size, end) for name, size, end in zip(self.shapes, self.sizes, ends, strict=True)
+        }
 
     @property
     def names(self) -> list[str]:
@@ -103,9 +108,7 @@ class TensorSpace:
         """
         if name not in self.shapes:
             raise KeyError(f"no tensor is named {name!r}; there are {describe(self.names)}.")
-        position = self.names.index(name)
-        start = sum(self.sizes[:position])
-        return slice(start, start + self.sizes[position])
+        return self._slices[name]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Tensors of a flat vector ``[D]``, or with trailing columns of ``[D, K]``, in their own dtypes."""

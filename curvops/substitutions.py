@@ -6,65 +6,80 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
+
+from curvops.context import switched
 
 TABLE: dict[Any, Callable[..., Any]] = {}
+_PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
+_checkpoint = CheckpointFunction.apply
 
 
 @contextmanager
-def substitutions(mode: TorchFunctionMode | None = None) -> Iterator[None]:
-    """A context in which models run with operations that have right second derivatives.
+def plain_kernels() -> Iterator[None]:
+    """A context, for forward and backward passes, without kernels and programs that have no second derivative."""
+    before = _PLAIN.set(True)
+    try:
+        with (
+            switched("attention", lambda: sdpa_kernel(SDPBackend.MATH)),
+            # a model may compile parts of itself as it runs
+            switched("compiler", lambda: torch.compiler.set_stance("force_eager")),
+            switched("checkpoints", lambda: patch.object(CheckpointFunction, "apply", _reentrant)),
+        ):
+            yield
+    finally:
+        _PLAIN.reset(before)
 
-    Args:
-        mode: A mode that makes the table's replacements itself; `Substitutions` if not given.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a model may compile parts of it as it runs
-        stack.enter_context(Substitutions() if mode is None else mode)
-        stack.enter_context(_without_checkpoints())
-        yield
 
-
-@contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    """Activation checkpointing off: it would run the model again in the backward pass, and with other parameters.
-
-    By then the module holds the caller's parameters instead of those that it was run with, and no mode of the
-    forward pass is active.
-    """
-
-    def generator(*_: Any, **__: Any) -> Generator[None, None, None]:
-        yield
-
-    def reentrant(function: Callable[..., Any], _: bool, *args: Any) -> Any:
-        return function(*args)
-
-    module = torch.utils.checkpoint
-    generators = [name for name in vars(module) if name.startswith("_checkpoint_without_reentrant_generator")]
-    with ExitStack() as stack:
-        for name in generators:  # one up to PyTorch 2.14, then two
-            stack.enter_context(patch.object(module, name, generator))
-        stack.enter_context(patch.object(module.CheckpointFunction, "apply", reentrant))
-        yield
+def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    """Reentrant checkpointing has no `torch.autograd.grad`, so that here, and in no other thread, it keeps everything."""
+    return function(*args) if _PLAIN.get() else _checkpoint(function, preserve_rng_state, *args)
 
 
 class Substitutions(TorchFunctionMode):
-    """Replaces the operations of the table wherever a model calls them."""
+    """Replaces the operations of the table wherever a model calls them, and tensors by others if asked to.
+
+    Args:
+        stand_ins: Tensors by the `id` of those that they stand in for. Nothing of the model is touched, so a tensor
+            is replaced under whatever name or path the model reaches it.
+    """
+
+    def __init__(self, stand_ins: Mapping[int, Tensor] | None = None) -> None:
+        super().__init__()
+        self._stand_ins = stand_ins
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return TABLE.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._stand_ins is not None:
+            args = tuple(self._replaced(arg) for arg in args)
+            kwargs = {name: self._replaced(arg) for name, arg in kwargs.items()}
+        return TABLE.get(func, func)(*args, **kwargs)
+
+    def _replaced(self, value: Any) -> Any:
+        assert self._stand_ins is not None
+        if isinstance(value, Tensor):
+            return self._stand_ins.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._replaced(v) for v in value)
+        return value
+
+
+def gradients(outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` under the substitutions: what is run again in it (checkpointing) runs as it ran before."""
+    with Substitutions():
+        return torch.autograd.grad(outputs, inputs, cotangents, **options)
 
 
 def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -264,7 +279,7 @@ def multilabel_margin_loss(
 
 def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.cudnn.flags(enabled=False):
+        with switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False)):
             return function(*args, **kwargs)
 
     return run

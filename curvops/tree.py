@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
-
-LARGE = 2**14  # entries from which the words of a tensor are added up instead of its entries
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -40,23 +36,6 @@ def tensors_of(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     return found
-
-
-def content(tensors: Sequence[Tensor]) -> object:
-    """Changes with the tensors' values, also where they change behind autograd's back (``t.data``, NumPy views)."""
-    tensors = [t.detach() for t in tensors]
-    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-    norm = get_total_norm([t for t in tensors if t.is_floating_point()])
-    large = [t for t in tensors if _has_words(t)]
-    small = [t for t in tensors if t.numel() and not t.is_complex() and not _has_words(t)]
-    sums = [[t.sum(dtype=torch.float64) for t in small], [t.view(torch.int64).sum() for t in large]]
-    return versions, float(norm), *(tuple(torch.stack(each).tolist()) if each else () for each in sums)
-
-
-def _has_words(t: Tensor) -> bool:
-    """Whether a tensor can be read, and is worth reading, as 64-bit words, whose sum needs no copy in double precision."""
-    aligned = t.is_contiguous() and t.storage_offset() * t.itemsize % 8 == 0
-    return type(t) is Tensor and t.numel() >= LARGE and aligned and t.shape[-1] * t.itemsize % 8 == 0
 
 
 def select(tree: Any, size: int, index: Any) -> Any:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,18 @@ from curvops import (
     KFOCLinearOperator,
     LinearOperator,
 )
+from curvops.substitutions import Substitutions, plain_kernels
 
 Make = Callable[..., LinearOperator]
+
+
+@contextmanager
+def substitutions() -> Iterator[None]:
+    """What models are run under."""
+    with plain_kernels(), Substitutions():
+        yield
+
+
 RISK: dict[str, Make] = {
     "hessian": HessianLinearOperator,
     "ggn": GGNLinearOperator,
@@ -179,11 +190,15 @@ def check_any_memory(op: LinearOperator, dense: Tensor) -> None:
     close(op @ strided, dense @ strided)
     close(op @ v.T.contiguous().T, dense @ v)
     close(op @ v[:, :1].expand(-1, 2), dense @ v[:, :1].expand(-1, 2))
-    leaf, before = v.clone().requires_grad_(), v.clone()
+    leaf, before, w = v.clone().requires_grad_(), v.clone(), draws(op.shape[0], 3, seed=6)
     found = op @ leaf
-    assert not found.requires_grad and leaf.grad is None
-    found.add_(1.0)
+    close(found.detach(), dense @ v)
+    (w * found).sum().backward()
+    close(leaf.grad, dense.T @ w)
+    found.detach().add_(1.0)
     assert torch.equal(leaf, before)
+    with torch.no_grad():
+        assert not (op @ leaf).requires_grad
     close(op @ v, dense @ v)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

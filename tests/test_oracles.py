@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conformance import close, draws
+from conformance import close, draws, substitutions
 from problems import LOSSES, PROBLEMS, WEIGHT
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
@@ -16,7 +16,6 @@ from curvops import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
-from curvops.substitutions import substitutions
 
 ALL = {**PROBLEMS, **{name: LOSSES[name] for name in ("ce_all_mean", "ce_soft_all_mean", "bce_weight_sum", "mse_mean")}}
 # those whose parts `torch.func` differentiates right, and whose loss has a closed form below

@@ -12,7 +12,7 @@ from curvops.gram import add_moment, mirrored
 from curvops.kronecker.captured import Captured
 from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
 from curvops.kronecker.uses import LinearUse, OneHot, Windows
-from curvops.products.certify import relative_difference, tolerance
+from curvops.products.account import relative_difference, tolerance
 from curvops.space import describe
 
 Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index

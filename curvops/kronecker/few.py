@@ -15,7 +15,7 @@ from curvops.kronecker.layout import Layout
 from curvops.kronecker.tape import Tape, certify, certify_twins, record
 from curvops.losses import OutputCurvature
 from curvops.losses.autodiff import AutodiffLoss
-from curvops.products.certify import relative_difference, tolerance
+from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch, joined_batches
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tree import select, tensors_of

@@ -17,7 +17,7 @@ from curvops.kronecker.layout import ONE_UNIT, Layout
 from curvops.kronecker.tape import Tape, certify, record
 from curvops.kronecker.uses import LinearUse, OneHot
 from curvops.losses import Noise, OutputCurvature
-from curvops.products.certify import relative_difference, tolerance
+from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tree import select, tensors_of

@@ -14,7 +14,7 @@ from torch.autograd import grad
 from curvops.kronecker.layout import ONE_UNIT, Layout, candidates
 from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
-from curvops.products.certify import relative_difference, tolerance
+from curvops.products.account import relative_difference, tolerance
 from curvops.risk.empirical_risk import EmpiricalRisk
 
 Part = tuple[Use, View, Tensor]  # a use of a parameter, which part it uses, and the gradient at its output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -11,63 +10,19 @@ from torch import Tensor
 from curvops.operators.eigen import check_finite, eigh, within_rounding
 
 
-class Block(ABC):
+class _Block:
     """A symmetric matrix that is block-diagonal over ``groups`` blocks of size ``left · right`` each.
 
     Attributes:
         shape: ``(groups, left, right)``.
+        tensors: What it is made of.
     """
 
-    shape: tuple[int, int, int]
-
-    @property
-    def size(self) -> int:
-        """Number of rows."""
-        groups, left, right = self.shape
-        return groups * left * right
-
-    def matmul(self, columns: Tensor) -> Tensor:
-        """Product with columns ``[size, K]``."""
-        groups, left, right = self.shape
-        return self._matmul(columns.reshape(groups, left, right, -1)).reshape(self.size, -1)
-
-    @abstractmethod
-    def _matmul(self, x: Tensor) -> Tensor:
-        """Product with columns ``[groups, left, right, K]``."""
-
-    @abstractmethod
-    def diagonal(self) -> Tensor:
-        """The diagonal, ``[size]``."""
-
-    @abstractmethod
-    def scaled(self, scalar: float) -> Block:
-        """The block times a number."""
-
-    @abstractmethod
-    def trace(self) -> Tensor:
-        """The trace, a scalar."""
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """The matrix, ``[size, size]``."""
-
-    @abstractmethod
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar."""
-
-    @abstractmethod
-    def eigen(self, label: str) -> EigenBlock:
-        """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """What the block is made of."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the block."""
-        return next(iter(self.tensors.values())).dtype
+    def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
+        groups, left, right = shape
+        self.shape, self.tensors = (groups, left, right), tensors
+        self.size = groups * left * right
+        self.dtype = next(iter(tensors.values())).dtype
 
     @property
     def memory(self) -> int:
@@ -75,7 +30,7 @@ class Block(ABC):
         return sum(t.numel() * t.itemsize for t in self.tensors.values())
 
 
-class KroneckerBlock(Block):
+class KroneckerBlock(_Block):
     """left ⊗ right for each group; a factor with two axes is the diagonal of a diagonal one.
 
     With ``right`` a one, this is a dense matrix or a diagonal.
@@ -88,8 +43,8 @@ class KroneckerBlock(Block):
     """
 
     def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__((*left.shape[:2], right.shape[1]), {"left": left, "right": right})
         self._left, self._right, self._scales = left, right, scales
-        self.shape = (left.shape[0], left.shape[1], right.shape[1])
         self._eigen: EigenBlock | None = None
 
     @property
@@ -102,19 +57,8 @@ class KroneckerBlock(Block):
         """The right factor, likewise."""
         return self._right if self._scales[1] == 1.0 else self._right * self._scales[1]
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"left": self._left, "right": self._right}
-
-    def frobenius_norm(self) -> Tensor:
-        # a factor's norm is the root of the sum of its squares, dense or diagonal
-        left, right = (
-            torch.linalg.vector_norm(factor.flatten(1), dim=1) * scale
-            for factor, scale in zip((self._left, self._right), self._scales, strict=True)
-        )
-        return torch.linalg.vector_norm(left * right)
-
     def eigen(self, label: str) -> EigenBlock:
+        """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
         if self._eigen is None:
             left, left_basis = eigh(self.left, label)
             right, right_basis = eigh(self.right, label)
@@ -123,47 +67,50 @@ class KroneckerBlock(Block):
             self._eigen = EigenBlock(left_basis, right_basis, values, singular=bool(zero))
         return self._eigen
 
-    def damped_inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock:
+    def inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock | None:
         """Inverse of (left + π√δ I) ⊗ (right + √δ/π I), π² the ratio of the factors' mean eigenvalues.
 
-        Martens & Grosse 2015 (1503.05671), section 6.3.
+        Martens & Grosse 2015 (1503.05671), section 6.3. A single matrix (``right`` a number) gets + δ I. ``None`` where
+        nothing is damped and it takes the eigenvalues to tell whether there is an inverse.
         """
+        left, right = self.left, self.right
         means = [diagonal.mean(1) for diagonal in self._diagonals()]
-        ratio = (means[0] / means[1]).sqrt()
-        # a factor of zeros has no scale to share
-        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-        root = math.sqrt(damping)
-        shifts = (root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)
-        left, right = (_inverse(f, shift, label) for f, shift in zip((self.left, self.right), shifts, strict=True))
-        return KroneckerBlock(left, right)
+        if right.shape[1] == 1:
+            left, right = left * right.reshape(-1, *[1] * (left.ndim - 1)), torch.ones_like(right)
+            shifts = [torch.full_like(means[0], max(damping, min_damping)), torch.zeros_like(means[0])]
+        else:
+            ratio, root = (means[0] / means[1]).sqrt(), math.sqrt(damping)
+            # a factor of zeros has no scale to share
+            ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+            shifts = [(root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)]
+        first = _inverse(left, shifts[0], label)
+        second = None if first is None else _inverse(right, shifts[1], label)
+        return None if first is None or second is None else KroneckerBlock(first, second)
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        groups, left, right, k = x.shape
-        x = _times(self._left, x.reshape(groups, left, right * k)).mul_(self._scales[0]).view(groups, left, right, k)
-        x = x.transpose(1, 2).reshape(groups, right, left * k)
-        x = _times(self._right, x).mul_(self._scales[1])
-        return x.view(groups, right, left, k).transpose(1, 2)
+    def matmul(self, columns: Tensor) -> Tensor:
+        """Product with columns ``[size, K]``."""
+        return _kron(columns * self._scales[0], self.shape, self._left, self._right).mul_(self._scales[1])
 
     def diagonal(self) -> Tensor:
+        """The diagonal, ``[size]``."""
         left, right = self._diagonals()
         return (left.unsqueeze(2) * right.unsqueeze(1)).flatten()
 
-    def scaled(self, scalar: float) -> KroneckerBlock:
-        return KroneckerBlock(self._left, self._right, (self._scales[0] * scalar, self._scales[1]))
-
     def dense(self) -> Tensor:
+        """The matrix, ``[size, size]``."""
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
-    def trace(self) -> Tensor:
-        left, right = self._diagonals()
-        return (left.sum(1) * right.sum(1)).sum()
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a scalar."""
+        left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
+        return torch.linalg.vector_norm(left * right)
 
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         return _diagonal(self._left) * self._scales[0], _diagonal(self._right) * self._scales[1]
 
 
-class EigenBlock(Block):
+class EigenBlock(_Block):
     """(U_left ⊗ U_right) diag(values) (U_left ⊗ U_right)ᵀ for each group.
 
     Args:
@@ -174,17 +121,9 @@ class EigenBlock(Block):
     """
 
     def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor, singular: bool = False) -> None:
-        self.left, self.right, self.values = left, right, values
-        self._singular = singular
-        self.shape = (values.shape[0], values.shape[1], values.shape[2])
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        bases = {"left": self.left, "right": self.right}
-        return {"values": self.values, **{name: basis for name, basis in bases.items() if basis is not None}}
-
-    def frobenius_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.values)
+        bases = {"left": left, "right": right}
+        super().__init__(values.shape, {"values": values, **{k: b for k, b in bases.items() if b is not None}})
+        self.left, self.right, self.values, self._singular = left, right, values, singular
 
     def eigen(self, label: str) -> EigenBlock:
         check_finite(self.values, label)
@@ -203,60 +142,39 @@ class EigenBlock(Block):
         """The same eigenvectors with other eigenvalues."""
         return EigenBlock(self.left, self.right, values)
 
-    def eigenvectors(self, places: Tensor) -> Tensor:
-        """Columns ``[size, K]``: the eigenvectors of the flattened eigenvalues at ``places``."""
-        units = torch.zeros(self.size, len(places), dtype=self.dtype, device=self.values.device)
-        units[places, torch.arange(len(places), device=places.device)] = 1.0
-        return self.rotate(units)
+    def rotate(self, columns: Tensor, transposed: bool = False) -> Tensor:
+        """The eigenbasis (or its transpose) times columns ``[size, K]``."""
+        left, right = (b if b is None or not transposed else b.mT for b in (self.left, self.right))
+        return _kron(columns, self.shape, left, right)
 
-    def rotate(self, columns: Tensor) -> Tensor:
-        """The eigenbasis times columns ``[size, K]``."""
-        groups, left, right = self.shape
-        return self._rotate(columns.view(groups, left, right, -1), transposed=False).reshape(self.size, -1)
-
-    def _matmul(self, x: Tensor) -> Tensor:
-        x = self._rotate(x, transposed=True) * self.values.unsqueeze(-1)
-        return self._rotate(x, transposed=False)
-
-    def _rotate(self, x: Tensor, transposed: bool) -> Tensor:
-        groups, left, right, k = x.shape
-        if self.left is not None:
-            basis = self.left.mT if transposed else self.left
-            x = (basis @ x.reshape(groups, left, right * k)).view(groups, left, right, k)
-        if self.right is not None:
-            basis = self.right.mT if transposed else self.right
-            x = (
-                (basis @ x.transpose(1, 2).reshape(groups, right, left * k))
-                .view(groups, right, left, k)
-                .transpose(1, 2)
-            )
-        return x
+    def matmul(self, columns: Tensor) -> Tensor:
+        return self.rotate(self.rotate(columns, transposed=True) * self.values.reshape(-1, 1))
 
     def diagonal(self) -> Tensor:
-        values = self.values
-        if self.left is not None:
-            values = self.left.square() @ values
-        if self.right is not None:
-            values = values @ self.right.square().mT
-        return values.flatten()
-
-    def scaled(self, scalar: float) -> EigenBlock:
-        return EigenBlock(self.left, self.right, self.values * scalar)
-
-    def trace(self) -> Tensor:
-        return self.values.sum()
+        values = self.values if self.left is None else self.left.square() @ self.values
+        return (values if self.right is None else values @ self.right.square().mT).flatten()
 
     def dense(self) -> Tensor:
-        bases = []
-        for basis, size in zip((self.left, self.right), self.shape[1:], strict=True):
-            eye = torch.eye(size, dtype=self.values.dtype, device=self.values.device)
-            bases.append(eye.expand(self.shape[0], size, size) if basis is None else basis)
-        both = [torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(*bases, strict=True)]
-        return torch.block_diag(*((u * v.flatten()) @ u.T for u, v in zip(both, self.values, strict=True)))
+        return self.matmul(torch.eye(self.size, dtype=self.dtype, device=self.values.device))
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.values)
 
 
-def _times(factor: Tensor, x: Tensor) -> Tensor:
-    """Factor ``[groups, n, n]`` or diagonal ``[groups, n]`` times ``[groups, n, m]``."""
+Block = KroneckerBlock | EigenBlock
+
+
+def _kron(columns: Tensor, shape: tuple[int, int, int], left: Tensor | None, right: Tensor | None) -> Tensor:
+    """left ⊗ right times columns ``[size, K]``; ``None`` for the identity."""
+    (groups, a, b), k = shape, columns.shape[1]
+    x = _times(left, columns.reshape(groups, a, b * k)).view(groups, a, b, k).transpose(1, 2)
+    x = _times(right, x.reshape(groups, b, a * k)).view(groups, b, a, k).transpose(1, 2)
+    return x.reshape(columns.shape)
+
+
+def _times(factor: Tensor | None, x: Tensor) -> Tensor:
+    if factor is None:
+        return x
     return factor.unsqueeze(-1) * x if factor.ndim == 2 else factor @ x
 
 
@@ -264,8 +182,30 @@ def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
 
 
-def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor:
-    """Inverse of a factor plus a multiple of the identity for each group."""
+def _norm(factor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(factor.flatten(1), dim=1)
+
+
+def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor | None:
+    """Inverse of a psd factor plus ``shift`` ``[groups]`` times the identity; ``None`` if not surely there without it."""
+    check_finite(factor, label)
+    damped = factor.clone()
+    _diagonal(damped).add_(shift[:, None])
+    if factor.ndim == 2:
+        if factor.amin() >= 0 and damped.amin() > 0:
+            return 1.0 / damped
+    else:
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            inverse = torch.cholesky_inverse(lower)
+            size = _norm(inverse)
+            # the root of n as in `within_rounding`, so that what has an inverse here has a determinant there
+            least = torch.where(shift > 0, shift, 1.0 / (size * factor.shape[1] ** 0.5))
+            if (size.isfinite() & (least > 4 * torch.finfo(factor.dtype).eps * _norm(factor))).all():
+                return inverse
+    if not shift.amin() > 0:
+        return None
+    # as large as the shift is what rounding made of a zero: take it for one
     values, vectors = eigh(factor, label)
-    damped = values + shift[:, None]
-    return 1.0 / damped if vectors is None else (vectors / damped.unsqueeze(1)) @ vectors.mT
+    inverted = 1.0 / (values + shift[:, None])
+    return inverted if vectors is None else (vectors * inverted.unsqueeze(1)) @ vectors.mT

@@ -32,11 +32,7 @@ def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
 
 
 def check_finite(factor: Tensor, label: str) -> None:
-    """Refuse a factor with infinite entries, or with such that are no numbers.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse a factor with entries that are infinite or no numbers (ValueError)."""
     if not torch.isfinite(factor).all():
         raise ValueError(
             f"{label}: the factor has entries that are not finite. Likely causes: a diverged model, a loss of infinite "

@@ -1,13 +1,19 @@
-"""The linear operator: one interface, validated in one place."""
+"""The linear operator: one interface, validated in one place, and sums, multiples, products and adjoints of it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd.forward_ad import unpack_dual
 
+from curvops.extras import extra
 from curvops.memory import check_fits
 from curvops.space import TensorSpace, Vector
 
@@ -15,10 +21,13 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
 
 
+SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
+
+
 class LinearOperator(ABC):
     """A real linear map between two spaces of named tensors, known by its products.
 
-    Subclasses give `_apply` (products with columns in the flat format), and `_adjoint` unless they are
+    Subclasses give `_apply` (products with columns in the flat format), and `_apply_adjoint` unless they are
     symmetric. `@` takes a vector in any format of `TensorSpace` and answers in the same format.
 
     Args:
@@ -37,6 +46,12 @@ class LinearOperator(ABC):
         ((8, 8), torch.Size([8]), True)
     """
 
+    # A NumPy array on the left must not try to multiply entry by entry
+    __array_ufunc__ = None
+
+    #: operators that this one is made of
+    _parts: tuple[LinearOperator, ...] = ()
+
     def __init__(
         self, domain: TensorSpace, codomain: TensorSpace | None = None, *, symmetric: bool = False, psd: bool = False
     ) -> None:
@@ -44,9 +59,6 @@ class LinearOperator(ABC):
         self.codomain = domain if codomain is None else codomain
         self.symmetric = symmetric or psd
         self.psd = psd
-
-    # A NumPy array on the left must not try to multiply entry by entry
-    __array_ufunc__ = None
 
     @property
     def name(self) -> str:
@@ -75,26 +87,73 @@ class LinearOperator(ABC):
     def _apply(self, columns: Tensor) -> Tensor:
         """Product with columns: ``[domain.dim, K]`` to ``[codomain.dim, K]``."""
 
-    def _adjoint(self) -> LinearOperator:
-        """The adjoint; subclasses that are not symmetric give it."""
-        return self
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        """Product of the adjoint with columns: ``[codomain.dim, K]`` to ``[domain.dim, K]``."""
+        if self.symmetric:
+            return self._apply(columns)
+        raise NotImplementedError(f"{self.name}: it is not symmetric, and gives no products with its adjoint.")
 
     def _dense(self) -> Tensor:
         """The matrix, ``[codomain.dim, domain.dim]``; subclasses may know a faster way."""
         return self._apply(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device))
 
-    def __matmul__(self, other: Any) -> Any:
-        """Product with a vector in any format, or composition with another operator."""
-        from curvops.operators.algebra import ProductOperator
+    def _leaves(self) -> Iterable[Tensor]:
+        """Tensors of the caller's that the operator depends on."""
+        return (tensor for part in self._parts for tensor in part._leaves())
 
+    @contextmanager
+    def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
+        """A context for many products, which yields the operator itself.
+
+        Within it an operator over data may keep the graphs of its batches, as far as its memory budget allows, so
+        that each further product is cheaper; sums, multiples, products and adjoints do what their parts do, and an
+        operator that keeps nothing does nothing. Whoever takes many products opens it, with SciPy's solvers
+        ``with op.linearized(): eigsh(op.to_scipy())``. Model, loss and data must stay as they are until it ends.
+
+        Example:
+            >>> import torch
+            >>> from curvops import HessianLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> hessian = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> with hessian.linearized():
+            ...     columns = [hessian @ v for v in torch.eye(8)]
+        """
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.linearized())
+            yield self
+
+    def __matmul__(self, other: Any) -> Any:
+        """Product with a vector in any format, or composition with another operator.
+
+        The product is differentiable in the vector, any number of times, by products with the adjoint. The operator
+        is a constant of it: nothing flows to the model's parameters, and they must not change before ``backward()``.
+
+        Raises:
+            TypeError: If the vector is of no known format, of another dtype, or inside a transform of ``torch.func``.
+            ValueError: If lengths, shapes, names or devices do not fit.
+        """
         if isinstance(other, LinearOperator):
             return ProductOperator(self, other)
-        columns, form = self.domain.to_columns(other, f"'{self.name} @ v'")
+        context = f"'{self.name} @ v'"
+        columns, form = self.domain.to_columns(other, context)
+        wrapped = is_functorch_wrapped_tensor(columns) or is_legacy_batchedtensor(columns)
+        if wrapped or unpack_dual(columns).tangent is not None:
+            raise TypeError(
+                f"{context}: expected a plain tensor, got one inside a transform (vmap, grad, jvp, …, or forward mode). In "
+                "place of vmap, pass the vectors together as columns [D, K], or multiply in a loop within 'with "
+                "op.linearized():'; in place of grad, use torch.autograd.grad; a product's tangent is op @ tangent."
+            )
+        if columns.requires_grad and torch.is_grad_enabled():
+            return self.codomain.from_columns(_Product.apply(columns, self), form)  # type: ignore[no-untyped-call]
+        return self.codomain.from_columns(self._product(columns), form)
+
+    def _product(self, columns: Tensor) -> Tensor:
+        if not columns.shape[1]:
+            return torch.zeros(self.codomain.dim, 0, dtype=self.codomain.dtype, device=self.codomain.device)
         with torch.inference_mode(False):
             # the caller's tensor may carry a graph, and autograd keeps no inference tensors
-            columns = columns.detach().clone() if columns.is_inference() else columns.detach()
-            result = self._apply(columns) if columns.shape[1] else self._no_columns()
-        return self.codomain.from_columns(result, form)
+            return self._apply(columns.detach().clone() if columns.is_inference() else columns.detach())
 
     def __rmatmul__(self, other: Vector) -> Any:
         """Product from the left: ``vᵀ A`` for ``[D]``, rows ``[K, D]``, a list or a dict."""
@@ -105,38 +164,29 @@ class LinearOperator(ABC):
 
     def adjoint(self) -> LinearOperator:
         """The adjoint operator; for a symmetric one itself."""
-        return self if self.symmetric else self._adjoint()
+        return self if self.symmetric else AdjointOperator(self)
 
     @property
     def T(self) -> LinearOperator:
         """The adjoint (real operators: the transpose)."""
         return self.adjoint()
 
-    @property
-    def H(self) -> LinearOperator:
-        """The adjoint."""
-        return self.adjoint()
+    H = T
 
     def __add__(self, other: Any) -> LinearOperator:
-        from curvops.operators.algebra import SumOperator
-
         return SumOperator(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scalar: Any) -> LinearOperator:
-        from curvops.operators.algebra import ScaledOperator, as_scalar
-
-        factor = as_scalar(scalar)
+        factor = _as_scalar(scalar)
         return NotImplemented if factor is None else ScaledOperator(self, factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
-        from curvops.operators.algebra import ScaledOperator, as_scalar
-
-        factor = as_scalar(scalar)
+        factor = _as_scalar(scalar)
         return NotImplemented if factor is None else ScaledOperator(self, 1.0 / factor)
 
     def __neg__(self) -> LinearOperator:
@@ -148,20 +198,149 @@ class LinearOperator(ABC):
         Raises:
             MemoryError: If it does not fit; the message gives the size.
         """
-        rows, columns = self.shape
-        check_fits(rows, columns, self.dtype, self.device, f"{self.name}.to_dense()")
+        check_fits(*self.shape, self.dtype, self.device, f"{self.name}.to_dense()")
         with torch.inference_mode(False):
             return self._dense()
 
     def to_scipy(self, dtype: Any = None) -> SciPyLinearOperator:
         """The operator for SciPy's sparse solvers (needs ``scipy``), taking and giving NumPy arrays.
 
+        A solver takes many products: call it within ``with op.linearized():``.
+
         Args:
             dtype: NumPy dtype of the arrays; the operator's own if not given.
         """
-        from curvops.operators.scipy import to_scipy
+        np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
+        own = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16
+        numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own).numpy().dtype)
 
-        return to_scipy(self, dtype)
+        def product(operator: LinearOperator) -> Any:
+            def run(array: Any) -> Any:
+                vector = torch.from_numpy(np.array(array)).to(operator.device, operator.dtype)
+                return (operator @ vector).to("cpu", own).numpy().astype(numpy_dtype)
 
-    def _no_columns(self) -> Tensor:
-        return torch.zeros(self.codomain.dim, 0, dtype=self.codomain.dtype, device=self.codomain.device)
+            return run
+
+        forward, backward = product(self), product(self.adjoint())
+        return linalg.LinearOperator(
+            self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=numpy_dtype
+        )
+
+
+class SumOperator(LinearOperator):
+    """A + B."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if (left.domain, left.codomain) != (right.domain, right.codomain):
+            raise ValueError(
+                f"A + B: expected operators between the same spaces, got {left!r} on {left.domain} and {right!r} on {right.domain}."
+            )
+        symmetric, psd = left.symmetric and right.symmetric, left.psd and right.psd
+        super().__init__(left.domain, left.codomain, symmetric=symmetric, psd=psd)
+        self.left, self.right = self._parts = left, right
+
+    @property
+    def name(self) -> str:
+        return f"({self.left.name} + {self.right.name})"
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return self.left._apply(columns) + self.right._apply(columns)
+
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        return self.left._apply_adjoint(columns) + self.right._apply_adjoint(columns)
+
+    def _dense(self) -> Tensor:
+        return self.left._dense() + self.right._dense()
+
+
+class ScaledOperator(LinearOperator):
+    """A times a number."""
+
+    def __init__(self, operator: LinearOperator, scalar: float) -> None:
+        psd = operator.psd and scalar >= 0
+        super().__init__(operator.domain, operator.codomain, symmetric=operator.symmetric, psd=psd)
+        self.operator, self.scalar, self._parts = operator, scalar, (operator,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.scalar:g} · {self.operator.name}"
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return self.scalar * self.operator._apply(columns)
+
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        return self.scalar * self.operator._apply_adjoint(columns)
+
+    def _dense(self) -> Tensor:
+        return self.scalar * self.operator._dense()
+
+
+class ProductOperator(LinearOperator):
+    """A after B."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if left.domain != right.codomain:
+            raise ValueError(
+                f"A @ B: expected B to give what A takes, got A = {left!r} on {left.domain} and B = {right!r} into {right.codomain}."
+            )
+        super().__init__(right.domain, left.codomain)
+        self.left, self.right = self._parts = left, right
+
+    @property
+    def name(self) -> str:
+        return f"({self.left.name} @ {self.right.name})"
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return self.left._apply(self.right._apply(columns))
+
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        return self.right._apply_adjoint(self.left._apply_adjoint(columns))
+
+    def _dense(self) -> Tensor:
+        return self.left._apply(self.right._dense())
+
+
+class AdjointOperator(LinearOperator):
+    """Aᵀ."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator.codomain, operator.domain)
+        self.operator, self._parts = operator, (operator,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator.name}.T"
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return self.operator._apply_adjoint(columns)
+
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        return self.operator._apply(columns)
+
+    def adjoint(self) -> LinearOperator:
+        return self.operator
+
+    def _dense(self) -> Tensor:
+        return self.operator._dense().T
+
+
+class _Product(torch.autograd.Function):
+    """A product whose derivative is a product with the adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, operator: LinearOperator) -> Tensor:
+        ctx.operator = operator
+        # so that autograd refuses a backward pass once one of them has changed: it would take another matrix
+        ctx.save_for_backward(*(tensor for tensor in operator._leaves() if not tensor.is_inference()))
+        return operator._product(columns)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, None]:
+        _ = ctx.saved_tensors
+        return ctx.operator.adjoint() @ gradient, None
+
+
+def _as_scalar(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.detach())
+    return float(value) if isinstance(value, Real) else None

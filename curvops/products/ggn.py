@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.func import jvp, linearize
-from torch.nn import Module
+from torch.func import jvp, vjp, vmap
 
 from curvops.gram import add_gram, mirrored
 from curvops.losses import Factor, Noise, OutputCurvature
-from curvops.products import per_datum
-from curvops.products.batches import LinearizedForward, Upgrade
-from curvops.products.certify import Account
-from curvops.products.held import HeldRows
+from curvops.products import rules
+from curvops.products.account import relative_difference, tolerance
+from curvops.products.batch import BatchProduct, FactorProduct, HeldRows
 from curvops.products.judge import judge_jacobian
-from curvops.products.keep import Build
-from curvops.products.per_datum import CertifiedRows, term_cotangents
-from curvops.products.products import OutputProduct, OutputWays
+from curvops.products.proofs import forward_push, proved
+from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
-from curvops.products.risk_operator import RiskOperator
-from curvops.risk.data import Batch
-from curvops.risk.model import ModelFunction
+from curvops.products.risk_operator import Fast, RiskOperator
+from curvops.products.rows import pulled_rows, term_cotangents
+from curvops.risk.data import Batch, joined_batch
+from curvops.risk.empirical_risk import Walk
 
 
 class OutputFactorOperator(RiskOperator):
     """c Σ_n J_nᵀ S_n S_nᵀ J_n; subclasses say what the output factor S is."""
 
-    dense_way = "per-datum Jacobian and one matrix product"
-
-    def _judge(self) -> None:
-        judge_jacobian(self.risk)
+    def _judge(self) -> tuple[str, str]:
+        return judge_jacobian(self.risk).account
 
     @abstractmethod
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
@@ -44,70 +40,97 @@ class OutputFactorOperator(RiskOperator):
         factor = self._factor(curvature, start)
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
-    def _upgrades(self) -> list[Upgrade]:
-        account = Account()
-        build = self._linearizer(account, traced=True)
-        return [*super()._upgrades(), LinearizedForward(build, account, self._budget, self._accept)]
+    def _linearize(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
+    ) -> FactorProduct:
+        push, why = None, "about 2.3 gradients, 1.3 inside linearized()"
+        if rules.forward_mode_pays(record):
+            proof = proved(self.risk, batch, record)
+            push, why = (forward_push(self.risk, batch, z) if proof.holds else None), proof.why
+        self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
+        jacobian = OutputLinearization(z, self.risk.params, self.domain)
+        return FactorProduct(batch, curvature, record, jacobian, self._output_product(curvature, batch.start), push)
 
-    def _linearizer(self, account: Account, traced: bool = False) -> Build:
-        ways = OutputWays(account, cache(dict if traced else self.risk.certificates))
+    def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
+        columns = self.domain.dim if rows is None else len(rows)
+        if self._rows_pay(product, columns):
+            name = "rows Sᵀ J by vmap over the data"
+            return name, (self._matrix if rows is None else lambda products: self._by_rows(products, rows))
+        if rows is not None and rules.together_pays(columns, product.record.work):
+            return "J v and Jᵀ u by vmap", lambda products: self._columns(products, rows)
+        return None
 
-        def build(batch: Batch) -> OutputProduct:
-            leaves = self.risk.model.leaves()
-            jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
-            curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
-            primals = {name: leaf.detach() for name, leaf in leaves.items()}
-
-            def output(params: dict[str, Tensor]) -> Tensor:
-                return self.risk.forward(params, batch.X)
-
-            program = linearize(output, primals)[1] if traced else None
-
-            def forward(v: Tensor) -> Tensor:
-                directions = dict(zip(primals, tangents(v, self.domain), strict=True))
-                pushed = jvp(output, (primals,), (directions,))[1] if program is None else program(directions)
-                return pushed.to(jacobian.z.dtype)
-
-            matrix = self._output_product(curvature, batch.start)
-            return OutputProduct(jacobian, matrix, forward, ways, batch.start, curvature)
-
-        return build
-
-    def _held(self) -> Upgrade:
-        return HeldRows(self.domain, self._rows, self._budget, self.account)
-
-    def _dense_of(self, batches: Iterable[Batch]) -> tuple[Tensor, float]:
-        total, difference = super()._dense_of(batches)
-        return mirrored(total.unsqueeze(0))[0], difference
-
-    def _add_dense(self, batch: Batch, total: Tensor) -> float:
-        """Add to the upper half."""
-        found = self._rows(batch, 3 * self.domain.dim)
-        for rows in found:
-            add_gram(total, rows.to(total.dtype))
-        return found.difference
-
-    def _rows(self, batch: Batch, most: float) -> CertifiedRows:
-        """Rows Sᵀ J of a batch.
-
-        Raises:
-            ValueError: If they are more than ``most`` a datum, or more than the memory budget allows.
-        """
-        leaves = self.risk.model.leaves()
-        jacobian = OutputLinearization(self.risk.forward(leaves, batch.X), leaves, self.domain)
-        curvature = self.risk.output_curvature(jacobian.z.detach(), batch)
-        factor = self._factor(curvature, batch.start)
+    def _rows_pay(self, product: BatchProduct, columns: int) -> bool:
+        curvature, data = product.curvature, product.batch.size
         if curvature.terms_per_datum is None:
-            raise ValueError("the number of loss terms is not a multiple of the number of data")
-        if curvature.terms_per_datum * factor.num_columns > most:
-            raise ValueError("so many loss terms and outputs that columns are cheaper")
-        needed = batch.size * (curvature.terms_per_datum * factor.num_columns) ** 2 * curvature.width
-        if needed * self.dtype.itemsize > self._budget():
-            raise ValueError("the cotangents of all loss terms would take more than the memory budget")
-        cotangents = term_cotangents(curvature.outputs, factor.dense(), batch.size)
-        params = {name: leaf.detach() for name, leaf in leaves.items()}
-        rows = per_datum.pulled_rows(self.risk.forward, params, batch.X, cotangents, self.domain, self._budget())
-        return CertifiedRows(rows, cotangents, jacobian)
+            return False
+        try:
+            width = self._factor(curvature, product.batch.start).num_columns
+        except (ValueError, NotImplementedError):
+            return False  # a loss that is not convex in the output has products, but no factor
+        rows = data * curvature.terms_per_datum * width
+        spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
+        fits = max(rows * self.domain.dim, spread) * self.dtype.itemsize <= self._budget()
+        return fits and rules.rows_pay(columns, rows, self.domain.dim, data, product.record.work)
+
+    def _keep(self, batch: Batch, walk: Walk) -> BatchProduct:
+        product = super()._keep(batch, walk)
+        if not self._rows_pay(product, rules.MANY):
+            return product
+        expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
+        noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
+        product.add_to(expected, noise)
+        try:
+            held = HeldRows(product, torch.cat(list(self._rows([product]))))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
+            return product
+        found = held.add_to(torch.zeros_like(expected), noise)
+        return held if relative_difference(found, expected) <= tolerance(self.dtype) else product
+
+    def _rows(self, products: Sequence[BatchProduct]) -> Iterator[Tensor]:
+        """Rows Sᵀ J of some batches, datum by datum."""
+        batch = joined_batch([p.batch for p in products])
+        cotangents = [
+            term_cotangents(p.curvature.outputs, self._factor(p.curvature, p.batch.start).dense(), p.batch.size)
+            for p in products
+        ]
+        primals = {name: p.detach() for name, p in self.risk.params.items()}
+        return pulled_rows(self.risk.functional, primals, batch.X, torch.cat(cotangents), self.domain, self._budget())
+
+    def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
+        total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
+        for some in self._rows(products):
+            add_gram(total, some.to(total.dtype))
+        return mirrored(total.unsqueeze(0))[0]
+
+    def _by_rows(self, products: Sequence[BatchProduct], vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors, dtype=self.domain.sum_dtype)
+        for some in self._rows(products):
+            total += (vectors @ some.T) @ some
+        return total
+
+    def _columns(self, products: Sequence[BatchProduct], rows: Tensor) -> Tensor:
+        batch = joined_batch([p.batch for p in products])
+        primals = {name: p.detach() for name, p in self.risk.params.items()}
+
+        def output(params: dict[str, Tensor]) -> Tensor:
+            return self.risk.functional(params, batch.X)
+
+        pull = vjp(output, primals)[1]
+        sizes = [len(p.curvature.z) for p in products]
+        matrices = [self._output_product(p.curvature, p.batch.start) for p in products]
+        found = []
+        for some in rows.split(rules.CHUNK):
+            directions = dict(zip(primals, tangents(some, self.domain), strict=True))
+            pushed = vmap(lambda t: jvp(output, (primals,), (t,))[1])(directions)
+            images = [
+                torch.cat([m(w) for m, w in zip(matrices, one.split(sizes), strict=True)]) for one in pushed.unbind()
+            ]
+            (parts,) = vmap(pull)(torch.stack(images))
+            found.append(torch.cat([part.detach().unsqueeze(-1).flatten(1) for part in parts.values()], 1))
+        return torch.cat(found)
 
 
 class GGNLinearOperator(OutputFactorOperator):
@@ -118,8 +141,10 @@ class GGNLinearOperator(OutputFactorOperator):
     Monte-Carlo Fisher. That is a fixed matrix: the noise belongs to the datum and the seed, not to the batch.
 
     Args:
+        problem: ``model_func``, ``loss_func``, ``params`` and ``data``.
         mc_samples: Number of sampled labels a loss term; 0 for the exact matrix.
         seed: Seed of the samples.
+        options: The other options, as of `HessianLinearOperator`.
 
     Raises:
         ValueError: If ``mc_samples`` is negative.
@@ -135,37 +160,14 @@ class GGNLinearOperator(OutputFactorOperator):
         torch.Size([8, 8])
     """
 
-    def __init__(
-        self,
-        model_func: Module | ModelFunction,
-        loss_func: Callable[[Any, Any], Tensor],
-        params: Mapping[str, Tensor],
-        data: Iterable[tuple[Any, Any]],
-        *,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        mc_samples: int = 0,
-        seed: int = 2147483647,
-        reduction: str | None = None,
-        memory_budget: int | None = None,
-    ) -> None:
+    def __init__(self, *problem: Any, mc_samples: int = 0, seed: int = 2147483647, **options: Any) -> None:
+        self._options(mc_samples, seed)
+        super().__init__(*problem, **options)
+
+    def _options(self, mc_samples: int = 0, seed: int = 2147483647) -> None:
         if not isinstance(mc_samples, int) or mc_samples < 0:
             raise ValueError(f"mc_samples: expected a number ≥ 0 (0 for the exact GGN), got {mc_samples!r}.")
         self.mc_samples, self.seed = mc_samples, seed
-        super().__init__(
-            model_func,
-            loss_func,
-            params,
-            data,
-            progressbar=progressbar,
-            check_deterministic=check_deterministic,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
-            reduction=reduction,
-            memory_budget=memory_budget,
-        )
 
     def _is_psd(self) -> bool:
         return self.mc_samples > 0 or self.risk.loss.psd

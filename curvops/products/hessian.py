@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 
-from curvops.products.batches import Upgrade
-from curvops.products.certify import Account, relative_difference
-from curvops.products.held import JOINED, HeldMatrix
+from curvops.losses import OutputCurvature
+from curvops.products import rules
+from curvops.products.batch import BatchProduct, HessianProduct
 from curvops.products.judge import judge_hessian
-from curvops.products.keep import Build
 from curvops.products.layered import layered_hessian
-from curvops.products.products import HessianProduct, HessianWays
+from curvops.products.record import Recorder
 from curvops.products.reference import GradientLinearization, tangents
-from curvops.products.risk_operator import RiskOperator
-from curvops.risk.data import Batch, joined_batches
+from curvops.products.risk_operator import Fast, RiskOperator
+from curvops.risk.data import Batch, joined_batch
 
 
 class HessianLinearOperator(RiskOperator):
@@ -36,44 +34,40 @@ class HessianLinearOperator(RiskOperator):
         [(4, 3), (4,), (2, 4), (2,)]
     """
 
-    dense_way = "forward over reverse by layer"
+    def _judge(self) -> tuple[str, str]:
+        return judge_hessian(self.risk).account
 
-    def _judge(self) -> None:
-        judge_hessian(self.risk)
+    def _linearize(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
+    ) -> BatchProduct:
+        gradient = GradientLinearization.of_loss(z, curvature, self.risk.params, self.domain)
+        self.account.note("products", "reverse over reverse", "about 3 gradients, 2 inside linearized()")
+        return HessianProduct(batch, curvature, record, gradient)
 
-    def _linearizer(self, account: Account) -> Build:
-        ways = HessianWays(account)
+    def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
+        if rows is None:
+            return "forward over reverse by layer", self._matrix
+        if rules.together_pays(len(rows), product.record.work):
+            return "forward over reverse by vmap", lambda products: self._columns(products, rows)
+        return None
 
-        def build(batch: Batch) -> HessianProduct:
-            leaves = self.risk.model.leaves()
-            primals = {name: leaf.detach() for name, leaf in leaves.items()}
+    def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
+        batch = joined_batch([p.batch for p in products])
+        primals = {name: p.detach() for name, p in self.risk.params.items()}
+        return layered_hessian(lambda params: self._value(params, batch), primals, self.domain)
 
-            def forward(v: Tensor) -> Tensor:
-                directions = dict(zip(primals, tangents(v, self.domain), strict=True))
-                slopes = jvp(grad(partial(self._value, batch=batch)), (primals,), (directions,))[1]
-                return torch.cat([slope.flatten().to(self.dtype) for slope in slopes.values()])
-
-            at = partial(self.risk.output_curvature, batch=batch)
-            reference = GradientLinearization.of_loss(self.risk.forward(leaves, batch.X), at, leaves, self.domain)
-            return HessianProduct(reference, forward, ways)
-
-        return build
+    def _columns(self, products: Sequence[BatchProduct], rows: Tensor) -> Tensor:
+        batch = joined_batch([p.batch for p in products])
+        primals = {name: p.detach() for name, p in self.risk.params.items()}
+        slopes = grad(lambda params: self._value(params, batch))
+        found = []
+        for some in rows.split(rules.CHUNK):
+            directions = dict(zip(primals, tangents(some, self.domain), strict=True))
+            parts = vmap(lambda t: jvp(slopes, (primals,), (t,))[1])(directions)
+            found.append(torch.cat([part.detach().unsqueeze(-1).flatten(1) for part in parts.values()], 1))
+        return torch.cat(found)
 
     def _value(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return self.risk.output_curvature(self.risk.forward(params, batch.X), batch).value()
-
-    def _held(self) -> Upgrade:
-        def dense(sources: Sequence[Batch]) -> Tensor:
-            return self._dense_of(joined_batches(sources, JOINED))[0]
-
-        return HeldMatrix(self.domain, dense, self._budget)
-
-    def _add_dense(self, batch: Batch, total: Tensor) -> float:
-        params = {name: p.detach() for name, p in self.risk.model.params.items()}
-        total += layered_hessian(partial(self._value, batch=batch), params, self.domain)
-        return 0.0
-
-    def _fast_dense(self, joined: int) -> tuple[Tensor, float]:
-        dense, _ = super()._fast_dense(joined)
-        probe = self.domain.random(torch.Generator().manual_seed(0), columns=1)
-        return dense, relative_difference(dense @ probe, self._apply(probe))
+        return self.risk.loss.curvature(
+            self.risk.functional(params, batch.X), batch.y, batch.size, checked=False
+        ).value()

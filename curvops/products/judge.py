@@ -10,20 +10,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from curvops.losses import OutputCurvature
 from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import floating_to
 from curvops.space import TensorSpace
+from curvops.substitutions import gradients
 from curvops.tree import map_tensors, select, tensors_of
 
 STEPS = (1e-4, 1e-5, 1e-6)
@@ -44,16 +44,29 @@ class Verdict:
         """Whether the product is certainly wrong."""
         return self.error is not None and self.error > WRONG
 
+    @property
+    def account(self) -> tuple[str, str]:
+        """What `explain()` says."""
+        if self.error is None:
+            return (
+                "no verdict",
+                "central differences do not agree with each other, or the model is tied to its precision or batch size",
+            )
+        return "wrong" if self.wrong else "right", f"within {self.error:.1e} of central differences on a few data"
+
 
 def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
-    """Verdict on a directional derivative at 0 of ``at``, a function of the step."""
-    slopes = [(at(step) - at(-step)) / (2 * step) for step in STEPS]
-    scale = max(float(slope.norm()) for slope in slopes)
-    spread = min(float((a - b).norm()) for a, b in pairwise(slopes))
-    if not torch.isfinite(torch.tensor(scale)) or spread > STEADY * scale:
-        return Verdict(None)
-    error = min(float((product - slope).norm()) for slope in slopes)
-    return Verdict(error / scale if scale > 1e-12 else error)
+    """Verdict on a directional derivative at 0 of ``at``, a function of the step: as few steps as agree."""
+    product, slopes = product.detach(), list[Tensor]()
+    for step in STEPS:
+        slopes.append(((at(step) - at(-step)) / (2 * step)).detach())
+        scale = max(float(slope.norm()) for slope in slopes)
+        if not torch.isfinite(torch.tensor(scale)):
+            return Verdict(None)
+        if len(slopes) > 1 and float((slopes[-1] - slopes[-2]).norm()) <= STEADY * scale:
+            error = min(float((product - slope).norm()) for slope in slopes[-2:])
+            return Verdict(error / scale if scale > 1e-12 else error)
+    return Verdict(None)
 
 
 def judge_hessian(risk: EmpiricalRisk) -> Verdict:
@@ -63,23 +76,26 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
         return Verdict(None)
     params, batch, space, v = problem
 
+    def value(leaves: dict[str, Tensor]) -> tuple[Tensor, OutputCurvature]:
+        z = risk.functional(leaves, batch.X, torch.float64)
+        return z, risk.loss.curvature(z, batch.y, batch.size)
+
     def slopes(step: float) -> Tensor:
         leaves = _moved(params, space, v, step)
-        value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
-        return space.join(grad(value, list(leaves.values()), allow_unused=True)) if value.requires_grad else v * 0
+        found = value(leaves)[1].value()
+        return space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
-        z = risk.forward(leaves, batch.X)
-        linear = GradientLinearization.of_loss(z, lambda z: risk.output_curvature(z, batch), leaves, space)
-        verdict = compare(linear.product(v), slopes)
+        linear = GradientLinearization.of_loss(*value(leaves), leaves, space)
+        verdict = compare(space.join(linear.parts(v)), slopes)
         if verdict.wrong:
-            _warn("Hessian", verdict, lambda: risk.forward(leaves, batch.X))
+            _warn("Hessian", verdict, lambda: risk.functional(leaves, batch.X, torch.float64))
     return verdict
 
 
 def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
-    """Judge the product of the model's Jacobian with a random vector; warn if it is wrong."""
+    """Judge the products of the model's Jacobian and its adjoint with random vectors; warn if one is wrong."""
     problem = _double_problem(risk)
     if problem is None:
         return Verdict(None)
@@ -87,14 +103,23 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
 
     def outputs(step: float) -> Tensor:
         with torch.no_grad():
-            return risk.forward(_moved(params, space, v, step), batch.X)
+            return risk.functional(_moved(params, space, v, step), batch.X, torch.float64)
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
-        z = risk.forward(leaves, batch.X)
-        verdict = compare(OutputLinearization(z, leaves, space).jvp(v), outputs)
+        z = risk.functional(leaves, batch.X, torch.float64)
+        jacobian = OutputLinearization(z, leaves, space)
+        u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype).to(z.device)
+        # ⟨Jᵀ u, v⟩ beside J v: a hook on the graph may change one and not the other
+        along = torch.dot(space.join(jacobian.pull(u)), v).expand(1) * z.norm() / u.norm()
+
+        def both(step: float) -> Tensor:
+            moved = outputs(step)
+            return torch.cat([moved.flatten(), (u * moved).sum().expand(1) * z.norm() / u.norm()])
+
+        verdict = compare(torch.cat([jacobian.push(v).flatten(), along]), both)
         if verdict.wrong:
-            _warn("Jacobian", verdict, lambda: risk.forward(leaves, batch.X))
+            _warn("Jacobian", verdict, lambda: risk.functional(leaves, batch.X, torch.float64))
     return verdict
 
 
@@ -102,20 +127,23 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     """Parameters and a few data in double precision, their space, and a random direction."""
     if risk.space.dim > LARGEST:
         return None
-    with risk.evaluation(), closing(iter(risk.data)) as batches:
+    with risk.evaluation(), closing(risk.data.walk()) as batches:
         batch = next(batches)
-    few = min(DATA, batch.size) if _sliceable(batch) else batch.size
+    # about a gradient of the whole batch, where it has many data
+    few = max(1, min(DATA, batch.size // 8)) if _sliceable(batch) else batch.size
     X, y = (
         map_tensors(lambda t: floating_to(t, torch.float64), select(part, batch.size, slice(0, few)))
         for part in (batch.X, batch.y)
     )
-    params = {name: p.detach().double() for name, p in risk.model.params.items()}
+    params = {name: p.detach().double() for name, p in risk.params.items()}
     space = TensorSpace(params)
     v = space.random(torch.Generator().manual_seed(0))
     small = Batch(X, y, few, batch.start)
     try:
         with risk.evaluation(), torch.no_grad():
-            risk.output_curvature(risk.forward(params, small.X), small)
+            risk.loss.curvature(risk.functional(params, small.X, torch.float64), small.y, few)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError):
         return None  # the model is tied to its own precision or batch size: no verdict
     return params, small, space, v
@@ -204,10 +232,10 @@ def _is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
     def slopes(step: float) -> Tensor:
         xs = _moved(inputs, space, v, step)
-        return space.join(grad(scalar(xs), list(xs.values()), allow_unused=True))
+        return space.join(gradients(scalar(xs), list(xs.values()), allow_unused=True))
 
     try:
         leaves = _moved(inputs, space, v, 0.0)
-        return compare(GradientLinearization(scalar(leaves), leaves, space).product(v), slopes).wrong
+        return compare(space.join(GradientLinearization(scalar(leaves), leaves, space).parts(v)), slopes).wrong
     except (RuntimeError, TypeError, ValueError):
         return False  # cannot be differentiated on its own, so nothing is said of it

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from curvops.losses import OutputCurvature
-from curvops.products.count import counted
 from curvops.space import TensorSpace
+from curvops.substitutions import gradients
 
 
 class OutputLinearization:
@@ -19,50 +17,31 @@ class OutputLinearization:
 
     Args:
         z: The output, carrying the graph of the forward pass.
-        leaves: The parameters at the graph's end, by name.
-        space: The space of the parameters.
-
-    Attributes:
-        z, space: As given.
-        double_bytes: Bytes of the graph of u ↦ Jᵀu, once it is there.
+        params: The parameters at the graph's end, by name.
+        space: Their space.
     """
 
-    def __init__(self, z: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace) -> None:
-        self.z = z
-        self._leaves = list(leaves.values())
-        self.space = space
+    def __init__(self, z: Tensor, params: Mapping[str, Tensor], space: TensorSpace) -> None:
+        self.z, self.space = z, space
+        self._params = list(params.values())
         self._dummy: Tensor | None = None
         self._pulled: list[Tensor | None] = []
-        self.double_bytes = 0
 
-    def vjp(self, u: Tensor, batched: bool = False) -> Tensor:
-        """Jᵀ u as a flat vector ``[D]``, for u of the output's shape; batched, ``[K, *output]`` to ``[K, D]``."""
-        found = self.pull(u, batched)
-        return _join_batched(found, self.space, u.shape[0]) if batched else self.space.join(drained(found))
-
-    def pull(self, u: Tensor, batched: bool = False, last: bool = False) -> list[Tensor | None]:
-        """The same by parameter, ``None`` for zeros; the ``last`` one frees the graphs."""
+    def pull(self, u: Tensor, last: bool = False) -> list[Tensor | None]:
+        """Jᵀ u by parameter, for u of the output's shape; ``None`` for zeros. The ``last`` one frees the graphs."""
         if last:
             self._dummy, self._pulled = None, []
-        return _pull([self.z], self._leaves, [u.to(self.z.dtype)], batched, last)
+        return _pull([self.z], self._params, [u.to(self.z.dtype)], last)
 
-    def jvp(self, v: Tensor, batched: bool = False) -> Tensor:
-        """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩.
-
-        Batched, ``[K, D]`` to ``[K, *output]``.
-        """
-        zero = torch.zeros_like(self.z, requires_grad=False)
+    def push(self, v: Tensor) -> Tensor:
+        """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩."""
         if not self.z.requires_grad:
-            return zero.expand(len(v), *zero.shape) if batched else zero
+            return torch.zeros_like(self.z)
         if self._dummy is None:
-            self._dummy = zero.clone().requires_grad_()
-            pull = partial(grad, self.z, self._leaves, self._dummy, create_graph=True, allow_unused=True)
-            found, held = counted(pull)
-            self._pulled, self.double_bytes = list(found), held or 0
-        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space), batched)
-        if product is None:
-            return zero.expand(len(v), *zero.shape) if batched else zero
-        return product.detach()
+            self._dummy = torch.zeros_like(self.z, requires_grad=True)
+            self._pulled = list(gradients(self.z, self._params, self._dummy, create_graph=True, allow_unused=True))
+        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
+        return torch.zeros_like(self.z) if product is None else product.detach()
 
 
 class GradientLinearization:
@@ -70,46 +49,32 @@ class GradientLinearization:
 
     Args:
         output: The scalar, or the tensor that it is a function of, carrying the graph of the forward pass.
-        leaves: The parameters at the graph's end, by name.
-        space: The space of the parameters.
+        params: The parameters at the graph's end, by name.
+        space: Their space.
         slope: The scalar's gradient in the output, as a function of the output.
     """
 
     def __init__(
-        self, output: Tensor, leaves: Mapping[str, Tensor], space: TensorSpace, slope: Tensor | None = None
+        self, output: Tensor, params: Mapping[str, Tensor], space: TensorSpace, slope: Tensor | None = None
     ) -> None:
-        self._leaves = list(leaves.values())
+        self._params = list(params.values())
         self.space = space
-        self.curvature: OutputCurvature | None = None
-        self._slopes: list[Tensor | None] = [None] * len(self._leaves)
+        self._slopes: list[Tensor | None] = [None] * len(self._params)
         if output.requires_grad:
-            self._slopes = list(grad(output, self._leaves, slope, create_graph=True, allow_unused=True))
+            self._slopes = list(gradients(output, self._params, slope, create_graph=True, allow_unused=True))
 
     @classmethod
     def of_loss(
-        cls, z: Tensor, at: Callable[[Tensor], OutputCurvature], leaves: Mapping[str, Tensor], space: TensorSpace
+        cls, z: Tensor, curvature: OutputCurvature, params: Mapping[str, Tensor], space: TensorSpace
     ) -> GradientLinearization:
         """The Hessian of a loss at a model's output ``z``, by the loss's closed forms where it has them."""
-        curvature = at(z)
         if not curvature.closed_form:
-            return cls(curvature.value(), leaves, space)
-        curvature = at(z.detach())
-        found = cls(z, leaves, space, curvature.gradient_at(z))
-        found.curvature = curvature
-        return found
-
-    def product(self, v: Tensor) -> Tensor:
-        """The product with a flat vector ``[D]``."""
-        return self.space.join(drained(self.parts(v)))
+            return cls(curvature.value(), params, space)
+        return cls(z, params, space, curvature.gradient_at(z))
 
     def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
-        """The same by parameter, ``None`` for zeros; the ``last`` one frees the graph."""
-        return _pull(self._slopes, self._leaves, tangents(v, self.space), False, last)
-
-    def products(self, rows: Tensor) -> Tensor:
-        """The products with several, ``[K, D]`` to ``[K, D]``, in one batched backward pass."""
-        found = _pull(self._slopes, self._leaves, tangents(rows, self.space), True)
-        return _join_batched(found, self.space, len(rows))
+        """The product with a flat vector ``[D]`` by parameter, ``None`` for zeros; the ``last`` one frees the graph."""
+        return _pull(self._slopes, self._params, tangents(v, self.space), last)
 
 
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:
@@ -124,18 +89,8 @@ def drained(found: list[Tensor | None]) -> Iterator[Tensor | None]:
         yield found.pop(0)
 
 
-def _join_batched(found: list[Tensor | None], space: TensorSpace, rows: int) -> Tensor:
-    parts = [
-        torch.zeros(rows, size, dtype=space.dtype, device=space.device)
-        if tensor is None
-        else tensor.reshape(rows, size).to(space.dtype)
-        for tensor, size in zip(found, space.sizes, strict=True)
-    ]
-    return torch.cat(parts, 1)
-
-
 def _pull(
-    outputs: list[Tensor | None], inputs: list[Tensor], cotangents: list[Tensor], batched: bool, last: bool = False
+    outputs: list[Tensor | None], inputs: list[Tensor], cotangents: list[Tensor], last: bool = False
 ) -> list[Tensor | None]:
     """Products of those outputs that depend on something; a missing dependence is a zero, not an error."""
     used = [
@@ -146,4 +101,4 @@ def _pull(
     if not used:
         return [None] * len(inputs)
     outs, us = zip(*used, strict=True)
-    return list(grad(outs, inputs, us, retain_graph=not last, allow_unused=True, is_grads_batched=batched))
+    return list(gradients(outs, inputs, us, retain_graph=not last, allow_unused=True))

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.losses import OutputCurvature
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
-from curvops.products.batches import BatchSum, JoinedBatches, Upgrade
-from curvops.products.certify import Account, certified
-from curvops.products.held import JOINED
-from curvops.products.keep import Build, KeptLinearizations
-from curvops.risk.data import Batch, joined_batches
+from curvops.products import rules
+from curvops.products.account import Account, reason, relative_difference, tolerance
+from curvops.products.batch import BatchProduct
+from curvops.products.kept import Kept
+from curvops.products.record import Recorder
+from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.risk.model import ModelFunction
+
+Fast = Callable[[Sequence[BatchProduct]], Tensor]
+SomeOperator = TypeVar("SomeOperator", bound="RiskOperator")
 
 
 class RiskOperator(LinearOperator):
-    """A symmetric matrix c Σ_batches (…) of an empirical risk.
+    """A symmetric matrix c Σ_batches (…) of an empirical risk: of model, loss and data as they are at each product.
 
     Args:
         model_func: Module called as ``model(X)``, or a function ``(params, X)``.
         loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
-        params: Parameters by name, any subset of the module's.
+        params: Parameters by name: the module's own tensors, any subset of them.
         data: Iterable of ``(X, y)`` that can be walked again.
         progressbar: Show a progress bar over the batches (needs ``tqdm``).
         check_deterministic: Compare two passes over the data, and the derivatives of second order with
@@ -39,8 +43,8 @@ class RiskOperator(LinearOperator):
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
-        memory_budget: Bytes that intermediate results and kept graphs may take; a quarter of the free memory if not
-            given, and 0 to keep nothing.
+        memory_budget: Bytes that intermediate results may take, and graphs inside `linearized`; a quarter of the
+            free memory if not given.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -61,7 +65,7 @@ class RiskOperator(LinearOperator):
         reduction: str | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        self.risk = EmpiricalRisk(
+        risk = EmpiricalRisk(
             model_func,
             loss_func,
             params,
@@ -71,85 +75,174 @@ class RiskOperator(LinearOperator):
             num_data=num_data,
             batch_size_fn=batch_size_fn,
         )
-        super().__init__(self.risk.space, symmetric=True, psd=self._is_psd())
-        self.memory_budget = memory_budget
-        self.account = Account()
-        self._kept = KeptLinearizations(self.risk, self._linearizer(self.account), self._budget)
-        self._sum = BatchSum(self._kept, self._upgrades, self.account, self.name)
+        self._set(risk, memory_budget)
         if check_deterministic:
-            check(self.risk)
-            self._judge()
+            check(risk)
+            self.account.note("second derivatives", *self._judge())
+
+    @classmethod
+    def of(
+        cls: type[SomeOperator], risk: EmpiricalRisk, *, memory_budget: int | None = None, **options: Any
+    ) -> SomeOperator:
+        """The operator of an existing risk, unchecked: several operators share its checks and proofs.
+
+        Args:
+            risk: The empirical risk.
+            memory_budget: As for the constructor.
+            options: The options that only this class has.
+        """
+        operator = cls.__new__(cls)
+        operator._options(**options)
+        operator._set(risk, memory_budget)
+        return operator
+
+    def _options(self) -> None:
+        """Take the options that only this class has."""
+
+    def _set(self, risk: EmpiricalRisk, memory_budget: int | None) -> None:
+        self.risk, self.memory_budget, self.account = risk, memory_budget, Account()
+        self._kept: Kept | None = None
+        super().__init__(risk.space, symmetric=True, psd=self._is_psd())
 
     def explain(self) -> str:
         """What was chosen for each piece of work so far, and why."""
         rows = str(self.account) or "  nothing has been computed yet"
         return f"{self!r}\n{rows}"
 
+    @contextmanager
+    def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
+        """A context within which the batches' graphs are kept, within the memory budget, from the first product on.
+
+        What does not fit is computed anew in each product. Inside, the operator means model, loss and data as they
+        were at the first product: a parameter, a buffer or a mode that has changed is an error where PyTorch's version
+        counters show it (a change by way of ``p.data`` or NumPy, of the loss or of the data is not seen).
+
+        Example:
+            >>> import torch
+            >>> from curvops import HessianLinearOperator
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+            >>> hessian = HessianLinearOperator(model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+            >>> v = torch.ones(hessian.shape[1])
+            >>> with hessian.linearized():
+            ...     for _ in range(10):
+            ...         v = hessian @ (v / v.norm())
+        """
+        outer = self._kept
+        if outer is None:
+            self._kept = Kept(self.risk, self.name, self._keep, self._budget, self.account)
+        try:
+            yield self
+        finally:
+            self._kept = outer
+
+    def _leaves(self) -> Iterable[Tensor]:
+        return self.risk.params.values()
+
     def _is_psd(self) -> bool:
         return False
 
-    def _judge(self) -> None:
-        """Compare this operator's kind of derivative with central differences."""
-
-    def _apply(self, columns: Tensor) -> Tensor:
-        c = self.risk.constant
-        with self.risk.evaluation():
-            total = self._sum(columns)
-        self.account.note("products", "from linearizations", str(self._kept))
-        return total.mul_(c).to(self.dtype)
-
-    def _upgrades(self) -> list[Upgrade]:
-        """Forms that may replace the linearizations of the batches; asked for whenever something has changed."""
-        self._kept.build = self._linearizer(self.account)  # what was certified before need not hold now
-        account = Account()
-        return [JoinedBatches(self._linearizer(account), account, self._budget, self._accept), self._held()]
-
-    def _accept(self, build: Build, account: Account) -> None:
-        self._kept.build = build
-        self.account.adopt(account)
+    def _judge(self) -> tuple[str, str]:
+        """Compare this operator's kind of derivative with central differences; the verdict, and its reason."""
+        return "not judged", ""
 
     @abstractmethod
-    def _held(self) -> Upgrade:
-        """The matrix in a form that is held, for where it is small."""
+    def _linearize(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
+    ) -> BatchProduct:
+        """The products of one batch, of whose forward pass ``z`` carries the graph; so many columns are to come, 0 for any number."""
 
     @abstractmethod
-    def _linearizer(self, account: Account) -> Build:
-        """What makes one batch's products, without the constant c; its choices are its own."""
+    def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
+        """A faster way than products one by one, if the rules know one: its name, and what it gives for some batches.
 
-    @abstractmethod
-    def _add_dense(self, batch: Batch, total: Tensor) -> float:
-        """Add one batch's matrix, without the constant c, to ``total`` ``[D, D]``, by a fast way.
-
-        Returns:
-            The relative difference by which it fails a certificate.
+        Args:
+            product: The products of the first of these batches.
+            rows: The vectors ``[K, D]``, for products with them ``[K, D]``; ``None`` for the matrix ``[D, D]``.
         """
 
-    #: name of the fast way of `_add_dense`
-    dense_way: str
+    def _keep(self, batch: Batch, walk: Walk) -> BatchProduct:
+        """What is kept of a batch for many products: its graph, or something smaller."""
+        return self._begin(batch, walk, 0)
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        if self._kept is None and rules.matrix_pays(columns.shape[1], self.domain.dim):
+            return self._dense() @ columns
+        rows = columns.T.contiguous()
+        if self._kept is not None:
+            total = torch.zeros(rows.shape, dtype=self.domain.sum_dtype, device=self.device)
+            return self._kept.add_to(total, rows).T.to(self.dtype)
+        return self._sum(rows).T.to(self.dtype)
 
     def _dense(self) -> Tensor:
-        with warnings.catch_warnings():
-            # vmap falls back to a loop for some operations, which costs time and is none of the caller's business
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            # small batches are joined first; a model that mixes the data of a batch refutes that, not the fast way
-            for joined in (JOINED, 0):
-                fast = partial(self._fast_dense, joined)
-                dense = certified("dense matrix", self.dense_way, fast, self.dtype, self.account)
-                if dense is not None:
-                    return dense
-        return super()._dense()
+        if self.domain.dim > rules.LARGEST_MATRIX or self._kept is not None:
+            return super()._dense()
+        return self._sum(None).to(self.dtype)
 
-    def _fast_dense(self, joined: int) -> tuple[Tensor, float]:
-        with self.risk.evaluation(), closing(self.risk.batches(self.name)) as batches:
-            dense, difference = self._dense_of(joined_batches(batches, joined))
-        return dense.mul_(self.risk.constant).to(self.dtype), difference
+    def _begin(self, batch: Batch, walk: Walk, columns: int) -> BatchProduct:
+        record = Recorder(batch.size)
+        z = record.finish(self.risk.forward(batch.X, record))
+        return self._linearize(batch, walk.curvature(z, batch), z, record, columns)
 
-    def _dense_of(self, batches: Iterable[Batch]) -> tuple[Tensor, float]:
-        """The matrix of some batches, without the constant c, by the fast way, and the difference that was found."""
-        total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
-        differences = [self._add_dense(batch, total) for batch in batches]
-        # a difference that is not a number must not be lost
-        return total, float(torch.tensor(differences).max())
+    def _sum(self, rows: Tensor | None) -> Tensor:
+        """Products with vectors ``[K, D]``, or the matrix, summed over the data: together by a fast way, or one by one."""
+        K = self.domain.dim if rows is None else len(rows)
+        total = torch.zeros(K, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
+        waiting: list[BatchProduct] = []
+        refuted = False
+
+        def flush() -> None:
+            nonlocal refuted
+            if waiting and not (refuted or self._together(total, waiting, rows)):
+                refuted = True
+            if refuted:
+                self._one_by_one(total, waiting, rows)
+            waiting.clear()
+
+        def add(batch: Batch, walk: Walk) -> None:
+            product = self._begin(batch, walk, K)
+            if refuted or self._fast(product, rows) is None:
+                self._one_by_one(total, [product], rows)
+                return
+            if waiting and not joins([p.batch for p in waiting], batch, rules.JOINED):
+                flush()
+            waiting.append(product)
+
+        return self.risk.sum_over_data(self.name, total, add, flush)
+
+    def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
+        if rows is None:
+            rows = torch.eye(len(total), dtype=self.dtype, device=self.device)
+        for product in products:
+            product.add_to(total, rows, last=True)
+
+    def _together(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> bool:
+        """Add what the fast way gives, if a random combination of it is what the reference gives for the combined vectors."""
+        found = self._fast(products[0], rows)
+        assert found is not None
+        name, fast = found
+        noise = torch.randn(len(total), generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        expected = torch.zeros(1, self.domain.dim, dtype=total.dtype, device=self.device)
+        for product in products:
+            product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0))
+        work = "dense matrix" if rows is None else "columns"
+        try:
+            with warnings.catch_warnings():
+                # a loop that stands in for a missing batching rule costs time and is none of the caller's business
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                part = fast(products)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            self.account.note(work, "one by one", f"{name} is unsupported here: {reason(error)}")
+            return False
+        difference = relative_difference(noise.to(part.dtype) @ part, expected[0].to(part.dtype))
+        if not difference <= tolerance(self.dtype):
+            self.account.note(work, "one by one", f"{name} differs from the reference by {difference:.1e}")
+            return False
+        self.account.note(work, name, f"a random combination equals the reference's within {difference:.1e}")
+        total.add_(part)
+        return True
 
     def _budget(self) -> int:
         return budget(self.device, self.memory_budget)

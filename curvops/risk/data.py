@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,8 @@ class Data:
         except TypeError:
             return 0
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def walk(self) -> Generator[Batch, None, None]:
+        """The batches, moved to the device."""
         start = 0
         for item in self.batches:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
@@ -73,6 +74,7 @@ class Data:
                 )
             X, y = (map_tensors(self._move, part) for part in item)
             size = self.batch_size(X)
+            self._check_targets(y, size)
             if size > 0:
                 yield Batch(X, y, size, start)
             start += size
@@ -101,21 +103,32 @@ class Data:
             "Pass batch_size_fn=lambda X: …, for instance lambda X: X['input_ids'].shape[0]."
         )
 
+    def _check_targets(self, y: Any, size: int) -> None:
+        """A target with another number of rows tells that the first axis of X does not hold the data."""
+        if self.batch_size_fn is not None or not isinstance(y, Tensor) or y.ndim == 0 or not size:
+            return
+        if y.shape[0] % size:
+            raise ValueError(
+                f"data: the first axis of X says {size} data, but the targets have shape {tuple(y.shape)}. If X has its data "
+                "along another axis (a sequence first), pass batch_size_fn=lambda X: …, for instance lambda X: X.shape[1]."
+            )
+
     def _move(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device, non_blocking=True)
         return tensor.clone() if tensor.is_inference() else tensor  # autograd keeps no inference tensors
 
 
-def joined_batches(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """Consecutive batches joined while they have at most ``most`` data together and are tensors of one kind."""
-    waiting: list[Batch] = []
-    for batch in batches:
-        if waiting and not (sum(b.size for b in waiting) + batch.size <= most and _alike(waiting[0], batch)):
-            yield _joined(waiting)
-            waiting = []
-        waiting.append(batch)
-    if waiting:
-        yield _joined(waiting)
+def joins(waiting: Sequence[Batch], batch: Batch, most: int) -> bool:
+    """Whether a batch can be joined to others: tensors of one kind, and at most ``most`` data together."""
+    return sum(b.size for b in waiting) + batch.size <= most and _alike(waiting[0], batch)
+
+
+def joined_batch(several: Sequence[Batch]) -> Batch:
+    """Consecutive batches as one; one alone as it is."""
+    if len(several) == 1:
+        return several[0]
+    X, y = (torch.cat(parts) for parts in zip(*((b.X, b.y) for b in several), strict=True))
+    return Batch(X, y, sum(b.size for b in several), several[0].start)
 
 
 def _alike(one: Batch, other: Batch) -> bool:
@@ -129,13 +142,6 @@ def _alike(one: Batch, other: Batch) -> bool:
         and (len(a), len(b)) == (one.size, other.size)
         for a, b in pairs
     )
-
-
-def _joined(several: list[Batch]) -> Batch:
-    if len(several) == 1:
-        return several[0]
-    X, y = (torch.cat(parts) for parts in zip(*((b.X, b.y) for b in several), strict=True))
-    return Batch(X, y, sum(b.size for b in several), several[0].start)
 
 
 def _kind(item: Any) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.substitutions import gradients
 from curvops.tree import tensors_of
 
 CHUNK, PROJECTIONS = 2**16, 8  # entries of a gradient that are projected together, and onto how many numbers
@@ -25,16 +27,18 @@ class Pass:
     Attributes:
         fingerprints: Of each batch.
         value: The sum of the loss terms.
-        gradient: Random projections of their gradient, piece by piece, so that it never has to be held as a whole.
+        gradient: Random projections of their gradient.
+        linear: Whether the loss of each batch is linear in the output.
     """
 
     fingerprints: list[tuple[float, ...]]
     value: Tensor
     gradient: Tensor
+    linear: list[bool]
 
 
 def check_deterministic(risk: EmpiricalRisk) -> None:
-    """Walk the data twice and compare data, risk and gradient.
+    """Walk the data twice and compare data, risk and gradient; warn of what makes curvature meaningless.
 
     Raises:
         RuntimeError: If they differ; the message says whether the loader or the model is the cause.
@@ -42,45 +46,59 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
     # one random state around both passes: putting it back in between would make dropout look deterministic
     with risk.evaluation():
         first, second = _walk(risk), _walk(risk)
-    risk.check_size(sum(int(prints[0]) for prints in first.fingerprints))
     if first.fingerprints != second.fingerprints:
         raise RuntimeError(_loader_message(first, second))
     tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
     if not _close(first.value, second.value, tolerance) or not _close(first.gradient, second.gradient, tolerance):
         raise RuntimeError(_model_message(risk))
+    for remark in _remarks(risk, first):
+        warnings.warn(remark, RuntimeWarning, stacklevel=3)
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:
     zero = torch.tensor(0.0, device=risk.space.device)
-    seen = Pass([], zero, zero)
+    seen = Pass([], zero, zero, [])
     shape, generator = (min(CHUNK, max(risk.space.dim, 1)), PROJECTIONS), torch.Generator().manual_seed(0)
     directions = torch.randn(shape, generator=generator).to(risk.space.device, risk.space.sum_dtype)
-    with closing(risk.batches("Determinism check")) as batches:
-        for batch in batches:
+    leaves = list(risk.params.values())
+    with risk.walk("Determinism check") as walk:
+        for batch in walk:
             seen.fingerprints.append(_fingerprint(batch))
-            leaves = risk.model.leaves()
-            value = risk.output_curvature(risk.forward(leaves, batch.X), batch).value()
+            curvature = walk.curvature(risk.forward(batch.X), batch)
+            value = curvature.value()
             seen.value = seen.value + value.detach()
-            seen.gradient = seen.gradient + _projected_gradient(value, list(leaves.values()), directions)
+            seen.linear.append(curvature.linear)
+            if value.requires_grad:
+                found = gradients(value, leaves, allow_unused=True)
+                seen.gradient = seen.gradient + _projected(found, leaves, directions)
+        _ = walk.constant
     return seen
 
 
-def _projected_gradient(value: Tensor, leaves: Sequence[Tensor], directions: Tensor) -> Tensor:
-    """Projections ``[pieces, PROJECTIONS]`` of the gradient, each part of which is dropped once it is projected."""
-    sizes = [-(-max(leaf.numel(), 1) // len(directions)) for leaf in leaves]
-    found = torch.zeros(sum(sizes), directions.shape[1], dtype=directions.dtype, device=directions.device)
+def _projected(found: Sequence[Tensor | None], leaves: Sequence[Tensor], directions: Tensor) -> Tensor:
+    """Random projections ``[pieces, PROJECTIONS]`` of a gradient."""
+    rows = []
+    for slope, leaf in zip(found, leaves, strict=True):
+        for part in (torch.zeros_like(leaf) if slope is None else slope).detach().flatten().split(len(directions)):
+            rows.append(part.to(directions.dtype) @ directions[: len(part)])
+    return torch.stack(rows)
 
-    def project(rows: Tensor, leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            for row, part in zip(rows, leaf.grad.flatten().split(len(directions)), strict=True):
-                row.copy_(part.to(directions.dtype) @ directions[: len(part)])
-        leaf.grad = None
 
-    if value.requires_grad:
-        for leaf, rows in zip(leaves, found.split(sizes), strict=True):
-            leaf.register_post_accumulate_grad_hook(partial(project, rows))
-        torch.autograd.backward(value, inputs=leaves)
-    return found
+def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[str]:
+    """What a user should know before they trust a matrix of this risk."""
+    if not torch.isfinite(seen.value):
+        yield f"data: the loss is {float(seen.value)} (are there NaNs or infinities in the data or parameters?), so curvature will not be finite."
+    elif all(seen.linear):
+        yield (
+            "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, or a model that returns its "
+            "own loss), so the GGN and its relatives are zero. Let the model return logits and the loss be CrossEntropyLoss."
+        )
+    norms = [m for m in risk.model.training_modules if isinstance(m, _NormBase) and not isinstance(m, _InstanceNorm)]
+    if norms:
+        yield (
+            f"model: batch norm in train mode ({len(norms)} modules) mixes the data of a batch, so curvature depends on how the data "
+            "is cut into batches. Call model.eval(), or pass all data in one batch."
+        )
 
 
 def _fingerprint(batch: Batch) -> tuple[float, ...]:

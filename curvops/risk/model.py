@@ -1,36 +1,33 @@
-"""The model as a pure function of its parameters: nothing of the caller's module changes."""
+"""The model as it stands: the caller's own module or function, at the caller's own tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 
 from curvops.space import TensorSpace, describe
-from curvops.tree import content
+from curvops.substitutions import Substitutions
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
-# modules that only wrap another one, and the attribute that holds it
-WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+# modules that only distribute another one, and the attribute that holds it
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 class Model:
-    """A module or a function ``(params, X)`` as a function of named parameters.
-
-    Parameters that are not asked for are constants; buffers are cloned for each call, so that
-    statistics and power iterations leave the caller's untouched.
+    """A module or a function ``(params, X)``, run as it stands; its buffers are afterwards as before.
 
     Args:
         model_func: Module, or function of a dict of parameters and an input.
-        params: The parameters in which the curvature is taken, by name.
+        params: The tensors in which the curvature is taken, by name: the module's own, under any names.
 
     Raises:
         TypeError: If ``model_func`` is not callable.
-        ValueError: If the module has no parameter of a given name and shape.
+        ValueError: If a tensor is not the module's own, or comes under two names.
     """
 
     def __init__(self, model_func: Module | ModelFunction, params: Mapping[str, Tensor]) -> None:
@@ -42,122 +39,133 @@ class Model:
         self.params = dict(params)
         self.module: Module | None = None
         self.function: ModelFunction | None = None
-        self._first_dtype = next(iter(self.params.values())).dtype
         if isinstance(model_func, Module):
-            self.module, self._names = _unwrap(model_func, self.params)
-            own = dict(self.module.named_parameters(remove_duplicate=False))
-            self._mine = {id(own[name]) for name in self._names.values()}
+            while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
+                model_func = getattr(model_func, attribute)
+            self.module = model_func
         else:
             self.function = model_func
+        self._check()
 
     @property
     def training_modules(self) -> list[Module]:
         """Submodules in train mode."""
-        return [] if self.module is None else [m for m in self.module.modules() if m.training]
+        return [m for root in self._roots() for m in root.modules() if m.training]
 
-    def token(self) -> object:
-        """Changes whenever parameters, buffers, modes, plain attributes, functions or hooks have changed.
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All buffers, each once."""
+        return list({id(b): b for root in self._roots() for b in root.buffers()}.values())
 
-        Values that change by way of ``p.data`` are seen too.
+    def __call__(self, X: Any) -> Tensor:
+        """Output of the model as it stands.
+
+        Raises:
+            TypeError: If the output is not a tensor.
         """
-        modules = [m for root in self._roots() for m in root.modules()]
-        tensors = list(self.params.values())
-        settings: list[object] = []
-        for module in modules:
-            for name, value in vars(module).items():
-                if isinstance(value, (bool, int, float, str)):
-                    settings.append((name, value))
-                elif isinstance(value, Tensor):
-                    tensors.append(value)
-                elif name.endswith("_hooks"):
-                    settings.append((name, *map(id, value.values())))
-                elif callable(value):
-                    settings.append((name, id(value)))
-            tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        return tuple(settings), content(tensors)
+        with self._buffers_kept():
+            return _tensor(self.module(X) if self.module is not None else self._function(self.params, X))
+
+    def functional(self, params: Mapping[str, Tensor], X: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """Output with other tensors in the place of the parameters, wherever an operation is given one.
+
+        A view of a parameter that was made before, or a `torch.autograd.Function` that takes one, is out of
+        reach, so this serves ways that are compared with the model as it stands.
+
+        Args:
+            params: The tensors by name.
+            X: Input of a batch.
+            dtype: Precision that everything else of the model is brought to.
+        """
+        stand_ins = {id(tensor): params[name] for name, tensor in self.params.items()}
+        if dtype is not None:
+            for root in self._roots():
+                for tensor in (*root.parameters(), *root.buffers()):
+                    stand_ins.setdefault(id(tensor), floating_to(tensor.detach().clone(), dtype))
+        with self._buffers_kept(), Substitutions(stand_ins):
+            return _tensor(self.module(X) if self.module is not None else self._function(params, X))
+
+    def _function(self, params: Mapping[str, Tensor], X: Any) -> Any:
+        assert self.function is not None
+        return self.function(dict(params), X)
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Put back buffers that change as the model runs.
+
+        In place, so that a graph that needs what they had become notices, and its backward pass is an error.
+        """
+        found = [(m, n, b) for root in self._roots() for m in root.modules() for n, b in m._buffers.items()]
+        kept = [(m, n, b, b.detach().clone()) for m, n, b in found if b is not None]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, before in kept:
+                    if module._buffers.get(name) is not buffer:
+                        module._buffers[name] = buffer
+                    if not _same(buffer, before):
+                        buffer.copy_(before)
 
     def _roots(self) -> list[Module]:
         """The module, or the modules that a function refers to."""
         if self.module is not None:
             return [self.module]
-        held: list[object] = [
-            self.function,
-            getattr(self.function, "__self__", None),
-            getattr(self.function, "func", None),
-        ]
-        held += getattr(self.function, "args", ())
-        for cell in getattr(self.function, "__closure__", None) or ():
-            held.append(cell.cell_contents)
-        names = getattr(getattr(self.function, "__code__", None), "co_names", ())
-        held += [getattr(self.function, "__globals__", {}).get(name) for name in names]
+        function: Any = self.function
+        held = [function, getattr(function, "__self__", None), getattr(function, "func", None)]
+        held += getattr(function, "args", ())
+        held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        names = getattr(getattr(function, "__code__", None), "co_names", ())
+        held += [getattr(function, "__globals__", {}).get(name) for name in names]
         return [value for value in held if isinstance(value, Module)]
 
-    def leaves(self) -> dict[str, Tensor]:
-        """Fresh leaves of the autograd graph that share the parameters' memory."""
-        return {name: _plain(p).requires_grad_() for name, p in self.params.items()}
-
-    def __call__(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
-        """Output of the model at the given parameters.
-
-        Raises:
-            TypeError: If the output is not a tensor.
-        """
-        output = self._forward(params, X)
-        if not isinstance(output, Tensor):
-            raise TypeError(_not_a_tensor(output))
-        return output
-
-    def _forward(self, params: Mapping[str, Tensor], X: Any) -> Any:
+    def _check(self) -> None:
+        first: dict[int, str] = {}
+        for name, tensor in self.params.items():
+            if (other := first.setdefault(id(tensor), name)) != name:
+                raise ValueError(
+                    f"params: {other!r} and {name!r} are one tensor. Pass it under one name, as dict(model.named_parameters()) does."
+                )
+            if tensor.is_inference():
+                raise ValueError(
+                    f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
+                    "Build the model outside torch.inference_mode()."
+                )
         if self.module is None:
-            assert self.function is not None
-            return self.function(dict(params), X)
-        given = {self._names[name]: tensor for name, tensor in params.items()}
-        # in another precision (the judge's double), constants and buffers follow the parameters
-        dtype = None if next(iter(params.values())).dtype == self._first_dtype else torch.float64
-        constants = {n: _plain(p) for n, p in self.module.named_parameters() if id(p) not in self._mine}
-        buffers = {n: b.clone() for n, b in self.module.named_buffers()}
-        others = {n: floating_to(t, dtype) for n, t in {**constants, **buffers}.items()}
-        return functional_call(self.module, {**others, **given}, (X,))
-
-
-def _unwrap(module: Module, params: Mapping[str, Tensor]) -> tuple[Module, dict[str, str]]:
-    """The innermost module, and the name there of each parameter."""
-    prefixes = [""]
-    while (attribute := WRAPPERS.get(type(module).__name__)) is not None:
-        prefixes.append(f"{prefixes[-1]}{attribute}.")
-        module = getattr(module, attribute)
-    own = dict(module.named_parameters(remove_duplicate=False))
-    names, unknown = {}, []
-    for name, tensor in params.items():
-        candidates = (name.removeprefix(prefix) for prefix in reversed(prefixes))
-        found = next((n for n in candidates if n in own), None)
-        if found is None:
-            unknown.append(name)
-            continue
-        names[name] = found
-        if own[found].shape != tensor.shape:
+            return
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        mine = {id(p) for p in own.values()}
+        foreign = [name for name, tensor in self.params.items() if id(tensor) not in mine and _stands_for(name, own)]
+        if foreign:
             raise ValueError(
-                f"params[{name!r}]: expected shape {tuple(own[found].shape)} as in the module, got {tuple(tensor.shape)}."
+                f"params: {describe(foreign)} are not the tensors of the module {type(self.module).__name__}, but others of the same "
+                "names (copies?). Curvature is taken where the module is: pass a subset of dict(model.named_parameters()), or a "
+                "function (params, X) such as lambda p, X: torch.func.functional_call(model, p, (X,))."
             )
-    first: dict[int, str] = {}
-    for name, found in names.items():
-        if (other := first.setdefault(id(own[found]), name)) != name:
+        unknown = [n for n, t in self.params.items() if id(t) not in mine and not (t.requires_grad or t.grad_fn)]
+        if unknown:
             raise ValueError(
-                f"params: {other!r} and {name!r} are one parameter of the module {type(module).__name__}. "
-                "Pass it under one name, as dict(model.named_parameters()) does."
+                f"params: the module {type(self.module).__name__} has no parameter {describe(unknown)}; "
+                f"it has {describe(list(own))}. Pass a subset of dict(model.named_parameters())."
             )
-    if unknown:
-        raise ValueError(
-            f"params: the module {type(module).__name__} has no parameter {describe(unknown)}; "
-            f"it has {describe(list(own))}. Pass a subset of dict(model.named_parameters())."
-        )
-    return module, names
 
 
-def _not_a_tensor(output: Any) -> str:
+def _stands_for(name: str, own: Mapping[str, Tensor]) -> bool:
+    return name.removeprefix("module.").removeprefix("_orig_mod.") in own or name in own
+
+
+def _same(tensor: Tensor, before: Tensor) -> bool:
+    if torch.equal(tensor, before):
+        return True
+    return tensor.is_floating_point() and torch.allclose(tensor, before, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
     kind = type(output).__name__
     part = ".logits" if hasattr(output, "logits") else "['name']" if isinstance(output, Mapping) else "[0]"
-    return (
+    raise TypeError(
         f"model_func: expected a tensor as output, got {kind}. Wrap the model so that it returns the tensor that the loss takes:\n"
         "    class Wrapped(torch.nn.Module):\n"
         "        def __init__(self, model):\n"
@@ -166,11 +174,6 @@ def _not_a_tensor(output: Any) -> str:
         "        def forward(self, X):\n"
         f"            return self.model(X){part}"
     )
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, and as a normal one if it was made in inference mode."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 def floating_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

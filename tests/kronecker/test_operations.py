@@ -1,6 +1,8 @@
 """Inverses, powers, determinants, spectra and samples on the structure, against the dense matrix."""
 
+import copy
 import math
+import pickle
 from functools import cache
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from torch import nn
 
 import curvops.operators.blocks as blocks
-from curvops import BlockRule, KFACLinearOperator
+from curvops import BlockRule, KFACLinearOperator, TensorSpace
+from curvops.operators.block_diagonal import Placed, StructuredOperator
+from curvops.operators.places import Places
 from kronecker.cases import PROBLEMS, build, close, real, seeded
 
 KINDS = ("kfac", "ekfac", "kfoc", "diagonal")
@@ -130,6 +134,15 @@ def test_several_dampings_share_one_decomposition_and_leave_the_factors(monkeypa
     assert torch.equal(op.to_dense(), dense)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda op: pickle.loads(pickle.dumps(op))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies(kind, copied):
+    op = operator(kind, "tokens")
+    for each in (op.inverse(0.1), op.inverse(0.1, "heuristic"), 2 * op.power(0.5) - op.inverse(0.1)):
+        found = copied(each)
+        assert found.name == each.name and torch.equal(found.to_dense(), each.to_dense())
+
+
 def overdetermined(**options):
     """Enough data that no block is singular."""
     model = seeded(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)))
@@ -161,6 +174,83 @@ def test_a_singular_block_is_named(kind, how):
         op.sample(1, 0.0)
     assert op.logdet() == -math.inf and op.det() == 0.0
     assert torch.isfinite(op.inverse(1e-3, how).to_dense()).all()
+
+
+def structured(*factors):
+    """An operator of a block for each pair of factors."""
+    placed, tensors, start = [], {}, 0
+    for k, (left, right) in enumerate(factors):
+        block = blocks.KroneckerBlock(left, right)
+        where = Places.range(start, start + block.size, left.device)
+        placed.append(Placed((f"w{k}",), where, block))
+        tensors[f"w{k}"] = torch.zeros(block.size, dtype=left.dtype)
+        start += block.size
+    return StructuredOperator(TensorSpace(tensors), placed, "structured")
+
+
+def gram(n, rows, kind, dtype=torch.float64, seed=0):
+    """The moment of some rows, singular where they are fewer than n."""
+    a = real(2, rows, n, seed=seed).to(dtype)
+    if kind == "positive":
+        a = a.relu() + 0.1
+    elif kind == "scaled":
+        a = a * torch.logspace(0, -3, n, dtype=dtype)
+    return a.mT @ a / rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "positive", "scaled"])
+@pytest.mark.parametrize("n", [2, 3, 7, 30, 100])
+def test_factors_of_few_data_are_singular(n, kind, dtype):
+    """Rounding often leaves them positive definite, so that a Cholesky factorisation succeeds."""
+    one = torch.ones(2, 1, 1, dtype=dtype)
+    for rows in {1, n // 2, n - 1} - {0}:
+        for seed in range(20):
+            op = structured((gram(n, rows, kind, dtype, seed), one))
+            for how in ("exact", "heuristic"):
+                with pytest.raises(ValueError, match="block of 'w0': it is singular, so the power -1 does not exist"):
+                    op.inverse(kind=how)
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e6, 1e11, 1e14])
+@pytest.mark.parametrize("n", [2, 3, 30])
+def test_a_positive_definite_factor_has_an_inverse(n, condition):
+    """Well-conditioned or not: with eigenvalues that are known beforehand."""
+    basis = torch.linalg.qr(real(2, n, n))[0]
+    values = torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)
+    factor = (basis * values) @ basis.mT
+    op = structured((factor, torch.eye(2, dtype=torch.float64).expand(2, 2, 2)))
+    inverse = op.inverse()
+    expected = torch.block_diag(*(torch.kron(b, torch.eye(2)) for b in (basis / values) @ basis.mT))
+    close(inverse.to_dense(), expected, 1e-15 * n * condition + 1e-12)
+    for found, sign in ((op.logdet(), 1), (inverse.logdet(), -1)):
+        close(found, sign * 4 * values.log().sum(), 1e-16 * condition + 1e-10)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+def test_no_eigendecomposition_where_none_is_needed(monkeypatch, damping):
+    op = build("kfac", overdetermined())
+    dense = op.to_dense()
+    expected = heuristic(op, damping, 0.0)
+    monkeypatch.setattr(blocks, "eigh", None)
+    inverse = op.inverse(damping, "heuristic")
+    close(inverse.to_dense(), expected, 1e-9)
+    if damping == 0:
+        close(op.inverse().to_dense(), torch.linalg.inv(dense), 1e-9)
+    monkeypatch.undo()
+    assert all(isinstance(placed.block, blocks.KroneckerBlock) for placed in inverse.blocks)
+    close(inverse.trace(), expected.trace())
+    close(inverse.logdet(), torch.logdet(expected), 1e-9)
+    close(inverse.eigenvalues(), torch.linalg.eigvalsh(expected), 1e-9)
+    close(inverse.inverse().to_dense(), torch.linalg.inv(expected), 1e-9)
+
+
+@pytest.mark.parametrize("damping", [1e-30, 1e-17, 1e-10, math.inf])
+def test_a_heuristic_damping_beyond_rounding(damping):
+    """It bounds the inverse by 1 / damping, whatever rounding made of the factor's zeros."""
+    op = structured((gram(20, 5, "normal"), torch.ones(2, 1, 1, dtype=torch.float64)))
+    values = op.inverse(damping, "heuristic").eigenvalues()
+    assert torch.isfinite(values).all() and values.max() <= 1.001 / damping and values.min() >= 0
 
 
 def test_an_unused_parameter_is_an_exact_zero():

@@ -1,4 +1,8 @@
-"""Sums, multiples and products of operators, and what they refuse."""
+"""Sums, multiples and products of operators, their derivatives in the vector, and what they refuse."""
+
+import copy
+import pickle
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -6,7 +10,6 @@ import torch
 from conformance import close, draws
 
 from curvops import LinearOperator, TensorSpace
-from curvops.operators.algebra import AdjointOperator
 
 
 def space(*sizes):
@@ -23,8 +26,8 @@ class Matrix(LinearOperator):
     def _apply(self, columns):
         return self.dense @ columns
 
-    def _adjoint(self):
-        return AdjointOperator(self, lambda columns: self.dense.T @ columns)
+    def _apply_adjoint(self, columns):
+        return self.dense.T @ columns
 
 
 @pytest.fixture
@@ -129,3 +132,144 @@ def test_a_matrix_that_does_not_fit_into_memory():
 def test_an_abstract_operator_cannot_be_made():
     with pytest.raises(TypeError, match="abstract"):
         LinearOperator(space(1))
+
+
+def test_an_adjoint_that_nobody_gave_is_an_error_and_not_the_operator():
+    class Forward(LinearOperator):
+        def _apply(self, columns):
+            return draws(3, 3) @ columns
+
+    with pytest.raises(NotImplementedError, match="Forward: it is not symmetric, and gives no products with its"):
+        Forward(space(3)).T @ draws(3)
+
+
+class Counting(Matrix):
+    """Counts its open contexts."""
+
+    open = 0
+
+    @contextmanager
+    def linearized(self):
+        self.open += 1
+        try:
+            yield self
+        finally:
+            self.open -= 1
+
+
+def test_linearized_reaches_all_parts():
+    A, B, C = Counting(draws(3, 3), space(3), None), Counting(draws(2, 3), space(3), space(2)), draws(3, 3)
+    C = Matrix(C, space(3), None)
+    op = (B @ (2 * A - C)).T
+    with op.linearized() as same:
+        assert same is op and A.open == B.open == 1
+        with (A + A).linearized():
+            assert A.open == 3
+    with pytest.raises(KeyError), op.linearized():
+        raise KeyError
+    assert A.open == B.open == 0
+    with C.linearized() as same:
+        assert same is C
+
+
+def combined(rectangular, symmetric):
+    """An operator of all kinds, and its matrix."""
+    A, S = rectangular.dense, symmetric.dense
+    op = (2 * rectangular - rectangular @ symmetric) @ (rectangular.T @ rectangular + symmetric / 3)
+    return op, (2 * A - A @ S) @ (A.T @ A + S / 3)
+
+
+def test_products_are_differentiable_in_the_vector(rectangular, symmetric):
+    op, dense = combined(rectangular, symmetric)
+    for of, matrix in ((op, dense), (op.T, dense.T), (symmetric, symmetric.dense)):
+        for columns in (None, 2):
+            v, w = draws(of.shape[1], columns).requires_grad_(), draws(of.shape[0], columns, seed=1)
+            (w * (of @ v)).sum().backward()
+            close(v.grad, matrix.T @ w)
+            assert torch.autograd.gradcheck(lambda u, of=of: of @ u, v)
+            assert torch.autograd.gradgradcheck(lambda u, of=of: of @ u.sin(), v)
+    v = draws(5).requires_grad_()
+    (gradient,) = torch.autograd.grad((v @ op * draws(3)).sum(), v)
+    close(gradient, dense @ draws(3))
+    v = draws(3).requires_grad_()
+    (gradient,) = torch.autograd.grad(v @ (symmetric @ v), v, create_graph=True)
+    close(gradient.detach(), 2 * symmetric.dense @ v.detach())
+    (again,) = torch.autograd.grad(gradient @ draws(3), v)
+    close(again, 2 * symmetric.dense @ draws(3))
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda tensors: dict(zip(("p0", "p1"), tensors, strict=True))])
+@pytest.mark.parametrize("needed", [(True, True), (False, True)])
+def test_derivatives_in_all_formats(rectangular, make, needed):
+    """Also where some tensors are constants."""
+    tensors = [t.clone().requires_grad_(n) for t, n in zip(draws(3).split([1, 2]), needed, strict=True)]
+    found = rectangular @ make(tensors)
+    parts = list(found.values()) if isinstance(found, dict) else list(found)
+    w = draws(5, seed=1)
+    (w[:2] @ parts[0] + w[2:] @ parts[1]).backward()
+    expected = (rectangular.dense.T @ w).split([1, 2])
+    for tensor, gradient, need in zip(tensors, expected, needed, strict=True):
+        if need:
+            close(tensor.grad, gradient)
+        else:
+            assert tensor.grad is None
+
+
+def test_no_graph_where_none_is_wanted(symmetric):
+    v = draws(3).requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert not (symmetric @ v).requires_grad
+    assert not (symmetric @ v.detach()).requires_grad
+    assert (symmetric @ v[:, None].expand(-1, 0)).shape == (3, 0)
+
+
+def test_a_backward_pass_after_a_change_is_an_error(symmetric):
+    """It would multiply with another matrix."""
+    symmetric._leaves = lambda: [symmetric.dense]
+    v = draws(3).requires_grad_()
+    found = ((2 * symmetric + symmetric) @ v).sum()
+    found.backward(retain_graph=True)
+    symmetric.dense.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
+def dual(product, v):
+    with torch.autograd.forward_ad.dual_level():
+        return product(torch.autograd.forward_ad.make_dual(v, v))
+
+
+TRANSFORMS = {
+    "vmap": lambda product, v: torch.func.vmap(product)(v.expand(2, -1)),
+    "grad": lambda product, v: torch.func.grad(lambda u: product(u).sum())(v),
+    "jvp": lambda product, v: torch.func.jvp(product, (v,), (v,)),
+    "jacfwd": lambda product, v: torch.func.jacfwd(product)(v),
+    "functionalize": lambda product, v: torch.func.functionalize(product)(v),
+    "vectorized": lambda product, v: torch.autograd.functional.jacobian(product, v, vectorize=True),
+    "forward mode": dual,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_told_what_to_do_instead(rectangular, transform):
+    with pytest.raises(
+        TypeError, match=r"@ v': expected a plain tensor, got one inside .* columns \[D, K\].*linearized"
+    ):
+        TRANSFORMS[transform](lambda v: rectangular @ v, draws(3))
+    if transform not in ("functionalize", "vectorized"):
+        with pytest.raises(TypeError, match="got one inside a transform"):
+            TRANSFORMS[transform](lambda v: (rectangular @ list(v.split([1, 2])))[0], draws(3))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda op: pickle.loads(pickle.dumps(op))], ids=["copy", "pickle"])
+def test_copies(rectangular, symmetric, copied):
+    op, dense = combined(rectangular, symmetric)
+    for each, matrix in ((op, dense), (op.T, dense.T), (symmetric, symmetric.dense)):
+        found = copied(each)
+        assert found is not each and (found.name, found.shape, found.psd) == (each.name, each.shape, each.psd)
+        assert (found.domain, found.codomain) == (each.domain, each.codomain)
+        close(found.to_dense(), matrix)
+    found = copied(rectangular)
+    found.dense.zero_()
+    assert rectangular.dense.any()

@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from curvops.products.certify import relative_difference
-from curvops.products.reference import OutputLinearization
 from curvops.space import TensorSpace
 from curvops.tree import map_tensors, tensors_of
-
-
-class CertifiedRows:
-    """Rows Jᵀu that come with a certificate.
-
-    A random combination of all rows must be what one backward pass gives for the same combination of cotangents.
-
-    Args:
-        rows: Gives the rows, as `pulled_rows` does.
-        cotangents: What they are pulled from, ``[N, P, *output]``.
-        jacobian: The Jacobian at the batch, by reverse mode.
-
-    Attributes:
-        difference: Relative difference between the two, once all rows were given.
-    """
-
-    def __init__(self, rows: Iterable[Tensor], cotangents: Tensor, jacobian: OutputLinearization) -> None:
-        self._rows, self._cotangents, self._jacobian = rows, cotangents, jacobian
-        self.difference = torch.nan
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Rows ``[n P, D]`` of some consecutive data."""
-        us, start = self._cotangents, 0
-        if not us.shape[1]:
-            self.difference = 0.0
-            return
-        weights = torch.randn(us.shape[:2], generator=torch.Generator().manual_seed(0)).to(us)
-        total: Tensor | None = None
-        for rows in self._rows:
-            combined = weights.flatten()[start : start + len(rows)].to(rows) @ rows
-            total, start = combined if total is None else total.add_(combined), start + len(rows)
-            yield rows
-        assert total is not None
-        # a combination datum by datum: the cotangents of a datum are zero at all others
-        u = torch.einsum("np,np...->n...", weights, us).reshape(self._jacobian.z.shape)
-        self.difference = relative_difference(total, self._jacobian.vjp(u))
 
 
 def pulled_rows(

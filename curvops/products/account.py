@@ -1,0 +1,38 @@
+"""What was chosen for each piece of work, and why; and when two results count as equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Account:
+    """The source of an operator's `explain()`."""
+
+    rows: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def note(self, work: str, choice: str, why: str) -> None:
+        """Record the choice for a piece of work; the last one counts."""
+        self.rows[work] = (choice, why)
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {work}: {choice} ({why})" for work, (choice, why) in list(self.rows.items()))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference that rounding explains: the root of the machine precision."""
+    return float(torch.finfo(dtype).eps ** 0.5)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖, zero where both vanish; not a number if either is not finite."""
+    difference, scale = (a - b).detach().norm(), b.detach().norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]

@@ -1,0 +1,81 @@
+"""Proof that forward mode gives J v, on a few data; it holds for passes that made the same operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from curvops.products.account import reason, tolerance
+from curvops.products.batch import Push, inner_product
+from curvops.products.record import Recorder
+from curvops.products.reference import OutputLinearization, tangents
+from curvops.products.rules import FEW
+from curvops.risk.data import Batch
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.tree import select, tensors_of
+
+PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found of forward mode: holds, or why it does not, for passes like the recorded one."""
+
+    record: Recorder
+    holds: bool
+    why: str
+
+
+def forward_push(risk: EmpiricalRisk, batch: Batch, like: Tensor) -> Push:
+    """J v by forward mode, with vectors in the place of the parameters' tangents."""
+    primals = {name: p.detach() for name, p in risk.params.items()}
+
+    def push(v: Tensor) -> Tensor:
+        directions = dict(zip(primals, tangents(v, risk.space), strict=True))
+        with torch.no_grad():  # no graph of the model's other parameters
+            return jvp(lambda p: risk.functional(p, batch.X), (primals,), (directions,))[1].to(like.dtype)
+
+    return push
+
+
+def proved(risk: EmpiricalRisk, batch: Batch, record: Recorder) -> Proof:
+    """The proof that covers a batch's pass, found anew if there is none."""
+    for proof in list(risk.proofs):
+        if proof.record.covers(record):
+            return proof
+    try:
+        proof = _prove(risk, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        proof = Proof(record, False, f"forward mode is unsupported here: {reason(error)}")
+    if not proof.record.covers(record):
+        proof = Proof(record, False, "a few data take other operations than the batch")
+    risk.proofs.append(proof)
+    return proof
+
+
+def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
+    """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for random u and v on the first and last data of a batch."""
+    if any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)):
+        raise ValueError("X cannot be cut into data")
+    places = torch.tensor([*range(FEW // 2), *range(batch.size - FEW // 2, batch.size)], device=risk.space.device)
+    few = Batch(select(batch.X, batch.size, places), None, FEW, batch.start)
+    record = Recorder(FEW)
+    z = record.finish(risk.forward(few.X, record))
+    generator = torch.Generator().manual_seed(0)
+    # a random piece, over and over: to draw each entry would take as long as the proof
+    piece = torch.randn(PIECE, generator=generator).to(risk.space.device, risk.space.dtype)
+    v = piece.repeat(-(-risk.space.dim // PIECE))[: risk.space.dim]
+    u = torch.randn(z.shape, generator=generator).to(z)
+    pushed = forward_push(risk, few, z)(v)
+    pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=True)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    inner, along = torch.sum(u.to(wide) * pushed.to(wide)), inner_product(pulled, v, risk.space.sizes)
+    difference = float(abs(inner - along) / (u.norm() * pushed.norm()).clamp(min=torch.finfo(wide).tiny))
+    if not difference <= tolerance(z.dtype):
+        return Proof(record, False, f"forward mode is not the adjoint of reverse mode ({difference:.1e})")
+    return Proof(record, True, f"equal to reverse mode's adjoint within {difference:.1e} on {FEW} data")

@@ -1,0 +1,79 @@
+"""What a forward pass did: its operations, to tell whether a proof covers it, and how much work they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvops.substitutions import Substitutions
+
+CONVOLUTIONS = {
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+PRODUCTS = {
+    *(F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm),
+    *(torch.addmm, Tensor.addmm, torch.baddbmm, torch.mv, Tensor.mv),
+}
+# operations whose derivative in forward mode costs more than their second backward pass: `make calibrate` shows it
+DEAR_IN_FORWARD_MODE = {
+    *(F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, F.instance_norm),
+    *(F.scaled_dot_product_attention, F.multi_head_attention_forward, F.softmax, torch.softmax, Tensor.softmax),
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+}
+
+
+class Recorder(Substitutions):
+    """Sees the operations of one forward pass.
+
+    Args:
+        size: Number of data in the batch.
+
+    Attributes:
+        work: Multiplications and additions of the products with parameters and among data, roughly.
+        convolves: Whether there are convolutions.
+        dear: Whether there are operations that are dear in forward mode.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.work, self.convolves, self.dear = size, 0, False, False
+        self._steps: list[tuple[Any, torch.Size]] = []
+        self._nodes: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Tensor):
+            self._steps.append((func, out.shape))
+            if func in CONVOLUTIONS:
+                self.convolves = True
+                self.work += out.numel() * args[1][0].numel()
+            elif func in PRODUCTS:
+                self.work += out.numel() * args[0].shape[-1]
+        self.dear = self.dear or func in DEAR_IN_FORWARD_MODE
+        return out
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Note what the graph of the output holds besides, such as a model's own `torch.autograd.Function`s."""
+        seen, todo = set(), [z.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                self._nodes.append(node.name())
+                todo += [following for following, _ in node.next_functions]
+        return z
+
+    def covers(self, other: Recorder) -> bool:
+        """Whether another pass made the same operations, of the same shapes but for the data's axis."""
+        if len(self._steps) != len(other._steps) or self._nodes != other._nodes:
+            return False
+        return all(
+            one is two and len(a) == len(b) and all(map(lambda m, n: self._alike(m, n, other.size), a, b))
+            for (one, a), (two, b) in zip(self._steps, other._steps, strict=True)
+        )
+
+    def _alike(self, m: int, n: int, size: int) -> bool:
+        return m == n or m * size == n * self.size

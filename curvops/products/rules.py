@@ -1,0 +1,46 @@
+"""Which way serves for which work: rules by shapes and counts. `make calibrate` prints the measurements behind them."""
+
+from __future__ import annotations
+
+from curvops.products.record import Recorder
+
+FEW = 2  # data that a proof looks at
+JOINED = 128  # data up to which small batches go together, after a proof
+TOGETHER = 4  # columns from which it is asked whether they go together
+CHUNK = 64  # columns that go together at most
+SMALL = 4_000_000  # multiplications and additions of a batch below which the operations' overhead rules
+LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many columns
+LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
+MANY = 64  # products that whoever opens `linearized` is taken to want
+
+
+def matrix_pays(columns: int, parameters: int) -> bool:
+    """Whether the dense matrix takes less than products with so many columns."""
+    return columns >= TOGETHER and 4 * columns >= parameters and parameters <= LARGEST_MATRIX
+
+
+def together_pays(columns: int, work: int) -> bool:
+    """Whether columns go together, rather than one by one over a batch's graph."""
+    return columns >= TOGETHER and work <= SMALL
+
+
+def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> bool:
+    """Whether the rows Sᵀ J of a batch and products with them take less than products over its graph.
+
+    A product over the graph takes about 8 · work operations, one with the rows 4 · rows · parameters, and making the
+    rows 4 · work for each of a datum's rows.
+    """
+    if columns < 2 or rows * parameters > LARGEST_ROWS:
+        return False
+    if work <= SMALL:
+        # overhead rules: a batched backward pass against one for each column
+        return rows <= 2 * data * columns
+    return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
+
+
+def forward_mode_pays(record: Recorder) -> bool:
+    """Whether J v by forward mode takes less than by reverse over reverse, its proof included.
+
+    That is so where convolutions dominate, whose second backward pass is dear.
+    """
+    return record.convolves and not record.dear and record.work > SMALL and record.size > 2 * FEW

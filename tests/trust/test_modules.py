@@ -1,0 +1,240 @@
+"""Modules of every make, threads, copies, transforms; what cannot be right is a clear error."""
+
+import copy
+import pickle
+import re
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import grad, jvp, vmap
+
+from trust.oracle import IMPLICIT, KINDS, Case, close, real
+from trust.support import CE, CLEAR, Model, Net, data, labels
+
+
+def exported(net):
+    sizes = ({0: torch.export.Dim("n", min=2, max=64)},)
+    return torch.export.export(net, (real(5, 3),), dynamic_shapes=sizes).module()
+
+
+def compiled(net):
+    """As AOT autograd compiles: with buffers that its backward pass gives away, so that it never runs with a graph."""
+    net = torch.compile(net, backend="aot_eager", dynamic=True)
+    net(real(5, 3)).sum().backward()
+    return net
+
+
+MADE = {
+    "fx": torch.fx.symbolic_trace,
+    "export": exported,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "data parallel": nn.DataParallel,
+    "deep copy": copy.deepcopy,
+    "unpickled": lambda net: pickle.loads(pickle.dumps(net)),
+    "lazy": lambda net: nn.Sequential(nn.LazyLinear(4), nn.Tanh(), net.b),
+    "scripted": torch.jit.script,
+    "traced": lambda net: torch.jit.trace(net, real(5, 3)),
+    "compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "KFAC"])
+@pytest.mark.parametrize("way", MADE)
+def test_modules_of_every_make(way, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = MADE[way](Net())
+        net(real(2, 3))
+    case = Case(net, CE, data(), params={n: p for n, p in net.named_parameters() if p.requires_grad})
+    if kind == "KFAC":
+        assert case.make(kind).to_dense().trace() > 0
+    else:
+        case.check(kind, truth=Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params).truth(kind))
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_cond(closed, kind):
+    def cond(n, X):
+        h = n.a(X)
+        if closed:
+            return torch.cond(X.sum() > 0, lambda t: n.b(t.tanh()), lambda t: n.b(t.sin()), (h,))
+        return n.b(torch.cond(X.sum() > 0, lambda t: t.tanh(), lambda t: t.sin(), (h,)))
+
+    case = Case(Model(cond), CE, data())
+    plain = Model(lambda n, X: n.b((torch.tanh if X.sum() > 0 else torch.sin)(n.a(X))))
+    plain.load_state_dict(case.model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler
+        try:
+            op = case.make(kind)
+            op @ torch.ones(op.shape[1])
+        except CLEAR as error:
+            assert "cond" in str(error)
+        else:
+            case.check(kind, op, Case(plain, CE, case.data).truth(kind))
+
+
+def right_or_named(case, kind, names):
+    """The operator is right, or refuses with a message that names what to say."""
+    try:
+        op = case.make(kind)
+        op @ torch.ones(op.shape[1])
+    except ValueError as error:
+        assert re.search(names, str(error))
+    else:
+        case.check(kind, op)
+
+
+FORMS = {
+    "x first": (lambda x, m: (x, m), lambda X: len(X[0]), lambda X: X),
+    "mask first": (lambda x, m: (m, x), lambda X: len(X[1]), lambda X: X[::-1]),
+    "mapping": (lambda x, m: {"x": x, "m": m}, lambda X: len(X["x"]), lambda X: (X["x"], X["m"])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 3), (2, 4)], ids=str)
+def test_a_mask_as_long_as_the_batch(sizes, form, kind):
+    pack, size, unpack = FORMS[form]
+    mask = real(4, 4, seed=8).softmax(1)
+    net = Model(lambda n, X: n.b((unpack(X)[1] @ n.a(unpack(X)[0]).tanh()).mean(1)))
+    batches = [(pack(real(n, 4, 3, seed=n), mask), labels(n)) for n in sizes]
+    Case(net, CE, batches, {"batch_size_fn": size}).check(kind)
+    right_or_named(Case(net, CE, batches), kind, "batch_size_fn")
+
+
+OBJECTIVES = {
+    "own mean": (lambda z, y: F.cross_entropy(z, y), {"reduction": "mean"}, labels),
+    "cross-entropy": (CE, {}, labels),
+    "huber": (nn.HuberLoss(), {}, lambda n: real(n, 3, seed=4)),
+}
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "GGNDiagonal"])
+@pytest.mark.parametrize("sizes", [(4, 2), (5, 5), (5, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
+    loss, options, y = OBJECTIVES[objective]
+    net = Model(lambda n, X: n.b(n.a(X).tanh().mean(0)))
+    batches = [(real(5, n, 3, seed=n), y(n)) for n in sizes]
+    Case(net, loss, batches, {**options, "batch_size_fn": lambda X: X.shape[1]}).check(kind)
+    right_or_named(Case(net, loss, batches, options), kind, "batch_size_fn|reduction")
+
+
+@pytest.mark.parametrize("kind", IMPLICIT)
+def test_eight_threads(kind):
+    case = Case(Net(), CE, data())
+    op, truth, errors = case.make(kind), case.truth(kind), []
+
+    def work(seed):
+        try:
+            v = real(op.shape[1], seed=seed)
+            for _ in range(4):
+                close(op @ v, truth @ v)
+            close(op.to_dense(), truth)
+        except BaseException as error:  # reported below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors
+
+
+def test_training_in_another_thread_feels_nothing():
+    """Checkpoints, substitutions and modes are those of our own thread."""
+    case, other, stop, wrong = Case(Net(), CE, data()), Net(), threading.Event(), []
+    calls, plain = [], other.b.forward
+    other.b.forward = lambda h: (calls.append(torch.is_grad_enabled()), plain(h))[1]
+
+    def gradient():
+        calls.clear()
+        out = torch.utils.checkpoint.checkpoint(other, real(5, 3), use_reentrant=False).square().sum()
+        return torch.autograd.grad(out, other.a.weight)[0].tolist(), list(calls)
+
+    def train():
+        while not stop.is_set():
+            wrong.extend([1] * (gradient() != expected))
+
+    expected = gradient()
+    thread = threading.Thread(target=train)
+    thread.start()
+    for kind in ("Hessian", "GGN", "EKFAC") * 3:
+        case.make(kind) @ torch.ones(31)
+    stop.set()
+    thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
+@pytest.mark.parametrize("how", ["pickle", "copy", "deepcopy"])
+def test_copies(how, kind):
+    case = Case(Net(), CE, data())
+    op = case.make(kind)
+    op @ torch.ones(op.shape[1])
+    do = {"pickle": lambda o: pickle.loads(pickle.dumps(o)), "copy": copy.copy, "deepcopy": copy.deepcopy}[how]
+    try:
+        twin = do(op)
+    except CLEAR as error:
+        assert op.name in str(error)
+    else:
+        case.check(kind, twin)
+        case.check(kind, op)
+
+
+def backward(f, v, w):
+    """Half the gradient of wᵀ f(v): where v = w, half of it is v's."""
+    v = v.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(((v if w is None else w) * f(v)).sum(), v)
+    return slope / 2 if w is None else slope
+
+
+TRANSFORMS = {
+    "vmap": lambda f, v: vmap(f)(torch.stack([v, 2 * v]))[1] / 2,
+    "jvp": lambda f, v: jvp(f, (v,), (v,))[1],
+    "grad": lambda f, v: grad(lambda t: t @ f(t))(v) / 2,
+    "jacrev": lambda f, v: torch.func.jacrev(f)(v) @ v,
+    "backward": lambda f, v: backward(f, v, None),
+    "backward of a constant": lambda f, v: backward(f, v, v.clone()),
+}
+
+
+@pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_inside_a_transform(way, kind):
+    case = Case(Net(), CE, data())
+    op, v = case.make(kind), real(31, seed=2)
+    expected = op @ v
+    with torch.no_grad():
+        close(op @ v.clone().requires_grad_(), expected)
+    try:
+        found = TRANSFORMS[way](lambda t: op @ t, v)
+    except CLEAR as error:
+        assert re.search(r"detach|no_grad|torch\.func|vmap|transform|differentia", str(error)) and op.name in str(error)
+    else:
+        close(found, expected)
+
+
+class Empty(nn.Module):
+    """As in MobileBERT: a tensor without entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.none, self.b = nn.Linear(3, 4), nn.Parameter(torch.ones(0, 4)), nn.Linear(4, 3)
+
+    def forward(self, X):
+        h = self.a(X)
+        return self.b(torch.cat([h, F.linear(h, self.none)], 1).tanh()) + F.linear(h[:, :0], self.b.weight[:, :0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_without_entries(kind):
+    Case(Empty(), CE, data()).check(kind)

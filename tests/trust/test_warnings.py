@@ -1,0 +1,126 @@
+"""What is doubtful is said: altered gradients, curvature that vanishes, numbers that are not finite, batch norm in training."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from trust.oracle import IMPLICIT, KINDS, Case
+from trust.support import CE, Model, Net, data
+
+
+def half(h):
+    if h.requires_grad:
+        h.register_hook(lambda g: g / 2)
+    return h
+
+
+def half_at_node(h):
+    if h.grad_fn is not None:
+        h.grad_fn.register_hook(lambda inputs, outputs: tuple(g if g is None else g / 2 for g in inputs))
+    return h
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def with_backward_hook():
+    net = Model(lambda n, X: n.b(n.a(X).tanh()))
+    net.b.register_full_backward_hook(lambda m, inputs, outputs: (2 * inputs[0],))
+    return net
+
+
+def with_hook_on_a_parameter():
+    net = Net()
+    net.a.weight.register_hook(lambda g: g / 2)
+    return net
+
+
+ALTERED = {
+    "hook on a tensor": lambda: Model(lambda n, X: n.b(half(n.a(X)).tanh())),
+    "hook on the output": lambda: Model(lambda n, X: half(n.b(n.a(X).tanh()))),
+    "hook on a node": lambda: Model(lambda n, X: n.b(half_at_node(n.a(X).tanh()))),
+    "hook on a parameter": with_hook_on_a_parameter,
+    "full backward hook": with_backward_hook,
+    "own backward": lambda: Model(lambda n, X: n.b(Reversed.apply(n.a(X)).tanh())),
+}
+
+
+@pytest.mark.parametrize("kind", IMPLICIT)
+@pytest.mark.parametrize("way", ALTERED)
+def test_altered_gradients(way, kind):
+    with pytest.warns(RuntimeWarning, match="central differences"):
+        op = Case(ALTERED[way](), CE, data()).make(kind, check_deterministic=True)
+        op @ torch.ones(op.shape[1])
+
+
+ZERO = {
+    "log-softmax": lambda: Case(Model(lambda n, X: n.b(n.a(X).tanh()).log_softmax(1)), nn.NLLLoss(), data()),
+    "own loss": lambda: Case(
+        Model(lambda n, X: n.b(n.a(X)).logsumexp(1).square()), lambda z, y: z.mean(), data(), {"reduction": "mean"}
+    ),
+    "linear loss": lambda: Case(Net(), lambda z, y: z.sum(), data(), {"reduction": "sum"}),
+}
+
+
+@pytest.mark.parametrize("kind", ["GGN", "GGNDiagonal", "EKFAC"])
+@pytest.mark.parametrize("how", ZERO)
+def test_curvature_that_is_zero(how, kind):
+    case = ZERO[how]()
+    with pytest.warns(Warning, match="zero|linear"):
+        op = case.make(kind, check_deterministic=True)
+        op @ torch.ones(op.shape[1])
+    case.check("Hessian")
+
+
+@pytest.mark.parametrize("kind", [*IMPLICIT, "KFAC", "EKFAC"])
+@pytest.mark.parametrize("what", ["X", "y", "later X", "infinite X", "parameter", "overflow"])
+def test_what_is_not_finite(what, kind):
+    batches, net, loss = data(), Net(), CE
+    if what == "y":
+        loss, batches = nn.MSELoss(), [(X, X.clone()) for X, _ in batches]
+        batches[1][1][0, 0] = torch.nan
+    elif what == "parameter":
+        net.a.weight.data[0, 0] = torch.nan
+    elif what == "overflow":
+        net.forward = lambda X: net.b(net.a(X).exp().exp().exp().exp())
+    else:
+        batches[what == "later X"][0][0, 0] = torch.inf if what == "infinite X" else torch.nan
+    try:
+        with pytest.warns(Warning, match="(?i)finite|nan|inf"):
+            op = Case(net, loss, batches).make(kind, check_deterministic=True)
+            op @ torch.ones(op.shape[1])
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        assert re.search("(?i)finite|nan|inf", str(error))
+
+
+def normed(norm):
+    net = Model(lambda n, X: n.b(n.norm(n.a(X)).tanh()))
+    net.norm = norm
+    return Case(net, CE, data())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "KFAC"])
+@pytest.mark.parametrize("stats", [True, False])
+def test_batch_norm_in_train_mode(stats, kind):
+    case = normed(nn.BatchNorm1d(4, track_running_stats=stats))
+    with pytest.warns(Warning, match="(?i)batch.?norm"):
+        op = case.make(kind, check_deterministic=True)
+    if kind != "KFAC" and not stats:
+        case.check(kind, op)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "KFAC", "KFOC"])
+def test_the_usual_is_passed_over_in_silence(kind):
+    for case in (Case(Net(), CE, data()), normed(nn.LayerNorm(4)), normed(nn.BatchNorm1d(4).eval())):
+        op = case.make(kind, check_deterministic=True)
+        op @ torch.ones(op.shape[1])
+        op.to_dense()

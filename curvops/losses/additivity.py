@@ -82,7 +82,7 @@ class Additivity:
         seen = bool(self._first and few and self._expect_sum(None, self._first, few))
         if not seen and self._reduction == "mean" and not self._loss.switchable:
             raise ValueError(
-                f"{self._loss.name!r} with reduction='mean': the batches cannot be joined (this one has an output of "
+                f"{self._loss.name!r} with reduction='mean': the batches cannot be compared (this one has an output of "
                 f"shape {tuple(whole.z.shape)} for {whole.size} data), so it cannot be seen whether the loss weighs "
                 "batches by their numbers of data, as reduction='mean' says, or by something else, such as tokens. "
                 "Pass a function that sums over the data, with reduction='sum', and scale it yourself."
@@ -120,6 +120,8 @@ class Additivity:
         else:
             with torch.no_grad():
                 other, other_read = self._total(rest.z, rest.y, rest.size), {}
+        if not (part + other).isfinite() and whole.z.isfinite().all():
+            return None  # such as the mean of data that are masked as a whole
         # a comparison with nan counts as equal: nothing can be said
         size = value.abs() + part.abs() + other.abs()
         if bool((value - part - other).abs() > torch.finfo(value.dtype).eps ** 0.5 * size):
@@ -131,8 +133,6 @@ class Additivity:
             # a perfect fit, or beyond a margin: other outputs tell
             few, rest = _elsewhere(few), _elsewhere(rest)
             return self._differ(replace(whole, z=torch.cat([few.z, rest.z])), few, rest, None, True)
-        if not own.isfinite().all() and slope.isfinite().all():
-            return None
         counts = [self._ratio(piece) for piece in (whole, few, rest)] if self._counts else []
         known = [count for count in counts if count is not None]
         return _unequal(slope, own) or (len(known) == 3 and abs(known[0] - known[1] - known[2]) > 1e-8 * known[0])

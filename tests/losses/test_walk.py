@@ -12,7 +12,7 @@ from curvops.losses import output_loss
 from .oracles import close, gradient, hessian
 
 NOT_A_SUM = "is not the (sum|mean) of the losses of its data"
-UNSEEN = r"batches cannot be joined .* reduction='sum'"
+UNSEEN = r"batches cannot be compared .* reduction='sum'"
 
 
 def walked(loss, batches):
@@ -391,6 +391,11 @@ def test_masked_means_are_refused_in_any_format(form, randn, randint, rand):
             walked(output_loss(masked(read), "mean"), batches(w, *sizes))
         check(masked(read, divide=False), batches(w, *sizes), (z, build(y, w)), "sum")
         check(masked(read), batches(even, *sizes), (z, build(y, even)), "mean")
+    # some data are masked as a whole, so that their mean is no number
+    for sizes in ((3, 5), (4, 4), (3, 3, 2)):
+        first = torch.cat([torch.arange(size) for size in sizes])
+        with pytest.raises(ValueError, match=f"{NOT_A_SUM}|{UNSEEN}"):
+            walked(output_loss(masked(read), "mean"), batches((first > 0).double(), *sizes))
     # alike within each batch, but not between them
     between = torch.tensor([1.0, 1, 1, 1, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
     with pytest.raises(ValueError, match="two batches joined"):

@@ -105,7 +105,8 @@ class Additivity:
                 f"{'sum' if self._loss.switchable else self._reduction} of the losses of its data. It mixes data, or "
                 "divides by something else than their number (class weights, ignored targets, tokens), or adds "
                 "something that belongs to no datum. Pass a function that sums over the data, with reduction='sum', "
-                "and scale it yourself; a regulariser goes with a mean: pass reduction='mean'."
+                "and scale it yourself; or one that averages over the data, to which a regulariser may be added, with "
+                "reduction='mean' (of a module that does so whatever its attribute says: lambda z, y: loss(z, y))."
             )
         return differ is False
 

@@ -117,7 +117,7 @@ class ScalarLoss:
     @property
     def known(self) -> bool:
         """Whether it is one of PyTorch's own sums over data, untouched by hooks, also by those of all modules."""
-        hooked = any(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS)
+        hooked = any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)
         return any(self.form is function for function in _MODULES.values()) and not hooked
 
     @property

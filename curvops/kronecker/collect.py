@@ -1,153 +1,107 @@
-"""What is collected during a sweep: Kronecker factors, blocks of whole gradients, diagonals."""
+"""The rows of all passes over the data, and once more: kept while they fit, else from a further walk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
-from curvops.kronecker.captured import Captured
-from curvops.kronecker.correction import BasisDiagonal
-from curvops.kronecker.factors import BlockRule, Factors, Moments, WholeGradients, whole_gradients
+from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
-from curvops.kronecker.replay import Collector, rows_of
-from curvops.kronecker.state import Eigen, Entry, Moment, Whole
+from curvops.kronecker.rows import LazyRows, Pass, Rows
+from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
-from curvops.kronecker.uses import LinearUse
+from curvops.kronecker.uses import OneHot, Use
+
+TOGETHER = 4  # share of the budget that the output gradients of one forward pass may take together
 
 
-class MomentCollector(Collector):
-    """Kronecker factors of the linear groups."""
+class Consumer(Protocol):
+    """Takes the rows of linear groups."""
 
-    def __init__(self, sweep: Sweep, moments: Moments) -> None:
-        self._sweep, self._moments = sweep, moments
-        self.clear()
-
-    def clear(self) -> None:
-        self._factors: dict[Key, Factors] = {}
-        self._units: dict[str, int] = {}
-        self._weights: dict[Key, Key] = {}  # of biases that share the second moment of their outputs
-
-    def add(self, place: int, captured: Captured) -> None:
-        if captured.first:
-            self._units[captured.route] = self._units.get(captured.route, 0) + captured.tape.units
-        weights = self._weights_of(captured)
-        self._part(captured, weights)
-        known = set(self._factors)
-        for key in sorted(captured.uses, key=weights.__contains__):  # weights before their biases
-            group, weight = self._sweep.groups[key], weights.get(key)
-            if group.kind != "linear":
-                continue
-            factors = self._factors.setdefault(key, Factors())
-            if weight is not None and not {key, weight} & known:
-                self._moments.side(group, factors, "right", False, self._factors[weight].sides["right"].outputs)
-                self._weights[key] = weight
-            self._moments.add(group, factors, captured, outputs=key not in self._weights)
-
-    def _weights_of(self, captured: Captured) -> dict[Key, Key]:
-        """The weights of separate biases that enter with them and nowhere else, so that they have Σ g gᵀ in common."""
-
-        def applied(k: int) -> bool:
-            use = captured.tape.uses[k]
-            return isinstance(use, LinearUse) and use.input_side == "right"
-
-        weights: dict[tuple[int, ...], Key] = {}
-        biases: dict[Key, tuple[int, ...]] = {}
-        for key, uses in captured.uses.items():
-            places, roles = tuple(k for k, _ in uses), {role for _, role in uses}
-            if roles == {"bias"}:
-                biases[key] = places
-            elif roles == {"weight"} and all(map(applied, places)):
-                weights[places] = key
-        shapes = {key: self._sweep.groups[key].shape[:2] for key in captured.uses}
-        pairs = ((bias, weights.get(places)) for bias, places in biases.items())
-        return {bias: weight for bias, weight in pairs if weight is not None and shapes[weight] == shapes[bias]}
-
-    def _part(self, captured: Captured, weights: Mapping[Key, Key]) -> None:
-        """Give biases a moment of their own that now enter elsewhere than their weights."""
-        for bias, weight in list(self._weights.items()):
-            if {bias, weight} & captured.uses.keys() and weights.get(bias) != weight:
-                side = self._factors[bias].sides["right"]
-                side.outputs = side.outputs.clone()
-                del self._weights[bias]
-
-    def entries(self) -> dict[Key, Moment]:
-        """What was collected."""
-        known = self._sweep.fisher_type != "forward-only"
-        found = {key: Moment(factors.finished(), known) for key, factors in self._factors.items()}
-        if self._moments.approximation == "expand":
-            return found
-        # inputs were averaged over positions, so they are divided by the number of units, those included
-        # whose data never reached the layer
-        return {key: self._per_unit(key, moment) for key, moment in found.items()}
-
-    def _per_unit(self, key: Key, moment: Moment) -> Moment:
-        route = self._sweep.routes[self._sweep.groups[key].names[0]].units
-        units = "batches" if route == "whole" else "data"
-        return replace(moment, units=units).divided_by(self._units[route])
+    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+        """Add the rows of a layer in a pass."""
 
 
-class WholeCollector(Collector):
-    """Blocks of whole gradients of the groups that are no linear maps."""
-
-    def __init__(self, sweep: Sweep, rule: BlockRule | None, dtype: torch.dtype) -> None:
-        self._sweep, self._rule, self._dtype = sweep, rule, dtype
-        self._wholes: dict[Key, WholeGradients] = {}
-
-    def clear(self) -> None:
-        self._wholes = {}
-
-    def add(self, place: int, captured: Captured) -> None:
-        for key in (*captured.uses, *captured.leaves):
-            group = self._sweep.groups[key]
-            if group.kind == "linear":
-                continue
-            if key not in self._wholes:
-                size = len(group.places)
-                dense = self._rule is not None and self._rule.block(size, group)
-                self._wholes[key] = WholeGradients(size, dense, self._dtype, group.places.device)
-            gradients = whole_gradients(group, captured)
-            if gradients is not None:
-                self._wholes[key].add(gradients)
-
-    def entries(self) -> dict[Key, Entry]:
-        """What was collected; without gradients (forward-only) the identity."""
-        if self._sweep.fisher_type == "forward-only":
-            return {
-                key: Whole(torch.ones(len(g.places), dtype=self._dtype, device=g.places.device), scaled=False)
-                for key, g in current_groups(self._sweep).items()
-                if g.kind != "linear"
-            }
-        return {key: Whole(whole.moment) for key, whole in self._wholes.items()}
+SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
 
 
-class DiagonalCollector(Collector):
-    """Diagonals of the linear groups' blocks, from whole per-datum gradients."""
+class Collection:
+    """Walks the data for an operator, or looks at the first batch to plan it.
 
-    def __init__(self, sweep: Sweep, dtype: torch.dtype, budget: int) -> None:
-        self._sweep, self._dtype, self._budget = sweep, dtype, budget
-        self._diagonals: dict[Key, BasisDiagonal] = {}
+    Args:
+        sweep: The sweep.
+        title: For progress bars.
+        budget: Bytes that rows may take.
+        planned: Whether only shapes are asked for, on the ``meta`` device.
+    """
 
-    def clear(self) -> None:
-        self._diagonals = {}
+    def __init__(self, sweep: Sweep, title: str, budget: int, planned: bool) -> None:
+        self.sweep, self.title, self.budget, self.planned = sweep, title, budget, planned
+        self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
+        self.device = torch.device("meta") if planned else sweep.risk.space.device
+        self.kept_bytes = 0
+        self._kept: list[list[tuple[Key, Sequence[Rows]]]] = []
+        self._open = False  # whether all batches' rows are kept
+        self._planned: dict[int, Use] = {}
 
-    def add(self, place: int, captured: Captured) -> None:
-        for key, found in rows_of(self._sweep, captured).items():
-            if key not in self._diagonals:
-                group = self._sweep.groups[key]
-                self._diagonals[key] = BasisDiagonal(group, None, None, self._dtype, self._budget)
-            self._diagonals[key].add([found])
+    def first(
+        self, make: Callable[[], SomeConsumer], *, dense: bool = True, keep: bool = False, together: bool = False
+    ) -> tuple[SomeConsumer, dict[Key, Entry]]:
+        """A consumer that took the rows of all passes, and the blocks of whole gradients.
 
-    def entries(self) -> dict[Key, Entry]:
-        """What was collected."""
-        return {key: Eigen(None, None, diagonal.total) for key, diagonal in self._diagonals.items()}
+        Args:
+            make: Makes the consumer; again where a batch contradicts an earlier one, so that all begins anew.
+            dense: Whether blocks of whole gradients are more than diagonals.
+            keep: Whether to keep the rows for `again`.
+            together: Whether the backward passes of a forward pass are better taken together.
+        """
+        options, sweep = self.sweep.options, self.sweep
+        share = self.budget // TOGETHER if together else 0
+        while True:
+            consumer, rule = make(), options.rule if dense else None
+            wholes = WholeGradients(options.fisher_type, rule, self.dtype, self.device)
+            self._kept, self.kept_bytes, self._open = [], 0, keep and self.budget > 0 and not self.planned
+            for found in sweep.first() if self.planned else sweep.walk(self.title, share):
+                for group, uses in found.rows():
+                    self._keep(group, uses, found)
+                    consumer.add(group, uses, found)
+                for group, gradients in found.gradients():
+                    wholes.add(group, gradients)
+                del found  # its graph is gone before the next one grows
+            if not sweep.grouping.again:
+                return consumer, wholes.entries()
 
+    def again(self, title: str) -> Iterator[tuple[Key, Sequence[Rows]]]:
+        """The rows of each linear group in each forward pass once more, for some or all of its backward passes."""
+        for batch in self._kept:
+            yield from batch
+        if not (self._open or self.planned):
+            share = self.budget // TOGETHER
+            for found in self.sweep.further(f"{self.title} {title}", len(self._kept), share):
+                for group, uses in found.rows():
+                    yield group.key, [rows.formed() for rows in uses]
+                del found
 
-def current_groups(sweep: Sweep) -> dict[Key, Group]:
-    """The groups that parameters are seen in; without those of routes that a later batch has refuted."""
-    return {
-        key: group
-        for key, group in sweep.groups.items()
-        if all((group.kind == "leaf") != sweep.routes[name].tapped for name in group.names)
-    }
+    def _keep(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+        """Keep rows, if there is room for all of their batch."""
+        for one in uses if self.planned else ():
+            self.kept_bytes += one.bytes(found.count, id(one.use) not in self._planned)
+            self._planned[id(one.use)] = one.use  # weight and bias share its output gradients
+        if not self._open:
+            return
+        if found.batch == len(self._kept):
+            self._kept.append([])
+            self._places: dict[int, int] = {}  # uses share tensors
+        rows = [use.formed() for use in uses]
+        self._kept[-1].append((group.key, rows))
+        for inputs, outputs in ((made.inputs, made.outputs) for made in rows):
+            for t in (inputs.ids if isinstance(inputs, OneHot) else inputs, *outputs):
+                if t.data_ptr() not in self._places:
+                    self._places[t.data_ptr()] = t.numel() * t.itemsize
+                    self.kept_bytes += self._places[t.data_ptr()]
+        if self.kept_bytes > self.budget:
+            self._kept.pop()
+            self.kept_bytes -= sum(self._places.values())
+            self._open = False

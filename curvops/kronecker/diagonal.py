@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from curvops.kronecker.account import Form, diagonal_form
-from curvops.kronecker.collect import DiagonalCollector, WholeCollector
+import torch
+
+from curvops.kronecker.collect import Collection
+from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
+from curvops.kronecker.rows import LazyRows, Pass
 from curvops.kronecker.state import Entry
 
 
 class GGNDiagonalLinearOperator(KroneckerOperator):
-    """The diagonal of the GGN (``fisher_type="type-2"``, exact), or of its Monte-Carlo or empirical Fisher.
+    """The diagonal of the GGN (``fisher_type="type-2"``, exact, the default), or of a Monte-Carlo or empirical Fisher.
 
     Streamed: one backward pass for each column of the output factor, squared datum by datum, so that memory does
     not grow with the number of outputs. Arguments as for `KFACLinearOperator`; ``kfac_approx`` has no effect.
@@ -21,20 +24,30 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
         >>> model = torch.nn.Linear(3, 2).double()
         >>> data = [(torch.rand(5, 3).double(), torch.rand(5, 2).double())]
         >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), data
-        >>> diagonal = GGNDiagonalLinearOperator(*problem, fisher_type="type-2").diagonal()
+        >>> diagonal = GGNDiagonalLinearOperator(*problem).diagonal()
         >>> torch.allclose(diagonal, GGNLinearOperator(*problem).to_dense().diagonal())
         True
     """
 
-    def _form(self, group: Group) -> Form:
-        return diagonal_form(group)
+    default_fisher_type = "type-2"
+    needs_gradients = "so there is no diagonal. Use 'type-2', 'mc' or 'empirical'."
 
-    def _compute(self) -> dict[Key, Entry]:
-        if self.fisher_type == "forward-only":
-            raise ValueError(
-                "fisher_type: 'forward-only' takes no gradients, so there is no diagonal. Use 'type-2', 'mc' or 'empirical'."
-            )
-        diagonals = DiagonalCollector(self._sweep, self._compute_dtype, self._budget())
-        wholes = WholeCollector(self._sweep, None, self._compute_dtype)
-        self._collect(diagonals, wholes)
-        return {**diagonals.entries(), **wholes.entries()}
+    def _compute(self, collection: Collection) -> dict[Key, Entry]:
+        diagonals, wholes = collection.first(lambda: Diagonals(collection), dense=False, together=True)
+        return {**{key: diagonal.entry() for key, diagonal in diagonals.found.items()}, **wholes}
+
+
+class Diagonals:
+    """Diagonals of the linear groups' blocks."""
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        self.found: dict[Key, BasisDiagonal] = {}
+
+    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+        collection = self._collection
+        if group.key not in self.found:
+            total = torch.zeros(group.shape, dtype=collection.dtype, device=collection.device)
+            self.found[group.key] = BasisDiagonal(None, None, total, collection.budget)
+        if not collection.planned:
+            self.found[group.key].add([rows.formed() for rows in uses])

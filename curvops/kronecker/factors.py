@@ -1,64 +1,28 @@
-"""Accumulates what a sweep gives: Kronecker factors, and blocks of whole gradients."""
+"""Second moments of a layer's inputs and output gradients, and of whole gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from curvops.gram import add_moment, mirrored
-from curvops.kronecker.captured import Captured
-from curvops.kronecker.groups import Group, arranged_inputs, arranged_outputs, vector_gradients
-from curvops.kronecker.uses import LinearUse, OneHot, Windows
-from curvops.products.account import relative_difference, tolerance
-from curvops.space import describe
-
-Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index
-# for each form of convolution seen so far, whether the autocorrelation gave the windows' moment on one datum
-CERTIFIED: dict[tuple[object, ...], bool] = {}
-
-
-@dataclass(frozen=True)
-class BlockRule:
-    """When a block or a factor is kept as its diagonal.
-
-    Attributes:
-        largest_factor: Side of a Kronecker factor up to which it is dense. (The inputs of an embedding are unit
-            vectors, so their factor is diagonal by nature, whatever its side.)
-        largest_block: Entries of a parameter without Kronecker structure up to which its block is dense.
-        allow_diagonal: Whether diagonals may be kept at all; otherwise an error names the parameter.
-    """
-
-    largest_factor: int = 10_000
-    largest_block: int = 1_024
-    allow_diagonal: bool = True
-
-    def factor(self, size: int, group: Group) -> bool:
-        """Whether a factor is dense."""
-        return self._dense(size, self.largest_factor, "largest_factor", "Kronecker factor of side", group)
-
-    def block(self, size: int, group: Group) -> bool:
-        """Whether a block is dense."""
-        return self._dense(size, self.largest_block, "largest_block", "block of side", group)
-
-    def _dense(self, size: int, largest: int, option: str, what: str, group: Group) -> bool:
-        if size > largest and not self.allow_diagonal:
-            raise ValueError(
-                f"{describe(group.names)}: a {what} {size:,} is beyond {option}={largest:,}, and diagonals are not "
-                f"allowed. Pass rule=BlockRule({option}={size}), allow_diagonal=True, or leave the parameter out."
-            )
-        return size <= largest
+from curvops.kronecker.groups import Group, Key
+from curvops.kronecker.options import BlockRule
+from curvops.kronecker.rows import LazyRows, Pass
+from curvops.kronecker.state import Entry
+from curvops.kronecker.uses import OneHot
 
 
 @dataclass
-class Side:
-    """Second moments of the rows on one side, for one way of using the weight.
+class Moments:
+    """Second moments of the rows with the inputs on one side.
 
     Attributes:
         inputs: Σ a aᵀ ``[groups, in, in]``, or its diagonal ``[groups, in]``.
-        outputs: Σ g gᵀ likewise; a lone bias may hold its weight's.
+        outputs: Σ g gᵀ likewise.
         rows: Number of rows in ``inputs``.
     """
 
@@ -67,180 +31,151 @@ class Side:
     rows: float = 0
 
 
-@dataclass
 class Factors:
-    """Second moments of one group, by the side that the inputs are on (a tied weight has both)."""
-
-    sides: dict[str, Side] = field(default_factory=dict)
-
-    def finished(self) -> Factors:
-        """The same after the last row."""
-        for side in self.sides.values():
-            mirrored(side.inputs)
-            mirrored(side.outputs)
-        return self
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Adds a backward pass's rows to the Kronecker factors of its groups.
+    """Kronecker factors of linear groups.
 
     Args:
+        fisher_type: Kind of the output factor.
         approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
-        dtype: Precision of the accumulation.
         rule: When a factor is kept as its diagonal.
+        dtype: Precision of the accumulation.
+        device: Where the factors are; ``meta`` for their shapes only.
     """
 
-    approximation: str
-    dtype: torch.dtype
-    rule: BlockRule
+    def __init__(
+        self, fisher_type: str, approximation: str, rule: BlockRule, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.approximation, self.rule = approximation, rule
+        self._kind = "inputs" if fisher_type == "forward-only" else "moments"
+        self._dtype, self._device = dtype, device
+        self._moments: dict[Key, dict[str, Moments]] = {}  # by the side of the inputs: a tied weight has both
+        self._groups: dict[Key, Group] = {}
 
-    def add(self, group: Group, factors: Factors, captured: Captured, outputs: bool = True) -> None:
-        """Add the rows of one backward pass, those of the ``outputs`` too if they are not added elsewhere."""
-        slopes = captured.slopes if outputs else {}
-        if self.approximation == "expand":
-            self._expand(group, factors, captured, slopes)
+    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+        """Add the rows of a layer in a pass, and the inputs if it is the first one of the forward pass."""
+        self._groups[group.key] = group
+        sides = self._moments.setdefault(group.key, {})
+        for side in sorted({rows.input_side for rows in uses}):
+            mine = [rows for rows in uses if rows.input_side == side]
+            if side not in sides:
+                sides[side] = self._zeros(group, side, any(rows.one_hot for rows in mine))
+            moments = sides[side]
+            if self._device.type == "meta":
+                moments.rows = 1
+            elif self.approximation == "expand":
+                self._expand(moments, mine, found.first == 0, group.weight is None)
+            else:
+                self._reduce(moments, mine, found.first == 0, group.weight is None)
+
+    def entries(self, data: Mapping[str, int]) -> dict[Key, Entry]:
+        """What was added, and what `data` says of each parameter under ``"reduce"``; the factors are given away."""
+        for sides in self._moments.values():
+            for moments in sides.values():
+                mirrored(moments.inputs)
+                mirrored(moments.outputs)
+        found = {}
+        for key, sides in self._moments.items():
+            group = self._groups[key]
+            tensors: dict[str, Tensor] = {}
+            rows: dict[str, float] = {}
+            for side, moments in sides.items():
+                # a bias that always enters with its weight has the same outputs
+                own = moments if group.weight is None else next(iter(self._moments[group.weight].values()))
+                tensors |= {f"{side}.inputs": moments.inputs, f"{side}.outputs": own.outputs}
+                # inputs that were averaged over positions are divided by the number of data, those included that
+                # never reached the layer
+                rows[side] = moments.rows if self.approximation == "expand" else data[group.names[0]]
+            found[key] = Entry(self._kind, tensors, {"rows": rows})
+        self._moments = {}
+        return found
+
+    def _zeros(self, group: Group, side: str, one_hot: bool) -> Moments:
+        groups, left, right = group.shape
+        a, g = (right, left) if side == "right" else (left, right)
+        made: list[Tensor] = []
+        for size, dense in (
+            (a, not one_hot and self.rule.factor(a, group.names)),
+            (g, self.rule.factor(g, group.names)),
+        ):
+            shape = (groups, size, size) if dense else (groups, size)
+            made.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        # the outputs of a bias that always enters with its weight are the weight's
+        return Moments(made[0], made[-1])
+
+    def _expand(self, moments: Moments, uses: list[LazyRows], first: bool, outputs: bool) -> None:
+        for rows in uses:
+            if first:
+                self._add_inputs(moments, rows)
+            for g in rows.outputs if outputs else ():
+                add_moment(moments.outputs, g.to(self._dtype))
+
+    def _add_inputs(self, moments: Moments, rows: LazyRows) -> None:
+        moments.rows += rows.count
+        windows = rows.windows
+        if rows.role == "bias":
+            moments.inputs += rows.count
+        elif windows is not None and moments.inputs.ndim == 3 and windows.correlates:
+            moments.inputs[0] += windows.moment(self._dtype, rows.role == "joint")
+        elif isinstance(a := rows.inputs, OneHot):
+            ids = a.ids.flatten()
+            moments.inputs += torch.bincount(ids[ids >= 0], minlength=a.width).to(self._dtype)
         else:
-            self._reduce(group, factors, captured, slopes)
+            add_moment(moments.inputs, a.to(self._dtype))
 
-    def _expand(self, group: Group, factors: Factors, captured: Captured, slopes: Slopes) -> None:
-        tape = captured.tape
-        for k, role in captured.uses[group.key]:
-            if role == "bias":
-                self._add_ones(group, factors, captured, k)
-            elif not (captured.first and self._add_windows(group, factors, captured, k, role)):
-                a = arranged_inputs(tape, k, role)
-                side = self.side(group, factors, _input_side(captured, k, role), isinstance(a, OneHot))
-                if captured.first:
-                    side.rows += _count(a)
-                    _add_moment(side.inputs, a, self.dtype)
-            side = factors.sides[_input_side(captured, k, role)]
-            g = slopes.get(k)
-            if g is not None:
-                _add_moment(side.outputs, arranged_outputs(tape, k, role, g), self.dtype)
-
-    def _add_ones(self, group: Group, factors: Factors, captured: Captured, k: int) -> None:
-        """Add Σ a aᵀ of a lone bias, whose inputs are ones."""
-        use = captured.tape.uses[k]
-        assert isinstance(use, LinearUse)
-        side = self.side(group, factors, "right", False)
-        if captured.first:
-            side.inputs += use.lead.numel()
-            side.rows += use.lead.numel()
-
-    def _add_windows(self, group: Group, factors: Factors, captured: Captured, k: int, role: str) -> bool:
-        """Add a convolution's Σ a aᵀ by autocorrelation, if that is certified and the windows are not needed anyway."""
-        use = captured.tape.uses[k]
-        assert isinstance(use, LinearUse)
-        windows = use.inputs
-        if not isinstance(windows, Windows) or (k, role) in captured.tape.inputs:
-            return False
-        side = self.side(group, factors, "right", False)
-        if side.inputs.ndim == 2 or not windows.correlates:
-            return False
-        joint = role == "joint"
-        x = windows.input
-        form = (windows.kernel, windows.padding, x.shape[1:], x.dtype, self.dtype, x.device, joint)
-        if form not in CERTIFIED:
-            CERTIFIED[form] = _equal_on_one(windows, self.dtype, joint)
-        if not CERTIFIED[form]:
-            return False
-        side.inputs[0] += windows.moment(self.dtype, joint)
-        side.rows += use.lead.numel()
-        return True
-
-    def _reduce(self, group: Group, factors: Factors, captured: Captured, slopes: Slopes) -> None:
-        """Rows of a unit are added over its uses before they are squared; inputs are averaged."""
-        tape, uses = captured.tape, captured.uses[group.key]
-        for input_side in sorted({_input_side(captured, k, role) for k, role in uses}):
-            mine = [(k, role) for k, role in uses if _input_side(captured, k, role) == input_side]
-            inputs = [arranged_inputs(tape, k, role) for k, role in mine]
-            side = self.side(group, factors, input_side, any(isinstance(a, OneHot) for a in inputs))
-            if captured.first:
-                rows = sum(_count(a) for a in inputs) // tape.units
-                total = sum(_summed(a, self.dtype) for a in inputs)
-                assert isinstance(total, Tensor)
-                _add_moment(side.inputs, total.unsqueeze(1) / max(rows, 1), self.dtype)
-            found = [(k, role, g) for k, role in mine if (g := slopes.get(k)) is not None]
-            if found:
-                total = sum(arranged_outputs(tape, k, role, g).to(self.dtype).sum(1) for k, role, g in found)
-                assert isinstance(total, Tensor)
-                _add_moment(side.outputs, total.unsqueeze(1), self.dtype)
-
-    def side(
-        self, group: Group, factors: Factors, input_side: str, one_hot: bool, outputs: Tensor | None = None
-    ) -> Side:
-        """The moments of one side, zero at first, or with ``outputs`` that another group adds to."""
-        if input_side not in factors.sides:
-            count, left, right = group.shape
-            a, g = (right, left) if input_side == "right" else (left, right)
-            inputs = self._zeros(count, a, not one_hot and self.rule.factor(a, group), group)
-            if outputs is None:
-                outputs = self._zeros(count, g, self.rule.factor(g, group), group)
-            factors.sides[input_side] = Side(inputs, outputs)
-        return factors.sides[input_side]
-
-    def _zeros(self, count: int, size: int, dense: bool, group: Group) -> Tensor:
-        shape = (count, size, size) if dense else (count, size)
-        return torch.zeros(shape, dtype=self.dtype, device=group.places.device)
+    def _reduce(self, moments: Moments, uses: list[LazyRows], first: bool, outputs: bool) -> None:
+        """Rows of a datum are added over its uses before they are squared; inputs are averaged."""
+        if first:
+            positions = sum(rows.count for rows in uses) // uses[0].size
+            total = torch.stack([_sum(rows.inputs, self._dtype) for rows in uses]).sum(0)
+            add_moment(moments.inputs, total.unsqueeze(1) / max(positions, 1))
+        reached = [rows.outputs for rows in uses if rows.outputs] if outputs else []
+        for column in zip(*reached, strict=True):
+            add_moment(moments.outputs, torch.stack([g.to(self._dtype).sum(1) for g in column]).sum(0).unsqueeze(1))
 
 
 class WholeGradients:
-    """Adds whole gradients to a dense block Σ G Gᵀ, or to its diagonal."""
+    """Blocks Σ G Gᵀ of whole gradients, or their diagonals.
 
-    def __init__(self, size: int, dense: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.moment = torch.zeros((size, size) if dense else (size,), dtype=dtype, device=device)
+    Args:
+        fisher_type: Kind of the output factor; for ``"forward-only"`` the blocks are identities.
+        rule: When a block is dense; never if ``None``.
+        dtype: Precision of the accumulation.
+        device: Where the blocks are.
+    """
 
-    def add(self, gradients: Tensor) -> None:
-        """Add gradients ``[units, size]``."""
-        rows = gradients.to(self.moment.dtype)
-        if self.moment.ndim == 2:
-            self.moment.addmm_(rows.T, rows)
-        else:
-            self.moment += rows.square().sum(0)
+    def __init__(self, fisher_type: str, rule: BlockRule | None, dtype: torch.dtype, device: torch.device) -> None:
+        self._identity, self._rule = fisher_type == "forward-only", rule
+        self._dtype, self._device = dtype, device
+        self._blocks: dict[Key, Tensor] = {}
+
+    def add(self, group: Group, gradients: Sequence[Tensor]) -> None:
+        """Add gradients ``[data, size]`` of some backward passes."""
+        if not (gradients or self._identity or self._device.type == "meta"):
+            return
+        if group.key not in self._blocks:
+            size = len(group.places)
+            dense = not self._identity and self._rule is not None and self._rule.block(size, group.names)
+            shape = (size, size) if dense else (size,)
+            self._blocks[group.key] = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        block = self._blocks[group.key]
+        for rows in (g.to(self._dtype) for g in gradients):
+            if block.ndim == 2:
+                block.addmm_(rows.T, rows)
+            else:
+                block += rows.square().sum(0)
+
+    def entries(self) -> dict[Key, Entry]:
+        """What was added."""
+        if self._identity:
+            return {key: Entry("identity", {"block": torch.ones_like(b)}) for key, b in self._blocks.items()}
+        return {key: Entry("block", {"block": block}) for key, block in self._blocks.items()}
 
 
-def whole_gradients(group: Group, captured: Captured) -> Tensor | None:
-    """Gradients ``[units, size]`` of a vector or leaf group, if the pass reached it."""
-    if group.kind == "leaf":
-        return captured.leaves.get(group.key)
-    if group.key not in captured.uses:
-        return None
-    return vector_gradients(captured.uses[group.key], captured.tape, captured.slopes)
-
-
-def _add_moment(moment: Tensor, rows: Tensor | OneHot, dtype: torch.dtype) -> None:
-    """Add Σ rows rowsᵀ, or its diagonal, for rows ``[units, positions, groups, c]``."""
-    if isinstance(rows, OneHot):
-        ids = rows.ids.flatten()
-        moment += torch.bincount(ids[ids >= 0], minlength=rows.width).to(dtype)
-    else:
-        add_moment(moment, rows.to(dtype))
-
-
-def _summed(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
-    """Sum over positions, ``[units, groups, c]``."""
+def _sum(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
+    """Sum over positions, ``[data, groups, c]``."""
     if not isinstance(rows, OneHot):
         return rows.to(dtype).sum(1)
     total = torch.zeros(rows.ids.shape[0], rows.width + 1, dtype=dtype, device=rows.ids.device)
     ids = rows.ids.flatten(1) % (rows.width + 1)
     total.scatter_add_(1, ids, torch.ones_like(ids, dtype=dtype))
     return total[:, None, :-1]
-
-
-def _count(rows: Tensor | OneHot) -> int:
-    return rows.ids.numel() if isinstance(rows, OneHot) else rows.shape[0] * rows.shape[1]
-
-
-def _equal_on_one(windows: Windows, dtype: torch.dtype, joint: bool) -> bool:
-    """Whether autocorrelation and windows give the same moment on the first datum."""
-    rows = windows(1).to(dtype).flatten(0, 2)
-    if joint:
-        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-    return relative_difference(windows.moment(dtype, joint, 1), rows.T @ rows) <= tolerance(dtype)
-
-
-def _input_side(captured: Captured, k: int, role: str) -> str:
-    use = captured.tape.uses[k]
-    assert isinstance(use, LinearUse)
-    return "right" if role == "bias" else use.input_side

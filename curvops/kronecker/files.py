@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.files import read_tensors, write_tensors
 from curvops.kronecker.groups import Group
-from curvops.kronecker.state import State, entry_from
+from curvops.kronecker.state import Entry, State
 from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
@@ -37,9 +37,8 @@ def write_state(path: Path, state: State) -> None:
                 "kind": group.kind,
                 "shape": group.shape,
                 "operation": group.operation,
-                "one_hot": group.one_hot,
                 "range": [where.start, where.stop] if isinstance(where, slice) else None,
-                "entry": type(entry).__name__,
+                "entry": entry.kind,
                 "numbers": entry.numbers,
             }
         )
@@ -52,7 +51,7 @@ def write_state(path: Path, state: State) -> None:
         ],
         "reduction": state.reduction,
         "count": state.count,
-        "units": state.units,
+        "data": state.data,
         "averaged": state.averaged,
         "settings": state.settings,
         "groups": groups,
@@ -83,15 +82,15 @@ def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
             where = Places.listed(own.pop("positions"))
         key = ((k, *saved["names"]),)
         shape = (saved["shape"][0], saved["shape"][1], saved["shape"][2])
-        group = Group(key, tuple(saved["names"]), saved["kind"], shape, where, saved["operation"], saved["one_hot"])
-        groups.append((group, entry_from(saved["entry"], own, saved["numbers"])))
+        group = Group(key, tuple(saved["names"]), saved["kind"], shape, where, saved["operation"])
+        groups.append((group, Entry(saved["entry"], own, saved["numbers"])))
     return State(
         about["kind"],
         space,
         groups,
         about["reduction"],
         about["count"],
-        about["units"],
+        about["data"],
         about["settings"],
         about["averaged"],
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvops.kronecker.account import Form, eigen_form
-from curvops.kronecker.collect import MomentCollector
+from curvops.kronecker.collect import Collection
 from curvops.kronecker.correction import BasisDiagonal
-from curvops.kronecker.groups import Group, Key
+from curvops.kronecker.groups import Key
 from curvops.kronecker.operator import KroneckerOperator
-from curvops.kronecker.replay import Replay
-from curvops.kronecker.state import Eigen, Entry, Moment
+from curvops.kronecker.state import Entry
+from curvops.operators.blocks import KroneckerBlock
 from curvops.operators.eigen import eigh
 from curvops.space import describe
 
@@ -23,6 +22,9 @@ class KFACLinearOperator(KroneckerOperator):
     a Kronecker product B ⊗ A; a norm's scale or bias, and whatever else, gets the block of its whole gradients,
     dense while small and diagonal beyond. `explain()` says how each parameter is treated.
 
+    It is a snapshot, taken when it is made: later changes of the model or data do not enter it. `plan` tells from the
+    same arguments what it would be; `of` makes it from an `EmpiricalRisk`.
+
     Args:
         model_func: Module called as ``model(X)``, or a function ``(params, X)``.
         loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
@@ -33,7 +35,8 @@ class KFACLinearOperator(KroneckerOperator):
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
         fisher_type: ``"type-2"`` (all columns of the output Hessian's root), ``"mc"`` (gradients at sampled
-            labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity).
+            labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity). ``"mc"`` if not given, for
+            `GGNDiagonalLinearOperator` ``"type-2"``.
         mc_samples: Samples for ``"mc"``.
         kfac_approx: ``"expand"`` or ``"reduce"`` for weights shared over positions (Eschenhagen et al. 2023,
             arXiv 2311.00636).
@@ -58,33 +61,9 @@ class KFACLinearOperator(KroneckerOperator):
         ((26, 26), torch.Size([26, 26]))
     """
 
-    def _compute(self) -> dict[Key, Entry]:
-        moments, wholes = self._moments(), self._wholes()
-        self._collect(moments, wholes)
-        return {**moments.entries(), **wholes.entries()}
-
-
-class Bases:
-    """Eigenvectors of factors, each factor decomposed once: layers with the same inputs share theirs."""
-
-    def __init__(self) -> None:
-        self._factors: list[tuple[Tensor, str]] = []
-
-    def place(self, factor: Tensor, label: str) -> int:
-        """Take a factor; the place of its eigenvectors."""
-        for place, (other, _) in enumerate(self._factors):
-            if factor.shape == other.shape and torch.equal(factor, other):
-                return place
-        self._factors.append((factor, label))
-        return len(self._factors) - 1
-
-    def vectors(self) -> list[Tensor | None]:
-        """The eigenvectors of all factors, ``None`` for diagonal ones; a factor is given up once it is decomposed."""
-        remaining, found = self._factors[::-1], []
-        self._factors = []
-        while remaining:
-            found.append(eigh(*remaining.pop())[1])
-        return found
+    def _compute(self, collection: Collection) -> dict[Key, Entry]:
+        factors, wholes = collection.first(lambda: self._factors(collection))
+        return {**factors.entries(collection.sweep.data), **wholes}
 
 
 class EKFACLinearOperator(KroneckerOperator):
@@ -92,8 +71,8 @@ class EKFACLinearOperator(KroneckerOperator):
 
     The block of a weight is (U_B ⊗ U_A) diag(λ) (U_B ⊗ U_A)ᵀ, λ from whole per-datum gradients, so that with
     ``fisher_type="type-2"`` each block has the GGN's trace. Arguments as for `KFACLinearOperator`. The rows of
-    the first sweep are kept for the correction while they fit the memory budget; beyond, a second sweep draws
-    the same samples.
+    the first walk over the data are kept for the correction while they fit the memory budget; beyond, a second walk
+    draws the same samples.
 
     Example:
         >>> import torch
@@ -106,40 +85,49 @@ class EKFACLinearOperator(KroneckerOperator):
         True
     """
 
-    _again = 1
+    further_walks = 1
+    needs_gradients = "so there is nothing to correct the eigenvalues by. Use KFACLinearOperator."
 
-    def _form(self, group: Group) -> Form:
-        return eigen_form(group, self.rule)
+    def _compute(self, collection: Collection) -> dict[Key, Entry]:
+        factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
+        diagonals = _diagonals(factors.entries(collection.sweep.data), collection)
+        for key, uses in collection.again("correction"):
+            if key in diagonals:
+                diagonals[key].add(uses)
+        return {**{key: diagonal.entry() for key, diagonal in diagonals.items()}, **wholes}
 
-    def _compute(self) -> dict[Key, Entry]:
-        if self.fisher_type == "forward-only":
-            raise ValueError(
-                "fisher_type: 'forward-only' takes no gradients, so there is nothing to correct the eigenvalues by. "
-                "Use KFACLinearOperator."
-            )
-        moments, wholes, replay = self._moments(), self._wholes(), Replay(self._sweep, self._budget())
-        self._collect(moments, wholes, replay)
-        self._kept_bytes = replay.kept_bytes
-        diagonals = self._diagonals(moments)
-        for passes in replay.together(f"{self.name} correction"):
-            for key, diagonal in diagonals.items():
-                diagonal.add([rows[key] for rows in passes if key in rows])
-        return {**{key: Eigen(d.left, d.right, d.total) for key, d in diagonals.items()}, **wholes.entries()}
 
-    def _diagonals(self, moments: MomentCollector) -> dict[Key, BasisDiagonal]:
-        """What the correction is added to, in the eigenbases of the factors, which are gone afterwards."""
-        bases = Bases()
-        places = {key: self._places(key, entry, bases) for key, entry in moments.entries().items()}
-        moments.clear()
-        vectors = bases.vectors()
-        return {
-            key: BasisDiagonal(
-                self._sweep.groups[key], vectors[pair[0]], vectors[pair[1]], self._compute_dtype, self._budget()
-            )
-            for key, pair in places.items()
-            if pair is not None
-        }
+def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, BasisDiagonal]:
+    """What the correction is added to, in the eigenbases of the factors, which are given up one by one.
 
-    def _places(self, key: Key, entry: Moment, bases: Bases) -> tuple[int, int] | None:
-        block, label = entry.block(1.0), f"block of {describe(self._sweep.groups[key].names)}"
-        return None if block is None else (bases.place(block.left, label), bases.place(block.right, label))
+    Each factor is decomposed once: layers with the same inputs share theirs.
+    """
+    factors: list[tuple[Tensor, str]] = []
+
+    def place(factor: Tensor, label: str) -> int:
+        for k, (other, _) in enumerate(factors):
+            if factor is other or (factor.shape == other.shape and not factor.is_meta and torch.equal(factor, other)):
+                return k
+        factors.append((factor, label))
+        return len(factors) - 1
+
+    places, groups = {}, collection.sweep.grouping.groups
+    for key in list(entries):
+        block = entries.pop(key).block(1.0)
+        if isinstance(block, KroneckerBlock):
+            label = f"block of {describe(groups[key].names)}"
+            places[key] = [place(factor, label) for factor in (block.left, block.right)]
+    factors.reverse()
+    vectors = [_vectors(*factors.pop()) for _ in range(len(factors))]
+    found = {}
+    for key, (left, right) in places.items():
+        total = torch.zeros(groups[key].shape, dtype=collection.dtype, device=collection.device)
+        found[key] = BasisDiagonal(vectors[left], vectors[right], total, collection.budget)
+    return found
+
+
+def _vectors(factor: Tensor, label: str) -> Tensor | None:
+    """Eigenvectors of a factor, ``None`` for a diagonal one."""
+    if factor.is_meta:
+        return factor if factor.ndim == 3 else None
+    return eigh(factor, label)[1]

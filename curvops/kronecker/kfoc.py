@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from curvops.kronecker.correction import cast, gradients
-from curvops.kronecker.groups import Group, Key, Piece
+from curvops.kronecker.collect import Collection
+from curvops.kronecker.correction import merged, whole_gradients
+from curvops.kronecker.groups import Key
 from curvops.kronecker.operator import KroneckerOperator
-from curvops.kronecker.replay import Replay
-from curvops.kronecker.state import Entry, Product
+from curvops.kronecker.rows import Rows
+from curvops.kronecker.state import Entry
 from curvops.operators.blocks import KroneckerBlock
 
 STEPS = 50  # alternating steps at most
@@ -34,59 +37,51 @@ class KFOCLinearOperator(KroneckerOperator):
         (True, (26, 26))
     """
 
-    _again = STEPS
+    further_walks = STEPS
+    needs_gradients = "so no product is nearest. Use KFACLinearOperator."
 
-    def _compute(self) -> dict[Key, Entry]:
-        if self.fisher_type == "forward-only":
-            raise ValueError(
-                "fisher_type: 'forward-only' takes no gradients, so no product is nearest. Use KFACLinearOperator."
-            )
-        moments, wholes, replay = self._moments(), self._wholes(), Replay(self._sweep, self._budget())
-        self._collect(moments, wholes, replay)
-        self._kept_bytes = replay.kept_bytes
-        problems = {}
-        for key, entry in moments.entries().items():
-            block = entry.block(1.0)
-            if isinstance(block, KroneckerBlock):
-                problems[key] = NearestProduct(self._sweep.groups[key], block, self._budget())
-        for step in range(STEPS):
-            for rows in replay.rows(f"{self.name} step {step + 1}"):
-                for key, found in rows.items():
-                    if key in problems and not problems[key].converged:
-                        problems[key].add(found)
-            for problem in problems.values():
-                problem.step()
-            if all(problem.converged for problem in problems.values()):
+    def _compute(self, collection: Collection) -> dict[Key, Entry]:
+        factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
+        blocks = {key: entry.block(1.0) for key, entry in factors.entries(collection.sweep.data).items()}
+        products = {
+            key: NearestProduct(block, collection.budget)
+            for key, block in blocks.items()
+            if isinstance(block, KroneckerBlock)
+        }
+        for step in range(0 if collection.planned else STEPS):
+            for key, uses in collection.again(f"step {step + 1}"):
+                if key in products and not products[key].converged:
+                    products[key].add(uses)
+            for product in products.values():
+                product.step()
+            if all(product.converged for product in products.values()):
                 break
-        return {**{key: Product(p.left, p.right) for key, p in problems.items()}, **wholes.entries()}
+        return {**{key: Entry("product", {"left": p.left, "right": p.right}) for key, p in products.items()}, **wholes}
 
 
 class NearestProduct:
     """Alternating least squares for one group.
 
     Args:
-        group: The group.
         start: Where to start; a factor that is diagonal there stays diagonal.
-        budget: Bytes that the gradients of some units may take together.
+        budget: Bytes that the gradients of some data may take together.
     """
 
-    def __init__(self, group: Group, start: KroneckerBlock, budget: int) -> None:
-        self.group = group
-        self.left, self.right = start.left, start.right
+    def __init__(self, start: KroneckerBlock, budget: int) -> None:
+        self.shape, self.left, self.right = start.shape, start.left, start.right
         self.converged = False
         self._update_left = True
         self._sizes: list[Tensor] = []
-        self._chunk = max(1, budget // (4 * len(group.places) * start.dtype.itemsize))
+        self._bytes = budget // 4
         self._sum = torch.zeros_like(self.left)
 
-    def add(self, found: list[Piece]) -> None:
-        """Add Σ G R Gᵀ, or Σ Gᵀ L G, over the units of one backward pass."""
-        if not found:
+    def add(self, uses: Sequence[Rows]) -> None:
+        """Add Σ G R Gᵀ, or Σ Gᵀ L G, over the data of some backward passes."""
+        uses = [rows for rows in uses if rows.outputs]
+        if not uses:
             return
-        dtype = self.left.dtype
-        sides = [(cast(piece.sides[0], dtype), cast(piece.sides[1], dtype)) for piece in found]
-        like = torch.empty(self.group.shape, dtype=dtype, device=self._sum.device)
-        for g in gradients(sides, like, self._chunk):
+        for found in whole_gradients(merged(uses, self.left.dtype), self.shape, self._bytes):
+            g = found.flatten(0, 1)
             inner, other = (g, self.right) if self._update_left else (g.mT, self.left)
             half = inner * other.unsqueeze(1) if other.ndim == 2 else inner @ other
             if self._sum.ndim == 2:

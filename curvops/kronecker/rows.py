@@ -1,20 +1,156 @@
-"""The captured inputs and output gradients of each layer, for optimizers that users build of them."""
+"""The rows of each layer in a pass: its inputs and output gradients, datum by datum."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from curvops.kronecker.replay import rows_of
-from curvops.kronecker.sweep import Demoted, Sweep
-from curvops.kronecker.uses import OneHot
+from curvops.kronecker.groups import Group, Key, Roles
+from curvops.kronecker.tape import Tape
+from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, Windows
+
+Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one use of a layer.
+
+    Attributes:
+        inputs: ``[data, positions, groups, in]``.
+        outputs: Gradients at the output, ``[data, positions, groups, out]``, of each backward pass.
+        input_side: ``"right"`` if the weight is stored as out × in, ``"left"`` for in × out.
+    """
+
+    inputs: Tensor | OneHot
+    outputs: Sequence[Tensor]
+    input_side: str
+
+
+class LazyRows:
+    """The same, each side arranged when it is asked for.
+
+    Args:
+        tape: The forward pass.
+        k: Which of its uses.
+        role: What the group has of the use.
+        columns: Gradients at the outputs of the uses in each backward pass.
+    """
+
+    def __init__(self, tape: Tape, k: int, role: str, columns: Sequence[Slopes]) -> None:
+        use, layout = tape.uses[k], tape.layouts[k]
+        assert isinstance(use, LinearUse) and layout is not None
+        self.use, self.role, self.size = use, role, tape.size
+        self.input_side = "right" if role == "bias" else use.input_side
+        self.one_hot = role != "bias" and use.one_hot
+        self._z, self._layout = tape.z, layout
+        self._slopes = [g for slopes in columns if (g := slopes.get(k)) is not None]
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.use.lead.numel()
+
+    @cached_property
+    def inputs(self) -> Tensor | OneHot:
+        """The inputs, with a one appended for a joint bias; ones for a lone one."""
+        if self.role == "bias":
+            return self._z.new_ones(self.size, self.count // self.size, 1, 1)
+        a = self.use.inputs()
+        if isinstance(a, OneHot):
+            return OneHot(self._layout.arrange(a.ids, 1, self.size), a.width)
+        a = self._layout.arrange(a, 2, self.size)
+        if self.role == "joint":
+            ones = a.new_ones(*a.shape[:-1], 1)
+            if a.stride(1) == 1 < a.stride(3):  # positions come last in memory, and stay there
+                return torch.cat([a.movedim(1, 3), ones.movedim(1, 3)], 2).movedim(3, 1)
+            a = torch.cat([a, ones], -1)
+        return a
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """The output gradients of each backward pass that reached the use."""
+        rows = [self._layout.arrange(self.use.outputs(g), 2, self.size) for g in self._slopes]
+        return [r.flatten(2).unsqueeze(2) for r in rows] if self.role == "bias" else rows
+
+    @property
+    def windows(self) -> Windows | None:
+        """A convolution's inputs, unless they were formed already."""
+        windows = None if self.role == "bias" or "inputs" in vars(self) else self.use.inputs
+        return windows if isinstance(windows, Windows) else None
+
+    def formed(self) -> Rows:
+        """The rows without what they are made of."""
+        return Rows(self.inputs, self.outputs, self.input_side)
+
+    def bytes(self, columns: int, outputs: bool) -> int:
+        """What the rows take, with the ``outputs`` of some backward passes or without."""
+        groups, width = (1, 1) if self.role == "bias" or self.one_hot else self.use.input_shape
+        inputs = self.count * groups * (width + (self.role == "joint"))
+        size = self.use.outputs(torch.empty(self.use.shape, device="meta")).numel() * columns
+        return inputs * (8 if self.one_hot else self._z.itemsize) + outputs * size * self._z.itemsize
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, and some of its backward passes.
+
+    Attributes:
+        tape: The forward pass.
+        groups: The groups that it reached, and those of whole gradients.
+        roles: The uses of each group.
+        columns: Gradients at the outputs of the uses in each backward pass.
+        totals: Whole gradients of parameters that are not tapped in each backward pass, ``[size]``.
+        first: Place of the first backward pass among all of this forward pass.
+        count: Number of all backward passes of this forward pass.
+        batch: Place of the batch in the data.
+        datum: Place in the batch of the first datum.
+    """
+
+    tape: Tape
+    groups: Mapping[Key, Group]
+    roles: Mapping[Key, Roles]
+    columns: Sequence[Slopes]
+    totals: Sequence[Mapping[Key, Tensor]]
+    first: int
+    count: int
+    batch: int
+    datum: int
+
+    def rows(self) -> Iterator[tuple[Group, list[LazyRows]]]:
+        """The rows of each linear group, a group at a time."""
+        for key, uses in self.roles.items():
+            if self.groups[key].kind == "linear":
+                yield self.groups[key], [LazyRows(self.tape, k, role, self.columns) for k, role in uses]
+
+    def gradients(self) -> Iterator[tuple[Group, list[Tensor]]]:
+        """Whole gradients ``[data, size]`` of all other groups in each backward pass that reached them."""
+        for group in self.groups.values():
+            if group.kind == "whole":
+                yield group, [t[group.key].unsqueeze(0) for t in self.totals if group.key in t]
+        for key, uses in self.roles.items():
+            if self.groups[key].kind == "vector":
+                found = [self._gradient(uses, slopes) for slopes in self.columns]
+                yield self.groups[key], [g for g in found if g is not None]
+
+    def _gradient(self, uses: Roles, slopes: Slopes) -> Tensor | None:
+        total: Tensor | None = None
+        for k, _ in uses:
+            use, g, layout = self.tape.uses[k], slopes.get(k), self.tape.layouts[k]
+            assert isinstance(use, VectorUse) and layout is not None
+            if g is not None:
+                part = layout.arrange(use.rows(g), 1, self.tape.size).sum(1)
+                total = part if total is None else total + part
+        return total
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """One use of a layer in one backward pass.
+    """One use of a layer in one backward pass, for optimizers that users build of them.
 
     The gradient of datum n in the weight (out × in; with a joint bias appended to ``in``) is
     ``einsum("pgo,pgi->goi", output_gradients[n], inputs[n])``; with ``transposed`` the weight is in × out.
@@ -39,30 +175,12 @@ class LayerRows:
     column: int
 
 
-def layer_rows(sweep: Sweep, title: str) -> Iterator[LayerRows]:
+def layer_rows(passes: Iterator[Pass]) -> Iterator[LayerRows]:
     """The rows of all linear layers, batch by batch."""
-    seen = 0
-    while True:
-        try:
-            for found in _layer_rows(sweep, title, seen):
-                yield found
-                seen = found.batch + 1
-            return
-        except Demoted:
-            # the batch after those that were seen refuted what was certified; it starts anew
-            continue
-
-
-def _layer_rows(sweep: Sweep, title: str, skip: int) -> Iterator[LayerRows]:
-    batch, datum, column = -1, -1, 0
-    for place, captured in sweep.captures(title, skip, joined=False):
-        if place != batch:
-            batch, datum = place, -1
-        column = 0 if captured.first else column + 1
-        if captured.first and captured.route == "datum":
-            datum += 1
-        for key, several in rows_of(sweep, captured).items():
-            for piece in several:
-                a = piece.inputs.ids if isinstance(piece.inputs, OneHot) else piece.inputs
-                names, transposed = sweep.groups[key].names, piece.input_side == "left"
-                yield LayerRows(names, a, piece.outputs, transposed, place, max(datum, 0), column)
+    for found in passes:
+        for group, uses in found.rows():
+            for rows in uses:
+                a = rows.inputs.ids if isinstance(rows.inputs, OneHot) else rows.inputs
+                for k, g in enumerate(rows.outputs):
+                    side = rows.input_side == "left"
+                    yield LayerRows(group.names, a, g, side, found.batch, found.datum, found.first + k)

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvops.kronecker.combine import kronecker_block
-from curvops.kronecker.factors import Factors, Side
 from curvops.kronecker.groups import Group
+from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
 
-class Entry(ABC):
-    """What is known of one group, without the risk's constant c."""
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one group, without the risk's constant c.
 
-    @abstractmethod
+    Attributes:
+        kind: ``"moments"``: the block is c · B ⊗ A, from sums over rows by the side of the inputs. ``"inputs"``: the
+            same with B = I and without c. ``"block"``: c times a matrix or diagonal. ``"identity"``: without c.
+            ``"diagonal"``: c times ``total``. ``"eigen"``: the same in an eigenbasis. ``"product"``: c · left ⊗ right.
+        tensors: What it is made of.
+        numbers: For moments the number of ``rows`` that A is divided by, on each side.
+    """
+
+    kind: str
+    tensors: dict[str, Tensor]
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+
     def block(self, constant: float) -> Block | None:
         """The group's block; ``None`` if no row was seen."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved."""
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """What is saved beside the tensors."""
-        return {}
+        t = self.tensors
+        if self.kind in ("moments", "inputs"):
+            return self._kronecker(constant)
+        if self.kind in ("block", "identity"):
+            one = t["block"].new_ones(1, 1)
+            return KroneckerBlock(t["block"][None], one, (constant if self.kind == "block" else 1.0, 1.0))
+        if self.kind in ("diagonal", "eigen"):
+            return EigenBlock(t.get("left"), t.get("right"), t["total"] * constant)
+        if self.kind == "product":
+            return KroneckerBlock(t["left"] * constant, t["right"])
+        raise ValueError(f"expected an entry of a known kind, got {self.kind!r}.")
 
     def combined(self, other: Entry, mine: float, its: float) -> Entry:
         """``mine`` · this + ``its`` · the other.
@@ -40,162 +52,59 @@ class Entry(ABC):
         Raises:
             ValueError: If such entries cannot be combined exactly.
         """
-        raise ValueError(
-            f"{type(self).__name__}: eigenvalues in two different eigenbases, or nearest products, do not add. "
-            "Merge or average a KFACLinearOperator or a GGNDiagonalLinearOperator instead."
-        )
-
-
-@dataclass
-class Moment(Entry):
-    """Second moments of a linear group: the block is c · B ⊗ A.
-
-    Attributes:
-        factors: Sums over rows.
-        outputs_known: Whether B was accumulated; otherwise it is the identity.
-        units: What A is divided by, if not by its rows: ``"data"`` or ``"batches"``, all of them, whether they
-            reached the layer or not.
-    """
-
-    factors: Factors
-    outputs_known: bool = True
-    units: str | None = None
-
-    def block(self, constant: float) -> KroneckerBlock | None:
-        return kronecker_block(self.factors, constant, self.outputs_known)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{side}.{name}": tensor
-            for side, moments in self.factors.sides.items()
-            for name, tensor in (("inputs", moments.inputs), ("outputs", moments.outputs))
+        if self.kind in ("eigen", "product"):
+            raise ValueError(
+                "eigenvalues in two different eigenbases, or nearest products, do not add. "
+                "Merge or average a KFACLinearOperator or a GGNDiagonalLinearOperator instead."
+            )
+        if self.kind == "identity":
+            return self
+        tensors = {
+            name: _sum(self.tensors.get(name), other.tensors.get(name), mine, its)
+            for name in {**self.tensors, **other.tensors}
         }
+        rows, its_rows = self.numbers.get("rows", {}), other.numbers.get("rows", {})
+        total = {s: mine * rows.get(s, 0) + its * its_rows.get(s, 0) for s in {**rows, **its_rows}}
+        return Entry(self.kind, tensors, {"rows": total} if total else {})
 
-    @property
-    def numbers(self) -> dict[str, Any]:
-        rows = {side: moments.rows for side, moments in self.factors.sides.items()}
-        return {"rows": rows, "outputs_known": self.outputs_known, "units": self.units}
+    def normalised(self, constant: float) -> Entry:
+        """The same with the constant inside, and A in the place of its sum."""
+        if self.kind == "identity":
+            return self
+        if self.kind not in ("moments", "inputs"):
+            return Entry(self.kind, {name: tensor * constant for name, tensor in self.tensors.items()})
+        c, tensors = constant if self.kind == "moments" else 1.0, {}
+        rows = {s: number for s, number in self.numbers["rows"].items() if number and f"{s}.inputs" in self.tensors}
+        for side, number in rows.items():
+            tensors[f"{side}.inputs"] = self.tensors[f"{side}.inputs"] / number
+            tensors[f"{side}.outputs"] = self.tensors[f"{side}.outputs"] * c
+        return Entry(self.kind, tensors, {"rows": dict.fromkeys(rows, 1)})
 
-    def combined(self, other: Entry, mine: float, its: float) -> Entry:
-        assert isinstance(other, Moment)
-        sides = {}
-        for name in {**self.factors.sides, **other.factors.sides}:
-            a, b = self.factors.sides.get(name), other.factors.sides.get(name)
-            if a is not None and b is not None:
-                inputs, outputs = _mixed(a.inputs, b.inputs, mine, its), _mixed(a.outputs, b.outputs, mine, its)
-                sides[name] = Side(inputs, outputs, mine * a.rows + its * b.rows)
-            elif a is not None:
-                sides[name] = Side(mine * a.inputs, mine * a.outputs, mine * a.rows)
-            elif b is not None:
-                sides[name] = Side(its * b.inputs, its * b.outputs, its * b.rows)
-        return Moment(Factors(sides), self.outputs_known, self.units)
+    def nothing(self, rows: float) -> Entry:
+        """What data that never reach the group know of it: no tensors, but ``rows`` on each side."""
+        if self.kind in ("eigen", "product", "identity"):
+            return self
+        return Entry(self.kind, {}, {"rows": dict.fromkeys(self.numbers["rows"], rows)} if self.numbers else {})
 
-    def divided_by(self, units: float) -> Moment:
-        """The same with A over a number of units."""
-        sides = {name: replace(side, rows=units) for name, side in self.factors.sides.items()}
-        return Moment(Factors(sides), self.outputs_known, self.units)
-
-    def normalised(self, constant: float) -> Moment:
-        """The same with A and c · B in the place of sums."""
-        c = constant if self.outputs_known else 1.0
-        sides = {
-            name: Side(side.inputs / side.rows, side.outputs * c, 1)
-            for name, side in self.factors.sides.items()
-            if side.rows
-        }
-        return Moment(Factors(sides), self.outputs_known, self.units)
-
-
-@dataclass
-class Whole(Entry):
-    """Σ G Gᵀ over whole gradients, or its diagonal: the block is c times it."""
-
-    moment: Tensor
-    scaled: bool = True
-
-    def block(self, constant: float) -> Block:
-        one = torch.ones(1, 1, dtype=self.moment.dtype, device=self.moment.device)
-        return KroneckerBlock(self.moment[None], one, (constant if self.scaled else 1.0, 1.0))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"moment": self.moment}
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        return {"scaled": self.scaled}
-
-    def combined(self, other: Entry, mine: float, its: float) -> Entry:
-        assert isinstance(other, Whole)
-        total = 1.0 if self.scaled else mine + its  # the identity of forward-only stays what it is
-        return Whole(_mixed(self.moment, other.moment, mine / total, its / total), self.scaled)
-
-    def normalised(self, constant: float) -> Whole:
-        """The same with the constant inside."""
-        return Whole(self.moment * (constant if self.scaled else 1.0), self.scaled)
+    def _kronecker(self, constant: float) -> Block | None:
+        """c · B ⊗ A in the order of the weight; for one that is used in both directions, the product nearest to the sum."""
+        found = []
+        for side, rows in self.numbers["rows"].items():
+            inputs, outputs = self.tensors[f"{side}.inputs"], self.tensors[f"{side}.outputs"]
+            if not rows:
+                continue
+            scale = constant
+            if self.kind == "inputs":
+                outputs, scale = _identity(outputs), 1.0
+            pair = ((outputs, scale), (inputs, 1 / rows))
+            (left, a), (right, b) = pair if side == "right" else pair[::-1]
+            found.append(KroneckerBlock(left, right, (a, b)))
+        if len(found) < 2:
+            return found[0] if found else None
+        return KroneckerBlock(*nearest_product([(block.left, block.right) for block in found]))
 
 
-@dataclass
-class Eigen(Entry):
-    """Eigenvectors of the factors, and Σ of squares in that basis: the values are c times it."""
-
-    left: Tensor | None
-    right: Tensor | None
-    total: Tensor
-
-    def block(self, constant: float) -> Block:
-        return EigenBlock(self.left, self.right, self.total * constant)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        bases = {"left": self.left, "right": self.right}
-        return {"total": self.total, **{name: basis for name, basis in bases.items() if basis is not None}}
-
-    def combined(self, other: Entry, mine: float, its: float) -> Entry:
-        assert isinstance(other, Eigen)
-        if any(basis is not None for basis in (self.left, self.right, other.left, other.right)):
-            return super().combined(other, mine, its)
-        return Eigen(None, None, mine * self.total + its * other.total)
-
-    def normalised(self, constant: float) -> Eigen:
-        """The same with the constant inside."""
-        return Eigen(self.left, self.right, self.total * constant)
-
-
-@dataclass
-class Product(Entry):
-    """Factors of a nearest Kronecker product: the block is c · left ⊗ right."""
-
-    left: Tensor
-    right: Tensor
-
-    def block(self, constant: float) -> Block:
-        return KroneckerBlock(self.left * constant, self.right)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
-
-
-def entry_from(kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Entry:
-    """The entry of a kind from what was saved of it."""
-    if kind == "Moment":
-        sides = {
-            side: Side(tensors[f"{side}.inputs"], tensors[f"{side}.outputs"], rows)
-            for side, rows in numbers["rows"].items()
-        }
-        return Moment(Factors(sides), numbers["outputs_known"], numbers["units"])
-    if kind == "Whole":
-        return Whole(tensors["moment"], numbers["scaled"])
-    if kind == "Eigen":
-        return Eigen(tensors.get("left"), tensors.get("right"), tensors["total"])
-    if kind == "Product":
-        return Product(tensors["left"], tensors["right"])
-    raise ValueError(f"expected an entry of kind Moment, Whole, Eigen or Product, got {kind!r}.")
-
-
-@dataclass
+@dataclass(frozen=True)
 class State:
     """What a Kronecker operator is made of.
 
@@ -205,7 +114,7 @@ class State:
         groups: The groups, and what is known of each.
         reduction: ``"mean"`` or ``"sum"``.
         count: Denominator of the mean, so that c = 1/count.
-        units: Number of data and of batches.
+        data: For each parameter the number of data, of batches where the model mixes their data.
         settings: Options that the state was computed with.
         averaged: Whether the constant is inside already, after a moving average.
     """
@@ -215,7 +124,7 @@ class State:
     groups: list[tuple[Group, Entry]]
     reduction: str
     count: float
-    units: dict[str, int]
+    data: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
     averaged: bool = False
 
@@ -223,6 +132,26 @@ class State:
     def constant(self) -> float:
         """The risk's constant c."""
         return 1.0 if self.reduction == "sum" else 1.0 / self.count
+
+    def blocks(self) -> list[Placed]:
+        """Blocks that cover all parameters; what the model never uses is exactly zero."""
+        placed = []
+        for group, entry in self.groups:
+            if (block := entry.block(self.constant)) is not None:
+                placed.append(Placed(group.names, group.places, block))
+        if sum(len(one.places) for one in placed) == self.space.dim:
+            return placed  # blocks do not overlap
+        missing = torch.ones(self.space.dim, dtype=torch.bool, device=self.space.device)
+        for one in placed:
+            missing[one.places.index] = False
+        dtype = torch.promote_types(self.space.dtype, torch.float32)
+        for name in self.space.names:
+            own = self.space.slice(name)
+            left = missing[own].nonzero().squeeze(1) + own.start
+            if len(left):
+                zeros = torch.zeros(1, len(left), dtype=dtype, device=left.device)
+                placed.append(Placed((name,), Places.listed(left), KroneckerBlock(zeros, zeros.new_ones(1, 1))))
+        return placed
 
     def merged(self, other: State) -> State:
         """The state of both data sets together, exactly.
@@ -234,13 +163,9 @@ class State:
             raise ValueError(
                 "merge: a moving average no longer knows how many data it stands for. Use moving_average, or merge first."
             )
-        units = {name: self.units[name] + other.units[name] for name in self.units}
-
-        def add(a: Entry, b: Entry) -> Entry:
-            both = a.combined(b, 1.0, 1.0)
-            return both.divided_by(units[both.units]) if isinstance(both, Moment) and both.units else both
-
-        return replace(self, groups=self._paired(other, add, "merge"), count=self.count + other.count, units=units)
+        groups = self._paired(other, lambda a, b: a.combined(b, 1.0, 1.0), "merge")
+        data = {name: number + other.data[name] for name, number in self.data.items()}
+        return replace(self, groups=groups, count=self.count + other.count, data=data)
 
     def average(self, other: State, decay: float) -> State:
         """``decay`` · this + (1 − ``decay``) · the other, of the factors as they enter the blocks."""
@@ -248,9 +173,6 @@ class State:
             raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}.")
 
         def mix(a: Entry, b: Entry) -> Entry:
-            if isinstance(a, Product) or isinstance(b, Product):
-                return a.combined(b, decay, 1.0 - decay)
-            assert isinstance(a, (Moment, Whole, Eigen)) and isinstance(b, (Moment, Whole, Eigen))
             return a.normalised(self.constant).combined(b.normalised(other.constant), decay, 1.0 - decay)
 
         return replace(self, groups=self._paired(other, mix, "moving_average"), count=1.0, averaged=True)
@@ -261,39 +183,71 @@ class State:
                 raise ValueError(
                     f"{title}: expected the same {what}, got {getattr(self, what)} and {getattr(other, what)}."
                 )
-        groups, rest = [], {_identity(group): (group, entry) for group, entry in other.groups}
+        groups, rest = [], {_mark(group): (group, entry) for group, entry in other.groups}
         for group, entry in self.groups:
-            pair = rest.pop(_identity(group), None)
-            if pair is None:
-                groups.append((group, combine(entry, _nothing(entry))))
-                continue
-            if type(pair[1]) is not type(entry):
+            pair = rest.pop(_mark(group), None)
+            if pair is not None and pair[1].kind != entry.kind:
                 raise ValueError(
                     f"{title}: {describe(group.names)} has blocks of different kinds in the two operators."
                 )
-            groups.append((group, combine(entry, pair[1])))
-        groups += [(group, combine(_nothing(entry), entry)) for group, entry in rest.values()]
-        return groups
+            groups.append((group, combine(entry, pair[1] if pair else other._nothing(group, entry))))
+        return groups + [(group, combine(self._nothing(group, entry), entry)) for group, entry in rest.values()]
+
+    def _nothing(self, group: Group, entry: Entry) -> Entry:
+        """What this state knows of a group that another one has."""
+        return entry.nothing(self.data[group.names[0]] if self.settings.get("kfac_approx") == "reduce" else 0)
 
 
-def _mixed(a: Tensor, b: Tensor, mine: float, its: float) -> Tensor:
+def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The Kronecker product nearest to a sum of two, in Frobenius norm (Van Loan & Pitsianis 1993).
+
+    The sum rearranged is Σ vec(L_i) vec(R_i)ᵀ, of rank two; its leading singular pair lies in the spans
+    of the L_i and of the R_i, and follows from their Gram matrices. A factor that is diagonal in one term
+    is made diagonal in both, since it was found too large for a matrix.
+    """
+    lefts, rights = (_alike([pair[k] for pair in products]) for k in (0, 1))
+    gram_left, gram_right = _gram(lefts), _gram(rights)
+    # leading eigenvector x of G_R G_L gives L = Σ x_i L_i up to scale
+    values, vectors = torch.linalg.eig(gram_right @ gram_left)
+    x = vectors[torch.arange(len(vectors)), :, values.real.argmax(1)].real.abs()
+    left = torch.stack([_scale(x[:, i], f) for i, f in enumerate(lefts)]).sum(0)
+    y = (gram_left @ x.unsqueeze(-1)).squeeze(-1)
+    norm = (x * y).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+    return left, torch.stack([_scale(y[:, i] / norm, f) for i, f in enumerate(rights)]).sum(0)
+
+
+def _alike(factors: list[Tensor]) -> list[Tensor]:
+    if len({f.ndim for f in factors}) == 1:
+        return factors
+    return [f if f.ndim == 2 else f.diagonal(dim1=1, dim2=2) for f in factors]
+
+
+def _gram(factors: list[Tensor]) -> Tensor:
+    flat = torch.stack([f.flatten(1) for f in factors], 1)
+    return flat @ flat.mT
+
+
+def _scale(weight: Tensor, factor: Tensor) -> Tensor:
+    return weight.view(-1, *[1] * (factor.ndim - 1)) * factor
+
+
+def _identity(like: Tensor) -> Tensor:
+    if like.ndim == 2:
+        return torch.ones_like(like)
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like).contiguous()
+
+
+def _sum(a: Tensor | None, b: Tensor | None, mine: float, its: float) -> Tensor:
+    if a is None or b is None:
+        return mine * a if a is not None else its * b if b is not None else torch.empty(0)
     if a.shape != b.shape:
         # a diagonal would be added to each row of a matrix
         raise ValueError("a factor is dense in one operator and diagonal in the other. Use the same rule=BlockRule(…).")
     return mine * a + its * b
 
 
-def _identity(group: Group) -> tuple[object, ...]:
-    first = group.places.first
-    return (group.names, group.kind, group.shape, first)
-
-
-def _nothing(entry: Entry) -> Entry:
-    """What a data set that never reaches a group knows of it."""
-    if isinstance(entry, Moment):
-        return Moment(Factors({}), entry.outputs_known, entry.units)
-    if isinstance(entry, Whole):
-        return Whole(torch.zeros_like(entry.moment), True) if entry.scaled else entry
-    if isinstance(entry, Eigen):
-        return Eigen(entry.left, entry.right, torch.zeros_like(entry.total))
-    return entry
+def _mark(group: Group) -> tuple[object, ...]:
+    """The same for a group of both data sets."""
+    first = group.places.index
+    start = first.start if isinstance(first, slice) else int(first[0]) if len(first) else -1
+    return (group.names, group.kind, group.shape, start)

@@ -1,352 +1,344 @@
-"""The passes over the data that Kronecker operators make: forward once, backward for each cotangent."""
+"""The walk over the data that Kronecker operators make: forward once, backward for each cotangent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from curvops.kronecker.captured import Captured, Route
+from curvops.kronecker.certify import certify, overlapping
 from curvops.kronecker.cotangents import LIMIT, Cotangents
-from curvops.kronecker.few import FEW, JOINED, Few, failures, fit, look, peeked
-from curvops.kronecker.groups import Group, Grouping, Key, arranged_inputs
-from curvops.kronecker.layout import ONE_UNIT, Layout
-from curvops.kronecker.tape import Tape, certify, record
-from curvops.kronecker.uses import LinearUse, OneHot
+from curvops.kronecker.groups import Group, Grouping
+from curvops.kronecker.options import Options
+from curvops.kronecker.rows import Pass
+from curvops.kronecker.signature import Signature
+from curvops.kronecker.tape import Layout, Tape, record
+from curvops.kronecker.uses import LinearUse
 from curvops.losses import Noise, OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
-from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.tree import select, tensors_of
+from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.tree import map_tensors, tensors_of
+
+SOME = 4  # data that a large batch is certified on
+SMALL = 2**18  # entries of the layers' outputs up to which a batch itself is certified: cheaper than another pass
 
 
 @dataclass(frozen=True)
-class FirstBatch:
-    """What the first batch takes.
+class Proof:
+    """What was certified of a pass, for passes of the same operations: layouts of the rows, and what failed."""
 
-    Attributes:
-        batch_size: Number of data.
-        groups: The groups.
-        forward_passes: Forward passes.
-        backward_passes: Backward passes to the layers' outputs.
-        row_bytes: Bytes of the layers' inputs, and of their output gradients in all backward passes.
-    """
-
-    batch_size: int
-    groups: list[Group]
-    forward_passes: int
-    backward_passes: int
-    row_bytes: int
-
-
-class Demoted(Exception):
-    """A later batch refuted what was certified on the first; the routes have changed."""
+    way: str
+    signature: Signature
+    layouts: list[Layout | None]
+    failed: dict[str, str]
 
 
 class Sweep:
-    """Walks the data and yields what each backward pass gives.
+    """Walks the data and yields what the backward passes give.
+
+    Each batch is certified. A parameter's rows belong to the data of the ``"batch"``, or each ``"datum"`` is run alone,
+    or the batch is seen as ``"one"`` datum because the model mixes its data.
 
     Args:
         risk: The empirical risk.
-        fisher_type: Kind of the output factor.
-        mc_samples: Monte-Carlo samples.
-        seed: Seed of the samples.
-        joint: Whether a bias joins its weight's block.
-        terms_per_datum: Loss terms of a datum, to compare with what is seen.
-        budget: Bytes that intermediate results may take.
+        options: What is asked for.
+
+    Attributes:
+        whole: Parameters that are known by their whole gradients only, and why.
+        reasons: Why each parameter is treated as it is.
+        data: For each parameter the number of data, of batches where these are seen as one.
+        constant: The risk's constant c, after the last batch.
+        size: Number of data so far.
+        forward_passes: Number of forward passes.
+        backward_passes: Number of backward passes to the layers' outputs.
     """
 
-    def __init__(
-        self,
-        risk: EmpiricalRisk,
-        fisher_type: str,
-        mc_samples: int,
-        seed: int,
-        joint: bool,
-        terms_per_datum: int | None = None,
-        budget: int | None = None,
-    ) -> None:
-        self.risk = risk
-        self.fisher_type, self.mc_samples, self.seed = fisher_type, mc_samples, seed
-        self.grouping = Grouping(risk.space, joint)
-        self.routes: dict[str, Route] = {}
+    def __init__(self, risk: EmpiricalRisk, options: Options) -> None:
+        self.risk, self.options = risk, options
+        self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
+        self.whole: dict[str, str] = {}
+        self.reasons: dict[str, list[str]] = {}
+        self.size = self.forward_passes = self.backward_passes = 0
         self.signed = False
-        self.backward_passes = 0
-        self.units = {"data": 0, "batches": 0}
-        self._terms_per_datum = terms_per_datum
-        self._signature: tuple[object, ...] | None = None
-        self._layouts: list[Any] = []
-        self._budget = JOINED if budget is None else min(JOINED, budget)
-        self._few: Few | None = None
-        self._processed = 0
-        self._looked = self._shared = self._agreed = self._apart = False  # apart: batches must not be joined
+        self._proofs: list[Proof] = []
 
-    @property
-    def groups(self) -> dict[Key, Group]:
-        """The groups seen so far."""
-        return self.grouping.groups
-
-    def captures(self, title: str, skip: int = 0, joined: bool = True) -> Iterator[tuple[int, Captured]]:
-        """What each backward pass gives, with the place of its batch.
+    def walk(self, title: str, together: int) -> Iterator[Pass]:
+        """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
 
         Args:
             title: For the progress bar.
-            skip: Number of batches at the beginning that are not needed.
-            joined: Whether small batches may be processed together, as one.
-
-        Raises:
-            Demoted: If a batch refutes what was certified before; start again.
+            together: Bytes of output gradients up to which backward passes of one forward pass come together.
         """
-        with closing(self.risk.batches(title)) as batches:
-            counted = self._counted(batches)
-            for place, batch in enumerate(self._together(counted) if joined else counted):
-                if place >= skip:
-                    for captured in self._captures(batch):
-                        yield place, captured
-                        del captured  # its graph is gone before the next one grows
-                self.units["data"] = batch.start + batch.size
-                self._processed = place + 1
+        self.grouping.restart()
+        self.data = dict.fromkeys(self.risk.space.names, 0)
+        self.reasons = {name: [] for name in self.data}
+        yield from self._walk(title, together)
+        if not self.grouping.again:
+            self.constant = self._steps.constant
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for place, batch in enumerate(batches):
-            self.units["batches"] = place + 1
-            yield batch
+    def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
+        """The same passes once more, without those of some batches at the beginning."""
+        yield from self._walk(title, together, skip)
+        if self.grouping.again:
+            raise RuntimeError(
+                f"{title}: a further walk over the data met other operations than the first. Make model and data "
+                "deterministic, or give the rows of the first walk more room by memory_budget=."
+            )
 
-    def _captures(self, batch: Batch, pull: bool = True) -> Iterator[Captured]:
-        tape = record(self.risk, batch.X, batch.size)
-        curvature = self.risk.output_curvature(tape.z.detach(), batch)
-        self._check_terms(curvature)
-        self._certify(batch, tape, curvature)
-        noise = Noise(self.seed, batch.start)
-        factor = curvature.factor(self.fisher_type, self.mc_samples, noise)
-        data_units = batch.size if curvature.terms_per_datum is not None else 1
-        columns = Cotangents(curvature, factor, self.fisher_type, noise, data_units)
-        together, mixed = self._names("batch"), self._names("whole")
-        if together:
-            yield from self._pull(tape, together, columns, "batch", pull, last=not mixed)
-        if mixed:
-            whole = Cotangents(curvature, factor, self.fisher_type, noise, 1)
-            yield from self._pull(_as_one_unit(tape), mixed, whole, "whole", pull)
-        del tape
-        if alone := self._names("datum"):
-            for n in range(batch.size):
-                single = record(self.risk, select(batch.X, batch.size, slice(n, n + 1)), 1)
-                yield from self._pull(single, alone, columns, "datum", pull, n, batch.size)
+    def streamed(self, title: str) -> Iterator[Pass]:
+        """The passes of all batches, each batch with groups of its own."""
+        for place, batch in enumerate(self._batches(title)):
+            self.grouping, self.whole = Grouping(self.risk.space, not self.options.separate_weight_and_bias), {}
+            self.data, self.reasons = dict.fromkeys(self.risk.space.names, 0), {n: [] for n in self.risk.space.names}
+            yield from self._batch(place, batch, 0, streamed=True)
 
-    def first(self) -> FirstBatch:
-        """What one batch takes, from its forward passes alone."""
-        with closing(self.risk.batches("Plan")) as batches:
-            batch = next(batches)
-        before = self.backward_passes
-        forward, backward, row_bytes = 0, 0, 0
-        seen: set[int] = set()
-        for captured in self._captures(batch, pull=False):
-            if id(captured.tape) not in seen:
-                seen.add(id(captured.tape))
-                forward += 1
-            backward += captured.columns
-            row_bytes += _row_bytes(captured)
-        self.backward_passes = before
-        return FirstBatch(batch.size, list(self.groups.values()), forward, backward, row_bytes)
+    def first(self) -> Iterator[Pass]:
+        """The forward passes of the first batch."""
+        self.data, self.reasons = dict.fromkeys(self.risk.space.names, 0), {n: [] for n in self.risk.space.names}
+        with closing(self._batches("Plan")) as batches:
+            yield from self._batch(0, next(batches), 0, pull=False)
 
     def notes(self) -> list[str]:
         """Remarks for the account."""
-        found = []
-        if self._shared:
-            found.append("how the parameters enter was certified by an earlier operator of this model")
-        if self._processed < self.units["batches"]:
-            found.append(
-                f"{self.units['batches']} batches were processed as {self._processed}: no datum's output depends on others"
-            )
-        if self.signed:
-            found.append(
-                f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
-                "with random signs, so that cross terms vanish in expectation"
-            )
-        return found
+        if not self.signed:
+            return []
+        return [
+            f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
+            "with random signs, so that cross terms vanish in expectation"
+        ]
 
-    def _check_terms(self, curvature: OutputCurvature) -> None:
-        expected, seen = self._terms_per_datum, curvature.terms_per_datum
+    def _batches(self, title: str) -> Generator[Batch, None, None]:
+        # what is done between two batches runs in the caller's context, so no context is entered here
+        with closing(self.risk.data.walk()) as batches:
+            self._steps = Walk(self.risk, batches, title)
+            yield from self._steps
+
+    def _walk(self, title: str, together: int, skip: int = 0) -> Iterator[Pass]:
+        with closing(self._batches(title)) as batches:
+            for place, batch in enumerate(batches):
+                if place >= skip:
+                    yield from self._batch(place, batch, together)
+                if self.grouping.again:
+                    return
+
+    def _batch(
+        self, place: int, batch: Batch, together: int, pull: bool = True, streamed: bool = False
+    ) -> Iterator[Pass]:
+        """Record, certify and pull one batch."""
+        tape = record(self.risk, batch.X, batch.size)
+        curvature = self._steps.curvature(tape.z.detach(), batch)
+        expected, seen = self.options.num_per_example_loss_terms, curvature.terms_per_datum
         if expected is not None and seen != expected:
             raise ValueError(
                 f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}. "
                 "Leave it out: it is inferred."
             )
+        ways, kept = self._certify(batch, tape, curvature)
+        self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
+        for name, way in ways.items():
+            self.data[name] += 1 if way == "one" else batch.size
+        kind, noise = self.options.fisher_type, Noise(self.options.seed, batch.start)
+        factor = curvature.factor(kind, self.options.mc_samples, noise)
+        columns = Cotangents(curvature, factor, kind, noise, batch.size if seen is not None else 1)
 
-    def _names(self, units: str) -> list[str]:
-        # a list: the order of the groups must not depend on how strings are hashed
-        return [name for name, route in self.routes.items() if route.units == units]
+        def pulled(
+            tape: Tape, names: list[str], columns: Cotangents, datum: int | None = None, last: bool = True
+        ) -> Iterator[Pass]:
+            def cotangent(k: int) -> Tensor:
+                u = columns[k]
+                return u if datum is None else u.unflatten(0, (batch.size, -1))[datum].reshape(tape.z.shape)
+
+            uses = self.grouping.assign(tape, {n for n in names if n not in self.whole})
+            plain = {n: self.grouping.whole(n, self.whole[n]) for n in names if n in self.whole}
+            if self.grouping.again and not streamed:
+                return
+            self.signed = self.signed or columns.signed
+            keys = {*uses, *(group.key for group in plain.values())}
+            groups = {key: group for key, group in self.grouping.groups.items() if key in keys}
+            found = Pass(tape, groups, uses, [], [], 0, len(columns), place, datum or 0)
+            if not pull:  # of data that are run one by one the plan looks at the first
+                self.backward_passes += len(columns) * (1 if datum is None else batch.size)
+            if not pull or not len(columns):  # forward-only has none
+                yield found
+            else:
+                yield from self._pull(found, plain, cotangent, together, last)
+
+        # lists: the order of the groups must not depend on how strings are hashed
+        batched, mixed, alone = ([n for n, w in ways.items() if w == way] for way in ("batch", "one", "datum"))
+        if batched:
+            yield from pulled(tape, batched, columns, last=not mixed)
+        if mixed:
+            yield from pulled(tape.as_one(), mixed, Cotangents(curvature, factor, kind, noise, 1))
+        del tape
+        for n in range(batch.size if alone else 0):
+            single = record(self.risk, cut(batch.X, batch.size, [n], kept), 1)
+            self.forward_passes += 1 if pull else batch.size
+            self._give_up(self._failed(single, alone, "datum"))
+            yield from pulled(single, alone, columns, n)
+            del single
+            if not pull or (self.grouping.again and not streamed):
+                return
 
     def _pull(
+        self, found: Pass, plain: dict[str, Group], cotangent: Callable[[int], Tensor], together: int, last: bool
+    ) -> Iterator[Pass]:
+        """One backward pass for each cotangent, as many together as fit; the ``last`` ones of the graph or not."""
+        tape = found.tape
+        indices = sorted({k for several in found.roles.values() for k, _ in several})
+        one = sum(_entries(tape, k) for k in indices) * tape.z.itemsize
+        some = max(1, together // max(one, 1))
+        for first in range(0, found.count, some):
+            columns, totals = [], []
+            for k in range(first, min(first + some, found.count)):
+                slopes, own = tape.gradients(
+                    cotangent(k), indices, list(plain), last and not plain and k == found.count - 1
+                )
+                self.backward_passes += 1
+                columns.append(dict(zip(indices, slopes, strict=True)))
+                pairs = zip(plain.values(), own, strict=True)
+                totals.append({group.key: total.flatten() for group, total in pairs if total is not None})
+            yield replace(found, columns=columns, totals=totals, first=first)
+
+    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> tuple[dict[str, str], Collection[int]]:
+        """The way that each parameter is seen, and which tensors of X all data have in common."""
+        names = self.risk.space.names
+        if batch.size > 1 and curvature.terms_per_datum is None:
+            why = "the number of loss terms is not a multiple of the number of data"
+            failed = dict.fromkeys(names, why)
+        else:
+            failed = self._failed(tape, names, "batch", batch, curvature)
+        failed.update({name: why for name, why in self.whole.items() if name not in failed})
+        ways, kept = dict.fromkeys(names, "batch"), None
+        if failed and batch.size > 1:
+            kept = self._alone(batch, tape)
+            way = "one" if kept is None else "datum"
+            ways.update(dict.fromkeys(failed, way))
+            again = tape.as_one() if kept is None else record(self.risk, cut(batch.X, batch.size, [0], kept), 1)
+            self._give_up(self._failed(again, list(failed), way))
+        else:
+            self._give_up(failed)
+        for name in names:
+            why = self.whole.get(name) or failed.get(name) or "tapped"
+            if why not in self.reasons[name]:
+                self.reasons[name].append(why)
+        return ways, kept or ()
+
+    def _give_up(self, failed: dict[str, str]) -> None:
+        """Take whole gradients of parameters, in earlier batches too."""
+        for name, why in failed.items():
+            if name not in self.whole:
+                self.whole[name] = why
+                self.grouping.again = self.grouping.again or self.grouping.holds(name)
+
+    def _failed(
         self,
         tape: Tape,
         names: list[str],
-        columns: Cotangents,
-        route: str,
-        pull: bool,
-        datum: int = 0,
-        size: int = 1,
-        last: bool = True,
-    ) -> Iterator[Captured]:
-        """One backward pass for each cotangent, the ``last`` of the graph at the end; none if not to ``pull``."""
-        uses = self.grouping.assign(tape, {name for name in names if self.routes[name].tapped})
-        plain = {n: self.grouping.leaf(n, self.routes[n].why) for n in names if not self.routes[n].tapped}
-        indices = sorted({k for several in uses.values() for k, _ in several})
-        self.signed = self.signed or columns.signed
-        if not pull:
-            yield Captured(tape, uses, {}, {}, True, route, len(columns))
-            return
-        if not len(columns):  # forward-only has none
-            yield Captured(tape, uses, {}, {}, True, route, 0)
+        way: str,
+        batch: Batch | None = None,
+        curvature: OutputCurvature | None = None,
+    ) -> dict[str, str]:
+        """The parameters that a pass's uses do not explain; the pass gets its layouts."""
+        for proof in () if tape.taps.data_dependent else self._proofs:
+            known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
+            # the same operations may mix the data only now, as behind a gate that depends on values
+            if known and (batch is None or self._some(batch, tape) is not None):
+                tape.layouts, failed = list(proof.layouts), proof.failed
+                break
+        else:
+            failed = self._prove(tape, batch, curvature)
+            self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
+        refuted = self.grouping.refuted
+        found = {**refuted, **overlapping(tape), **failed}
+        return {name: found[name] for name in names if name in found}
 
-        def captured(position: int) -> Captured:
-            u = columns[position]
-            if route == "datum":
-                u = u.unflatten(0, (size, -1))[datum].reshape(tape.z.shape)
-            found, totals = tape.gradients(u, indices, list(plain), last and position == len(columns) - 1)
-            self.backward_passes += 1
-            slopes = dict(zip(indices, found, strict=True))
-            leaves = {
-                group.key: total.reshape(1, -1)
-                for group, total in zip(plain.values(), totals, strict=True)
-                if total is not None
-            }
-            return Captured(tape, uses, slopes, leaves, position == 0, route, len(columns))
+    def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
+        names = self.risk.space.names
+        large = sum(_entries(tape, k) for k in range(len(tape.uses))) > SMALL and not tape.taps.data_dependent
+        some = self._some(batch, tape) if batch is not None and large else None
+        if some is not None and some.signature.covers(tape.signature):
+            scale = _scale(some)
+            spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
+            failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
+            if tape.fits(some.layouts):
+                tape.layouts = some.layouts
+                return failed
+        scale = _scale(tape)
+        if curvature is None or tape.size == 1:
+            return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names)
+        rows = scale.repeat_interleave(curvature.num_terms // tape.size)
+        spread = curvature.outputs(rows[:, None].expand(-1, curvature.width).to(curvature.dtype).contiguous())
+        return certify(tape, scale, spread, names)
 
-        yield from map(captured, range(len(columns)))
-
-    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> None:
-        """Give the tape its layouts; find the routes on the first batch, and again where it looks different."""
-        signature = tape.signature()
-        self._check_joining(batch, tape)
-        known = signature == self._signature and len(self._layouts) == len(tape.uses) and not tape.data_dependent
-        if known and fit(self._layouts, tape):
-            tape.layouts = list(self._layouts)
-            return
-        failed = self._failures_on_few(batch, tape)
-        if failed is None:
-            failed = failures(self.risk, self.grouping, tape, curvature)
-        # layouts of a batch with one datum say nothing of others
-        self._signature, self._layouts = (signature, list(tape.layouts)) if batch.size > 1 else (None, [])
-        if not self.routes:
-            self.grouping.learn(tape)
-            self.routes = self._find_routes(batch, tape, failed)
-            return
-        broken = [name for name in failed if self.routes[name].units == "batch"]
-        if broken:
-            fresh = self._find_routes(batch, tape, {name: failed[name] for name in broken})
-            self.routes.update({name: fresh[name] for name in broken})
-            self._apart = True
-            self.risk.certificates().clear()
-            raise Demoted
-
-    def _failures_on_few(self, batch: Batch, tape: Tape) -> dict[str, str] | None:
-        """Certify on a few data of a batch, which costs less; ``None`` where that says nothing of the batch."""
-        few = self._few
-        if tape.data_dependent or batch.size <= FEW:
+    def _some(self, batch: Batch, tape: Tape) -> Tape | None:
+        """A pass of a few data, if their output is what they have in their batch."""
+        size = batch.size
+        if size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors_of(batch.X)):
             return None
-        if few is None or few.start != batch.start:
-            few = look(self.risk, self.grouping, batch, 0)
-        if few is None or not few.speaks_for(tape):
-            return None
-        tape.layouts = list(few.layouts)
-        if not few.failed:
-            self.risk.certificates()[self._few_key(batch)] = replace(few, z=None)
-        return few.failed
+        # from both ends: whoever comes first or last may be treated differently
+        places = [*range(SOME // 2), *range(size - SOME // 2, size)]
+        some: Tape | None = attempt(lambda: record(self.risk, cut(batch.X, size, places), SOME))
+        return some if some is not None and _agree(some.z, tape, places) else None
 
-    def _together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, small ones joined if what was seen of a few data allows it."""
-        if not self._looked:
-            self._looked = True
-            first, batches = peeked(batches)
-            self._few = None if first is None else self._look(first)
-        return batches if self._few is None or self._apart else self._few.joined(batches)
-
-    def _look(self, first: Batch) -> Few | None:
-        """What was found on a few data, if not now then by another operator of this model as it is."""
-        known = self.risk.certificates().get(self._few_key(first))
-        if known is None:
-            return look(self.risk, self.grouping, first, self._budget)
-        self._shared, self._agreed = True, True
-        return replace(known, start=first.start)
-
-    def _few_key(self, batch: Batch) -> object:
-        looks = tuple((t.shape[1:], t.dtype) for t in tensors_of((batch.X, batch.y)))
-        return "few", looks, type(self.risk.loss), self._budget, self.grouping.joint
-
-    def _check_joining(self, batch: Batch, tape: Tape) -> None:
-        """Compare the first joined batch with the few data that were seen without the others."""
-        few = self._few
-        if few is None or few.shape is None or self._apart or self._agreed or batch.start != few.start:
-            return
-        if not few.agrees(tape):
-            self._apart = True  # the output depends on which data come together
-            raise Demoted
-        self._agreed = True
-
-    def _find_routes(self, batch: Batch, tape: Tape, failed: Mapping[str, str]) -> dict[str, Route]:
-        routes = {name: Route("batch", True, "tapped") for name in self.risk.space.names}
-        if not failed:
-            return routes
-        units = "whole" if self._mixes(batch, tape) else "datum"
-        again = (
-            _as_one_unit(tape) if units == "whole" else record(self.risk, select(batch.X, batch.size, slice(0, 1)), 1)
-        )
-        ones = torch.ones(1, dtype=torch.float64, device=again.z.device)
-        still = {**self.grouping.overlapping(again), **certify(again, ones, torch.ones_like(again.z), list(failed))}
-        for name, why in failed.items():
-            tapped = name not in still
-            routes[name] = Route(units, tapped, why if tapped else still[name])
-        return routes
-
-    def _mixes(self, batch: Batch, tape: Tape) -> bool:
-        """Whether a datum's output depends on the other data of its batch, or cannot be had alone."""
-        if batch.size == 1:
-            return False
-        if any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)) or tape.z.shape[0] % batch.size:
-            return True
-        n = batch.size - 1
-        try:
-            with torch.no_grad():
-                alone = self.risk.forward(self.risk.model.params, select(batch.X, batch.size, slice(n, n + 1)))
-        except (RuntimeError, ValueError, IndexError):
-            return True  # such as batch norm, which refuses a single datum
-        expected = tape.z.detach().unflatten(0, (batch.size, -1))[n]
-        if alone.numel() != expected.numel():
-            return True
-        return not relative_difference(alone.reshape(expected.shape), expected) <= max(
-            tolerance(expected.dtype), tolerance(tape.precision)
-        )
+    def _alone(self, batch: Batch, tape: Tape) -> Collection[int] | None:
+        """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch."""
+        n = batch.size
+        mine = [k for k, t in enumerate(tensors_of(batch.X)) if t.ndim and t.shape[0] == n]
+        for kept in ((), *((k,) for k in mine if len(mine) > 1)) if mine else ():
+            for place in (0, n - 1):
+                X = cut(batch.X, n, [place], kept)
+                with torch.no_grad():
+                    z = attempt(partial(self.risk.forward, X))
+                if z is None or not _agree(z, tape, [place]):
+                    break
+            else:
+                return kept
+        return None
 
 
-def _as_one_unit(tape: Tape) -> Tape:
-    layouts: list[Layout | None] = [ONE_UNIT] * len(tape.uses)
-    return replace(tape, units=1, layouts=layouts, inputs={})
+def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) -> Any:
+    """Some data of a batch: each tensor with the data along its first axis is indexed, but those that are ``kept``."""
+    number = count()
+
+    def some(t: Tensor) -> Tensor:
+        whole = next(number) in kept or t.ndim == 0 or t.shape[0] != size
+        return t if whole else t[torch.tensor(places, device=t.device)]
+
+    return map_tensors(some, X)
 
 
-def _row_bytes(captured: Captured) -> int:
-    """Bytes that keeping a forward pass's linear rows would take, with all of its backward passes."""
-    tape, total = captured.tape, 0
-    roles = sorted({pair for several in captured.uses.values() for pair in several})
-    for k, role in roles:
-        use = tape.uses[k]
-        if isinstance(use, LinearUse):
-            a = arranged_inputs(tape, k, role)
-            a = a.ids if isinstance(a, OneHot) else a
-            total += a.numel() * a.itemsize
-            if role != "bias" or (k, "weight") not in roles:  # else they share their output gradients
-                g = use.outputs(torch.empty(use.shape, dtype=tape.z.dtype, device="meta"))
-                total += captured.columns * g.numel() * g.itemsize
-    return total
+def attempt(work: Callable[[], Any]) -> Any:
+    """What some work gives, ``None`` where the model refuses, as batch norm does of a single datum."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None
 
 
-def run(sweep: Callable[[], None]) -> None:
-    """Run a sweep until no batch refutes what was certified."""
-    while True:
-        try:
-            return sweep()
-        except Demoted:
-            continue
+def _agree(z: Tensor, tape: Tape, places: Sequence[int]) -> bool:
+    """Whether some data's output is what they have in their batch."""
+    if tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
+        return False
+    expected = tape.z.detach().unflatten(0, (tape.size, -1))[list(places)]
+    allowed = max(tolerance(expected.dtype), tolerance(tape.precision))
+    return z.numel() == expected.numel() and relative_difference(z.detach().view_as(expected), expected) <= allowed
+
+
+def _scale(tape: Tape) -> Tensor:
+    """A number for each datum, all different."""
+    numbers = torch.rand(tape.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (0.5 + numbers).to(tape.z.device)
+
+
+def _entries(tape: Tape, k: int) -> int:
+    use = tape.uses[k]
+    return use.shape.numel() if isinstance(use, LinearUse) else 0

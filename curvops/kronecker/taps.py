@@ -4,135 +4,52 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvops.kronecker import contractions, recurrent  # noqa: F401  # they register their rules
-from curvops.kronecker.elementwise import ADDS
 from curvops.kronecker.lookups import Lookups
-from curvops.kronecker.rules import RULES
-from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View, Windows
-from curvops.substitutions import TABLE, embedding, embedding_bag, grouped_mm, linear_cross_entropy, opened
+from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
+from curvops.kronecker.signature import PLAIN, Recording, Signature
+from curvops.kronecker.uses import LinearUse, Rows, Use, VectorUse, View, Windows
+from curvops.substitutions import TABLE, opened
 
-# Python functions of torch.nn.functional that apply parameters by operations inside
-COMPOSITE = {F.multi_head_attention_forward}
-# substitutes whose own operations apply parameters
-TRANSPARENT = {embedding, embedding_bag, grouped_mm, linear_cross_entropy}
-# operations that give a part or a rearrangement of a parameter
-VIEWS = {
-    getattr(owner, name)
-    for name in [
-        "t",
-        "transpose",
-        "permute",
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "chunk",
-        "split",
-        "unbind",
-        "narrow",
-        "select",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "view_as",
-        "reshape_as",
-        "tensor_split",
-        "split_with_sizes",
-        "adjoint",
-        "moveaxis",
-        "index_select",
-    ]
-    for owner in (torch, Tensor)
-    if hasattr(owner, name)
-} | {Tensor.T.__get__, Tensor.mT.__get__, Tensor.__getitem__, torch.split, Tensor.split}  # type: ignore[attr-defined]
-CASTS = {
-    Tensor.to,
-    Tensor.float,
-    Tensor.double,
-    Tensor.half,
-    Tensor.bfloat16,
-    Tensor.type,
-    Tensor.type_as,
-    Tensor.clone,
-    torch.clone,
-}
-# what reads a tensor without its values
-NEUTRAL = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad", "is_leaf", "grad_fn"}
-QUERIES = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.stride,
-    Tensor.is_contiguous,
-    Tensor.__len__,
-    Tensor.__hash__,
-    Tensor.is_floating_point,
-    torch.is_tensor,
-    Tensor.storage_offset,
-    Tensor.untyped_storage,
-    Tensor.data_ptr,
-    Tensor.element_size,
-    Tensor.get_device,
-    torch.is_floating_point,
-    Tensor.detach,
-    torch.is_autocast_enabled,
-}
-# operations whose rows depend on the data's values: the layout must be certified for each batch
-DATA_DEPENDENT = {
-    torch.nonzero,
-    Tensor.nonzero,
-    torch.masked_select,
-    Tensor.masked_select,
-    torch.argwhere,
-    Tensor.argwhere,
-    torch.sort,
-    Tensor.sort,
-    torch.argsort,
-    Tensor.argsort,
-    torch.unique,
-    Tensor.unique,
-    torch.topk,
-    Tensor.topk,
-}
+Rule = Callable[..., Any]  # (taps, function, *args, **kwargs) -> output
 
 
 class Taps(TorchFunctionMode):
     """Records how each parameter enters a forward pass.
 
     Args:
-        leaves: The parameters that the model is run with, by name.
+        params: The parameters that the model is run with, by name.
+        rules: How to apply the operations that take parameters, and what to record of it.
+        size: Number of data of the pass.
 
     Attributes:
         lookups: Rows of tables that are followed.
         unknowns: Names of parameters that also enter operations without a rule, and one such operation.
-        data_dependent: Whether rows may be ordered by the data's values.
+        data_dependent: Whether which datum a row belongs to may depend on the data's values.
         precision: The lowest that was computed in.
-        activations: Bytes of the operations' results that carry a graph.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule], size: int = 1) -> None:
         super().__init__()
+        self._rules = rules
         self._uses: list[Use] = []
         self.lookups = Lookups()
         self.unknowns: dict[str, str] = {}
         self.data_dependent = False
         self.precision: torch.dtype | None = None
-        self.activations = 0
-        self._views = {id(leaf): View(name, (), None, leaf.shape) for name, leaf in leaves.items()}
-        self._sizes = {name: leaf.numel() for name, leaf in leaves.items()}
-        self._kept: list[Tensor] = list(leaves.values())  # ids stay valid while the tensors live
+        # a parameter without entries has no gradient to follow
+        self._views = {id(p): View(name, (), None, p.shape) for name, p in params.items() if p.numel()}
+        self._sizes = {name: p.numel() for name, p in params.items()}
+        self._kept: list[Tensor] = list(params.values())  # ids stay valid while the tensors live
+        self._recording = Recording(params.values(), size)
+        self._active = True
         self._operation = ""
 
     @property
@@ -140,133 +57,156 @@ class Taps(TorchFunctionMode):
         """The applications that a rule knows."""
         return [*self._uses, *self.lookups.uses]
 
+    def signature(self, output: Tensor) -> Signature:
+        """The operations of the pass, which gave an output."""
+        return self._recording.signature(output)
+
+    def gradients(self, outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
+        """`torch.autograd.grad`; what is run again in it (checkpointing) runs as before, and leaves no record."""
+        self._active = False
+        try:
+            with self:  # called plainly, it would be handed to the mode, and run without it
+                return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
+        finally:
+            self._active = True
+
     def view(self, tensor: Any) -> View | None:
         """The view of a parameter that a tensor is, if it is one."""
         return self._views.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
-    def unknown(self, *tensors: Any) -> None:
+    def unknown(self, *tensors: Any, how: str = "") -> None:
         """Parameters among the tensors enter the current operation without a rule."""
         for tensor in tensors:
             if (view := self.view(tensor)) is not None:
-                self.unknowns.setdefault(view.name, self._operation)
+                self.unknowns.setdefault(view.name, self._operation + how)
 
     def linear(
         self,
         out: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         inputs: Callable[[], Rows],
         outputs: Callable[[Tensor], Tensor],
         input_side: str,
         kind: str,
     ) -> None:
-        """Record a linear map of rows."""
-        w, b = self.view(weight), self.view(bias)
+        """Record a linear map of rows: weight, bias or both, as far as they are parameters."""
+        w, b = self._of_matrix(weight), self.view(bias)
         if w is not None and w.index is not None and w.index.ndim == 2 and _is_natural(w.index.T, self._sizes[w.name]):
             # the transpose of a whole parameter is the parameter, applied the other way round
             w = View(w.name, (), None, w.index.T.shape)
             input_side = "left" if input_side == "right" else "right"
-        if w is None:
-            self.bias(out, bias, outputs, kind)
-        elif out.requires_grad:
-            edge, inputs = get_gradient_edge(out), inputs if isinstance(inputs, Windows) else _constant(inputs)
-            self._uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, b is not None, kind, out.shape))
-
-    def bias(self, out: Tensor, bias: Tensor | None, outputs: Callable[[Tensor], Tensor], kind: str) -> None:
-        """Record a bias whose weight is no parameter, or that cannot join it."""
-        b = self.view(bias)
-        if b is not None and out.requires_grad:
-            edge = get_gradient_edge(out)
-            self._uses.append(
-                LinearUse(None, b, edge, lambda: OneHot(torch.empty(0), 1), outputs, "right", False, kind, out.shape)
-            )
+        if b is not None and b.repeats:
+            lead = outputs(torch.empty(out.shape, device="meta")).shape[:-2]
+            self.vector(out, bias, lambda g: outputs(g).flatten(-2), lead, kind)
+            b = None
+        if (w is not None or b is not None) and self._follows(out):
+            inputs = inputs if isinstance(inputs, Windows) else partial(_constant, inputs)
+            edge, joint = get_gradient_edge(out), w is not None and b is not None
+            self._uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, joint, kind, out.shape))
 
     def vector(
         self, out: Tensor, vector: Tensor | None, rows: Callable[[Tensor], Tensor], lead: torch.Size, kind: str
     ) -> None:
         """Record a vector that is applied entry by entry."""
         v = self.view(vector)
-        if v is None or not out.requires_grad:
+        if v is None or not self._follows(out):
             return
-        if v.index is not None and (places := v.index.unique(return_inverse=True))[0].numel() < v.index.numel():
-            # entries that the view holds several times
-            v = View(v.name, (*v.key, "pooled"), places[0], places[0].shape)
-            rows = _pooled(rows, places[1].flatten(), places[0].numel())
-        self._uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
+        if v.repeats:  # and other passes may choose other entries: the gradient in the whole parameter
+            assert v.index is not None
+            size = self._sizes[v.name]
+            rows = partial(_placed, rows, v.index.flatten(), size)
+            v = View(v.name, (), None, torch.Size([size]))
+        self._uses.append(VectorUse(v, get_gradient_edge(out), partial(_constant, rows), kind, lead))
+
+    def lookup(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
+        """Record rows ``ids`` of a table that are looked up; −1 for rows without a gradient."""
+        view = self._of_matrix(table)
+        if view is not None and self._follows(out):
+            self.lookups.start(out, view, ids, table.shape[0])
+
+    def _of_matrix(self, tensor: Tensor | None) -> View | None:
+        """The view of a parameter that is applied as a matrix; none where an index repeats its entries.
+
+        The gradient in the entries is then no sum of outer products.
+        """
+        view = self.view(tensor)
+        if view is not None and view.repeats:
+            self.unknown(tensor, how=" by an index that repeats entries")
+            return None
+        return view
+
+    def _follows(self, out: Tensor) -> bool:
+        return self._active and out.requires_grad
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func in DATA_DEPENDENT
-            or (func is Tensor.__getitem__ and _has_mask(args[1]))
-            or (func is torch.where and len(args) == 1)
-        ):
-            self.data_dependent = True
+        out = self._run(func, args, kwargs)
+        if self._active and (isinstance(out, Tensor) or not is_query(func)):
+            self._note(func, args, kwargs, out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = _tensors(args, kwargs)
         parameters = [t for t in tensors if id(t) in self._views]
-        rows = [t for t in tensors if t in self.lookups]
-        alone = len(rows) == 1 and rows[0] is args[0]
-        if rows and func not in ADDS and not (alone and (func in VIEWS or func in CASTS)) and not _is_neutral(func):
+        rows = [t for t in tensors if t in self.lookups] if self._active else []
+        first: Any = args[0] if args else None
+        arranged = func in VIEWS and [id(t) for t in parameters + rows] == [id(first)]
+        if rows and not (arranged or func in ADDS or func in CASTS or is_query(func)):
             self.lookups.use(rows)
         substitute = TABLE.get(func, func)
-        if not parameters and not (rows and func in ADDS):
-            out = substitute(*args, **kwargs)
-            self._note(func, args, out)
-            if alone and func in VIEWS:
-                self.lookups.arrange(func, rows[0], args[1:], kwargs, out)
-            elif alone and func in CASTS:
-                self.lookups.cast(rows[0], out)
-            return out
-        self._operation = getattr(func, "__name__", str(func))
-        if func in COMPOSITE:
-            with self:
-                return opened(func)(*args, **kwargs)
-        if substitute in TRANSPARENT:
-            with self:
-                return substitute(*args, **kwargs)
-        if func in RULES and _fits(RULES[func], 2 + len(args), tuple(kwargs)):
-            out = RULES[func](self, substitute, *args, **kwargs)
-            self._note(func, args, out)
-            return out
+        if parameters or (rows and func in ADDS):
+            self._operation = getattr(func, "__name__", str(func))
+            if func in OPENED:
+                with self:
+                    return OPENED[func](*args, **kwargs)
+            if func in self._rules and _fits(self._rules[func], 2 + len(args), tuple(kwargs)):
+                return self._rules[func](self, substitute, *args, **kwargs)
         out = substitute(*args, **kwargs)
-        if func in VIEWS and len(parameters) == 1 and parameters[0] is args[0]:
-            self._derive(func, args, kwargs, out)
-        elif func in CASTS and parameters[0] is args[0] and isinstance(out, Tensor):
-            self._remember(out, self._views[id(args[0])])
-        elif not _is_neutral(func):
+        if arranged:
+            arrange = self._derive if parameters else self.lookups.arrange
+            arrange(func, first, args[1:], kwargs, out)
+        elif func in CASTS:
+            if id(first) in self._views:
+                self._remember(out, self._views[id(first)])
+            elif first in self.lookups:
+                self.lookups.cast(first, out)
+        elif not is_query(func):
             self.unknown(*parameters)
         return out
 
-    def _note(self, func: Any, args: Any, out: Any) -> None:
-        """Note the precision of a result, and the memory that it takes."""
-        if not (isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad):
-            return
-        if out.dtype != self.precision and (
-            self.precision is None or torch.finfo(out.dtype).eps > torch.finfo(self.precision).eps
-        ):
-            self.precision = out.dtype
-        if func not in VIEWS:
-            self.activations += out.numel() * out.itemsize
-        if func is F.scaled_dot_product_attention:  # its scores, of all pairs of positions, stay inside
-            self.activations += 2 * args[0].shape[:-1].numel() * args[1].shape[-2] * out.itemsize
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note a call, and the precision of its result."""
+        for tensor in self._recording.call(func, args, kwargs, out):
+            if tensor.is_floating_point() and tensor.requires_grad and func not in VIEWS:
+                pair = (self.precision or tensor.dtype, tensor.dtype)
+                self.precision = max(pair, key=lambda dtype: torch.finfo(dtype).eps)
+        # which entries of a parameter were taken is told by the view's key
+        by_values = is_data_dependent(func, args) and self.view(args[0] if args else None) is None
+        self.data_dependent = self.data_dependent or by_values or self._recording.mixes
 
-    def _derive(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _derive(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> None:
         """The same operation on the entries' places tells which entries the result holds."""
-        parent = self._views[id(args[0])]
+        parent = self._views[id(tensor)]
         index = parent.index
         if index is None:
-            index = torch.arange(parent.shape.numel(), device=args[0].device).view(parent.shape)
-        places = func(index, *args[1:], **kwargs)
-        for tensor, place in zip(*((out,), (places,)) if isinstance(out, Tensor) else (out, places), strict=True):
-            size = self._sizes[parent.name]
+            index = torch.arange(parent.shape.numel(), device=tensor.device).view(parent.shape)
+        places = func(index, *args, **kwargs)
+        size = self._sizes[parent.name]
+        for part, place in zip(*((out,), (places,)) if isinstance(out, Tensor) else (out, places), strict=True):
+            if not place.numel():
+                continue
             if _is_natural(place, size):
-                self._remember(tensor, View(parent.name, (), None, tensor.shape))
+                self._remember(part, View(parent.name, (), None, part.shape))
             else:
-                self._remember(tensor, View(parent.name, _key(place), place, tensor.shape))
+                repeats = (parent.repeats or func in INDEXING) and int(place.flatten().bincount().max()) > 1
+                self._remember(part, View(parent.name, _key(place), place, part.shape, repeats))
 
     def _remember(self, tensor: Tensor, view: View) -> None:
         self._views[id(tensor)] = view
         self._kept.append(tensor)
+        if self._active:
+            self._recording.add(view.key)
 
 
 @cache
@@ -279,23 +219,17 @@ def _fits(function: Any, count: int, names: tuple[str, ...]) -> bool:
     return True
 
 
-def _constant(rows: Callable[..., Any]) -> Callable[..., Any]:
-    """The same rows without the graph of what they are made of."""
-
-    def run(*args: Tensor) -> Any:
-        with torch.no_grad():
-            made = rows(*args)
-        return made.detach() if isinstance(made, Tensor) else made
-
-    return run
+def _constant(rows: Callable[..., Any], *args: Tensor) -> Any:
+    """Rows without the graph of what they are made of."""
+    with torch.no_grad():
+        made = rows(*args)
+    return made.detach() if isinstance(made, Tensor) else made
 
 
-def _pooled(rows: Callable[[Tensor], Tensor], places: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-    def run(g: Tensor) -> Tensor:
-        found = rows(g)
-        return found.new_zeros(*found.shape[:-1], size).index_add_(-1, places, found)
-
-    return run
+def _placed(rows: Callable[[Tensor], Tensor], places: Tensor, size: int, g: Tensor) -> Tensor:
+    """Rows as parts of longer ones; what falls on one place is added."""
+    found = rows(g)
+    return found.new_zeros(*found.shape[:-1], size).index_add_(-1, places, found)
 
 
 def _is_natural(place: Tensor, size: int) -> bool:
@@ -307,25 +241,16 @@ def _key(place: Tensor) -> tuple[object, ...]:
     """Views with the same key hold the same entries in the same order."""
     flat = place.flatten()
     ramp = torch.arange(1, len(flat) + 1, device=place.device, dtype=torch.float64)
-    return (tuple(place.shape), int(flat[0]) if len(flat) else -1, float((flat * ramp.sqrt()).sum()))
+    return (tuple(place.shape), int(flat[0]), float((flat * ramp.sqrt()).sum()))
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
+        if type(value) in PLAIN:  # most settings are; to ask whether something is a tensor takes longer
+            continue
+        if isinstance(value, (list, tuple)):
             found.extend(t for t in value if isinstance(t, Tensor))
+        elif isinstance(value, Tensor):
+            found.append(value)
     return found
-
-
-def _has_mask(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.int64) and part.ndim > 0 for part in parts)
-
-
-def _is_neutral(func: Any) -> bool:
-    """Whether an operation reads a tensor without its values."""
-    owner = getattr(func, "__self__", None)
-    return func in QUERIES or getattr(owner, "__name__", "") in NEUTRAL

@@ -22,12 +22,14 @@ class View:
         key: Tells views of one parameter apart.
         index: Place of each entry in the flattened parameter, of the view's shape; ``None`` for the
             parameter as it is.
+        repeats: Whether it holds an entry several times.
     """
 
     name: str
     key: tuple[object, ...]
     index: Tensor | None
     shape: torch.Size
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class LinearUse:
         joint: Whether the bias can join the weight by a one that is appended to a.
         kind: The operation's name.
         shape: Shape of the output.
+        one_hot: Whether the inputs are unit vectors.
     """
 
     weight: View | None
@@ -75,11 +78,22 @@ class LinearUse:
     joint: bool
     kind: str
     shape: torch.Size
+    one_hot: bool = False
 
     @cached_property
+    def _output_shape(self) -> torch.Size:
+        return self.outputs(torch.empty(self.shape, device="meta")).shape
+
+    @property
     def lead(self) -> torch.Size:
         """The axes of the rows."""
-        return self.outputs(torch.empty(self.shape, device="meta")).shape[:-2]
+        return self._output_shape[:-2]
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Groups, and entries of a row of inputs in one; no inputs are formed to know it."""
+        groups, outputs = self._output_shape[-2:]
+        return groups, 1 if self.weight is None else self.weight.shape.numel() // (groups * outputs)
 
 
 @dataclass(frozen=True)
@@ -143,15 +157,8 @@ class Windows:
     dilation: tuple[int, ...]
     groups: int
 
-    def __call__(self, first: int | None = None) -> Tensor:
-        """The windows of all data, or of the first few."""
-        x = self.input.detach()[:first]
-        return patches(x, self.kernel, self.stride, self.padding, self.dilation, self.groups)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Groups, and entries of a window in one."""
-        return self.groups, self.input.shape[1] // self.groups * torch.Size(self.kernel).numel()
+    def __call__(self) -> Tensor:
+        return patches(self.input.detach(), self.kernel, self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def correlates(self) -> bool:
@@ -159,18 +166,21 @@ class Windows:
         plain = set(self.stride) == set(self.dilation) == {self.groups} == {1} and len(self.kernel) == 2
         return plain and worthwhile(self.input, self.kernel)
 
-    def moment(self, dtype: torch.dtype, joint: bool, first: int | None = None) -> Tensor:
-        """Σ a aᵀ ``[in, in]``, with a one appended to a if ``joint``."""
-        x = self.input.detach()[:first].to(dtype)
+    def moment(self, dtype: torch.dtype, joint: bool) -> Tensor:
+        """Σ a aᵀ ``[in, in]`` over all windows, with a one appended to a if ``joint``; only where it `correlates`."""
+        x = self.input.detach().to(dtype)
         kernel = (self.kernel[0], self.kernel[1])
         moment = window_moment(x, kernel, self.padding)
         if not joint:
             return moment
-        total = window_sum(x, kernel, self.padding)
-        windows = [n + sum(pair) - k + 1 for n, k, pair in zip(x.shape[2:], kernel, self.padding, strict=True)]
-        rows = len(x) * windows[0] * windows[1]
+        total, rows = window_sum(x, kernel, self.padding)
         edge = torch.cat([total, total.new_full((1,), rows)])
         return torch.cat([torch.cat([moment, total[None]]), edge[:, None]], 1)
+
+
+def one_group(x: Tensor) -> Tensor:
+    """``[*rows, c]`` to ``[*rows, 1, c]``."""
+    return x.unsqueeze(-2)
 
 
 def channels_last(x: Tensor, groups: int = 1) -> Tensor:

@@ -75,9 +75,9 @@ class ScalarLoss:
         """Whether it can be asked for another reduction: by a module's attribute, or a function's keyword."""
         function = self.function
         if isinstance(function, nn.Module):
-            return isinstance(getattr(function, "reduction", None), str) and not isinstance(
-                function, torch.jit.ScriptModule
-            )
+            # a forward of its own need not read the attribute
+            fixed = isinstance(function, torch.jit.ScriptModule) or "forward" in vars(function)
+            return isinstance(getattr(function, "reduction", None), str) and not fixed
         return self._keyword is not None
 
     def reduction(self) -> tuple[str, str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 class Places:
     """Places of a block's rows, in the block's order.
 
-    A range is kept as such, and anything else is written out when it is asked for and not kept: an index takes eight
-    bytes a parameter, twice what the parameter takes.
+    A range is kept as such, and anything else may be written out when it is asked for: an index takes eight bytes an
+    entry, twice what the parameter takes.
 
     Args:
         size: Number of rows.
@@ -23,8 +23,8 @@ class Places:
     Example:
         >>> import torch
         >>> places = Places.range(2, 5, torch.device("cpu"))
-        >>> len(places), places.first, places.tensor.tolist()
-        (3, 2, [2, 3, 4])
+        >>> len(places), places.index, places.tensor.tolist()
+        (3, slice(2, 5, None), [2, 3, 4])
     """
 
     def __init__(self, size: int, device: torch.device, where: slice | Callable[[], Tensor]) -> None:
@@ -38,7 +38,7 @@ class Places:
     @classmethod
     def listed(cls, index: Tensor) -> Places:
         """Rows one by one."""
-        return cls(len(index), index.device, partial(_same, index))
+        return cls(len(index), index.device, partial(torch.Tensor.detach, index))
 
     def __len__(self) -> int:
         return self.size
@@ -53,15 +53,3 @@ class Places:
         """The places one by one, ``[size]``."""
         where = self.index
         return torch.arange(where.start, where.stop, device=self.device) if isinstance(where, slice) else where
-
-    @property
-    def first(self) -> int:
-        """The first place; −1 if there is none."""
-        if not self.size:
-            return -1
-        where = self.index
-        return int(where.start if isinstance(where, slice) else where[0])
-
-
-def _same(index: Tensor) -> Tensor:
-    return index

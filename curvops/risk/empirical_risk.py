@@ -112,6 +112,7 @@ class EmpiricalRisk:
     @contextmanager
     def walk(self, title: str) -> Iterator[Walk]:
         """One pass over the data, with a progress bar of this title if asked for."""
+        self.model.check_current()
         with self.evaluation(), closing(self.data.walk()) as batches:
             yield Walk(self, batches, title)
 

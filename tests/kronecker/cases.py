@@ -106,12 +106,18 @@ def tied() -> tuple[nn.Module, Any, Tensor, Tensor]:
 PROBLEMS = {"mlp": mlp, "cnn": cnn, "tokens": tokens, "tied": tied}
 
 
-def build(kind: str, problem: tuple[nn.Module, Any, Any, Any], *sizes: int, **options: Any) -> Any:
+def build(kind: str, problem: tuple[nn.Module, Any, Any, Any], *sizes: int, make: str = "", **options: Any) -> Any:
     """An operator of a kind on a problem, its data in batches of some sizes."""
     model, loss, X, y = problem
     data = list(zip(X.split(sizes), y.split(sizes), strict=True)) if sizes else [(X, y)]
     options.setdefault("fisher_type", "type-2")
-    return KINDS[kind](model, loss, params(model), data, **options)
+    cls = KINDS[kind]
+    return (getattr(cls, make) if make else cls)(model, loss, params(model), data, **options)
+
+
+def plan(kind: str, problem: tuple[nn.Module, Any, Any, Any], *sizes: int, **options: Any) -> Any:
+    """What `build` would make."""
+    return build(kind, problem, *sizes, make="plan", **options)
 
 
 def dense_ggn(problem: tuple[nn.Module, Any, Any, Any]) -> Tensor:

@@ -1,11 +1,11 @@
-"""`explain()` says how each parameter was treated, and `plan()` says the same before anything is computed."""
+"""`explain()` says how each parameter was treated, and `plan` says the same from the same arguments."""
 
 import pytest
 import torch
 from torch import nn
 
 from curvops import BlockRule
-from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, mlp, real, seeded, tokens
+from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, plan, real, seeded, tokens
 
 RULES = {"default": None, "small": BlockRule(largest_factor=3, largest_block=2)}
 
@@ -34,18 +34,16 @@ def unusual():
 def test_the_plan_is_what_happens(kind, name, separate, rule):
     problem = (PROBLEMS | {"unusual": unusual})[name]()
     options = {"separate_weight_and_bias": separate, "rule": RULES[rule], "check_deterministic": False}
-    op = build(kind, problem, **options)
-    planned = op.plan()
+    op, planned = build(kind, problem, **options), plan(kind, problem, **options)
     explained = op.explain()
     assert planned.rows == explained.rows
     assert planned.memory == explained.memory == sum(p.block.memory for p in op.blocks)
     assert sum(row.size for row in planned.rows) == op.shape[0]
-    assert op.plan().rows == planned.rows  # after computing, too
 
 
 def test_forward_only():
-    op = build("kfac", tokens(), fisher_type="forward-only")
-    assert op.plan().rows == op.explain().rows
+    options = {"fisher_type": "forward-only"}
+    assert plan("kfac", tokens(), **options).rows == build("kfac", tokens(), **options).explain().rows
 
 
 def test_the_account_prints():
@@ -71,24 +69,28 @@ def test_the_account_prints():
 
 
 def test_costs():
-    op = build("kfac", cnn(), 3, 3)
-    assert "batch of 3: 1 forward and 2 backward passes to the layers' outputs, about 1.0 gradients" in op.plan().notes
-    op.trace()
-    notes = op.explain().notes
-    assert "2 backward passes to the layers' outputs" in notes
-    assert "2 batches were processed as 1: no datum's output depends on others" in notes
-    many = mlp()[0], nn.MSELoss(), real(6, 3), real(6, 3)
+    planned = plan("kfac", cnn(), 3, 3)
+    assert "batch of 3: 1 forward and 2 backward passes to the layers' outputs, about 1.0 gradients" in planned.notes
+    assert "4 backward passes to the layers' outputs" in build("kfac", cnn(), 3, 3).explain().notes
     model = seeded(lambda: nn.Sequential(nn.Linear(3, 12)))
     many = model, nn.MSELoss(), real(6, 3), real(6, 12)
-    assert any(note.startswith("fewer backward passes: fisher_type='mc'") for note in build("kfac", many).plan().notes)
-    sampled = build("kfac", many, fisher_type="mc", mc_samples=3).plan()
+    assert any(note.startswith("fewer backward passes: fisher_type='mc'") for note in plan("kfac", many).notes)
+    sampled = plan("kfac", many, fisher_type="mc", mc_samples=3)
     assert any("1 forward and 3 backward passes" in note for note in sampled.notes)
     for kind, words in (("ekfac", "the data is swept again"), ("kfoc", "times again")):
-        assert any(words in note and "memory_budget=" in note for note in build(kind, many).plan().notes)
-    assert any("rule=BlockRule" in note for note in build("kfac", many).plan().notes)
+        assert any(words in note and "memory_budget=" in note for note in plan(kind, many).notes)
+    assert any("rule=BlockRule" in note for note in plan("kfac", many).notes)
 
 
-def test_planning_computes_nothing():
-    op = build("kfac", tokens(), 3, 3)
-    op.plan()
-    assert op._state is None and op._sweep.backward_passes == 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_takes_one_forward_pass_of_the_first_batch(kind):
+    model, loss, X, y = tokens()
+    passes, batches = [], []
+
+    class Data(list):
+        def __iter__(self):
+            return (batches.append(1) or batch for batch in super().__iter__())
+
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    KINDS[kind].plan(model, loss, dict(model.named_parameters()), Data([(X, y)] * 3), fisher_type="type-2")
+    assert (len(passes), len(batches)) == (1, 1)

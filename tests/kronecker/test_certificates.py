@@ -1,91 +1,187 @@
-"""What was certified of a model is shared by its operators, as long as nothing of it has changed."""
+"""What was proved on one batch or for one operator is not taken for another: each beside autograd, batch by batch."""
 
-import gc
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from curvops import EKFACLinearOperator, KFACLinearOperator
-from curvops.kronecker import sweep
-from curvops.risk import empirical_risk
-from kronecker.cases import close, integers, params, real, seeded
+from kronecker.cases import KINDS, Net, build, close, dense_ggn, integers, params, real, seeded
 
-SHARED = "certified by an earlier operator"
-CHANGES = {
-    "parameter": lambda model: model[0].weight.data.mul_(2),
-    "mode": lambda model: model.eval(),
-    "attribute": lambda model: setattr(model, "scale", 2),
-    "function": lambda model: setattr(model[1], "forward", torch.sin),
-    "hook": lambda model: model[0].register_forward_hook(lambda module, inputs, output: output + output.roll(1, 0)),
+
+def net(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """Three layers, of which a forward pass uses what it likes."""
+    return seeded(lambda: Net(forward, a=nn.Linear(3, 4), b=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+
+
+def quantised(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    scale = h.abs().max().detach()
+    return net.head(h + ((h / scale).round() * scale - h).detach())
+
+
+def standardised(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head((h - h.mean(0).detach()) / h.std(0).detach())
+
+
+def by_size(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x))) / len(x)
+
+
+def by_scale(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x)) * (1.0 / x.abs().max().item()))
+
+
+DYNAMIC = {f.__name__: f for f in (quantised, standardised, by_size, by_scale)}
+
+
+def negative(x: Tensor) -> bool:
+    """Of the second batch only."""
+    return bool(x[0, 0] < 0)
+
+
+def other_layer(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.b(x) if negative(x) else net.a(x)))
+
+
+def other_layer_of_two_results(net: Any, x: Tensor) -> Tensor:
+    """Both are computed, and the choice is seen by no operation."""
+    return net.head([net.a(x).tanh(), net.b(x).tanh()][len(x) % 2])
+
+
+def one_more_use(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h + net.b(x) if negative(x) else h))
+
+
+def not_at_first(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x) + (1.0 if negative(x) else 0.0) * net.b(x)))
+
+
+def bias_alone(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x) + (net.b.bias if negative(x) else 0))
+    return net.head(h)
+
+
+def other_operation(net: Any, x: Tensor) -> Tensor:
+    """Applied by what no rule knows."""
+    h = torch.tanh(net.a(x))
+    return torch.kron(h, net.head.weight[0, :1])[:, :2] + net.head(h) if negative(x) else net.head(h)
+
+
+def mixing(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h + h.mean(0) if negative(x) else h))
+
+
+def mixing_along_another_axis(net: Any, x: Tensor) -> Tensor:
+    """The same operations and shapes; the setting of one differs."""
+    return net.head(torch.tanh(net.a(x).roll(1, 0 if negative(x) else 1)))
+
+
+def reordered(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h + h.flip(0 if negative(x) else 1)))
+
+
+def mixing_by_a_gate(net: Any, x: Tensor) -> Tensor:
+    """No branch at all: the mean counts for nothing in the first batch."""
+    h = net.a(x)
+    return net.head(torch.tanh(h + (x[:, :1] < 0) * h.mean(0)))
+
+
+def scaled_by_the_largest(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h / h.abs().max().clamp(max=0.1 + 9 * negative(x))))
+
+
+LATER = {
+    f.__name__: f
+    for f in (
+        *(other_layer, other_layer_of_two_results, one_more_use, not_at_first, bias_alone, other_operation),
+        *(mixing, mixing_along_another_axis, reordered, mixing_by_a_gate, scaled_by_the_largest),
+    )
 }
 
 
-def model_and_data():
-    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
-    return model, [(real(6, 3), integers(3, 6)), (real(5, 3), integers(3, 5))]
+def problem(forward: Callable[[Any, Tensor], Tensor], sizes: tuple[int, ...]) -> tuple[nn.Module, Any, Tensor, Tensor]:
+    X = real(sum(sizes), 3)
+    X[: sizes[0], 0], X[sizes[0] :, 0] = X[: sizes[0], 0].abs(), -X[sizes[0] :, 0].abs()
+    return net(forward), nn.CrossEntropyLoss(), X, integers(2, sum(sizes))
 
 
-def make(model, data, kind=KFACLinearOperator):
-    return kind(model, nn.CrossEntropyLoss(), params(model), data, fisher_type="type-2")
+def expected(given: tuple[nn.Module, Any, Tensor, Tensor], sizes: tuple[int, ...]) -> Tensor:
+    """The GGN, batch by batch, with zeros for parameters that a batch does not use."""
+    model, _, X, y = given
+    zero = 0.0 * sum(p.sum() for p in model.parameters())
+    whole = lambda x: model(x) + zero  # noqa: E731
+    whole.named_parameters = model.named_parameters  # type: ignore[attr-defined]
+    parts = zip(X.split(sizes), y.split(sizes), strict=True)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return sum(dense_ggn((whole, loss, x, t)) for x, t in parts) / len(X)  # type: ignore[arg-type, return-value]
 
 
-@pytest.fixture
-def looks(monkeypatch):
-    """Counts how often a few data were looked at."""
-    calls, look = [], sweep.look
-    monkeypatch.setattr(sweep, "look", lambda *a: calls.append(1) or look(*a))
-    return calls
+@pytest.mark.parametrize("sizes", [(6, 5), (4, 4, 1)])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_second_operator_of_a_model(name: str, sizes: tuple[int, ...]) -> None:
+    given = problem(DYNAMIC[name], sizes)
+    if name == "standardised":
+        sizes = (4, 5)  # the spread of one datum is none
+        given = problem(standardised, sizes)
+    matrix = expected(given, sizes)
+    for kind in ("ekfac", "kfac", "ekfac", "diagonal"):
+        op = build(kind, given, *sizes, check_deterministic=False)
+        if kind != "kfac":
+            close(op.trace(), matrix.trace())
 
 
-@pytest.mark.parametrize("kind", [KFACLinearOperator, EKFACLinearOperator])
-def test_a_second_operator_shares_what_was_certified(kind, looks):
-    model, data = model_and_data()
-    first, second = make(model, data), make(model, data, kind)
-    alone = make(*model_and_data(), kind)
-    expected = alone.to_dense()
-    first.to_dense()
-    assert len(looks) == 2
-    close(second.to_dense(), expected, 1e-12)
-    assert len(looks) == 2
-    assert SHARED in str(second.explain()) and SHARED not in str(first.explain())
-    assert "2 batches were processed as 1" in str(second.explain())
+@pytest.mark.parametrize("sizes", [(6, 5), (4, 4, 1)])
+@pytest.mark.parametrize("kind", ["ekfac", "diagonal", "kfac"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_batch_that_does_something_else(name: str, kind: str, sizes: tuple[int, ...]) -> None:
+    given = problem(LATER[name], sizes)
+    matrix = expected(given, sizes)
+    op = build(kind, given, *sizes, check_deterministic=False)
+    if kind == "diagonal":
+        close(op.diagonal(), matrix.diagonal())
+    elif kind == "ekfac":
+        close(op.trace(), matrix.trace())
+    for parameter in op.domain.names:  # no block is zero that is not
+        where = op.domain.slice(parameter)
+        assert bool(op.diagonal()[where].any()) == bool(matrix.diagonal()[where].any())
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_asks_for_new_certificates(change, looks):
-    model, data = model_and_data()
-    make(model, data).to_dense()
-    CHANGES[change](model)
-    second = make(model, data)
-    close(second.to_dense().trace(), second.trace(), 1e-9)
-    assert len(looks) == 2 and SHARED not in str(second.explain())
-    assert ("whole" in {route.units for route in second._sweep.routes.values()}) == (change == "hook")  # it mixes data
+def positions(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x) + net.p[: x.shape[1]])).mean(1)
 
 
-def test_other_data_shapes_losses_and_functions_are_looked_at_anew(looks):
-    model, data = model_and_data()
-    make(model, data).to_dense()
-    targets = [(X, real(len(X), 3)) for X, _ in data]
-    KFACLinearOperator(model, nn.MSELoss(), params(model), targets).to_dense()
-    assert len(looks) == 2
-
-    def function(p, X):
-        return torch.func.functional_call(model, p, (X,))
-
-    for _ in range(2):
-        make_function = KFACLinearOperator(function, nn.CrossEntropyLoss(), params(model), data)
-        make_function.to_dense()
-    assert len(looks) == 4
+def chosen(net: Any, x: Tensor) -> Tensor:
+    """Rows by an index that repeats some, and other ones for other lengths."""
+    return net.head(torch.tanh(net.a(x) + net.p[torch.arange(x.shape[1]) % 2 + (x.shape[1] > 2)])).mean(1)
 
 
-def test_certificates_go_with_the_model_and_are_few():
-    model, data = model_and_data()
-    before = len(empirical_risk._CERTIFICATES)
-    for _ in range(empirical_risk.STATES + 3):
-        make(model, data).to_dense()
-        model[0].weight.data.mul_(1.1)
-    assert 0 < len(empirical_risk._CERTIFICATES[model]) <= empirical_risk.STATES
-    del model
-    gc.collect()
-    assert len(empirical_risk._CERTIFICATES) <= before
+@pytest.mark.parametrize("kind", ["ekfac", "diagonal"])
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4), (4, 2), (3, 4, 3)])
+@pytest.mark.parametrize("forward", [positions, chosen])
+def test_parts_of_a_parameter_that_change_from_batch_to_batch(
+    forward: Callable[[Any, Tensor], Tensor], lengths: tuple[int, ...], kind: str
+) -> None:
+    model = net(forward)
+    model.p = nn.Parameter(real(5, 4, seed=9))
+    data = [(real(3, length, 3, seed=length), integers(2, 3, seed=length)) for length in lengths]
+    zero = 0.0 * sum(p.sum() for p in model.parameters())
+    whole = lambda x: model(x) + zero  # noqa: E731
+    whole.named_parameters = model.named_parameters  # type: ignore[attr-defined]
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    matrix = sum(dense_ggn((whole, loss, x, t)) for x, t in data) / (3 * len(data))  # type: ignore[arg-type]
+    op = KINDS[kind](model, nn.CrossEntropyLoss(), params(model), data, fisher_type="type-2")
+    assert isinstance(matrix, Tensor)
+    close(op.trace(), matrix.trace())
+    where = op.domain.slice("p")
+    close(op.diagonal()[where].sum(), matrix.diagonal()[where].sum())
+    places = torch.cat([placed.positions for placed in op.blocks])
+    assert len(places.unique()) == len(places)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from curvops.kronecker.combine import nearest_product
+from curvops.kronecker.state import nearest_product
 from kronecker.cases import close, real
 
 

@@ -74,7 +74,7 @@ def test_squares_of_all_passes_are_the_ggn_blocks(problem):
         for name, gradient in gradients.items():
             flat = gradient.flatten(1)
             total[name] = total.get(name, 0) + flat.T @ flat
-    ggn, c = dense_ggn(problem()), op.risk.constant
+    ggn, c = dense_ggn(problem()), op.state.constant
     for name, matrix in total.items():
         where = op.domain.slice(name)
         close(c * matrix, ggn[where, where])

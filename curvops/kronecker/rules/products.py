@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from string import ascii_lowercase, ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvops.kronecker.rules import rule
+from curvops.kronecker.operations import named
+from curvops.kronecker.taps import Rule, Taps
+from curvops.kronecker.uses import one_group
 
-if TYPE_CHECKING:
-    from curvops.kronecker.taps import Taps
 
-
-@rule(torch.einsum)
 def einsum(taps: Taps, func: Any, equation: Any, *operands: Any) -> Tensor:
     out: Tensor = func(equation, *operands)
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
@@ -28,7 +26,6 @@ def einsum(taps: Taps, func: Any, equation: Any, *operands: Any) -> Tensor:
     return out
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
 def matmul(taps: Taps, func: Any, input: Tensor, other: Tensor) -> Tensor:
     out: Tensor = func(input, other)
     pair, labels = [input, other], []
@@ -45,13 +42,12 @@ def matmul(taps: Taps, func: Any, input: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-@rule(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.addmv, Tensor.addmv)
 def sum_with_product(
     taps: Taps, func: Any, input: Tensor, one: Tensor, other: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     if one.ndim == other.ndim == 2 and input.ndim == 1 and taps.view(one) is None and beta == alpha == 1:
         out: Tensor = func(input, one, other)
-        taps.linear(out, other, input, lambda: one.unsqueeze(-2), lambda g: g.unsqueeze(-2), "left", "addmm")
+        taps.linear(out, other, input, lambda: one_group(one), one_group, "left", "addmm")
         return out
     with taps:
         product = one @ other
@@ -81,10 +77,9 @@ def _contract(
     own, weight = labels[places[0]], operands[places[0]]
     others = [k for k in range(len(operands)) if k != places[0]]
     seen = "".join(labels[k] for k in others)
-    groups, inputs, outputs = (
-        "".join(c for c in own if (c in seen, c in result) == kind)
-        for kind in ((True, True), (True, False), (False, True))
-    )
+    groups = "".join(c for c in own if c in seen and c in result)
+    inputs = "".join(c for c in own if c in seen and c not in result)
+    outputs = "".join(c for c in own if c not in seen and c in result)
     rows = "".join(c for c in result if c not in own)
     if len(groups + inputs + outputs) < len(own):  # an axis that is summed on its own
         taps.unknown(*operands)
@@ -98,14 +93,13 @@ def _contract(
             weight = weight.reshape(counts[0], counts[2], counts[1])
     equation = f"{','.join(labels[k] for k in others)}->{rows}{groups}{inputs}"
     factors = [operands[k] for k in others]
+    order = [result.index(c) for c in rows + groups + outputs]
+
+    def arranged() -> Tensor:
+        return torch.einsum(equation, *factors).reshape(*shape, counts[0], counts[1])
+
     taps.linear(
-        out,
-        weight,
-        None,
-        lambda: torch.einsum(equation, *factors).reshape(*shape, counts[0], counts[1]),
-        lambda g: g.permute([result.index(c) for c in rows + groups + outputs]).reshape(*shape, counts[0], counts[2]),
-        side,
-        kind,
+        out, weight, None, arranged, lambda g: g.permute(order).reshape(*shape, counts[0], counts[2]), side, kind
     )
 
 
@@ -122,3 +116,10 @@ def _labels(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
     if not arrow:
         right = "..." + "".join(sorted(c for c, n in Counter(left).items() if n == 1 and c.isalpha()))
     return [*parts, right.replace("...", dots)]
+
+
+RULES: dict[Any, Rule] = {
+    torch.einsum: einsum,
+    **dict.fromkeys(named("matmul __matmul__ mm bmm mv"), matmul),
+    **dict.fromkeys(named("addmm baddbmm addmv"), sum_with_product),
+}

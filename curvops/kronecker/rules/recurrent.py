@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.kronecker.rules import rule
-
-if TYPE_CHECKING:
-    from curvops.kronecker.taps import Taps
+from curvops.kronecker.taps import Rule, Taps
 
 State = tuple[Tensor, ...]  # the output first
 # from the input's part of the gates and the state to the next state; the weights act on the state
-Step = Callable[[Tensor, State, Sequence[Tensor | None]], State]
+Step = Callable[[Tensor, State, Sequence[Any]], State]
 
 
-def _lstm(x: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+def _lstm(x: Tensor, state: State, weights: Sequence[Any]) -> State:
     hidden, bias, projection = weights
     h, c = state
-    assert hidden is not None
     i, f, g, o = (x + F.linear(h, hidden, bias)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     h = o.sigmoid() * c.tanh()
     return (h if projection is None else F.linear(h, projection)), c
 
 
-def _gru(x: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+def _gru(x: Tensor, state: State, weights: Sequence[Any]) -> State:
     hidden, bias, _ = weights
     (h,) = state
-    assert hidden is not None
     reset, update, new = F.linear(h, hidden, bias).chunk(3, -1)
     r, z, n = x.chunk(3, -1)
     n = (n + (r + reset).sigmoid() * new).tanh()
@@ -40,39 +35,24 @@ def _gru(x: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
 
 
 def _plain(activation: Callable[[Tensor], Tensor]) -> Step:
-    def step(x: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+    def step(x: Tensor, state: State, weights: Sequence[Any]) -> State:
         hidden, bias, _ = weights
-        assert hidden is not None
         return (activation(x + F.linear(state[0], hidden, bias)),)
 
     return step
 
 
-LAYERS: dict[Any, Step] = {
-    torch.lstm: _lstm,
-    torch.gru: _gru,
-    torch.rnn_tanh: _plain(torch.tanh),
-    torch.rnn_relu: _plain(torch.relu),
-}
-CELLS: dict[Any, Step] = {
-    torch.lstm_cell: _lstm,
-    torch.gru_cell: _gru,
-    torch.rnn_tanh_cell: _plain(torch.tanh),
-    torch.rnn_relu_cell: _plain(torch.relu),
+STEPS: dict[str, Step] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "rnn_tanh": _plain(torch.tanh),
+    "rnn_relu": _plain(torch.relu),
 }
 
 
 def _cell(step: Step) -> Callable[..., Any]:
-    def run(
-        taps: Taps,
-        func: Any,
-        input: Tensor,
-        hx: Any,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> Any:
+    def run(taps: Taps, func: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Any) -> Any:
+        b_ih, b_hh = biases or (None, None)
         with taps:
             state = step(F.linear(input, w_ih, b_ih), _state(hx), (w_hh, b_hh, None))
         return state if len(state) > 1 else state[0]
@@ -127,7 +107,7 @@ def _run(
 
 
 def _walk(
-    step: Step, gates: list[Tensor], start: State, weights: Sequence[Tensor | None], reverse: bool
+    step: Step, gates: list[Tensor], start: State, weights: Sequence[Any], reverse: bool
 ) -> tuple[list[Tensor], State]:
     """One direction of one layer: the output of each step, and the last state of each sequence."""
     outs, ended = list(gates), []
@@ -151,7 +131,7 @@ def _state(hx: Any) -> State:
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 
-for _function, _step in LAYERS.items():
-    rule(_function)(_layers(_step))
-for _function, _step in CELLS.items():
-    rule(_function)(_cell(_step))
+RULES: dict[Any, Rule] = {
+    **{getattr(torch, name): _layers(step) for name, step in STEPS.items()},
+    **{getattr(torch, f"{name}_cell"): _cell(step) for name, step in STEPS.items()},
+}

@@ -1,0 +1,153 @@
+"""Certificates of a forward pass: which rows are whose, and which parameters their uses explain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from curvops.kronecker.tape import TOGETHER, Layout, Tape, views
+from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
+from curvops.products.account import relative_difference, tolerance
+
+PROJECTIONS = 8  # random numbers that stand for a row when its scale is looked at
+
+
+def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> dict[str, str]:
+    """Find the layouts of a tape's rows, and which parameters are explained by their uses.
+
+    Each datum's cotangent is scaled by a number of its own. A row that belongs to one datum comes back
+    scaled by that number; and a parameter is explained if its gradient is the sum over its uses' rows.
+
+    Args:
+        tape: The forward pass; its layouts are set.
+        scale: One number for each datum, all different.
+        spread: The same, spread over the output: of its shape.
+        names: The parameters to look at.
+
+    Returns:
+        The parameters that are not explained, and why.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.promote_types(tape.z.dtype, torch.float32)
+    cotangent = torch.empty_like(tape.z, dtype=dtype, device="cpu").normal_(generator=generator).to(tape.z)
+    every, directions = range(len(tape.uses)), _Directions()
+    plain: list[Tensor | None] = []
+    if tape.size > 1:
+        plain = [directions(use, g) for use, g in zip(tape.uses, tape.gradients(cotangent, every)[0], strict=True)]
+    # an output may be as wide as a vocabulary: one cotangent at a time is held
+    scaled, totals = tape.gradients(cotangent.mul_(spread), every, names)
+    failed: dict[str, str] = {}
+    for k, (use, before) in enumerate(zip(tape.uses, plain, strict=False)):
+        tape.layouts[k] = _layout(before, directions(use, scaled[k]), scale, tape.precision)
+        if tape.layouts[k] is None:
+            failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
+    parts: dict[str, list[tuple[Use, View, Tensor]]] = {}
+    for use, g in zip(tape.uses, scaled, strict=True):
+        if g is not None:
+            for view in views(use):
+                parts.setdefault(view.name, []).append((use, view, g))
+    allowed = max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in scaled if g is not None)})
+    for k, name in enumerate(names):
+        total, totals[k] = totals[k], None
+        if name in tape.taps.unknowns and total is not None:
+            failed[name] = f"it enters {tape.taps.unknowns[name]}"
+        elif name not in failed and not _explained(tape.params[name], parts.get(name, ()), total, allowed):
+            failed[name] = "its gradient is not the sum over the operations that were seen"
+    return failed
+
+
+def candidates(lead: Sequence[int], size: int) -> list[Layout]:
+    """Layouts that rows with these axes may have, the most usual first."""
+    if size == 1:
+        return [TOGETHER]
+    exact = [Layout(k) for k, length in enumerate(lead) if length == size]
+    longer = [k for k, length in enumerate(lead) if length > size and length % size == 0]
+    return exact + [Layout(k, order) for order in ("major", "minor") for k in longer]
+
+
+def _layout(before: Tensor | None, after: Tensor | None, scale: Tensor, precision: torch.dtype) -> Layout | None:
+    """The layout in which projected rows come back scaled by their datum's number."""
+    if before is None or after is None:
+        return Layout(0)
+    for layout in candidates(before.shape[:-1], len(scale)):
+        a, b = (layout.arrange(t, 1, len(scale)) for t in (before, after))
+        if relative_difference(b, a * scale.to(a).view(-1, 1, 1)) <= max(tolerance(a.dtype), tolerance(precision)):
+            return layout
+    return None
+
+
+class _Directions:
+    """Random projections ``[*rows, PROJECTIONS]`` of a use's output rows: enough to see that they are scaled."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(self, use: Use, slope: Tensor | None) -> Tensor | None:
+        if slope is None:
+            return None
+        rows = use.outputs(slope).flatten(-2) if isinstance(use, LinearUse) else use.rows(slope)
+        size, dtype = rows.shape[-1], torch.promote_types(rows.dtype, torch.float32)
+        if (size, dtype) not in self._known:
+            made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
+            self._known[size, dtype] = made.to(rows.device, dtype)
+        return (rows.detach().to(dtype) @ self._known[size, dtype]).to(rows.dtype)
+
+
+def _explained(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]], total: Tensor | None, allowed: float) -> bool:
+    """Whether a parameter's gradient is the sum over its uses."""
+    found: Tensor | None = None
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    for use, view, g in parts:
+        part = _summed(use, view, g).to(dtype).flatten()
+        if view.index is None:
+            found = part if found is None else found.add_(part)
+        else:
+            found = torch.zeros(param.numel(), dtype=dtype, device=param.device) if found is None else found
+            found.index_add_(0, view.index.flatten(), part)
+    if found is None:
+        return total is None or not total.any()
+    norm = 0.0 if total is None else float(torch.linalg.vector_norm(total.detach()))
+    difference = float(torch.linalg.vector_norm(found if total is None else found.sub_(total.detach().flatten())))
+    return difference <= allowed * norm if norm > 0 else difference <= allowed
+
+
+def _summed(use: Use, view: View, g: Tensor) -> Tensor:
+    """The gradient of one view, summed over all rows."""
+    if isinstance(use, VectorUse):
+        rows = use.rows(g)
+        return rows.reshape(-1, rows.shape[-1]).sum(0)
+    out = use.outputs(g)
+    out = out.reshape(-1, *out.shape[-2:])
+    if view is use.bias:
+        return out.sum(0)
+    a = use.inputs()
+    if isinstance(a, OneHot):
+        total = torch.zeros(a.width + 1, out.shape[-1], dtype=out.dtype, device=out.device)
+        return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]
+    a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
+    return torch.einsum("mgl,mgr->glr", *((out, a) if use.input_side == "right" else (a, out)))
+
+
+def overlapping(tape: Tape) -> dict[str, str]:
+    """Parameters whose parts in different uses overlap, so that no block-diagonal form fits."""
+    parts: dict[str, dict[tuple[object, ...], View]] = {}
+    kinds: dict[str, set[type]] = {}
+    for use in tape.uses:
+        for view in views(use):
+            parts.setdefault(view.name, {})[view.key] = view
+            kinds.setdefault(view.name, set()).add(type(use))
+    return {
+        name: "it is used in overlapping parts"
+        for name, several in parts.items()
+        if len(kinds[name]) > 1 or (len(several) > 1 and _overlap(tape.params[name], several))
+    }
+
+
+def _overlap(param: Tensor, several: Mapping[tuple[object, ...], View]) -> bool:
+    indices = [view.index for view in several.values()]
+    if any(index is None for index in indices):
+        return True  # the parameter as a whole, and a part of it
+    places = torch.cat([index.flatten() for index in indices if index is not None])
+    return places.unique().numel() < places.numel()

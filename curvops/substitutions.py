@@ -65,6 +65,9 @@ class Substitutions(TorchFunctionMode):
         if self._stand_ins is not None:
             args = tuple(self._replaced(arg) for arg in args)
             kwargs = {name: self._replaced(arg) for name, arg in kwargs.items()}
+        if func is COND:  # the model's own code is in the branches
+            with self:
+                return cond(*args, **kwargs)
         return TABLE.get(func, func)(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
@@ -79,7 +82,7 @@ class Substitutions(TorchFunctionMode):
 def gradients(outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` under the substitutions: what is run again in it (checkpointing) runs as it ran before."""
     with Substitutions():
-        return torch.autograd.grad(outputs, inputs, cotangents, **options)
+        return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
 
 
 def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -88,6 +91,14 @@ def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return replacement
 
     return register
+
+
+COND = torch.ops.higher_order.cond
+
+
+def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+    """The branch that is taken, run eagerly."""
+    return (true_fn if bool(pred) else false_fn)(*operands)
 
 
 @_for(F.hardsigmoid)

@@ -12,28 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from curvops.kronecker.uses import LinearUse, OneHot, View
+from curvops.kronecker.uses import LinearUse, OneHot, View, one_group
 
 
 @dataclass
 class Lookup:
-    """One lookup.
+    """One lookup."""
 
-    Attributes:
-        weight: The table.
-        width: Number of its rows.
-        plain: The lookup itself as a use.
-        added: The additions that its rows enter.
-        elsewhere: Whether they enter another operation.
-    """
-
-    weight: View
-    width: int
-    plain: LinearUse
-    added: list[LinearUse] = field(default_factory=list)
-    elsewhere: bool = False
+    table: View
+    width: int  # the number of its rows
+    plain: LinearUse  # the lookup itself as a use
+    added: list[LinearUse] = field(default_factory=list)  # the additions that its rows enter
+    elsewhere: bool = False  # whether they enter another operation
 
 
 class Lookups:
@@ -55,9 +47,9 @@ class Lookups:
     def __contains__(self, tensor: object) -> bool:
         return id(tensor) in self._rows
 
-    def start(self, out: Tensor, weight: View, ids: Tensor, width: int) -> None:
+    def start(self, out: Tensor, table: View, ids: Tensor, width: int) -> None:
         """Rows ``ids`` of a table are looked up; −1 for rows without a gradient."""
-        lookup = Lookup(weight, width, _use(weight, get_gradient_edge(out), ids, width, out))
+        lookup = Lookup(table, width, _use(table, ids, width, out))
         self._all.append(lookup)
         self._remember(out, lookup, ids)
 
@@ -68,7 +60,7 @@ class Lookups:
             lookup.elsewhere = True
             return
         spread = ids.expand(out.shape[:-1])
-        lookup.added.append(_use(lookup.weight, get_gradient_edge(out), spread, lookup.width, out))
+        lookup.added.append(_use(lookup.table, spread, lookup.width, out))
         if out is tensor:  # in place: it holds a sum from now on
             del self._rows[id(tensor)]
 
@@ -100,16 +92,6 @@ class Lookups:
         self._kept.append(tensor)
 
 
-def _use(weight: View, edge: GradientEdge, ids: Tensor, width: int, out: Tensor) -> LinearUse:
-    return LinearUse(
-        weight,
-        None,
-        edge,
-        lambda: OneHot(ids.unsqueeze(-1), width),
-        lambda g: g.unsqueeze(-2),
-        "left",
-        False,
-        "embedding",
-        out.shape,
-        one_hot=True,
-    )
+def _use(table: View, ids: Tensor, width: int, out: Tensor) -> LinearUse:
+    edge, rows = get_gradient_edge(out), OneHot(ids.unsqueeze(-1), width)
+    return LinearUse(table, None, edge, lambda: rows, one_group, "left", False, "embedding", out.shape, one_hot=True)

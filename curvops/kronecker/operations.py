@@ -11,7 +11,7 @@ from torch import Tensor
 from curvops.substitutions import TABLE, embedding, embedding_bag, grouped_mm, linear_cross_entropy, opened
 
 
-def _named(names: str) -> set[Any]:
+def named(names: str) -> set[Any]:
     """The functions and the methods with some names."""
     return {getattr(owner, name) for name in names.split() for owner in (torch, Tensor) if hasattr(owner, name)}
 
@@ -23,37 +23,40 @@ OPENED = {F.multi_head_attention_forward: opened(F.multi_head_attention_forward)
     if substitute in (embedding, embedding_bag, grouped_mm, linear_cross_entropy)
 }
 # give an entry several times if asked to
-INDEXING = {Tensor.__getitem__} | _named("index_select gather take take_along_dim repeat_interleave unfold")
+INDEXING = {Tensor.__getitem__} | named("index_select gather take take_along_dim repeat_interleave unfold")
 # give a part or a rearrangement of a tensor
 VIEWS = (
     INDEXING
     | {descriptor.__get__ for descriptor in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH)}  # type: ignore[attr-defined]
-    | _named(
+    | named(
         "t transpose permute view reshape flatten unflatten ravel chunk split unbind narrow select squeeze unsqueeze "
         "contiguous movedim moveaxis swapaxes swapdims view_as reshape_as tensor_split split_with_sizes adjoint "
         "diagonal flip roll"
     )
 )
-CASTS = _named("to float double half bfloat16 type type_as clone")
+CASTS = named("to float double half bfloat16 type type_as clone")
 # add or broadcast, followed for what is looked up in a table, too
-ADDS = {
-    *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
-    *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to),
-}
+EXPANDS = named("expand expand_as broadcast_to")
+ADDS = named("add add_ __add__ __radd__ __iadd__") | EXPANDS
 # read a tensor without its values, or without a gradient
 ATTRIBUTES = {
     *("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad", "is_leaf", "grad_fn", "data"),
     *("itemsize", "nbytes", "names", "is_sparse", "is_nested", "is_quantized", "is_meta"),
 }
-QUERIES = _named(
+QUERIES = named(
     "size dim numel stride is_contiguous __len__ __hash__ is_floating_point is_complex is_tensor storage_offset "
     "untyped_storage data_ptr element_size get_device detach is_autocast_enabled ndimension"
 )
 # arrange rows by the data's values: their layout must be proved for each batch
-DATA_DEPENDENT = {F.one_hot} | _named(
+DATA_DEPENDENT = {F.one_hot} | named(
     "nonzero masked_select argwhere sort argsort unique unique_consecutive topk argmax argmin multinomial index_select "
     "gather take take_along_dim scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add "
     "index_add_ index_copy index_copy_ index_put index_put_ masked_scatter masked_scatter_ searchsorted bucketize"
+)
+
+# leave an axis out
+REDUCTIONS = {Tensor.__getitem__} | named(
+    "select mean sum amax amin max min prod std var std_mean var_mean norm logsumexp median nanmean nansum quantile"
 )
 
 

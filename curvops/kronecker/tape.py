@@ -106,11 +106,11 @@ class Tape:
 
 def record(risk: EmpiricalRisk, X: Any, size: int) -> Tape:
     """Run the model under the taps."""
-    taps = Taps(risk.params, RULES)
+    taps = Taps(risk.params, RULES, size)
     z = risk.forward(X, taps)
     uses, precision = taps.uses, taps.precision or z.dtype
     layouts: list[Layout | None] = [TOGETHER if size == 1 else None] * len(uses)
-    return Tape(z, risk.params, taps, uses, taps.signature(z, size), size, precision, layouts)
+    return Tape(z, risk.params, taps, uses, taps.signature(z), size, precision, layouts)
 
 
 def views(use: Use) -> list[View]:

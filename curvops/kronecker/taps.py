@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
-from curvops.kronecker.signature import Recording, Signature
-from curvops.kronecker.uses import LinearUse, OneHot, Rows, Use, VectorUse, View, Windows
-from curvops.substitutions import TABLE, opened
+from curvops.kronecker.signature import PLAIN, Recording, Signature
+from curvops.kronecker.uses import LinearUse, Rows, Use, VectorUse, View, Windows
+from curvops.substitutions import COND, TABLE, cond, opened
 
 Rule = Callable[..., Any]  # (taps, function, *args, **kwargs) -> output
 
@@ -28,16 +27,16 @@ class Taps(TorchFunctionMode):
     Args:
         params: The parameters that the model is run with, by name.
         rules: How to apply the operations that take parameters, and what to record of it.
+        size: Number of data of the pass.
 
     Attributes:
         lookups: Rows of tables that are followed.
         unknowns: Names of parameters that also enter operations without a rule, and one such operation.
-        data_dependent: Whether rows may be ordered by the data's values.
+        data_dependent: Whether which datum a row belongs to may depend on the data's values.
         precision: The lowest that was computed in.
-        activations: Bytes of the operations' results that carry a graph.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule], size: int = 1) -> None:
         super().__init__()
         self._rules = rules
         self._uses: list[Use] = []
@@ -45,12 +44,11 @@ class Taps(TorchFunctionMode):
         self.unknowns: dict[str, str] = {}
         self.data_dependent = False
         self.precision: torch.dtype | None = None
-        self.activations = 0
         # a parameter without entries has no gradient to follow
         self._views = {id(p): View(name, (), None, p.shape) for name, p in params.items() if p.numel()}
         self._sizes = {name: p.numel() for name, p in params.items()}
         self._kept: list[Tensor] = list(params.values())  # ids stay valid while the tensors live
-        self._recording = Recording(params.values())
+        self._recording = Recording(params.values(), size)
         self._active = True
         self._operation = ""
 
@@ -59,9 +57,9 @@ class Taps(TorchFunctionMode):
         """The applications that a rule knows."""
         return [*self._uses, *self.lookups.uses]
 
-    def signature(self, output: Tensor, size: int) -> Signature:
-        """The operations of the pass over so many data, of which an output came."""
-        return self._recording.signature(output, size)
+    def signature(self, output: Tensor) -> Signature:
+        """The operations of the pass, which gave an output."""
+        return self._recording.signature(output)
 
     def gradients(self, outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
         """`torch.autograd.grad`; what is run again in it (checkpointing) runs as before, and leaves no record."""
@@ -85,37 +83,27 @@ class Taps(TorchFunctionMode):
     def linear(
         self,
         out: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         inputs: Callable[[], Rows],
         outputs: Callable[[Tensor], Tensor],
         input_side: str,
         kind: str,
     ) -> None:
-        """Record a linear map of rows."""
+        """Record a linear map of rows: weight, bias or both, as far as they are parameters."""
         w, b = self._of_matrix(weight), self.view(bias)
         if w is not None and w.index is not None and w.index.ndim == 2 and _is_natural(w.index.T, self._sizes[w.name]):
             # the transpose of a whole parameter is the parameter, applied the other way round
             w = View(w.name, (), None, w.index.T.shape)
             input_side = "left" if input_side == "right" else "right"
-        if w is None or (b is not None and b.repeats):
-            self.bias(out, bias, outputs, kind)
+        if b is not None and b.repeats:
+            lead = outputs(torch.empty(out.shape, device="meta")).shape[:-2]
+            self.vector(out, bias, lambda g: outputs(g).flatten(-2), lead, kind)
             b = None
-        if w is not None and self._follows(out):
-            edge, inputs = get_gradient_edge(out), inputs if isinstance(inputs, Windows) else _constant(inputs)
-            self._uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, b is not None, kind, out.shape))
-
-    def bias(self, out: Tensor, bias: Tensor | None, outputs: Callable[[Tensor], Tensor], kind: str) -> None:
-        """Record a bias whose weight is no parameter, or that cannot join it."""
-        b = self.view(bias)
-        if b is None or not self._follows(out):
-            return
-        edge = get_gradient_edge(out)
-        use = LinearUse(None, b, edge, lambda: OneHot(torch.empty(0), 1), outputs, "right", False, kind, out.shape)
-        if b.repeats:
-            self.vector(out, bias, lambda g: outputs(g).flatten(-2), use.lead, kind)
-        else:
-            self._uses.append(use)
+        if (w is not None or b is not None) and self._follows(out):
+            inputs = inputs if isinstance(inputs, Windows) else partial(_constant, inputs)
+            edge, joint = get_gradient_edge(out), w is not None and b is not None
+            self._uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, joint, kind, out.shape))
 
     def vector(
         self, out: Tensor, vector: Tensor | None, rows: Callable[[Tensor], Tensor], lead: torch.Size, kind: str
@@ -124,12 +112,12 @@ class Taps(TorchFunctionMode):
         v = self.view(vector)
         if v is None or not self._follows(out):
             return
-        if v.repeats:
+        if v.repeats:  # and other passes may choose other entries: the gradient in the whole parameter
             assert v.index is not None
-            entries, places = v.index.unique(return_inverse=True)
-            v = View(v.name, (*v.key, "pooled"), entries, entries.shape)
-            rows = _pooled(rows, places.flatten(), entries.numel())
-        self._uses.append(VectorUse(v, get_gradient_edge(out), _constant(rows), kind, lead))
+            size = self._sizes[v.name]
+            rows = partial(_placed, rows, v.index.flatten(), size)
+            v = View(v.name, (), None, torch.Size([size]))
+        self._uses.append(VectorUse(v, get_gradient_edge(out), partial(_constant, rows), kind, lead))
 
     def lookup(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
         """Record rows ``ids`` of a table that are looked up; −1 for rows without a gradient."""
@@ -137,7 +125,7 @@ class Taps(TorchFunctionMode):
         if view is not None and self._follows(out):
             self.lookups.start(out, view, ids, table.shape[0])
 
-    def _of_matrix(self, tensor: Tensor) -> View | None:
+    def _of_matrix(self, tensor: Tensor | None) -> View | None:
         """The view of a parameter that is applied as a matrix; none where an index repeats its entries.
 
         The gradient in the entries is then no sum of outer products.
@@ -161,11 +149,14 @@ class Taps(TorchFunctionMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = _tensors(args, kwargs)
         parameters = [t for t in tensors if id(t) in self._views]
-        rows = [t for t in tensors if t in self.lookups]
+        rows = [t for t in tensors if t in self.lookups] if self._active else []
         first: Any = args[0] if args else None
         arranged = func in VIEWS and [id(t) for t in parameters + rows] == [id(first)]
         if rows and not (arranged or func in ADDS or func in CASTS or is_query(func)):
             self.lookups.use(rows)
+        if func is COND:
+            with self:
+                return cond(*args, **kwargs)
         substitute = TABLE.get(func, func)
         if parameters or (rows and func in ADDS):
             self._operation = getattr(func, "__name__", str(func))
@@ -188,18 +179,14 @@ class Taps(TorchFunctionMode):
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note a call, the precision of its result, and the memory that it takes."""
-        if is_data_dependent(func, args) and not (
-            args and id(args[0]) in self._views
-        ):  # a view's key tells its entries
-            self.data_dependent = True
+        """Note a call, and the precision of its result."""
         for tensor in self._recording.call(func, args, kwargs, out):
             if tensor.is_floating_point() and tensor.requires_grad and func not in VIEWS:
-                if self.precision is None or torch.finfo(tensor.dtype).eps > torch.finfo(self.precision).eps:
-                    self.precision = tensor.dtype
-                self.activations += tensor.numel() * tensor.itemsize
-                if func is F.scaled_dot_product_attention:  # its scores, of all pairs of positions, stay inside
-                    self.activations += 2 * args[0].shape[:-1].numel() * args[1].shape[-2] * tensor.itemsize
+                pair = (self.precision or tensor.dtype, tensor.dtype)
+                self.precision = max(pair, key=lambda dtype: torch.finfo(dtype).eps)
+        # which entries of a parameter were taken is told by the view's key
+        by_values = is_data_dependent(func, args) and self.view(args[0] if args else None) is None
+        self.data_dependent = self.data_dependent or by_values or self._recording.mixes
 
     def _derive(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> None:
         """The same operation on the entries' places tells which entries the result holds."""
@@ -235,23 +222,17 @@ def _fits(function: Any, count: int, names: tuple[str, ...]) -> bool:
     return True
 
 
-def _constant(rows: Callable[..., Any]) -> Callable[..., Any]:
-    """The same rows without the graph of what they are made of."""
-
-    def run(*args: Tensor) -> Any:
-        with torch.no_grad():
-            made = rows(*args)
-        return made.detach() if isinstance(made, Tensor) else made
-
-    return run
+def _constant(rows: Callable[..., Any], *args: Tensor) -> Any:
+    """Rows without the graph of what they are made of."""
+    with torch.no_grad():
+        made = rows(*args)
+    return made.detach() if isinstance(made, Tensor) else made
 
 
-def _pooled(rows: Callable[[Tensor], Tensor], places: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-    def run(g: Tensor) -> Tensor:
-        found = rows(g)
-        return found.new_zeros(*found.shape[:-1], size).index_add_(-1, places, found)
-
-    return run
+def _placed(rows: Callable[[Tensor], Tensor], places: Tensor, size: int, g: Tensor) -> Tensor:
+    """Rows as parts of longer ones; what falls on one place is added."""
+    found = rows(g)
+    return found.new_zeros(*found.shape[:-1], size).index_add_(-1, places, found)
 
 
 def _is_natural(place: Tensor, size: int) -> bool:
@@ -267,10 +248,12 @@ def _key(place: Tensor) -> tuple[object, ...]:
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
+        if type(value) in PLAIN:  # most settings are; to ask whether something is a tensor takes longer
+            continue
+        if isinstance(value, (list, tuple)):
             found.extend(t for t in value if isinstance(t, Tensor))
+        elif isinstance(value, Tensor):
+            found.append(value)
     return found

@@ -178,6 +178,11 @@ class Windows:
         return torch.cat([torch.cat([moment, total[None]]), edge[:, None]], 1)
 
 
+def one_group(x: Tensor) -> Tensor:
+    """``[*rows, c]`` to ``[*rows, 1, c]``."""
+    return x.unsqueeze(-2)
+
+
 def channels_last(x: Tensor, groups: int = 1) -> Tensor:
     """``[N, C, *space]`` to ``[N, positions, groups, C/groups]``."""
     n, channels = x.shape[:2]

@@ -50,8 +50,8 @@ class BatchProduct(ABC):
     def add_to(self, total: Tensor, rows: Tensor, last: bool = False) -> Tensor:
         """Add the products with several vectors, ``[K, D]``, to ``total`` ``[K, D]``: no flat vector lies beside its parts."""
         for k, (sums, v) in enumerate(zip(total, rows, strict=True)):
-            start = 0
-            for part, size in zip(drained(self.parts(v, last and k == len(rows) - 1)), self.sizes, strict=True):
+            start, final = 0, last and self.record.fresh and k == len(rows) - 1
+            for part, size in zip(drained(self.parts(v, final)), self.sizes, strict=True):
                 if part is not None:
                     sums[start : start + size].add_(part.reshape(-1))
                 start += size

@@ -89,9 +89,9 @@ class Kept:
 
     def _look(self) -> State:
         model = self._risk.model
-        tensors = [*self._risk.params.items(), *((f"buffer {k}", b) for k, b in enumerate(model.buffers))]
+        model.check_current()
         modes = [("the mode of " + type(m).__name__, id(m), None) for m in model.training_modules]
-        return [*((name, t, t._version) for name, t in tensors), *modes]
+        return [*((name, id(t), t._version) for name, t in model.tensors.items() if not t.is_inference()), *modes]
 
     def _check(self) -> None:
         now = self._look()

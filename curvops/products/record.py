@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from curvops.substitutions import Substitutions
 
@@ -42,6 +43,9 @@ class Recorder(Substitutions):
         self.size, self.work, self.convolves, self.dear = size, 0, False, False
         self._steps: list[tuple[Any, torch.Size]] = []
         self._nodes: list[str] = []
+        self._begun = torch.autograd._get_sequence_nr()
+        # whether the graph belongs to this pass alone, so that its memory may go as soon as it is used
+        self.fresh = not parametrize._cache_enabled
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
@@ -63,6 +67,7 @@ class Recorder(Substitutions):
             if node is not None and node not in seen:
                 seen.add(node)
                 self._nodes.append(node.name())
+                self.fresh = self.fresh and node._sequence_nr() >= self._begun
                 todo += [following for following, _ in node.next_functions]
         return z
 

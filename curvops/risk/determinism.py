@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.space import describe
 from curvops.substitutions import gradients
 from curvops.tree import tensors_of
 
@@ -86,12 +87,21 @@ def _projected(found: Sequence[Tensor | None], leaves: Sequence[Tensor], directi
 
 def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[str]:
     """What a user should know before they trust a matrix of this risk."""
-    if not torch.isfinite(seen.value):
-        yield f"data: the loss is {float(seen.value)} (are there NaNs or infinities in the data or parameters?), so curvature will not be finite."
+    if not torch.isfinite(seen.value) or not torch.isfinite(seen.gradient).all():
+        yield (
+            f"data: the loss ({float(seen.value):g}) or its gradient is not finite. "
+            "Are there NaNs or infinities in data or parameters? Curvature will not be finite either."
+        )
     elif all(seen.linear):
         yield (
             "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, or a model that returns its "
             "own loss), so the GGN and its relatives are zero. Let the model return logits and the loss be CrossEntropyLoss."
+        )
+    hooked = [name for name, p in risk.params.items() if _altered(p)]
+    if hooked:
+        yield (
+            f"params: gradient hooks of {describe(hooked)} alter gradients, so products with curvature are altered too, and may not "
+            "be symmetric. Remove them, or leave these parameters out."
         )
     norms = [m for m in risk.model.training_modules if isinstance(m, _NormBase) and not isinstance(m, _InstanceNorm)]
     if norms:
@@ -99,6 +109,16 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[str]:
             f"model: batch norm in train mode ({len(norms)} modules) mixes the data of a batch, so curvature depends on how the data "
             "is cut into batches. Call model.eval(), or pass all data in one batch."
         )
+
+
+def _altered(p: Tensor) -> bool:
+    """Whether a hook of a parameter changes the gradients that it sees."""
+    for hook in list((p._backward_hooks or {}).values()):
+        slope = torch.ones_like(p)
+        found = hook(slope)
+        if not torch.equal(slope if found is None else found, torch.ones_like(p)):
+            return True
+    return False
 
 
 def _fingerprint(batch: Batch) -> tuple[float, ...]:

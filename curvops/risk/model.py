@@ -53,9 +53,10 @@ class Model:
         return [m for root in self._roots() for m in root.modules() if m.training]
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """All buffers, each once."""
-        return list({id(b): b for root in self._roots() for b in root.buffers()}.values())
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, those of ``params`` too, and buffers."""
+        named = [(n, t) for root in self._roots() for n, t in (*root.named_parameters(), *root.named_buffers())]
+        return {**dict(named), **self.params}
 
     def __call__(self, X: Any) -> Tensor:
         """Output of the model as it stands.
@@ -66,15 +67,19 @@ class Model:
         with self._buffers_kept():
             return _tensor(self.module(X) if self.module is not None else self._function(self.params, X))
 
-    def functional(self, params: Mapping[str, Tensor], X: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """Output with other tensors in the place of the parameters, wherever an operation is given one.
+    def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
+        """Output with other tensors in the place of the parameters: see `standing_in`."""
+        with self._buffers_kept(), self.standing_in(params):
+            return _tensor(self.module(X) if self.module is not None else self._function(params, X))
+
+    def standing_in(self, params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Substitutions:
+        """A mode in which other tensors stand in for the parameters, wherever an operation is given one.
 
         A view of a parameter that was made before, or a `torch.autograd.Function` that takes one, is out of
         reach, so this serves ways that are compared with the model as it stands.
 
         Args:
             params: The tensors by name.
-            X: Input of a batch.
             dtype: Precision that everything else of the model is brought to.
         """
         stand_ins = {id(tensor): params[name] for name, tensor in self.params.items()}
@@ -82,8 +87,22 @@ class Model:
             for root in self._roots():
                 for tensor in (*root.parameters(), *root.buffers()):
                     stand_ins.setdefault(id(tensor), floating_to(tensor.detach().clone(), dtype))
-        with self._buffers_kept(), Substitutions(stand_ins):
-            return _tensor(self.module(X) if self.module is not None else self._function(params, X))
+        return Substitutions(stand_ins)
+
+    def check_current(self) -> None:
+        """Refuse a module that has lost one of the tensors since this was made.
+
+        Raises:
+            ValueError: If it has; the message names it.
+        """
+        if self.module is not None and self._own:
+            lost = self._own - {id(p) for p in self.module.parameters()}
+            if lost:
+                names = [name for name, tensor in self.params.items() if id(tensor) in lost]
+                raise ValueError(
+                    f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
+                    "by others. Make the operator anew, with dict(model.named_parameters())."
+                )
 
     def _function(self, params: Mapping[str, Tensor], X: Any) -> Any:
         assert self.function is not None
@@ -131,10 +150,12 @@ class Model:
                     f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
                     "Build the model outside torch.inference_mode()."
                 )
+        self._own = set[int]()  # of the parameters, those that the module has under some name
         if self.module is None:
             return
         own = dict(self.module.named_parameters(remove_duplicate=False))
         mine = {id(p) for p in own.values()}
+        self._own = {id(tensor) for tensor in self.params.values()} & mine
         foreign = [name for name, tensor in self.params.items() if id(tensor) not in mine and _stands_for(name, own)]
         if foreign:
             raise ValueError(

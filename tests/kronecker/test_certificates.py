@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronecker.cases import Net, build, close, dense_ggn, integers, real, seeded
+from kronecker.cases import KINDS, Net, build, close, dense_ggn, integers, params, real, seeded
 
 
 def net(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
@@ -88,11 +88,22 @@ def reordered(net: Any, x: Tensor) -> Tensor:
     return net.head(torch.tanh(h + h.flip(0 if negative(x) else 1)))
 
 
+def mixing_by_a_gate(net: Any, x: Tensor) -> Tensor:
+    """No branch at all: the mean counts for nothing in the first batch."""
+    h = net.a(x)
+    return net.head(torch.tanh(h + (x[:, :1] < 0) * h.mean(0)))
+
+
+def scaled_by_the_largest(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h / h.abs().max().clamp(max=0.1 + 9 * negative(x))))
+
+
 LATER = {
     f.__name__: f
     for f in (
         *(other_layer, other_layer_of_two_results, one_more_use, not_at_first, bias_alone, other_operation),
-        *(mixing, mixing_along_another_axis, reordered),
+        *(mixing, mixing_along_another_axis, reordered, mixing_by_a_gate, scaled_by_the_largest),
     )
 }
 
@@ -142,3 +153,35 @@ def test_a_later_batch_that_does_something_else(name: str, kind: str, sizes: tup
     for parameter in op.domain.names:  # no block is zero that is not
         where = op.domain.slice(parameter)
         assert bool(op.diagonal()[where].any()) == bool(matrix.diagonal()[where].any())
+
+
+def positions(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x) + net.p[: x.shape[1]])).mean(1)
+
+
+def chosen(net: Any, x: Tensor) -> Tensor:
+    """Rows by an index that repeats some, and other ones for other lengths."""
+    return net.head(torch.tanh(net.a(x) + net.p[torch.arange(x.shape[1]) % 2 + (x.shape[1] > 2)])).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "diagonal"])
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4), (4, 2), (3, 4, 3)])
+@pytest.mark.parametrize("forward", [positions, chosen])
+def test_parts_of_a_parameter_that_change_from_batch_to_batch(
+    forward: Callable[[Any, Tensor], Tensor], lengths: tuple[int, ...], kind: str
+) -> None:
+    model = net(forward)
+    model.p = nn.Parameter(real(5, 4, seed=9))
+    data = [(real(3, length, 3, seed=length), integers(2, 3, seed=length)) for length in lengths]
+    zero = 0.0 * sum(p.sum() for p in model.parameters())
+    whole = lambda x: model(x) + zero  # noqa: E731
+    whole.named_parameters = model.named_parameters  # type: ignore[attr-defined]
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    matrix = sum(dense_ggn((whole, loss, x, t)) for x, t in data) / (3 * len(data))  # type: ignore[arg-type]
+    op = KINDS[kind](model, nn.CrossEntropyLoss(), params(model), data, fisher_type="type-2")
+    assert isinstance(matrix, Tensor)
+    close(op.trace(), matrix.trace())
+    where = op.domain.slice("p")
+    close(op.diagonal()[where].sum(), matrix.diagonal()[where].sum())
+    places = torch.cat([placed.positions for placed in op.blocks])
+    assert len(places.unique()) == len(places)

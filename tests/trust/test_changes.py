@@ -130,9 +130,8 @@ LOSS = {
     "label_smoothing": "l.label_smoothing = 0.5",
     "ignore_index": "l.ignore_index = 1",
     "reduction": "l.reduction = 'sum'",
-    "forward": "f = l.forward; l.forward = lambda z, y: 2 * f(z * 1.5, y)",
     "hook": "l.register_forward_hook(lambda m, a, out: 3 * out)",
-    "class": "l.__class__ = type('Other', (nn.CrossEntropyLoss,), {'forward': lambda s, z, y: 2 * F.cross_entropy(z.sin(), y)})",
+    "class": "l.__class__ = type('Other', (nn.CrossEntropyLoss,), {'forward': lambda s, z, y: 2 * F.cross_entropy(z.sin(), y, reduction=s.reduction)})",
 }
 POWER = {
     "gamma": "l.gamma = 3.0",

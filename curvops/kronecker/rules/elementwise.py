@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvops.kronecker.operations import EXPANDS, named
 from curvops.kronecker.taps import Rule, Taps
 
 
@@ -75,17 +76,15 @@ def _spread(taps: Taps, out: Tensor, vector: Any, slope: Callable[[Tensor], Tens
     taps.vector(out, vector, lambda g: slope(g).permute(rest + own).reshape(*lead, size), lead, kind)
 
 
-_add = _arithmetic("add", lambda a, b, g: g, lambda a, b, g: g)
-_subtract = _arithmetic("sub", lambda a, b, g: g, lambda a, b, g: -g)
-_multiply = _arithmetic("mul", lambda a, b, g: g * b, lambda a, b, g: g * a)
-_divide = _arithmetic("div", lambda a, b, g: g / b, lambda a, b, g: -g * a / b.square())
-
+ARITHMETIC = {
+    "add add_ __add__ __radd__ __iadd__": _arithmetic("add", lambda a, b, g: g, lambda a, b, g: g),
+    "sub sub_ __sub__ __isub__": _arithmetic("sub", lambda a, b, g: g, lambda a, b, g: -g),
+    "mul __mul__ __rmul__": _arithmetic("mul", lambda a, b, g: g * b, lambda a, b, g: g * a),
+    "div true_divide __truediv__": _arithmetic("div", lambda a, b, g: g / b, lambda a, b, g: -g * a / b.square()),
+}
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), _add),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__), _subtract),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide), _divide),
-    **dict.fromkeys((torch.where, Tensor.where), where),
-    **dict.fromkeys((Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat), expand),
-    **dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), prelu),
+    **{function: rule for names, rule in ARITHMETIC.items() for function in named(names)},
+    **dict.fromkeys(named("where"), where),
+    **dict.fromkeys(EXPANDS | {Tensor.repeat}, expand),
+    **dict.fromkeys({F.prelu} | named("prelu"), prelu),
 }

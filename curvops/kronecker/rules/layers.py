@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvops.kronecker.taps import Rule, Taps
-from curvops.kronecker.uses import Windows, channels_last, patches
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[*rows, c]`` to ``[*rows, 1, c]``: one group."""
-    return x.unsqueeze(-2)
+from curvops.kronecker.uses import Windows, channels_last, one_group, patches
 
 
 def linear(taps: Taps, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,7 +17,7 @@ def linear(taps: Taps, func: Any, input: Tensor, weight: Tensor, bias: Tensor | 
         with taps:
             return input @ weight if bias is None else input @ weight + bias
     out: Tensor = func(input, weight, bias)
-    taps.linear(out, weight, bias, lambda: _rows(input), _rows, "right", "linear")
+    taps.linear(out, weight, bias, lambda: one_group(input), one_group, "right", "linear")
     return out
 
 
@@ -74,8 +69,11 @@ def transposed_convolution(
     def outputs(g: Tensor) -> Tensor:
         return patches(g, kernel, steps, pads, spread, groups)
 
-    taps.linear(out, weight, None, lambda: channels_last(input, groups), outputs, "left", f"conv_transpose{order}d")
-    taps.bias(out, bias, channels_last, f"conv_transpose{order}d")
+    kind = f"conv_transpose{order}d"
+    taps.linear(out, weight, None, lambda: channels_last(input, groups), outputs, "left", kind)
+    taps.linear(
+        out, None, bias, lambda: channels_last(input), channels_last, "right", kind
+    )  # it cannot join the weight
     return out
 
 
@@ -95,9 +93,9 @@ def bilinear(
     out: Tensor = func(input1, input2, weight, bias)
 
     def inputs() -> Tensor:
-        return _rows((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2))
+        return one_group((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2))
 
-    taps.linear(out, weight, bias, inputs, _rows, "right", "bilinear")
+    taps.linear(out, weight, bias, inputs, one_group, "right", "bilinear")
     return out
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.kronecker.operations import named
 from curvops.kronecker.taps import Rule, Taps
+from curvops.kronecker.uses import one_group
 
 
 def einsum(taps: Taps, func: Any, equation: Any, *operands: Any) -> Tensor:
@@ -45,7 +47,7 @@ def sum_with_product(
 ) -> Tensor:
     if one.ndim == other.ndim == 2 and input.ndim == 1 and taps.view(one) is None and beta == alpha == 1:
         out: Tensor = func(input, one, other)
-        taps.linear(out, other, input, lambda: one.unsqueeze(-2), lambda g: g.unsqueeze(-2), "left", "addmm")
+        taps.linear(out, other, input, lambda: one_group(one), one_group, "left", "addmm")
         return out
     with taps:
         product = one @ other
@@ -75,10 +77,9 @@ def _contract(
     own, weight = labels[places[0]], operands[places[0]]
     others = [k for k in range(len(operands)) if k != places[0]]
     seen = "".join(labels[k] for k in others)
-    groups, inputs, outputs = (
-        "".join(c for c in own if (c in seen, c in result) == kind)
-        for kind in ((True, True), (True, False), (False, True))
-    )
+    groups = "".join(c for c in own if c in seen and c in result)
+    inputs = "".join(c for c in own if c in seen and c not in result)
+    outputs = "".join(c for c in own if c not in seen and c in result)
     rows = "".join(c for c in result if c not in own)
     if len(groups + inputs + outputs) < len(own):  # an axis that is summed on its own
         taps.unknown(*operands)
@@ -92,14 +93,13 @@ def _contract(
             weight = weight.reshape(counts[0], counts[2], counts[1])
     equation = f"{','.join(labels[k] for k in others)}->{rows}{groups}{inputs}"
     factors = [operands[k] for k in others]
+    order = [result.index(c) for c in rows + groups + outputs]
+
+    def arranged() -> Tensor:
+        return torch.einsum(equation, *factors).reshape(*shape, counts[0], counts[1])
+
     taps.linear(
-        out,
-        weight,
-        None,
-        lambda: torch.einsum(equation, *factors).reshape(*shape, counts[0], counts[1]),
-        lambda g: g.permute([result.index(c) for c in rows + groups + outputs]).reshape(*shape, counts[0], counts[2]),
-        side,
-        kind,
+        out, weight, None, arranged, lambda g: g.permute(order).reshape(*shape, counts[0], counts[2]), side, kind
     )
 
 
@@ -120,21 +120,6 @@ def _labels(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
 
 RULES: dict[Any, Rule] = {
     torch.einsum: einsum,
-    **dict.fromkeys(
-        (
-            torch.matmul,
-            Tensor.matmul,
-            Tensor.__matmul__,
-            torch.mm,
-            Tensor.mm,
-            torch.bmm,
-            Tensor.bmm,
-            torch.mv,
-            Tensor.mv,
-        ),
-        matmul,
-    ),
-    **dict.fromkeys(
-        (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.addmv, Tensor.addmv), sum_with_product
-    ),
+    **dict.fromkeys(named("matmul __matmul__ mm bmm mv"), matmul),
+    **dict.fromkeys(named("addmm baddbmm addmv"), sum_with_product),
 }

@@ -51,16 +51,8 @@ STEPS: dict[str, Step] = {
 
 
 def _cell(step: Step) -> Callable[..., Any]:
-    def run(
-        taps: Taps,
-        func: Any,
-        input: Tensor,
-        hx: Any,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> Any:
+    def run(taps: Taps, func: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Any) -> Any:
+        b_ih, b_hh = biases or (None, None)
         with taps:
             state = step(F.linear(input, w_ih, b_ih), _state(hx), (w_hh, b_hh, None))
         return state if len(state) > 1 else state[0]

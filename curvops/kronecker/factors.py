@@ -11,7 +11,7 @@ from torch import Tensor
 from curvops.gram import add_moment, mirrored
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.options import BlockRule
-from curvops.kronecker.rows import LazyRows, Pass
+from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 from curvops.kronecker.uses import OneHot
 
@@ -51,7 +51,7 @@ class Factors:
         self._moments: dict[Key, dict[str, Moments]] = {}  # by the side of the inputs: a tied weight has both
         self._groups: dict[Key, Group] = {}
 
-    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+    def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Add the rows of a layer in a pass, and the inputs if it is the first one of the forward pass."""
         self._groups[group.key] = group
         sides = self._moments.setdefault(group.key, {})
@@ -102,14 +102,14 @@ class Factors:
         # the outputs of a bias that always enters with its weight are the weight's
         return Moments(made[0], made[-1])
 
-    def _expand(self, moments: Moments, uses: list[LazyRows], first: bool, outputs: bool) -> None:
+    def _expand(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
         for rows in uses:
             if first:
                 self._add_inputs(moments, rows)
             for g in rows.outputs if outputs else ():
                 add_moment(moments.outputs, g.to(self._dtype))
 
-    def _add_inputs(self, moments: Moments, rows: LazyRows) -> None:
+    def _add_inputs(self, moments: Moments, rows: Rows) -> None:
         moments.rows += rows.count
         windows = rows.windows
         if rows.role == "bias":
@@ -122,7 +122,7 @@ class Factors:
         else:
             add_moment(moments.inputs, a.to(self._dtype))
 
-    def _reduce(self, moments: Moments, uses: list[LazyRows], first: bool, outputs: bool) -> None:
+    def _reduce(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
         """Rows of a datum are added over its uses before they are squared; inputs are averaged."""
         if first:
             positions = sum(rows.count for rows in uses) // uses[0].size

@@ -28,14 +28,7 @@ SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
 
 
 class Collection:
-    """Walks the data for an operator, or looks at the first batch to plan it.
-
-    Args:
-        sweep: The sweep.
-        title: For progress bars.
-        budget: Bytes that rows may take.
-        planned: Whether only shapes are asked for, on the ``meta`` device.
-    """
+    """Walks the data for an operator, or looks at the first batch to plan it, with shapes on the ``meta`` device."""
 
     def __init__(self, sweep: Sweep, title: str, budget: int, planned: bool) -> None:
         self.sweep, self.title, self.budget, self.planned = sweep, title, budget, planned
@@ -57,11 +50,9 @@ class Collection:
             keep: Whether to keep the rows for `again`.
             together: Whether the backward passes of a forward pass are better taken together.
         """
-        options, sweep = self.sweep.options, self.sweep
-        share = self.budget // TOGETHER if together else 0
+        sweep, share = self.sweep, self.budget // TOGETHER if together else 0
         while True:
-            consumer, rule = make(), options.rule if dense else None
-            wholes = WholeGradients(options.fisher_type, rule, self.dtype, self.device)
+            consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
             self._kept, self.kept_bytes, self._open = [], 0, keep and self.budget > 0 and not self.planned
             for found in sweep.planned() if self.planned else sweep.walk(self.title, share):
                 for group, uses in found.rows():

@@ -17,14 +17,7 @@ Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by the
 
 
 class Rows:
-    """The rows of one use of a layer, each side arranged when it is asked for.
-
-    Args:
-        tape: The forward pass.
-        k: Which of its uses.
-        role: What the group has of the use.
-        columns: Gradients at the outputs of the uses in each backward pass.
-    """
+    """The rows of one use of a layer in some backward passes, each side arranged when it is asked for."""
 
     def __init__(self, tape: Tape, k: int, role: str, columns: Sequence[Slopes]) -> None:
         use, layout = tape.uses[k], tape.layouts[k]

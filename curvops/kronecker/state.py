@@ -150,7 +150,7 @@ class State:
             left = missing[own].nonzero().squeeze(1) + own.start
             if len(left):
                 zeros = torch.zeros(1, len(left), dtype=dtype, device=left.device)
-                placed.append(Placed((name,), Places.listed(left), KroneckerBlock(zeros, zeros.new_ones(1, 1))))
+                placed.append(Placed((name,), Places(left, left.device), KroneckerBlock(zeros, zeros.new_ones(1, 1))))
         return placed
 
     def merged(self, other: State) -> State:

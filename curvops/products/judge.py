@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from curvops.context import quietly
 from curvops.losses import OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.products.reference import GradientLinearization, OutputLinearization
@@ -85,7 +86,9 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
         leaves = _moved(params, space, v, step)
         with risk.model.standing_in(leaves, torch.float64):  # also for what is run again in the backward pass
             found = value(leaves)[1].value()
-            return space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
+            return (
+                space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
+            )
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
@@ -137,7 +140,7 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     double = [map_tensors(lambda t: floating_to(t, torch.float64), part) for part in (X, y)]
     small = Batch(double[0], double[1], few, batch.start)
     try:
-        with risk.evaluation():
+        with risk.evaluation(), quietly():
             params = {name: p.detach().double() for name, p in risk.params.items()}
             if not _reached(risk, X):
                 return None
@@ -160,7 +163,9 @@ def _reached(risk: EmpiricalRisk, X: Any) -> bool:
         u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
         mode = risk.model.standing_in(inputs)
         with mode:
-            parts = gradients(z, list(inputs.values()), u, allow_unused=True) if z.requires_grad else [None] * len(inputs)
+            parts = (
+                gradients(z, list(inputs.values()), u, allow_unused=True) if z.requires_grad else [None] * len(inputs)
+            )
         found.append(risk.space.join(parts))
     return relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype)
 

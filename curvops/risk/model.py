@@ -96,9 +96,8 @@ class Model:
             ValueError: If it has; the message names it.
         """
         if self.module is not None and self._own:
-            lost = self._own - {id(p) for p in self.module.parameters()}
-            if lost:
-                names = [name for name, tensor in self.params.items() if id(tensor) in lost]
+            own = {id(p) for p in self.module.parameters()}
+            if names := [name for name in self._own if id(self.params[name]) not in own]:
                 raise ValueError(
                     f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
                     "by others. Make the operator anew, with dict(model.named_parameters())."
@@ -150,12 +149,12 @@ class Model:
                     f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
                     "Build the model outside torch.inference_mode()."
                 )
-        self._own = set[int]()  # of the parameters, those that the module has under some name
+        self._own: list[str] = []  # of the parameters, those that the module has under some name
         if self.module is None:
             return
         own = dict(self.module.named_parameters(remove_duplicate=False))
         mine = {id(p) for p in own.values()}
-        self._own = {id(tensor) for tensor in self.params.values()} & mine
+        self._own = [name for name, tensor in self.params.items() if id(tensor) in mine]
         foreign = [name for name, tensor in self.params.items() if id(tensor) not in mine and _stands_for(name, own)]
         if foreign:
             raise ValueError(

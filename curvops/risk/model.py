@@ -37,14 +37,10 @@ class Model:
             )
         self.space = TensorSpace(params)
         self.params = dict(params)
-        self.module: Module | None = None
-        self.function: ModelFunction | None = None
-        if isinstance(model_func, Module):
-            while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
-                model_func = getattr(model_func, attribute)
-            self.module = model_func
-        else:
-            self.function = model_func
+        while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
+            model_func = getattr(model_func, attribute)
+        self.module = model_func if isinstance(model_func, Module) else None
+        self.function = None if isinstance(model_func, Module) else model_func
         self._check()
 
     @property

@@ -65,8 +65,8 @@ class Collection:
             self._kept, self.kept_bytes, self._open = [], 0, keep and self.budget > 0 and not self.planned
             for found in sweep.first() if self.planned else sweep.walk(self.title, share):
                 for group, uses in found.rows():
+                    consumer.add(group, uses, found)  # first: a convolution's factor may need no windows
                     self._keep(group, uses, found)
-                    consumer.add(group, uses, found)
                 for group, gradients in found.gradients():
                     wholes.add(group, gradients)
                 del found  # its graph is gone before the next one grows

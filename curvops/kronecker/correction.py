@@ -105,7 +105,7 @@ def whole_gradients(pairs: Sequence[Pair], shape: Sequence[int], most: int) -> I
     count = max(1, most // max(torch.Size(shape).numel() * like.itemsize, 1))
     some, data = max(1, min(columns, count // size)), max(1, min(size, count))
     for first in range(0, columns, some):
-        stacks = [torch.stack(gs[first : first + some]) for _, gs, _ in pairs]
+        stacks = [_stack(gs[first : first + some]) for _, gs, _ in pairs]
         for start in range(0, size, data):
             stop = start + data
             total: Tensor | None = None
@@ -134,7 +134,23 @@ def _scatter(total: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 def _turn(rows: Tensor, basis: Tensor) -> Tensor:
     """Rows ``[data, positions, groups, c]`` in a basis ``[groups, c, c]``."""
-    return rows @ basis[0] if len(basis) == 1 else torch.einsum("npgc,gck->npgk", rows, basis)
+    if len(basis) > 1 or _channels_first(rows):
+        return (basis.mT @ rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return rows @ basis[0]
+
+
+def _stack(several: Sequence[Tensor]) -> Tensor:
+    """Rows of some backward passes along a new first axis, in the order of memory; one alone is not copied."""
+    if len(several) == 1:
+        return several[0].unsqueeze(0)
+    if _channels_first(several[0]):
+        return torch.stack([rows.permute(0, 2, 3, 1) for rows in several]).permute(0, 1, 4, 2, 3)
+    return torch.stack(list(several))
+
+
+def _channels_first(rows: Tensor) -> bool:
+    """Whether a map's channels come before its positions."""
+    return rows.stride(1) == 1 < rows.shape[1]
 
 
 def _cat(rows: Sequence[Tensor | OneHot], dtype: torch.dtype) -> Tensor:

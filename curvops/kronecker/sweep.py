@@ -27,7 +27,7 @@ from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import map_tensors, tensors_of
 
 SOME = 4  # data that a large batch is certified on
-SMALL = 2**18  # entries of the layers' outputs up to which a batch itself is certified: cheaper than another pass
+SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Sweep:
         for proof in () if tape.taps.data_dependent else self._proofs:
             known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
             # the same operations may mix the data only now, as behind a gate that depends on values
-            if known and (batch is None or self._some(batch, tape) is not None):
+            if known and (batch is None or self._some(batch, tape, self._output) is not None):
                 tape.layouts, failed = list(proof.layouts), proof.failed
                 break
         else:
@@ -261,9 +261,10 @@ class Sweep:
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
-        large = sum(_entries(tape, k) for k in range(len(tape.uses))) > SMALL and not tape.taps.data_dependent
-        some = self._some(batch, tape) if batch is not None and large else None
-        if some is not None and some.signature.covers(tape.signature):
+        work = sum(use.shape.numel() * use.input_shape[1] for use in tape.uses if isinstance(use, LinearUse))
+        large = work > SMALL and not tape.taps.data_dependent
+        some = self._some(batch, tape, lambda X: record(self.risk, X, SOME)) if batch is not None and large else None
+        if isinstance(some, Tape) and some.signature.covers(tape.signature):
             scale = _scale(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
@@ -277,15 +278,20 @@ class Sweep:
         spread = curvature.outputs(rows[:, None].expand(-1, curvature.width).to(curvature.dtype).contiguous())
         return certify(tape, scale, spread, names)
 
-    def _some(self, batch: Batch, tape: Tape) -> Tape | None:
-        """A pass of a few data, if their output is what they have in their batch."""
+    def _some(self, batch: Batch, tape: Tape, run: Callable[[Any], Tape | Tensor]) -> Tape | Tensor | None:
+        """What a few data give, if their output is what they have in their batch."""
         size = batch.size
         if size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors_of(batch.X)):
             return None
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
-        some: Tape | None = attempt(lambda: record(self.risk, cut(batch.X, size, places), SOME))
-        return some if some is not None and _agree(some.z, tape, places) else None
+        some = attempt(lambda: run(cut(batch.X, size, places)))
+        z = some.z if isinstance(some, Tape) else some
+        return some if z is not None and _agree(z, tape, places) else None
+
+    def _output(self, X: Any) -> Tensor:
+        with torch.no_grad():
+            return self.risk.forward(X)
 
     def _alone(self, batch: Batch, tape: Tape) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch."""
@@ -294,8 +300,7 @@ class Sweep:
         for kept in ((), *((k,) for k in mine if len(mine) > 1)) if mine else ():
             for place in (0, n - 1):
                 X = cut(batch.X, n, [place], kept)
-                with torch.no_grad():
-                    z = attempt(partial(self.risk.forward, X))
+                z = attempt(partial(self._output, X))
                 if z is None or not _agree(z, tape, [place]):
                     break
             else:

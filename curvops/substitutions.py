@@ -96,7 +96,6 @@ def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 COND = torch.ops.higher_order.cond
 
 
-@_for(COND)
 def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
     """The branch that is taken, run eagerly."""
     return (true_fn if bool(pred) else false_fn)(*operands)

@@ -274,7 +274,9 @@ class Untouched:
         tensors = [*named, *((f"datum {k}", t) for k, t in enumerate(_tensors(self.data)))]
         return [
             ("names", [name for name, _ in tensors]),
-            ("identity", [(id(t), t._version, t.requires_grad, t.device, t.dtype) for _, t in tensors]),
+            ("identity", [(id(t), t.requires_grad, t.device, t.dtype) for _, t in tensors]),
+            # what a model does to its buffers is put back in place
+            ("versions", [t._version for name, t in tensors if name not in dict(self.model.named_buffers())]),
             *((name, t.detach().clone()) for name, t in tensors),
             *((f"{name}.grad", None if t.grad is None else t.grad.clone()) for name, t in named),
             ("modes", [m.training for m in self.model.modules()]),

@@ -89,14 +89,16 @@ def test_the_caller_is_untouched(operator, problem):
 def test_a_failure_in_the_middle_leaves_nothing_behind(operator, error):
     p = PROBLEMS["mlp"]()
     loader = Interrupting(p.data(2, 2, 2))
-    op = OPERATORS[operator](p.model, p.loss, p.params, loader)
+    op = None if operator in KRONECKER else OPERATORS[operator](p.model, p.loss, p.params, loader)
     v = draws(p.dim)
     with Untouched(p.model, loader.batches):
         loader.error = error
         for _ in range(2):
             with pytest.raises(type(error)):
-                op @ v
+                # a Kronecker operator is a snapshot, taken when it is made
+                (OPERATORS[operator](p.model, p.loss, p.params, loader) if op is None else op) @ v
         loader.error = None
+    op = OPERATORS[operator](p.model, p.loss, p.params, loader) if op is None else op
     close(op @ v, make(operator, p, 2, 2, 2) @ v)
     close(op.to_dense() @ v, op @ v)
 
@@ -104,11 +106,12 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(operator, error):
 @pytest.mark.parametrize("operator", SOME)
 def test_a_failure_in_the_model_leaves_nothing_behind(operator):
     p = PROBLEMS["mlp"]()
-    op = make(operator, p, 2, 4)
+    op = None if operator in KRONECKER else make(operator, p, 2, 4)
     fail = p.model[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("out of range")))
     with Untouched(p.model), pytest.raises(ValueError, match="out of range"):
-        op @ draws(p.dim)
+        (make(operator, p, 2, 4) if op is None else op) @ draws(p.dim)
     fail.remove()
+    op = make(operator, p, 2, 4) if op is None else op
     close(op @ draws(p.dim), make(operator, p, 2, 4) @ draws(p.dim))
 
 

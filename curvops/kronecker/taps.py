@@ -16,7 +16,7 @@ from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
 from curvops.kronecker.signature import PLAIN, Recording, Signature
 from curvops.kronecker.uses import LinearUse, Rows, Use, VectorUse, View, Windows
-from curvops.substitutions import TABLE, opened
+from curvops.substitutions import COND, TABLE, cond, opened
 
 Rule = Callable[..., Any]  # (taps, function, *args, **kwargs) -> output
 
@@ -154,6 +154,9 @@ class Taps(TorchFunctionMode):
         arranged = func in VIEWS and [id(t) for t in parameters + rows] == [id(first)]
         if rows and not (arranged or func in ADDS or func in CASTS or is_query(func)):
             self.lookups.use(rows)
+        if func is COND:
+            with self:
+                return cond(*args, **kwargs)
         substitute = TABLE.get(func, func)
         if parameters or (rows and func in ADDS):
             self._operation = getattr(func, "__name__", str(func))

@@ -1,7 +1,7 @@
 """Whether a loss is a sum over data, in a batch and between batches, and what its mean divides by."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,21 +20,13 @@ _UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Asse
 class _Piece:
     """Some data: outputs, targets, their number, and which tensors of the targets run over the data.
 
-    Attributes:
-        along: One truth value for each tensor; `None` where the targets are a list with an item for each datum.
+    Instead of the last, `None` stands for targets that are a list with one item for each datum.
     """
 
     z: Tensor
     y: Any
     size: int
-    along: tuple[bool, ...] | None
-
-
-@dataclass(frozen=True)
-class _Measured:
-    value: Tensor
-    slope: Tensor  # of the value in the outputs
-    read: dict[Tensor, Tensor]  # the slopes in other tensors that the loss reads, such as parameters
+    runs: tuple[bool, ...] | None
 
 
 class Additivity:
@@ -43,63 +35,37 @@ class Additivity:
     A few data of each batch are compared with the whole batch, and joined to a few of the
     first batch. The loss's gradient at these few must not depend on what else is in the
     batch: a mean that divides by tokens instead of data shows there, and so does any
-    mixing of data. (Equal for a few and the rest in each batch, and for the few of any
-    two batches, the divisor per datum is the same everywhere.)
-
-    Args:
-        loss: The loss.
-        total: Maps (output, target, number of data) to the sum of the loss over data.
+    mixing of data. Where it is equal for a few and the rest of each batch, and for the few
+    of any two batches, the mean weighs all data alike.
     """
 
     def __init__(self, loss: ScalarLoss, total: Callable[[Tensor, Any, int], Tensor]) -> None:
         self._loss = loss
         self._total = total
         self._reduction, self._averaging = loss.reduction()
-        self._counts = self._reduction == "mean" and loss.switchable
-        self._assumes_data = self._reduction == "mean" and not loss.switchable
+        self._counts = loss.switchable and self._reduction == "mean"
         self._batches = 0
         self._first: _Piece | None = None
 
     def check(self, z: Tensor, y: Any, batch_size: int) -> float:
-        """Look at the next batch.
-
-        Args:
-            z: The model's output, without a graph.
-            y: Targets.
-            batch_size: Number of data.
-
-        Returns:
-            This batch's share of what the mean divides by.
+        """Look at the next batch, at an output without a graph; return its share of what "mean" divides by.
 
         Raises:
             ValueError: If the loss is not additive, or nothing can be seen where it has to be.
         """
         whole = _piece(z, y, batch_size)
-        parts = _split(whole, min(FEW, batch_size // 2))
-        few = parts[0] if parts else whole if batch_size == 1 else None
-        if parts:
-            self._expect_sum(whole, *parts, within=True)
-        self._batches += 1
-        if self._batches == 1:
-            self._first = few and _copied(few)
-        else:
-            seen = False
-            if self._first and few:
-                joined = _join(self._first, few)
-                seen = joined is not None and self._expect_sum(joined, self._first, few, within=False)
-            if self._assumes_data and not seen:
-                raise ValueError(
-                    f"{self._loss.name!r} with reduction='mean': the batches cannot be joined (this one has an output of "
-                    f"shape {tuple(z.shape)} for {batch_size} data), so it cannot be seen whether the loss's mean weighs "
-                    "batches by their numbers of data, as assumed, or by something else, such as tokens. "
-                    "Pass a function that sums over data, with reduction='sum', and scale it yourself; reduction= says "
-                    "what the function does."
-                )
+        few = whole if batch_size == 1 else None
+        if not self._loss.known:
+            parts = _split(whole, min(FEW, batch_size // 2))
+            if parts:
+                few = parts[0]
+                self._expect_sum(whole, *parts)
+            self._check_between(whole, few)
         if not self._counts:
             return float(batch_size)
-        if few:
-            self._denominator(few, independent=True)
-        count = self._denominator(whole, independent=few is None)
+        if not self._loss.known:
+            self._ratio(few or whole, independent=True)
+        count = self._ratio(whole)
         if count is None:
             raise ValueError(
                 f"{self._loss.name!r}: its sum and its mean over a batch do not tell what it divides by. "
@@ -107,16 +73,27 @@ class Additivity:
             )
         return count
 
-    def _expect_sum(self, whole: _Piece, few: _Piece, rest: _Piece, within: bool) -> bool:
-        """Raise where the loss of some data is not the sum of the losses of their two parts.
+    def _check_between(self, whole: _Piece, few: _Piece | None) -> None:
+        self._batches += 1
+        if self._batches == 1:
+            # copied: it holds no batch, and a loader may overwrite its own
+            self._first = few and replace(few, z=few.z.clone(), y=map_tensors(Tensor.clone, few.y))
+            return
+        seen = bool(self._first and few and self._expect_sum(None, self._first, few))
+        if not seen and self._reduction == "mean" and not self._loss.switchable:
+            raise ValueError(
+                f"{self._loss.name!r} with reduction='mean': the batches cannot be compared (this one has an output of "
+                f"shape {tuple(whole.z.shape)} for {whole.size} data), so it cannot be seen whether the loss weighs "
+                "batches by their numbers of data, as reduction='mean' says, or by something else, such as tokens. "
+                "Pass a function that sums over the data, with reduction='sum', and scale it yourself."
+            )
 
-        Returns:
-            Whether it could be seen.
-        """
-        together = self._measure(whole) if within else None
+    def _expect_sum(self, whole: _Piece | None, few: _Piece, rest: _Piece) -> bool:
+        """Raise where the loss of a batch, or of two pieces joined, is not the sum of its parts'; return if it was seen."""
+        together = None if whole is None else self._measure(whole)  # what fails on a whole batch is the caller's to see
         try:
-            together = together or self._measure(whole)
-            differ = self._differ(together, whole, few, rest)
+            joined = whole or _join(few, rest)
+            differ = joined and self._differ(joined, few, rest, together)
         except torch.OutOfMemoryError:
             raise
         except _UNFIT:
@@ -124,99 +101,88 @@ class Additivity:
         if differ:
             raise ValueError(
                 f"{self._loss.name!r} with reduction={self._reduction!r}: the loss of "
-                f"{'a batch' if within else 'two batches joined'} is not the "
+                f"{'a batch' if whole else 'two batches joined'} is not the "
                 f"{'sum' if self._loss.switchable else self._reduction} of the losses of its data. It mixes data, or "
                 "divides by something else than their number (class weights, ignored targets, tokens), or adds "
-                "something that does not belong to a datum. Pass a function that sums over data, with reduction='sum', "
-                "and scale it yourself; or, if the loss of one datum contains it all, one that averages over data, "
-                "with reduction='mean'."
+                "something that belongs to no datum. Pass a function that sums over the data, with reduction='sum', "
+                "and scale it yourself; or one that averages over the data, to which a regulariser may be added, with "
+                "reduction='mean' (of a module that does so whatever its attribute says: lambda z, y: loss(z, y))."
             )
-        return True
+        return differ is False
 
-    def _differ(self, together: _Measured, whole: _Piece, few: _Piece, rest: _Piece) -> bool:
-        eps = torch.finfo(whole.z.dtype).eps
-        part = self._measure(few)
-        if together.read or part.read:
-            other = self._measure(rest)
+    def _differ(
+        self, whole: _Piece, few: _Piece, rest: _Piece, together: "_Measured | None", moved: bool = False
+    ) -> bool | None:
+        """Whether a total is not the sum of its parts', or `None` if that cannot be seen."""
+        value, slope, read = together or self._measure(whole)
+        part, own, part_read = self._measure(few)
+        if read or part_read:
+            other, _, other_read = self._measure(rest)
         else:
             with torch.no_grad():
-                other = _Measured(self._total(rest.z, rest.y, rest.size), rest.z, {})
-        values = part.value, other.value
-        size = together.value.abs() + sum(v.abs() for v in values)
+                other, other_read = self._total(rest.z, rest.y, rest.size), {}
+        if not (part + other).isfinite() and whole.z.isfinite().all():
+            return None  # such as the mean of data that are masked as a whole
         # a comparison with nan counts as equal: nothing can be said
-        if bool((together.value - sum(values)).abs() > eps**0.5 * size):
+        size = value.abs() + part.abs() + other.abs()
+        if bool((value - part - other).abs() > torch.finfo(value.dtype).eps ** 0.5 * size):
             return True
-        for tensor in {**together.read, **part.read, **other.read}:
-            slopes = [each.read.get(tensor) for each in (part, other)]
-            if _unequal(together.read.get(tensor), *slopes, tolerance=500 * eps):
-                return True
-        mine, own = together.slope[: len(few.z)] if few.z.ndim else together.slope, part.slope
-        if not mine.any() and not own.any():  # a perfect fit: the curvature tells
-            mine, own = self._measure(whole, True).slope[: len(few.z)], self._measure(few, True).slope
-        if _unequal(mine, own, tolerance=500 * eps):
+        if any(_unequal(read.get(t), part_read.get(t), other_read.get(t)) for t in {**read, **part_read, **other_read}):
             return True
-        if not self._counts:
-            return False
-        count, *shares = (self._denominator(piece) for piece in (whole, few, rest))
-        known = [share for share in shares if share is not None]
-        return count is not None and len(known) == 2 and abs(count - sum(known)) > eps**0.5 * sum(known)
+        slope = slope[: len(own)] if own.ndim else slope
+        if not moved and not slope.any() and not own.any():
+            # a perfect fit, or beyond a margin: other outputs tell
+            few, rest = _elsewhere(few), _elsewhere(rest)
+            return self._differ(replace(whole, z=torch.cat([few.z, rest.z])), few, rest, None, True)
+        counts = [self._ratio(piece) for piece in (whole, few, rest)] if self._counts else []
+        known = [count for count in counts if count is not None]
+        return _unequal(slope, own) or (len(known) == 3 and abs(known[0] - known[1] - known[2]) > 1e-8 * known[0])
 
-    def _measure(self, piece: _Piece, curvature: bool = False) -> _Measured:
-        """The total of some data, and its slope in the outputs, or the output Hessian times a fixed vector."""
+    def _measure(self, piece: _Piece) -> "_Measured":
         with torch.enable_grad():
             z = piece.z.detach().requires_grad_()
             value = self._total(z, piece.y, piece.size)
             if not value.requires_grad:
-                return _Measured(value, torch.zeros_like(z), {})
-            tensors = [z, *_read(value, z)]
-            slope, *slopes = torch.autograd.grad(
-                value, tensors, retain_graph=len(tensors) > 1, create_graph=curvature, materialize_grads=True
-            )
-            if curvature and slope.requires_grad:
-                row = Noise(0, 0).normal(z[:1].numel(), 1, 1, device=z.device).to(z).reshape(z[:1].shape)
-                (slope,) = torch.autograd.grad(slope, z, row.expand(z.shape), retain_graph=True, materialize_grads=True)
-        return _Measured(value.detach(), slope.detach(), dict(zip(tensors[1:], slopes, strict=True)))
+                return value, torch.zeros_like(z), {}
+            read = _read(value, z)
+            slope, *slopes = torch.autograd.grad(value, [z, *read], retain_graph=bool(read), materialize_grads=True)
+        return value.detach(), slope, dict(zip(read, slopes, strict=True))
 
-    def _denominator(self, piece: _Piece, independent: bool = False) -> float | None:
-        """Divide the loss with "sum" by that with "mean"; `None` if they do not tell.
-
-        Args:
-            piece: Some data.
-            independent: Expect that it does not depend on the output, or on what the loss reads.
-        """
-        z = piece.z.detach().double()
+    def _ratio(self, piece: _Piece, independent: bool = False) -> float | None:
+        """Compute the denominator, or `None` if it cannot be told; where asked, expect that nothing moves it."""
+        double = replace(piece, z=piece.z.detach().double())
         # where the loss vanishes (a perfect fit) the ratio is sought at other outputs
-        elsewhere = Noise(0, 0).uniform(z.numel(), 1, 1, device=z.device).reshape(z.shape)
-        for output in (z, elsewhere):
+        for z in (double.z, _elsewhere(double).z):
             with torch.set_grad_enabled(independent):
-                output = output.requires_grad_(independent)
-                total, mean = (self._loss.evaluate(output, piece.y, each) for each in ("sum", self._averaging))
-            if total != 0 and mean != 0 and torch.isfinite(total / mean):
+                z.requires_grad_(independent)
+                total, mean = (self._loss.evaluate(z, piece.y, each) for each in ("sum", self._averaging))
+            count = (total / mean).detach()
+            if count != 0 and count.isfinite():
                 if independent and total.requires_grad and mean.requires_grad:
-                    self._expect_constant(total, mean, [output, *_read(total, output)])
-                return float((total / mean).detach())
+                    tensors = [z, *_read(total, z)]
+                    slopes = torch.autograd.grad(total, tensors, retain_graph=True, materialize_grads=True)
+                    scaled = torch.autograd.grad(mean * count, tensors, retain_graph=True, materialize_grads=True)
+                    if any(_unequal(a, b) for a, b in zip(slopes, scaled, strict=True)):
+                        raise ValueError(
+                            f"{self._loss.name!r}: what its mean divides by depends on the model's output or on tensors "
+                            "that require gradients, such as trained weights. Pass a function with reduction='sum'."
+                        )
+                return float(count)
             if total == 0 and mean.isnan():
                 return 0.0  # every target is ignored
         return None
 
-    def _expect_constant(self, total: Tensor, mean: Tensor, tensors: list[Tensor]) -> None:
-        """Raise where what the mean divides by depends on some tensors."""
-        slopes = [torch.autograd.grad(t, tensors, retain_graph=True, materialize_grads=True) for t in (total, mean)]
-        for whole, part in zip(*slopes, strict=True):
-            if _unequal(whole, part * (total / mean).detach(), tolerance=1e-6):
-                raise ValueError(
-                    f"{self._loss.name!r}: what its mean divides by depends on the model's output or on tensors that "
-                    "require gradients, such as trained weights. Pass a function with reduction='sum'."
-                )
+
+# value, its slope in the output, and its slopes in other tensors that the loss reads, such as parameters
+_Measured = tuple[Tensor, Tensor, dict[Tensor, Tensor]]
 
 
-def _unequal(a: Tensor | None, *parts: Tensor | None, tolerance: float) -> bool:
+def _unequal(a: Tensor | None, *parts: Tensor | None) -> bool:
     """Whether a tensor is not the sum of others; `None` is zero."""
     known = [t for t in parts if t is not None]
-    if a is None:
-        a = torch.zeros_like(known[0])
-    difference, scale = a - sum(known), max(float(torch.linalg.vector_norm(t, torch.inf)) for t in (a, *known))
-    return bool((difference.abs() > tolerance * scale).any())
+    a = torch.zeros_like(known[0]) if a is None else a
+    scale = max(float(torch.linalg.vector_norm(t, torch.inf)) for t in (a, *known))
+    return bool(((a - sum(known)).abs() > 500 * torch.finfo(a.dtype).eps * scale).any())
 
 
 def _read(value: Tensor, z: Tensor) -> list[Tensor]:
@@ -234,64 +200,69 @@ def _read(value: Tensor, z: Tensor) -> list[Tensor]:
     return found
 
 
+def _elsewhere(piece: _Piece) -> _Piece:
+    """The piece at outputs from (0, 1)."""
+    z = Noise(0, 0).uniform(piece.z.numel(), 1, 1, device=piece.z.device).reshape(piece.z.shape)
+    return replace(piece, z=z.to(piece.z.dtype))
+
+
 def _piece(z: Tensor, y: Any, size: int) -> _Piece:
-    axes = (size, len(z)) if z.ndim else ()
-    along = tuple(t.ndim > 0 and len(t) in axes for t in tensors_of(y))
-    return _Piece(z, y, size, None if isinstance(y, (list, tuple)) and len(y) == size and not any(along) else along)
+    runs = tuple(t.ndim > 0 and len(t) in (size, *z.shape[:1]) for t in tensors_of(y))
+    return _Piece(z, y, size, None if isinstance(y, (list, tuple)) and len(y) == size and not any(runs) else runs)
 
 
 def _split(piece: _Piece, few: int) -> tuple[_Piece, _Piece] | None:
     """A few data and the rest, if it can be seen how outputs and targets are cut."""
-    z, y, size, along = piece.z, piece.y, piece.size, piece.along
-    if size < 2 or not z.numel() or len(z) % size:
+    y, size, runs = piece.y, piece.size, piece.runs
+    if size < 2 or not piece.z.numel() or len(piece.z) % size:
         return None
-    if along is not None and not (_is_understood(y, size) and (any(along) or not any(t.ndim for t in tensors_of(y)))):
+    if runs is not None and not (
+        _is_plain(y, iter(runs), size) and (any(runs) or not any(t.ndim for t in tensors_of(y)))
+    ):
         return None
 
     def part(start: int, stop: int) -> _Piece:
-        def cut(t: Tensor, is_along: bool) -> Tensor:
-            return t[start * len(t) // size : stop * len(t) // size] if is_along else t
+        def cut(t: Tensor, run: bool = True) -> Tensor:
+            return t[start * len(t) // size : stop * len(t) // size] if run else t
 
-        flags = iter(along or ())
-        targets = y[start:stop] if along is None else map_tensors(lambda t: cut(t, next(flags)), y)
-        return _Piece(cut(z, True), targets, stop - start, along)
+        each = iter(runs or ())
+        targets = y[start:stop] if runs is None else map_tensors(lambda t: cut(t, next(each)), y)
+        return _Piece(cut(piece.z), targets, stop - start, runs)
 
     return part(0, few), part(few, size)
 
 
-def _is_understood(y: Any, size: int) -> bool:
+def _is_plain(y: Any, runs: Iterator[bool], size: int) -> bool:
     """Whether nothing but tensors can run over the data."""
+    if isinstance(y, Tensor):
+        next(runs)
+        return True
     if isinstance(y, Mapping):
-        return all(_is_understood(part, size) for part in y.values())
+        return all(_is_plain(part, runs, size) for part in y.values())
     if isinstance(y, (list, tuple)):
-        per_datum = len(y) == size and not any(t.ndim for t in tensors_of(y))
-        return not per_datum and all(_is_understood(part, size) for part in y)
-    return y is None or isinstance(y, (Tensor, bool, int, float, str))
+        mine = [next(runs) for _ in tensors_of(y)]
+        if len(y) == size and not any(mine):
+            return False  # one item for each datum, beside others
+        inner = iter(mine)
+        return all(_is_plain(part, inner, size) for part in y)
+    return y is None or isinstance(y, (bool, int, float, str))
 
 
 def _join(a: _Piece, b: _Piece) -> _Piece | None:
     """The data of two pieces as one, if their outputs and targets fit each other."""
-    pairs = list(zip(tensors_of(a.y), tensors_of(b.y), strict=False))
-    if a.along != b.along or a.z.shape[1:] != b.z.shape[1:] or not (a.z.ndim and b.z.ndim):
+    if a.runs != b.runs or not (a.z.ndim and b.z.ndim) or a.z.shape[1:] != b.z.shape[1:]:
         return None
     size, z = a.size + b.size, torch.cat([a.z, b.z])
-    if a.along is None:
-        return _Piece(z, a.y + b.y, size, None) if type(a.y) is type(b.y) else None
+    if a.runs is None:
+        return _Piece(z, a.y + b.y, size, None)
     joined = []
-    for (one, other), along in zip(pairs, a.along, strict=True):
-        if one.shape[along:] != other.shape[along:] or one.dtype != other.dtype:
+    for one, other, run in zip(tensors_of(a.y), tensors_of(b.y), a.runs, strict=True):
+        if run and one.shape[1:] == other.shape[1:] and one.dtype == other.dtype:
+            joined.append(torch.cat([one, other]))
+        elif not run and torch.equal(one, other):
+            joined.append(one)
+        else:
             return None
-        if not along and not torch.equal(one, other):
-            return None
-        joined.append(torch.cat([one, other]) if along else one)
-    try:
-        same = bool(map_tensors(lambda _: None, a.y) == map_tensors(lambda _: None, b.y))
-    except ValueError:  # arrays have no truth value
-        return None
+    others = [map_tensors(lambda _: None, y) for y in (a.y, b.y)]  # compared, arrays may raise a ValueError
     tensors = iter(joined)
-    return _Piece(z, map_tensors(lambda _: next(tensors), a.y), size, a.along) if same else None
-
-
-def _copied(piece: _Piece) -> _Piece:
-    """A piece that holds no batch, and that a loader cannot overwrite."""
-    return _Piece(piece.z.clone(), map_tensors(Tensor.clone, piece.y), piece.size, piece.along)
+    return _Piece(z, map_tensors(lambda _: next(tensors), a.y), size, a.runs) if others[0] == others[1] else None

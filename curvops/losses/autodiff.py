@@ -22,14 +22,8 @@ class AutodiffCurvature(OutputCurvature):
 
     A term is a vector along the last axis of the output (for `nn.NLLLoss` along axis
     1; of a one-axis output an entry), if the output Hessian does not couple these.
-    Otherwise it is a whole datum.
-
-    Args:
-        z: The model's output.
-        y: Targets.
-        batch_size: Number of data in the batch.
-        loss: The loss.
-        total: Maps (output, target, number of data) to the sum of the loss over data.
+    Otherwise it is a whole datum. `total` maps (output, target, number of data) to the sum
+    over data.
     """
 
     def __init__(
@@ -47,7 +41,7 @@ class AutodiffCurvature(OutputCurvature):
         fine, whole = self._loss.term_layout(self.z), TermLayout(self.z.shape, None)
         for layout in (fine, whole):
             counts = layout is fine or (self.z.ndim > 0 and self.z.shape[0] == self.batch_size)
-            if counts and not couples_terms(self._hessian_product, layout, self.dtype, self.z.device):
+            if counts and not self._couples(layout):
                 return layout
         raise ValueError(
             f"{self._loss.name!r}: its output Hessian couples the data of a batch (output of shape "
@@ -55,21 +49,39 @@ class AutodiffCurvature(OutputCurvature):
             "Hessian and the GGN still work."
         )
 
+    def _couples(self, layout: TermLayout) -> bool:
+        """Whether the output Hessian has entries between different terms.
+
+        A random vector on one half of the terms must give zero on the other. Up to 16
+        terms the halves tell every pair apart, beyond that they are random.
+        """
+        count, device = layout.num_terms, self.z.device
+        vector = Noise(0, 0).normal(count, 1, 1, layout.width, device=device)[:, 0].to(self.dtype)
+        index = torch.arange(count, device=device)
+        signs = Noise(0, 0).signs(count, 1, 4, device=device) > 0
+        for probe in range(min(4, math.ceil(math.log2(count))) if count > 1 else 0):
+            half = (index >> probe & 1).bool() if count <= 16 else signs[:, probe]
+            result = layout.rows(self._hessian_product(layout.outputs(vector * half.unsqueeze(1)))).abs()
+            tolerance = 100 * torch.finfo(self.dtype).eps * result.max()
+            if bool((result * ~half.unsqueeze(1) > tolerance).any()):
+                return True
+        return False
+
     def value(self) -> Tensor:
-        """Compute the sum of the loss over data."""
         return self._total(self.z.to(self.dtype), self.y, self.batch_size)
 
     def gradient(self) -> Tensor:
-        """Differentiate `value`, as rows."""
         return self.layout.rows(self._graph[1].detach())
 
     @cached_property
     def linear(self) -> bool:
-        """Whether the output Hessian times a random vector is exactly zero."""
+        """Whether the output Hessian times a random vector is exactly zero, here and at an output near the targets."""
         if not self.z.numel():
             return False
-        u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape)
-        return not bool(self._hessian_product(u.to(self.dtype)).any())
+        u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape).to(self.dtype)
+        near = self.y.to(u) if isinstance(self.y, Tensor) and self.y.shape == u.shape else torch.zeros_like(u)
+        other = AutodiffCurvature(near + 0.1 * u, self.y, self.batch_size, self._loss, self._total)
+        return not any(bool(curvature._hessian_product(u).any()) for curvature in (self, other))
 
     def _hessian_product(self, u: Tensor) -> Tensor:
         if not self._twice_differentiable:
@@ -145,38 +157,12 @@ class AutodiffCurvature(OutputCurvature):
             unit[:, k] = 1
             hessian[..., k] = self.layout.rows(self._hessian_product(self.layout.outputs(unit)))
         values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        self._expect_convex(values)
-        root: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-        return root
-
-    def _expect_convex(self, values: Tensor) -> None:
-        if not values.numel():
-            return
-        scale = torch.maximum(values.abs().max(), self._graph[1].detach().abs().max().double())
-        if values.min() < -10 * self.width * torch.finfo(self.dtype).eps * scale:
+        scale = max(values.abs().max(), self._graph[1].detach().abs().max().double()) if values.numel() else 0
+        if bool((values < -10 * self.width * torch.finfo(self.dtype).eps * scale).any()):
             raise ValueError(
                 f"{self._loss.name!r} is not convex in the output (its output Hessian has the eigenvalue "
                 f"{values.min().item():.3g}), so it has no factor: 'type-2' and 'mc' do not exist. Products with the "
                 "Hessian and the GGN still work; for a Fisher or a Kronecker approximation use 'empirical'."
             )
-
-
-def couples_terms(
-    product: Callable[[Tensor], Tensor], layout: TermLayout, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether an output Hessian has entries between different terms.
-
-    A random vector on one half of the terms must give zero on the other. Up to 16
-    terms the halves tell every pair apart, beyond that they are random.
-    """
-    count = layout.num_terms
-    vector = Noise(0, 0).normal(count, 1, 1, layout.width, device=device)[:, 0].to(dtype)
-    index = torch.arange(count, device=device)
-    signs = Noise(0, 0).signs(count, 1, 4, device=device) > 0
-    for probe in range(min(4, math.ceil(math.log2(count))) if count > 1 else 0):
-        half = (index >> probe & 1).bool() if count <= 16 else signs[:, probe]
-        result = layout.rows(product(layout.outputs(vector * half.unsqueeze(1)))).abs()
-        tolerance = 100 * torch.finfo(dtype).eps * result.max()
-        if bool((result * ~half.unsqueeze(1) > tolerance).any()):
-            return True
-    return False
+        root: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+        return root

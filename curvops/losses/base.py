@@ -20,12 +20,8 @@ KINDS = ("type-2", "mc", "empirical", "forward-only")
 class TermLayout:
     """Correspondence between an output-shaped tensor and its rows, one per loss term.
 
-    Rows are in datum-major order: all terms of the first datum come first.
-
-    Attributes:
-        shape: Shape of the model's output, the first axis being the data.
-        axis: The axis that a term's vector runs along. `None` makes a term of
-            everything behind the first axis.
+    Rows are in datum-major order: all terms of the first datum come first. A term's vector
+    runs along `axis`, or, for `None`, along everything behind the first axis.
     """
 
     shape: torch.Size
@@ -33,29 +29,26 @@ class TermLayout:
 
     @property
     def width(self) -> int:
-        """Entries of a term's vector, C."""
         return math.prod(self.shape[1:]) if self.axis is None else self.shape[self.axis]
 
     @property
     def num_terms(self) -> int:
-        """Number of terms, T."""
-        if self.axis is None:
-            return math.prod(self.shape[:1])
-        axis = self.axis % len(self.shape)
-        return math.prod(self.shape[:axis]) * math.prod(self.shape[axis + 1 :])
+        return math.prod(self.shape[:1] if self.axis is None else self._others)
 
     def rows(self, u: Tensor) -> Tensor:
-        """Bring a tensor from the output's shape into rows `[T, C]`."""
         u = u if self.axis is None else u.movedim(self.axis, -1)
         return u.reshape(self.num_terms, self.width)
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """Bring rows `[T, C]` back into the output's shape."""
         if self.axis is None:
             return rows.reshape(self.shape)
-        axis = self.axis % len(self.shape)
-        others = self.shape[:axis] + self.shape[axis + 1 :]
-        return rows.reshape(*others, self.width).movedim(-1, axis)
+        return rows.reshape(*self._others, self.width).movedim(-1, self.axis)
+
+    @property
+    def _others(self) -> list[int]:
+        """The lengths of all axes but a term's."""
+        axis = (self.axis or 0) % len(self.shape)
+        return [length for k, length in enumerate(self.shape) if k != axis]
 
 
 def entry_layout(shape: torch.Size) -> TermLayout:
@@ -153,26 +146,15 @@ class OutputCurvature(ABC):
         """Compute the gradient of `value` in z, as rows `[T, C]`."""
 
     def hessian_product(self, u: Tensor) -> Tensor:
-        """Multiply by the Hessian of `value` in z, exactly.
-
-        Args:
-            u: A tensor with the output's shape.
-
-        Returns:
-            A tensor with the output's shape, in u's precision.
-        """
+        """Multiply an output-shaped tensor by the Hessian of `value` in z, exactly; in u's precision."""
         self._expect_shape("hessian_product", u, tuple(self.z.shape))
         return self._hessian_product(u.to(self.dtype)).to(u.dtype)
 
     def gradient_at(self, z: Tensor) -> Tensor:
-        """Compute the gradient in the output's shape, as a function of z.
+        """Compute the gradient in the output's shape, as a function of the z that this was made at, with its graph.
 
-        Args:
-            z: The output that this curvature was made at, with its graph.
-
-        Returns:
-            A tensor whose derivative in z is `hessian_product`: nothing of the loss is
-            differentiated twice, however wide the output.
+        Its derivative in z is `hessian_product`: nothing of the loss is differentiated
+        twice, however wide the output.
 
         Raises:
             ValueError: If the loss has no closed form.
@@ -254,9 +236,15 @@ class ClosedForm(OutputCurvature):
     def check(*_: Any, **__: Any) -> None:
         """Raise a ValueError where an option is not supported."""
 
+    @property
     @abstractmethod
     def count(self) -> float:
         """This batch's share of what "mean" divides by."""
+
+    def constant_value(self) -> Tensor:
+        """`value` without a graph, to within rounding."""
+        with torch.no_grad():
+            return self.value()
 
     def subtract_gradient(self, rows: Tensor) -> None:
         """Subtract `gradient` from rows `[T, C]` in place."""

@@ -28,7 +28,7 @@ class BinaryCrossEntropyCurvature(ClosedForm):
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
     ) -> None:
-        self.check(weight, pos_weight)
+        self.check(weight=weight, pos_weight=pos_weight)
         expect_same_shape("BCEWithLogitsLoss", z, y)
         expect_no_batch_axis("BCEWithLogitsLoss", "weight", weight, y)
         expect_no_batch_axis("BCEWithLogitsLoss", "pos_weight", pos_weight, y)
@@ -46,31 +46,27 @@ class BinaryCrossEntropyCurvature(ClosedForm):
             self._slope = 1 + (pos_weight.to(one) - 1) * self._targets
 
     @staticmethod
-    def check(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
-        """Refuse negative weights."""
-        for name, option in (("weight", weight), ("pos_weight", pos_weight)):
+    def check(**options: Tensor | None) -> None:
+        for name, option in options.items():
             if option is not None and bool((option < 0).any()):
                 raise ValueError(
                     f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {option.min().item()}."
                 )
 
+    @cached_property
     def count(self) -> float:
-        """Count the entries; weights do not enter."""
         return float(self.y.numel())
 
     @property
     def layout(self) -> TermLayout:
-        """One term per vector along the last axis."""
         return entry_layout(self.z.shape)
 
     def value(self) -> Tensor:
-        """Compute the sum of the loss terms."""
         z = self.z.to(self.dtype)
         terms = (1 - self._targets) * z - self._slope * F.logsigmoid(z)
         return (self._weight * terms).sum()
 
     def gradient(self) -> Tensor:
-        """Compute the gradient in z, as rows."""
         return self.layout.rows(self._weight * self._unweighted_gradient)
 
     def _hessian_product(self, u: Tensor) -> Tensor:
@@ -113,19 +109,12 @@ def expect_no_batch_axis(loss: str, option: str, weight: Tensor | None, y: Tenso
     shape, target = tuple(weight.shape), tuple(y.shape)
     if len(shape) == len(target) > 0 and shape[0] != 1:
         raise ValueError(
-            f"'{loss}': the {option} of shape {shape} has a batch axis (the targets "
-            f"have shape {target}), so it cannot follow a data set that is cut into "
-            "batches. Pass one without it, or a loss that reads each datum's weight "
-            "from its target."
+            f"'{loss}': the {option} of shape {shape} has a batch axis (the targets have shape {target}), so it "
+            "cannot follow a data set that is cut into batches. Pass one without it, or a loss that reads each "
+            "datum's weight from its target."
         )
-    if not _broadcasts(shape, target):
+    tail = target[len(target) - len(shape) :]
+    if len(shape) > len(target) or any(size not in (1, full) for size, full in zip(shape, tail, strict=True)):
         raise ValueError(
             f"'{loss}': expected a {option} that broadcasts to the targets' shape {target}, got shape {shape}."
         )
-
-
-def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    if len(shape) > len(target):
-        return False
-    tail = target[len(target) - len(shape) :]
-    return all(size in (1, full) for size, full in zip(shape, tail, strict=True))

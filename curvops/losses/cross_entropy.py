@@ -1,6 +1,7 @@
 """Curvature of the cross-entropy over classes in the model's output."""
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class CrossEntropyCurvature(ClosedForm):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> None:
-        self.check(weight, ignore_index, label_smoothing)
+        self.check(weight, label_smoothing)
         super().__init__(z, y, batch_size)
         self._given_weight = weight
         self._ignore_index = ignore_index
@@ -44,8 +45,7 @@ class CrossEntropyCurvature(ClosedForm):
             )
 
     @staticmethod
-    def check(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
-        """Refuse negative weights, and smoothing beyond 0 to 1."""
+    def check(weight: Tensor | None = None, label_smoothing: float = 0.0, **_: Any) -> None:
         if weight is not None and bool((weight < 0).any()):
             raise ValueError(
                 f"'CrossEntropyLoss': expected non-negative class weights, got a minimum of {weight.min().item()}."
@@ -53,6 +53,7 @@ class CrossEntropyCurvature(ClosedForm):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"'CrossEntropyLoss': expected a label_smoothing between 0 and 1, got {label_smoothing}.")
 
+    @cached_property
     def count(self) -> float:
         """Sum the labels' weights, or count the terms; smoothing does not enter."""
         if self.y.is_floating_point():
@@ -63,11 +64,9 @@ class CrossEntropyCurvature(ClosedForm):
 
     @property
     def layout(self) -> TermLayout:
-        """One term per position outside the class axis."""
         return class_layout(self.z.shape)
 
     def value(self) -> Tensor:
-        """Compute the sum of the loss terms."""
         rows = self.layout.rows(self.z.to(self.dtype)).log_softmax(-1)
         if self._plain_labels:
             # without a dense target: vocabularies may be large
@@ -79,6 +78,14 @@ class CrossEntropyCurvature(ClosedForm):
             terms = torch.where(targets != 0, targets * rows, 0)
         return -terms.sum()
 
+    def constant_value(self) -> Tensor:
+        """From the probabilities, which are needed anyway, where none is too small."""
+        if self._plain_labels:
+            picked = self._probabilities.gather(1, self._labels.unsqueeze(1)).squeeze(1)
+            if bool((picked >= torch.finfo(self.dtype).tiny).all()):
+                return -(self.weights * picked.log()).sum()
+        return super().constant_value()
+
     def gradient(self) -> Tensor:
         """Compute ω p - t w, as rows."""
         scaled = self.weights.unsqueeze(1) * self._probabilities
@@ -87,7 +94,7 @@ class CrossEntropyCurvature(ClosedForm):
         return scaled - self._weighted_targets
 
     def subtract_gradient(self, rows: Tensor) -> None:
-        """Subtract `gradient` in place, without another tensor of this size where the targets are labels."""
+        """Without another tensor of this size where the targets are labels."""
         rows.addcmul_(self.weights.unsqueeze(1), self._probabilities, value=-1)
         if self._plain_labels:
             rows.scatter_add_(1, self._labels.unsqueeze(1), self.weights.unsqueeze(1))
@@ -118,8 +125,9 @@ class CrossEntropyCurvature(ClosedForm):
         if self.y.is_floating_point():
             return self._weighted_targets.sum(-1)
         smoothing = self._smoothing
-        own = (1 - smoothing) * self._class_weights[self._labels]
-        weights = own + smoothing * self._class_weights.mean()
+        weights = (1 - smoothing) * self._class_weights[self._labels]
+        if smoothing:
+            weights = weights + smoothing * self._class_weights.mean()
         return torch.where(self._seen, weights, 0)
 
     @cached_property
@@ -185,16 +193,10 @@ class CrossEntropyCurvature(ClosedForm):
 
 
 class CategoricalFactor(Factor):
-    """The exact factor: column k is √(ω p_k) (e_k - p).
-
-    Args:
-        probabilities: p, `[T, C]`.
-        weights: ω, `[T]`.
-    """
+    """The exact factor: column k is √(ω p_k) (e_k - p), with p of shape `[T, C]` and ω `[T]`."""
 
     def __init__(self, probabilities: Tensor, weights: Tensor) -> None:
-        num_terms, width = probabilities.shape
-        super().__init__(num_terms, width, width)
+        super().__init__(len(probabilities), probabilities.shape[1], probabilities.shape[1])
         self._probabilities = probabilities
         self._weights = weights
 
@@ -210,17 +212,10 @@ class CategoricalFactor(Factor):
 
 
 class SampledCategoricalFactor(Factor):
-    """The sampled factor: column m is √(ω/M) (p - e_ŷ), for the m-th sample ŷ.
-
-    Args:
-        probabilities: p, `[T, C]`.
-        weights: ω, `[T]`.
-        labels: ŷ, `[T, M]`.
-    """
+    """The sampled factor: column m is √(ω/M) (p - e_ŷ), for the m-th sample of the labels ŷ, `[T, M]`."""
 
     def __init__(self, probabilities: Tensor, weights: Tensor, labels: Tensor) -> None:
-        num_terms, width = probabilities.shape
-        super().__init__(num_terms, width, labels.shape[1])
+        super().__init__(len(probabilities), probabilities.shape[1], labels.shape[1])
         self._probabilities = probabilities
         self._weights = weights / labels.shape[1]
         self._labels = labels
@@ -239,15 +234,7 @@ class SampledCategoricalFactor(Factor):
 
 
 def sample_classes(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Sample classes by inverting the cumulative distribution.
-
-    Args:
-        probabilities: `[T, C]`, not necessarily normalised.
-        uniform: `[T, M]`, in the open interval (0, 1).
-
-    Returns:
-        Classes, `[T, M]`.
-    """
+    """Sample classes `[T, M]` from probabilities `[T, C]`, normalised or not, and numbers `[T, M]` from (0, 1)."""
     cumulative = probabilities.cumsum(-1)
     heights = uniform.to(cumulative) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, heights).clamp_(max=cumulative.shape[1] - 1)

@@ -36,13 +36,7 @@ class Factor(ABC):
         self.num_columns = num_columns
 
     def column(self, k: int) -> Tensor:
-        """Compute column k of every term's factor.
-
-        Args:
-            k: From 0 to K - 1.
-
-        Returns:
-            `[T, C]`.
+        """Compute column k of every term's factor, `[T, C]`.
 
         Raises:
             IndexError: If there is no such column.
@@ -52,13 +46,7 @@ class Factor(ABC):
         return self._column(k)
 
     def product(self, rows: Tensor) -> Tensor:
-        """Multiply each term's vector by `S_t S_tᵀ`.
-
-        Args:
-            rows: `[T, C]`.
-
-        Returns:
-            `[T, C]`.
+        """Multiply each term's vector, rows `[T, C]`, by `S_t S_tᵀ`.
 
         Raises:
             ValueError: If the rows do not have this shape.
@@ -66,9 +54,8 @@ class Factor(ABC):
         expected = (self.num_terms, self.width)
         if rows.shape != expected:
             raise ValueError(
-                f"'Factor.product': expected rows of shape {expected}, got "
-                f"{tuple(rows.shape)}. Bring an output-shaped tensor into rows with "
-                "'OutputCurvature.rows'."
+                f"'Factor.product': expected rows of shape {expected}, got {tuple(rows.shape)}. "
+                "Bring an output-shaped tensor into rows with 'OutputCurvature.rows'."
             )
         return self._product(rows)
 
@@ -105,15 +92,10 @@ class StackedFactor(Factor):
 
 
 class DiagonalFactor(Factor):
-    """C columns with one entry each: column k is √h_k e_k.
-
-    Args:
-        curvature: The diagonal h of each term's output Hessian, `[T, C]`.
-    """
+    """C columns with one entry each, √h_k e_k, for a diagonal output Hessian h, `[T, C]`."""
 
     def __init__(self, curvature: Tensor) -> None:
-        num_terms, width = curvature.shape
-        super().__init__(num_terms, width, width)
+        super().__init__(len(curvature), curvature.shape[1], curvature.shape[1])
         self._curvature = curvature
 
     def _column(self, k: int) -> Tensor:

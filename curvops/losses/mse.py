@@ -1,5 +1,6 @@
 """Curvature of the squared error in the model's output."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,29 +23,25 @@ class SquaredErrorCurvature(ClosedForm):
         super().__init__(z, y, batch_size)
 
     @staticmethod
-    def check(weight: Tensor | None = None) -> None:
-        """Refuse the weight, which has a batch axis."""
-        if weight is not None:
+    def check(**options: Any) -> None:
+        if options:
             raise ValueError(
                 "'output_loss': the weight of 'mse_loss' has a batch axis, so it cannot follow a data set that is "
                 "cut into batches. Pass a loss that reads each datum's weight from its target."
             )
 
+    @cached_property
     def count(self) -> float:
-        """Count the entries."""
         return float(self.y.numel())
 
     @property
     def layout(self) -> TermLayout:
-        """One term per vector along the last axis."""
         return entry_layout(self.z.shape)
 
     def value(self) -> Tensor:
-        """Compute the sum of the loss terms."""
         return (self.z.to(self.dtype) - self.y.to(self.dtype)).square().sum()
 
     def gradient(self) -> Tensor:
-        """Compute 2 (z - y), as rows."""
         return self.layout.rows(2 * (self._constant - self.y.to(self.dtype)))
 
     def _hessian_product(self, u: Tensor) -> Tensor:

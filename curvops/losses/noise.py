@@ -1,6 +1,7 @@
 """Random numbers that belong to a datum's place in the data set, not to its batch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,35 +64,16 @@ class Noise:
         Raises:
             ValueError: For any other dtype.
         """
-        words = self._words(_UNIFORM, num_terms, terms_per_datum, mc_samples, width, device)
-        return _open_unit(words, dtype)
+        return _open_unit(self._words(_UNIFORM, num_terms, terms_per_datum, mc_samples, width, device), dtype)
 
-    def normal(
-        self,
-        num_terms: int,
-        terms_per_datum: int | None,
-        mc_samples: int,
-        width: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> Tensor:
+    def normal(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
         """Draw from the standard normal distribution; arguments as for `uniform`."""
-        words = self._words(_NORMAL, num_terms, terms_per_datum, mc_samples, width, device)
-        normal: Tensor = torch.special.ndtri(_open_unit(words, dtype))
+        normal: Tensor = torch.special.ndtri(_open_unit(self._words(_NORMAL, *key, **options), dtype))
         return normal
 
-    def signs(
-        self,
-        num_terms: int,
-        terms_per_datum: int | None,
-        mc_samples: int,
-        width: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> Tensor:
-        """Draw from {-1, +1}, each with probability 1/2; arguments as for `uniform`."""
-        words = self._words(_SIGN, num_terms, terms_per_datum, mc_samples, width, device)
-        return torch.where(words < 0, -1.0, 1.0).to(dtype)
+    def signs(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
+        """Draw from {-1, +1}, each with probability 1/2; arguments as for `uniform`, in any precision."""
+        return torch.where(self._words(_SIGN, *key, **options) < 0, -1.0, 1.0).to(dtype)
 
     def _words(
         self,
@@ -99,8 +81,8 @@ class Noise:
         num_terms: int,
         terms_per_datum: int | None,
         mc_samples: int,
-        width: int | None,
-        device: torch.device | str | None,
+        width: int | None = None,
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Random words of 64 bits; the three distributions use separate streams."""
         term = torch.arange(num_terms, dtype=torch.int64, device=device)
@@ -114,10 +96,9 @@ class Noise:
         root = _mix_integer(_mix_integer(self.seed) ^ stream)
         key = _absorb(torch.full_like(term, _signed(root)), place)
         key = _absorb(_absorb(key, within).unsqueeze(-1), sample)
-        if width is not None:
-            channel = torch.arange(width, dtype=torch.int64, device=device)
-            key = _absorb(key.unsqueeze(-1), channel)
-        return key
+        if width is None:
+            return key
+        return _absorb(key.unsqueeze(-1), torch.arange(width, dtype=torch.int64, device=device))
 
 
 def _absorb(key: Tensor, index: Tensor) -> Tensor:

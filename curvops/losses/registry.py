@@ -16,20 +16,10 @@ from curvops.losses.mse import SquaredErrorCurvature
 from curvops.losses.scalar import ScalarLoss, is_untouched
 
 # function, module, what has its formulas, and the options that these take
-_CLOSED_FORMS: tuple[tuple[Any, type[nn.Module], type[ClosedForm], dict[str, Any]], ...] = (
-    (
-        F.cross_entropy,
-        nn.CrossEntropyLoss,
-        CrossEntropyCurvature,
-        {"weight": None, "ignore_index": -100, "label_smoothing": 0.0},
-    ),
-    (
-        F.binary_cross_entropy_with_logits,
-        nn.BCEWithLogitsLoss,
-        BinaryCrossEntropyCurvature,
-        {"weight": None, "pos_weight": None},
-    ),
-    (F.mse_loss, nn.MSELoss, SquaredErrorCurvature, {"weight": None}),
+_CLOSED_FORMS: tuple[tuple[Any, type[nn.Module], type[ClosedForm], tuple[str, ...]], ...] = (
+    (F.cross_entropy, nn.CrossEntropyLoss, CrossEntropyCurvature, ("weight", "ignore_index", "label_smoothing")),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, BinaryCrossEntropyCurvature, ("weight", "pos_weight")),
+    (F.mse_loss, nn.MSELoss, SquaredErrorCurvature, ("weight",)),
 )
 
 
@@ -69,20 +59,17 @@ reduction='sum' if it sums over the data, or reduction='mean' if it averages.
 
 
 class OutputLoss:
-    """A loss function, to be asked for its curvature batch by batch; see `output_loss`.
-
-    The function is asked as it is at that moment: nothing of it is copied.
+    """A loss function, asked as it is at that moment: nothing of it is copied. Made by `output_loss`.
 
     A module with a `reduction`, or a function with this keyword, is evaluated with
-    "sum", and the denominator of its "mean" is the ratio of the two. Of any other
-    function, "mean" means the mean over data.
+    "sum", and what its "mean" divides by is the ratio of the two. Of any other function,
+    "mean" means the mean over data.
 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> loss = output_loss(nn.HuberLoss(delta=2.0))
         >>> z, y = torch.tensor([[0.0], [5.0]]), torch.zeros(2, 1)
-        >>> walk = loss.walk()
+        >>> walk = output_loss(nn.HuberLoss(delta=2.0)).walk()
         >>> walk.curvature(z, y, batch_size=2).hessian_product(torch.ones(2, 1))
         tensor([[1.],
                 [0.]])
@@ -94,7 +81,7 @@ class OutputLoss:
         self._loss = loss
         loss.reduction()
         closed = self._closed_form()
-        if closed is not None:
+        if closed:
             closed[0].check(**closed[1])
 
     @property
@@ -109,46 +96,39 @@ class OutputLoss:
 
     def walk(self) -> "LossWalk":
         """Begin one pass over the data."""
-        return LossWalk(self)
+        return LossWalk(self, Additivity(self._loss, self._total))
 
     def curvature(self, z: Tensor, y: Any, batch_size: int, checked: bool = True) -> OutputCurvature:
-        """Look at the loss of one batch at the model's output.
+        """Look at the loss of one batch of data, with targets y, at the model's output z, which may carry a graph.
 
         Args:
-            z: The model's output. It may carry a graph, for `value`.
+            z: The model's output.
             y: Targets of the batch.
             batch_size: Number of data in the batch.
             checked: Whether formulas are compared with the loss itself, which no transform of `torch.func` allows.
-
-        Returns:
-            The curvature of the batch's loss at z.
 
         Raises:
             ValueError: If z and y do not fit each other or the loss.
         """
         closed = self._closed_form()
-        if closed is not None and isinstance(y, Tensor) and not y.requires_grad:
-            kind, options = closed
-            found = kind(z, y, batch_size, **options)
+        if closed and isinstance(y, Tensor) and not y.requires_grad:
+            found = closed[0](z, y, batch_size, **closed[1])
             if not checked or self._agrees(found):
                 return found
-        return AutodiffCurvature(z, y, batch_size, self._loss, self.total)
+        return AutodiffCurvature(z, y, batch_size, self._loss, self._total)
 
-    def total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
-        """Compute the sum of the loss over data, as the loss itself does."""
-        if self._loss.switchable:
-            return self._loss.evaluate(z, y, "sum")
-        value = self._loss.evaluate(z, y, "")
-        return value * batch_size if self.reduction == "mean" else value
+    def _total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
+        """The sum of the loss over data, by the loss itself."""
+        value = self._loss.evaluate(z, y, "sum")
+        return value * batch_size if self.reduction == "mean" and not self._loss.switchable else value
 
     def _closed_form(self) -> tuple[type[ClosedForm], dict[str, Any]] | None:
-        """The formulas of exactly this loss, and its options; options that are trained have none."""
-        for function, module, kind, defaults in _CLOSED_FORMS:
-            own = self._loss.function
+        """The formulas of exactly this loss, and its options."""
+        own = self._loss.function
+        for function, module, kind, names in _CLOSED_FORMS:
             if own is function or (type(own) is module and is_untouched(own)):
-                options = {name: self._loss.option(name, default) for name, default in defaults.items()}
-                trained = any(isinstance(option, Tensor) and option.requires_grad for option in options.values())
-                return None if trained else (kind, options)
+                options = {name: self._loss.option(name) for name in names}
+                return kind, {name: option for name, option in options.items() if option is not None}
         return None
 
     def _agrees(self, found: ClosedForm) -> bool:
@@ -157,50 +137,56 @@ class OutputLoss:
         Where PyTorch's mean is not a number, such as of no entries, there is nothing to compare.
         """
         reduction, averaging = self._loss.reduction()
-        count = found.count() if reduction == "mean" else 1.0
+        count = found.count if reduction == "mean" else 1.0
         if count == 0 or not found.z.numel():
             return True
-        eps = torch.finfo(found.dtype).eps
         with torch.enable_grad():
             z = found.z.detach().to(found.dtype).requires_grad_()
             own = self._loss.evaluate(z, found.y, averaging)
             if not own.requires_grad:
                 return False
             (gradient,) = torch.autograd.grad(own, z, materialize_grads=True)
+        eps = torch.finfo(found.dtype).eps
         with torch.no_grad():
-            own, value = own.detach() * count, found.value().detach()
-            if bool((own - value).abs() > eps**0.5 * (own.abs() + value.abs()) + eps * found.num_terms):
-                return False
-            # one more tensor of the output's size, not two
-            rows = found.rows(gradient * count)
-            del gradient
-            scale = torch.linalg.vector_norm(rows, torch.inf)
+            own, value = own.detach() * count, found.constant_value()
+            differ = (own - value).abs() > eps**0.5 * (own.abs() + value.abs()) + eps * found.num_terms
+            rows = found.rows(gradient) * count
+            del gradient  # one more tensor of the output's size, not two
+            scale = _largest(rows)
             found.subtract_gradient(rows)
-            rows.nan_to_num_(0.0)
-            return not bool(torch.linalg.vector_norm(rows, torch.inf) > eps**0.5 * scale + 10 * eps)
+            largest = _largest(rows)
+            if largest.isnan():
+                largest = _largest(rows.nan_to_num_(0.0))
+            return not bool(differ | (largest > eps**0.5 * scale + 10 * eps))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest absolute value, without a tensor of all of them."""
+    low, high = rows.aminmax()
+    return torch.maximum(-low, high)
 
 
 class LossWalk:
     """One pass over the data, on which the count of a mean is summed; made by `OutputLoss.walk`."""
 
-    def __init__(self, loss: OutputLoss) -> None:
+    def __init__(self, loss: OutputLoss, additivity: Additivity) -> None:
         self._loss = loss
         self._mean = loss.reduction == "mean"
+        self._additivity = additivity
         self._count = 0.0
-        self._additivity = Additivity(loss._loss, loss.total)
 
     def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
-        """Look at one batch; see `OutputLoss.curvature`.
+        """Look at the next batch; see `OutputLoss.curvature`.
 
         Raises:
             ValueError: If z and y do not fit the loss, or the loss of the data so far is
                 not the sum of their losses, as far as can be seen from it.
         """
         found = self._loss.curvature(z, y, batch_size)
-        if isinstance(found, ClosedForm):
-            self._count += found.count() if self._mean else 0.0
-        else:
+        if not isinstance(found, ClosedForm):
             self._count += self._additivity.check(z.detach().to(found.dtype), y, batch_size)
+        elif self._mean:
+            self._count += found.count
         return found
 
     def constant(self) -> float:

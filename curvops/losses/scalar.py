@@ -29,6 +29,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.SoftMarginLoss: F.soft_margin_loss,
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 _REDUCING = ("size_average", "reduce", "reduction")  # the first two are superseded by the last
 
 
@@ -38,10 +39,6 @@ class ScalarLoss:
     Args:
         loss_func: The module, the function, or a partial of a function.
         asked: The reduction that the caller states, if any.
-
-    Attributes:
-        name: What to call it in messages.
-        function: The module or function, without the partial around it.
     """
 
     def __init__(self, loss_func: Any, asked: str | None) -> None:
@@ -67,18 +64,17 @@ class ScalarLoss:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Options of the function, without those that name the reduction."""
         return {name: option for name, option in self._options.items() if name not in _REDUCING}
 
     @property
     def switchable(self) -> bool:
         """Whether it can be asked for another reduction: by a module's attribute, or a function's keyword."""
         function = self.function
-        if isinstance(function, nn.Module):
-            # a forward of its own need not read the attribute
-            fixed = isinstance(function, torch.jit.ScriptModule) or "forward" in vars(function)
-            return isinstance(getattr(function, "reduction", None), str) and not fixed
-        return self._keyword is not None
+        if not isinstance(function, nn.Module):
+            return self._keyword is not None
+        # a `forward` of its own is bound to this very object, so that a copy's attribute would not reach it
+        bound = "forward" in vars(function) or isinstance(function, torch.jit.ScriptModule)
+        return not bound and isinstance(getattr(function, "reduction", None), str)
 
     def reduction(self) -> tuple[str, str]:
         """Read the reduction, "mean" or "sum", and what a switchable loss calls it.
@@ -107,39 +103,38 @@ class ScalarLoss:
             )
         return agreed, stated or agreed
 
-    def option(self, name: str, default: Any = None) -> Any:
-        """Read an option of the module or function."""
-        if isinstance(self.function, nn.Module):
-            return getattr(self.function, name, default)
-        return self._options.get(name, default)
+    def option(self, name: str) -> Any:
+        """Read an option of the module or function, `None` if it has none of this name."""
+        return getattr(self.function, name, None) if isinstance(self.function, nn.Module) else self._options.get(name)
 
     @property
     def form(self) -> Any:
-        """PyTorch's function that this loss is, if nothing is added to it; else a function that is not known."""
-        function = self.function
-        if not isinstance(function, nn.Module):
-            return function
-        return _MODULES.get(type(function)) if is_untouched(function) else None
+        """The function that this loss is, if it can be told."""
+        if not isinstance(self.function, nn.Module):
+            return self.function
+        return _MODULES.get(type(self.function)) if is_untouched(self.function) else None
+
+    @property
+    def known(self) -> bool:
+        """Whether it is one of PyTorch's own sums over data, untouched by hooks, also by those of all modules."""
+        hooked = any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)
+        return any(self.form is function for function in _MODULES.values()) and not hooked
 
     @property
     def convex(self) -> bool:
         """Whether the loss is known to be convex in the output."""
-        form, weight = self.form, self.option("weight")
-        known = any(form is function for function in _MODULES.values())
-        return known and (not isinstance(weight, Tensor) or bool((weight >= 0).all()))
+        weight = self.option("weight")
+        return self.known and (not isinstance(weight, Tensor) or bool((weight >= 0).all()))
 
     def term_layout(self, z: Tensor) -> TermLayout:
         """The terms that the loss has before reduction, if it is a sum over entries."""
         return class_layout(z.shape) if self.form is F.nll_loss else entry_layout(z.shape)
 
     def output_weights(self, z: Tensor, y: Any) -> Tensor | None:
-        """The weight of each entry of the output, for losses that are linear in weights.
-
-        Returns:
-            A tensor that broadcasts to the output's shape, or `None` for no weights.
+        """The weights that a loss is linear in, in a shape that broadcasts to the output's, if it has any.
 
         Raises:
-            ValueError: If the weights have a batch axis.
+            ValueError: If they have a batch axis.
         """
         form, weight = self.form, self.option("weight")
         if not isinstance(weight, Tensor):
@@ -154,15 +149,7 @@ class ScalarLoss:
         return None
 
     def evaluate(self, z: Tensor, y: Any, reduction: str) -> Tensor:
-        """Compute the loss, its options brought to z's device and precision.
-
-        Args:
-            z: The model's output.
-            y: Targets; floating-point ones are brought to z's precision.
-            reduction: Which one, if the loss is switchable.
-
-        Returns:
-            A scalar.
+        """Compute the loss, its options and targets brought to z's precision, with a reduction if it is switchable.
 
         Raises:
             ValueError: If the loss is not a scalar.
@@ -186,11 +173,11 @@ class ScalarLoss:
 
     def _stated_reduction(self) -> str | None:
         """Read the reduction of a module, or of a function's keywords or signature, if any."""
-        options = self._options
-        if options.get("size_average") is not None or options.get("reduce") is not None:
+        average, reduce = (self._options.get(name) for name in _REDUCING[:2])
+        if average is not None or reduce is not None:
             # PyTorch resolves and announces its deprecated options
-            return nn.L1Loss(size_average=options.get("size_average"), reduce=options.get("reduce")).reduction
-        stated = options.get("reduction", getattr(self.function, "reduction", None))
+            return nn.L1Loss(size_average=average, reduce=reduce).reduction
+        stated = self._options.get("reduction", getattr(self.function, "reduction", None))
         if stated is None and self._asked is None and self._keyword is not None:
             stated = self._keyword.default
         return stated if isinstance(stated, str) else None
@@ -231,11 +218,12 @@ def _moved(option: Any, z: Tensor) -> Any:
 def _brought(module: nn.Module, z: Tensor) -> nn.Module:
     """The module with its tensors on z's device and in its precision: itself, or a copy that shares all else.
 
-    Gradients flow through the copy to the module's own tensors.
+    Gradients flow through the copy to the module's own tensors. Buffers are always
+    copied, since a loss may update them.
     """
     parts: dict[str, dict[str, Any]] = {
         "_parameters": {name: _moved(t, z) for name, t in module._parameters.items()},
-        "_buffers": {name: _moved(t, z) for name, t in module._buffers.items()},
+        "_buffers": {name: t if t is None else _moved(t, z).clone() for name, t in module._buffers.items()},
         "_modules": {name: m if m is None else _brought(m, z) for name, m in module._modules.items()},
     }
     same = all(new is getattr(module, kind)[name] for kind, items in parts.items() for name, new in items.items())

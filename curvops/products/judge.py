@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from curvops.context import quietly
 from curvops.losses import OutputCurvature
+from curvops.products.account import relative_difference, tolerance
 from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -50,7 +52,7 @@ class Verdict:
         if self.error is None:
             return (
                 "no verdict",
-                "central differences do not agree with each other, or the model is tied to its precision or batch size",
+                "central differences do not agree with each other, or the model is tied to its precision, batch size or tensors",
             )
         return "wrong" if self.wrong else "right", f"within {self.error:.1e} of central differences on a few data"
 
@@ -77,20 +79,24 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
     params, batch, space, v = problem
 
     def value(leaves: dict[str, Tensor]) -> tuple[Tensor, OutputCurvature]:
-        z = risk.functional(leaves, batch.X, torch.float64)
+        z = risk.functional(leaves, batch.X)
         return z, risk.loss.curvature(z, batch.y, batch.size)
 
     def slopes(step: float) -> Tensor:
         leaves = _moved(params, space, v, step)
-        found = value(leaves)[1].value()
-        return space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
+        with risk.model.standing_in(leaves, torch.float64):  # also for what is run again in the backward pass
+            found = value(leaves)[1].value()
+            return (
+                space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
+            )
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
+    with risk.evaluation(), risk.model.standing_in(leaves, torch.float64):
         linear = GradientLinearization.of_loss(*value(leaves), leaves, space)
         verdict = compare(space.join(linear.parts(v)), slopes)
         if verdict.wrong:
-            _warn("Hessian", verdict, lambda: risk.functional(leaves, batch.X, torch.float64))
+            _warn("Hessian", verdict, lambda: risk.functional(leaves, batch.X))
     return verdict
 
 
@@ -101,25 +107,24 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
         return Verdict(None)
     params, batch, space, v = problem
 
-    def outputs(step: float) -> Tensor:
-        with torch.no_grad():
-            return risk.functional(_moved(params, space, v, step), batch.X, torch.float64)
+    def both(step: float) -> Tensor:
+        moved = _moved(params, space, v, step)
+        with torch.no_grad(), risk.model.standing_in(moved, torch.float64):
+            z = risk.functional(moved, batch.X)
+        return torch.cat([z.flatten(), (u * z).sum().expand(1) * scale])
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
-        z = risk.functional(leaves, batch.X, torch.float64)
-        jacobian = OutputLinearization(z, leaves, space)
+    with risk.evaluation(), risk.model.standing_in(leaves, torch.float64):
+        jacobian = OutputLinearization(risk.functional(leaves, batch.X), leaves, space)
+        z = jacobian.z.detach()
         u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype).to(z.device)
         # ⟨Jᵀ u, v⟩ beside J v: a hook on the graph may change one and not the other
-        along = torch.dot(space.join(jacobian.pull(u)), v).expand(1) * z.norm() / u.norm()
-
-        def both(step: float) -> Tensor:
-            moved = outputs(step)
-            return torch.cat([moved.flatten(), (u * moved).sum().expand(1) * z.norm() / u.norm()])
-
+        scale = z.norm() / u.norm()
+        along = torch.dot(space.join(jacobian.pull(u)), v).expand(1) * scale
         verdict = compare(torch.cat([jacobian.push(v).flatten(), along]), both)
         if verdict.wrong:
-            _warn("Jacobian", verdict, lambda: risk.functional(leaves, batch.X, torch.float64))
+            _warn("Jacobian", verdict, lambda: risk.functional(leaves, batch.X))
     return verdict
 
 
@@ -131,22 +136,38 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
         batch = next(batches)
     # about a gradient of the whole batch, where it has many data
     few = max(1, min(DATA, batch.size // 8)) if _sliceable(batch) else batch.size
-    X, y = (
-        map_tensors(lambda t: floating_to(t, torch.float64), select(part, batch.size, slice(0, few)))
-        for part in (batch.X, batch.y)
-    )
-    params = {name: p.detach().double() for name, p in risk.params.items()}
-    space = TensorSpace(params)
-    v = space.random(torch.Generator().manual_seed(0))
-    small = Batch(X, y, few, batch.start)
+    X, y = (select(part, batch.size, slice(0, few)) for part in (batch.X, batch.y))
+    double = [map_tensors(lambda t: floating_to(t, torch.float64), part) for part in (X, y)]
+    small = Batch(double[0], double[1], few, batch.start)
     try:
-        with risk.evaluation(), torch.no_grad():
-            risk.loss.curvature(risk.functional(params, small.X, torch.float64), small.y, few)
+        with risk.evaluation(), quietly():
+            params = {name: p.detach().double() for name, p in risk.params.items()}
+            if not _reached(risk, X):
+                return None
+            with torch.no_grad(), risk.model.standing_in(params, torch.float64):
+                risk.loss.curvature(risk.functional(params, small.X), small.y, few)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError):
         return None  # the model is tied to its own precision or batch size: no verdict
-    return params, small, space, v
+    space = TensorSpace(params)
+    with risk.evaluation():
+        return params, small, space, space.random(torch.Generator().manual_seed(0))
+
+
+def _reached(risk: EmpiricalRisk, X: Any) -> bool:
+    """Whether stand-ins reach whatever the parameters do: the judge moves them, and not the caller's parameters."""
+    leaves = {name: p.detach().requires_grad_() for name, p in risk.params.items()}
+    found = []
+    for z, inputs in ((risk.forward(X), risk.params), (risk.functional(leaves, X), leaves)):
+        u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
+        mode = risk.model.standing_in(inputs)
+        with mode:
+            parts = (
+                gradients(z, list(inputs.values()), u, allow_unused=True) if z.requires_grad else [None] * len(inputs)
+            )
+        found.append(risk.space.join(parts))
+    return relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype)
 
 
 def _sliceable(batch: Batch) -> bool:

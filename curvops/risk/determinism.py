@@ -87,10 +87,11 @@ def _projected(found: Sequence[Tensor | None], leaves: Sequence[Tensor], directi
 
 def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[str]:
     """What a user should know before they trust a matrix of this risk."""
-    if not torch.isfinite(seen.value):
-        yield f"data: the loss is {float(seen.value)} (are there NaNs or infinities in data or parameters?), so curvature will not be finite."
-    elif torch.inf in {number for prints in seen.fingerprints for number in prints}:
-        yield "data: there are NaNs or infinities in the data. Remove them, or mask them before they reach the model."
+    if not torch.isfinite(seen.value) or not torch.isfinite(seen.gradient).all():
+        yield (
+            f"data: the loss ({float(seen.value):g}) or its gradient is not finite. "
+            "Are there NaNs or infinities in data or parameters? Curvature will not be finite either."
+        )
     elif all(seen.linear):
         yield (
             "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, or a model that returns its "
@@ -124,8 +125,6 @@ def _fingerprint(batch: Batch) -> tuple[float, ...]:
     """Numbers that change with the values of a batch and with their order."""
     prints = []
     for tensor in tensors_of((batch.X, batch.y)):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            prints.append(torch.inf)
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = real.detach().flatten().to(torch.float64)
         ramp = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)

@@ -104,10 +104,10 @@ class EmpiricalRisk:
         with self._autocast().on(), Substitutions() if mode is None else mode:
             return self.model(X)
 
-    def functional(self, params: Mapping[str, Tensor], X: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """The same with other tensors in the place of the parameters: see `Model.functional`."""
+    def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
+        """The same with other tensors in the place of the parameters: see `Model.standing_in`."""
         with self._autocast().on():
-            return self.model.functional(params, X, dtype)
+            return self.model.functional(params, X)
 
     @contextmanager
     def walk(self, title: str) -> Iterator[Walk]:

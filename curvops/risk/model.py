@@ -67,15 +67,19 @@ class Model:
         with self._buffers_kept():
             return _tensor(self.module(X) if self.module is not None else self._function(self.params, X))
 
-    def functional(self, params: Mapping[str, Tensor], X: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """Output with other tensors in the place of the parameters, wherever an operation is given one.
+    def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
+        """Output with other tensors in the place of the parameters: see `standing_in`."""
+        with self._buffers_kept(), self.standing_in(params):
+            return _tensor(self.module(X) if self.module is not None else self._function(params, X))
+
+    def standing_in(self, params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Substitutions:
+        """A mode in which other tensors stand in for the parameters, wherever an operation is given one.
 
         A view of a parameter that was made before, or a `torch.autograd.Function` that takes one, is out of
         reach, so this serves ways that are compared with the model as it stands.
 
         Args:
             params: The tensors by name.
-            X: Input of a batch.
             dtype: Precision that everything else of the model is brought to.
         """
         stand_ins = {id(tensor): params[name] for name, tensor in self.params.items()}
@@ -83,8 +87,7 @@ class Model:
             for root in self._roots():
                 for tensor in (*root.parameters(), *root.buffers()):
                     stand_ins.setdefault(id(tensor), floating_to(tensor.detach().clone(), dtype))
-        with self._buffers_kept(), Substitutions(stand_ins):
-            return _tensor(self.module(X) if self.module is not None else self._function(params, X))
+        return Substitutions(stand_ins)
 
     def check_current(self) -> None:
         """Refuse a module that has lost one of the tensors since this was made.
@@ -93,9 +96,8 @@ class Model:
             ValueError: If it has; the message names it.
         """
         if self.module is not None and self._own:
-            lost = self._own - {id(p) for p in self.module.parameters()}
-            if lost:
-                names = [name for name, tensor in self.params.items() if id(tensor) in lost]
+            own = {id(p) for p in self.module.parameters()}
+            if names := [name for name in self._own if id(self.params[name]) not in own]:
                 raise ValueError(
                     f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
                     "by others. Make the operator anew, with dict(model.named_parameters())."
@@ -147,12 +149,12 @@ class Model:
                     f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
                     "Build the model outside torch.inference_mode()."
                 )
-        self._own = set[int]()  # of the parameters, those that the module has under some name
+        self._own: list[str] = []  # of the parameters, those that the module has under some name
         if self.module is None:
             return
         own = dict(self.module.named_parameters(remove_duplicate=False))
         mine = {id(p) for p in own.values()}
-        self._own = {id(tensor) for tensor in self.params.values()} & mine
+        self._own = [name for name, tensor in self.params.items() if id(tensor) in mine]
         foreign = [name for name, tensor in self.params.items() if id(tensor) not in mine and _stands_for(name, own)]
         if foreign:
             raise ValueError(

@@ -55,17 +55,6 @@ def test_options_of_functional_forms_are_kept(randn, randint):
     torch.testing.assert_close(value / 15, binary(z, z.sigmoid()))
 
 
-def test_overridden_forward_is_differentiated(randn):
-    class Scaled(nn.MSELoss):
-        def forward(self, z, y):
-            return 3 * super().forward(z, y)
-
-    z, y = randn(4, 2), randn(4, 2)
-    loss = output_loss(Scaled())
-    assert not loss.curvature(z, y, 4).closed_form and not loss.psd
-    torch.testing.assert_close(loss.curvature(z, y, 4).hessian_product(z), 6 * z)
-
-
 @pytest.mark.parametrize("module,function", [*CLOSED, (nn.HuberLoss, F.huber_loss)])
 def test_reductions_are_refused_at_the_door(module, function):
     for loss in (module(reduction="none"), functools.partial(function, reduction="none")):

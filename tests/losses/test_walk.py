@@ -1,0 +1,557 @@
+"""One pass over the data: the loss as it is now, in any format, and means that do not weigh data alike."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvops.losses import output_loss
+
+from .oracles import close, gradient, hessian
+
+NOT_A_SUM = "is not the (sum|mean) of the losses of its data"
+UNSEEN = r"batches cannot be compared .* reduction='sum'"
+
+
+def walked(loss, batches):
+    """c, and the curvature of each batch (z, y, number of data)."""
+    walk = loss.walk()
+    found = [walk.curvature(*batch) for batch in batches]
+    return walk.constant(), found
+
+
+def check(loss_func, batches, whole, reduction=None):
+    """c Σ of value, gradient and Hessian over batches are those of the loss itself on all data."""
+    c, found = walked(output_loss(loss_func, reduction), batches)
+    z, y = whole
+    close(c * sum(f.value() for f in found), loss_func(z, y).detach())
+    close(
+        torch.cat([c * f.outputs(f.gradient()).flatten() for f in found]),
+        gradient(lambda z: loss_func(z, y), z).flatten(),
+    )
+    H = hessian(lambda z: loss_func(z, y), z)
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(9), dtype=z.dtype)
+    parts = u.split([len(f.z) for f in found]) if z.ndim else [u]
+    product = torch.cat([c * f.hessian_product(part).flatten() for f, part in zip(found, parts, strict=True)])
+    close(product, H @ u.flatten())
+    return found
+
+
+def cut(z, y, *sizes):
+    return [(*part, len(part[0])) for part in zip(z.split(sizes), y.split(sizes), strict=True)]
+
+
+# changes in the loss --------------------------------------------------------------------------------------------------
+
+
+def change(**options):
+    def apply(loss):
+        for name, option in options.items():
+            if isinstance(option, float):
+                setattr(loss, name, option)
+            else:
+                getattr(loss, name).copy_(torch.tensor(option))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "loss,apply",
+    [
+        (nn.CrossEntropyLoss(weight=torch.ones(3).double()), change(weight=[0.1, 2.0, 5.0])),
+        (nn.CrossEntropyLoss(), change(label_smoothing=0.4)),
+        (nn.HuberLoss(delta=0.3), change(delta=1.5)),
+        (nn.SmoothL1Loss(beta=0.3), change(beta=1.5)),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3).double()), change(pos_weight=[0.1, 2.0, 5.0])),
+        (nn.MSELoss(), lambda loss: setattr(loss, "reduction", "sum")),
+        (nn.MSELoss(), lambda loss: loss.register_forward_hook(lambda m, i, o: 3 * o)),
+        (nn.MSELoss(), lambda loss: setattr(loss, "forward", lambda z, y: (z - y).cosh().mean())),
+        (nn.MSELoss(), lambda loss: setattr(loss, "__class__", nn.L1Loss)),
+    ],
+)
+def test_changes_in_place_are_seen(loss, apply, randn, rand, randint):
+    z = randn(5, 3)
+    y = randint(3, 5) if isinstance(loss, nn.CrossEntropyLoss) else rand(5, 3)
+    asked = output_loss(loss)
+    c, (found,) = walked(asked, [(z, y, 5)])
+    before = c * found.value()
+    apply(loss)
+    c, found = walked(asked, cut(z, y, 2, 3))
+    close(c * sum(f.value() for f in found), loss(z, y))
+    close(torch.cat([c * f.outputs(f.gradient()) for f in found]), gradient(lambda z: loss(z, y), z))
+    assert asked.reduction == loss.reduction
+    assert (c * sum(f.value() for f in found) - before).abs() > 1e-3
+
+
+def test_options_of_a_partial_are_read_anew(randn, randint):
+    z, y = randn(5, 3), randint(3, 5)
+    for function in (
+        F.cross_entropy,
+        lambda z, y, label_smoothing=0.0, reduction="mean": F.cross_entropy(
+            z, y, None, label_smoothing=label_smoothing, reduction=reduction
+        ),
+    ):
+        loss = functools.partial(function, label_smoothing=0.1)
+        asked = output_loss(loss)
+        walked(asked, [(z, y, 5)])
+        loss.keywords["label_smoothing"] = 0.5
+        c, (found,) = walked(asked, [(z, y, 5)])
+        close(c * found.value(), F.cross_entropy(z, y, label_smoothing=0.5))
+
+
+def test_an_option_that_became_wrong_is_refused(randn, randint):
+    loss = nn.CrossEntropyLoss()
+    asked = output_loss(loss)
+    loss.label_smoothing = 2.0
+    with pytest.raises(ValueError, match="label_smoothing between 0 and 1"):
+        asked.curvature(randn(2, 3), randint(3, 2), 2)
+    loss.reduction = "none"
+    with pytest.raises(ValueError, match="'mean' or 'sum' of 'CrossEntropyLoss', got 'none'"):
+        asked.walk()
+    with pytest.raises(ValueError, match="got 'none'"):
+        print(asked.reduction)
+
+
+# what is added to a closed form ---------------------------------------------------------------------------------------
+
+
+class OwnCall(nn.CrossEntropyLoss):
+    def __call__(self, z, y):
+        return 2 * super().__call__(z, y)
+
+
+class OwnForward(nn.CrossEntropyLoss):
+    def forward(self, z, y):
+        return super().forward(z.square(), y)
+
+
+class OtherOption(nn.CrossEntropyLoss):
+    def __getattribute__(self, name):
+        return 0.3 if name == "label_smoothing" else super().__getattribute__(name)
+
+
+def hooked(kind):
+    loss = nn.CrossEntropyLoss()
+    if kind == "forward":
+        loss.register_forward_hook(lambda module, inputs, output: output.square())
+    if kind == "pre":
+        loss.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0], inputs[1]))
+    if kind == "compiled":
+        loss = torch.compile(loss, backend="eager")
+        loss.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return loss
+
+
+@pytest.mark.parametrize("sizes", [(6,), (1, 5), (2, 2, 2), (1,) * 6])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        OwnCall(),
+        OwnForward(),
+        OtherOption(),
+        hooked("pre"),
+        hooked("compiled"),
+        type("Named", (nn.CrossEntropyLoss,), {})(),
+    ],
+)
+def test_a_closed_form_serves_its_own_type_only(loss, sizes, randn, randint):
+    z, y = randn(6, 3), randint(3, 6)
+    for found in check(loss, cut(z, y, *sizes), (z, y)):
+        assert not found.closed_form
+
+
+def test_a_hook_that_is_no_sum_is_refused(randn, randint):
+    z, y = randn(6, 3), randint(3, 6)
+    check(hooked("forward"), cut(z[:1], y[:1], 1), (z[:1], y[:1]))
+    for sizes in ((6,), (1, 5), (1,) * 6):
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(output_loss(hooked("forward")), cut(z, y, *sizes))
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda module, inputs, output: 2 * output,
+        lambda module, inputs, output: output + (inputs[0] - inputs[0].detach()).sum(),
+        lambda module, inputs, output: output.detach() * inputs[0].sum() / inputs[0].sum().detach(),
+    ],
+)
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(reduction="sum"), nn.BCEWithLogitsLoss(reduction="sum"), nn.MSELoss(reduction="sum")]
+)
+def test_hooks_of_all_modules_are_found_on_the_batch(loss, alter, randn, randint, rand):
+    z, y = randn(1, 3), randint(3, 1) if isinstance(loss, nn.CrossEntropyLoss) else rand(1, 3)
+    asked = output_loss(loss)
+    assert asked.curvature(z, y, 1).closed_form
+    handle = torch.nn.modules.module.register_module_forward_hook(alter)
+    try:
+        (found,) = check(loss, [(z, y, 1)], (z, y))
+    finally:
+        handle.remove()
+    assert not found.closed_form and asked.curvature(z, y, 1).closed_form
+
+
+def test_closed_forms_serve_where_there_is_nothing_to_compare(randn):
+    z, ignored = randn(3, 4), torch.full((3,), -100)
+    assert output_loss(nn.CrossEntropyLoss()).curvature(z, ignored, 3).closed_form
+    assert output_loss(nn.CrossEntropyLoss()).curvature(z[:0], ignored[:0], 0).closed_form
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for scale in (0, 1e-6, 1, 1e3):
+            for options in ({}, {"label_smoothing": 0.2}, {"weight": torch.tensor([1e-3, 0.0, 5.0, 1.0])}):
+                loss = nn.CrossEntropyLoss(**options)
+                far = (scale * torch.randn(50, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
+                assert output_loss(loss).curvature(far, far.argmax(1), 50).closed_form
+            y = (far > 0).to(dtype)
+            assert output_loss(nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))).curvature(far, y, 50).closed_form
+            assert output_loss(nn.MSELoss()).curvature(far, y, 50).closed_form
+            assert output_loss(nn.MSELoss()).curvature(far, far.clone(), 50).closed_form
+
+
+# losses that read parameters ------------------------------------------------------------------------------------------
+
+
+def test_a_regulariser_is_exact_as_a_mean_and_refused_as_a_sum(randn, randint):
+    X, y, w = randn(6, 4), randint(3, 6), randn(4, 3).requires_grad_()
+
+    def loss(z, y):
+        return F.cross_entropy(z, y) + 0.3 * w.square().sum() + w[0, 0] ** 3
+
+    expected = hessian(lambda w: F.cross_entropy(X @ w, y) + 0.3 * w.square().sum() + w[0, 0] ** 3, w)
+    for sizes in ((6,), (1, 5), (2, 4), (1,) * 6):
+        c, found = walked(output_loss(loss, "mean"), cut(X @ w, y, *sizes))
+        (slope,) = torch.autograd.grad(c * sum(f.value() for f in found), w, create_graph=True)
+        rows = [torch.autograd.grad(s, w, retain_graph=True)[0].flatten() for s in slope.flatten()]
+        close(torch.stack(rows), expected)
+    for tiny in (0.3, 1e-9):
+
+        def total(z, y, tiny=tiny):
+            return F.cross_entropy(z, y, reduction="sum") + tiny * w.square().sum()
+
+        for sizes in ((6,), (1, 5), (1,) * 6):
+            with pytest.raises(ValueError, match=r"belongs to no datum.*reduction='mean'"):
+                walked(output_loss(total, "sum"), cut(X @ w, y, *sizes))
+
+
+def weighted(z, y, weight=None, reduction="mean"):
+    """Cross-entropy with weights that can be trained, which PyTorch's cannot."""
+    terms = F.cross_entropy(z, y, reduction="none") * weight[y]
+    return terms.sum() if reduction == "sum" else terms.sum() / weight[y].sum()
+
+
+class Weighted(nn.Module):
+    def __init__(self, weight, reduction):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+
+    def forward(self, z, y):
+        return weighted(z, y, self.weight, self.reduction)
+
+
+def test_gradients_flow_to_the_very_tensors_of_the_loss(randn, randint):
+    z, y = randn(6, 3), randint(3, 6)
+    for dtype in (torch.float64, torch.float32):  # the second is brought to the output's precision
+        weight = torch.tensor([0.5, 2.0, 1.0], dtype=dtype, requires_grad=True)
+        module = Weighted(weight, "sum")
+        for loss in (module, functools.partial(weighted, weight=weight, reduction="sum")):
+            _, found = walked(output_loss(loss), cut(z, y, 2, 4))
+            (slope,) = torch.autograd.grad(sum(f.value() for f in found), weight)
+            (expected,) = torch.autograd.grad(weighted(z, y, weight.double(), "sum"), weight)
+            close(slope, expected)
+        assert module.weight is weight and weight.grad is None
+        with pytest.raises(ValueError, match=r"divides by depends on .* trained weights"):
+            walked(output_loss(Weighted(weight, "mean")), cut(z, y, 2, 4))
+
+
+class Scaled(nn.Module):
+    """Has parameters, a submodule with options, and a reduction of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduction = "mean"
+        self.scale = nn.Parameter(torch.tensor([0.5, 2.0, 1.0]))
+        self.inner = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0, 1.0, 0.5]), reduction="none")
+
+    def forward(self, z, y):
+        terms = self.inner(self.scale * z, y)
+        return terms.mean() if self.reduction == "mean" else terms.sum()
+
+
+def test_a_module_with_parameters_is_shared_and_not_changed(randn, rand):
+    z, y, loss = randn(6, 3), rand(6, 3), Scaled()
+    before = {k: (id(t), t.dtype, t.clone()) for k, t in [*loss.named_parameters(), *loss.named_buffers()]}
+    c, found = walked(output_loss(loss), cut(z, y, 1, 5))
+    (slope,) = torch.autograd.grad(c * sum(f.value() for f in found), loss.scale)
+    (expected,) = torch.autograd.grad(loss(z, y), loss.scale)
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0)
+    assert loss.reduction == "mean" and type(loss.inner) is nn.BCEWithLogitsLoss
+    for name, t in [*loss.named_parameters(), *loss.named_buffers()]:
+        assert (id(t), t.dtype) == before[name][:2] and torch.equal(t, before[name][2])
+
+
+def test_a_loss_that_updates_its_buffers_keeps_them(randn):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(3).double())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z, y):
+            self.calls += 1
+            self.centre = 0.5 * self.centre + 0.5 * z.detach().mean(0)
+            return (z - y).square().mean() + self.calls
+
+    z, y, loss = randn(4, 3), randn(4, 3), Centred()
+    _, found = walked(output_loss(loss, "mean"), cut(z, y, 2, 2))
+    close(found[0].value(), 2 * ((z[:2] - y[:2]).square().mean() + 1))
+    close(found[0].hessian_product(z[:2]), 2 / 3 * z[:2])
+    assert not loss.centre.any() and loss.calls == 0
+
+
+def test_a_mean_whose_divisor_depends_on_the_output_is_refused(randn):
+    def loss(z, y, reduction="mean"):
+        return z.square().sum() / (1 if reduction == "sum" else z.exp().sum())
+
+    with pytest.raises(ValueError, match="divides by depends on the model's output"):
+        walked(output_loss(loss), [(randn(1, 3), None, 1)])
+
+
+# means over other things than data ------------------------------------------------------------------------------------
+
+
+def shifted(z, y):
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+def shifted_sum(z, y):
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten(), reduction="sum")
+
+
+def test_a_language_models_mean_of_ragged_batches_is_refused(randn, randint):
+    batches = [(randn(3, length, 5), randint(5, 3, length), 3) for length in (4, 12, 20)]
+    with pytest.raises(ValueError, match=UNSEEN):
+        walked(output_loss(shifted, "mean"), batches)
+    walked(output_loss(shifted, "mean"), batches[:1])
+    _, found = walked(output_loss(shifted_sum, "sum"), batches)
+    for f, (z, y, _) in zip(found, batches, strict=True):
+        close(f.hessian_product(z), (hessian(lambda z, y=y: shifted_sum(z, y), z) @ z.flatten()).view_as(z))
+    z, y = randn(6, 4, 5), randint(5, 6, 4)
+    check(shifted, cut(z, y, 2, 3, 1), (z, y), "mean")
+    # one sequence a batch
+    with pytest.raises(ValueError, match=UNSEEN):
+        walked(output_loss(shifted, "mean"), [(z[:1], y[:1], 1) for z, y, _ in batches])
+
+
+def test_flattened_positions_of_unequal_number_are_refused(randn, randint):
+    batches = [(randn(3 * r, 5), randint(5, 3 * r), 3) for r in (2, 4)]
+    with pytest.raises(ValueError, match=NOT_A_SUM):
+        walked(output_loss(lambda z, y: F.cross_entropy(z, y), "mean"), batches)
+    with pytest.raises(ValueError, match=UNSEEN):  # positions that are not equally many within a batch
+        walked(output_loss(lambda z, y: F.cross_entropy(z, y), "mean"), [(randn(5, 5), randint(5, 5), 3)] * 2)
+
+
+FORMATS = {
+    "tuple": (lambda y, w: (y, w), lambda t: t),
+    "list": (lambda y, w: [y, w], lambda t: t),
+    "dict": (lambda y, w: {"labels": y, "mask": w, "name": "masked", "scale": 1.0}, lambda t: (t["labels"], t["mask"])),
+    "nested": (lambda y, w: {"a": [(y, None)], "b": {"c": w}}, lambda t: (t["a"][0][0], t["b"]["c"])),
+    "tensor": (lambda y, w: torch.stack([y.double(), w], 1), lambda t: (t[:, 0].long(), t[:, 1].double())),
+    "items": (
+        lambda y, w: [{"y": int(a), "w": float(b)} for a, b in zip(y, w, strict=True)],
+        lambda t: (torch.tensor([d["y"] for d in t]), torch.tensor([d["w"] for d in t], dtype=torch.float64)),
+    ),
+}
+
+
+def masked(read, divide=True):
+    def loss(z, target):
+        y, w = read(target)
+        total = (w * F.cross_entropy(z, y, reduction="none")).sum()
+        return total / w.sum() if divide else total
+
+    return loss
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_masked_means_are_refused_in_any_format(form, randn, randint, rand):
+    build, read = FORMATS[form]
+    z, y, w = randn(8, 3), randint(3, 8), rand(8)
+    even = torch.ones(8).double()
+
+    def batches(w, *sizes):
+        return [
+            (zb, build(yb, wb), len(zb))
+            for zb, yb, wb in zip(z.split(sizes), y.split(sizes), w.split(sizes), strict=True)
+        ]
+
+    for sizes in ((8,), (3, 5), (1,) * 8, (1, 7)):
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(output_loss(masked(read), "mean"), batches(w, *sizes))
+        check(masked(read, divide=False), batches(w, *sizes), (z, build(y, w)), "sum")
+        check(masked(read), batches(even, *sizes), (z, build(y, even)), "mean")
+    # some data are masked as a whole, so that their mean is no number
+    for sizes in ((3, 5), (4, 4), (3, 3, 2)):
+        first = torch.cat([torch.arange(size) for size in sizes])
+        with pytest.raises(ValueError, match=f"{NOT_A_SUM}|{UNSEEN}"):
+            walked(output_loss(masked(read), "mean"), batches((first > 0).double(), *sizes))
+    # alike within each batch, but not between them
+    between = torch.tensor([1.0, 1, 1, 1, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="two batches joined"):
+        walked(output_loss(masked(read), "mean"), batches(between, 4, 4))
+
+
+def test_long_batches_whose_first_data_look_alike(randn, randint):
+    """The few that stand for a batch are compared with the rest of it, too."""
+    z, y = randn(40, 3), randint(3, 40)
+    w = torch.ones(40, dtype=torch.float64)
+    w[33] = 0.0
+    loss = output_loss(masked(lambda t: t), "mean")
+    with pytest.raises(ValueError, match=NOT_A_SUM):
+        walked(loss, [(z[:20], (y[:20], w[:20]), 20), (z[20:], (y[20:], w[20:]), 20)])
+
+
+def test_equal_losses_do_not_hide_weights(randn, randint):
+    """Of outputs that are all zero each datum has the same loss, of a perfect fit the same gradient."""
+    weight = torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64)
+    z, y = torch.zeros(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 2])
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(output_loss(lambda z, y: F.cross_entropy(z, y, weight), "mean"), cut(z, y, *sizes))
+    z, w = randn(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+    def fit(z, target):
+        y, w = target
+        return ((z - y).square().mean(1) * w).sum() / w.sum()
+
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            parts = zip(z.split(sizes), w.split(sizes), strict=True)
+            walked(output_loss(fit, "mean"), [(a, (a.clone(), b), len(a)) for a, b in parts])
+
+
+def test_mixing_between_batches_is_refused(randn):
+    z = randn(4, 3)
+    for loss in (lambda z, y: (z.sum(0) ** 2).sum(), lambda z, y: (z - z.mean(0)).square().sum()):
+        for sizes in ((4,), (1, 3), (1,) * 4):
+            with pytest.raises(ValueError, match=NOT_A_SUM):
+                walked(output_loss(loss, "sum"), [(a, None, len(a)) for a in z.split(sizes)])
+
+
+def test_targets_that_are_no_data_stay_whole(randn, randint):
+    z, y, weight = randn(7, 3), randint(3, 7), torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64)
+
+    def loss(z, target):
+        y, weight, _ = target
+        return (F.cross_entropy(z, y, reduction="none") * weight.sum()).mean()
+
+    parts = zip(z.split((3, 4)), y.split((3, 4)), strict=True)
+    check(
+        loss,
+        [(a, (b, weight.unsqueeze(0).expand(2, 3), "x"), len(a)) for a, b in parts],
+        (z, (y, weight.expand(2, 3), "x")),
+        "mean",
+    )
+
+
+def test_what_cannot_be_cut_is_refused_from_the_second_batch_on(randn):
+    class Target:
+        def __init__(self, y):
+            self.y = y
+
+    z, y = randn(4, 3), randn(4, 3)
+
+    def loss(z, target):
+        return (z - target.y).square().mean()
+
+    check(loss, [(z, Target(y), 4)], (z, Target(y)), "mean")
+    halves = [(z[:2], Target(y[:2]), 2), (z[2:], Target(y[2:]), 2)]
+    with pytest.raises(ValueError, match=UNSEEN):
+        walked(output_loss(loss, "mean"), halves)
+    _, found = walked(output_loss(lambda z, t: (z - t.y).square().sum(), "sum"), halves)
+    close(sum(f.value() for f in found), (z - y).square().sum())
+
+
+def test_a_loader_may_overwrite_its_batches(randn, rand):
+    z, y, w, buffer = randn(4, 3), randn(4, 3), torch.tensor([1.0, 1.0, 0.5, 0.5]), torch.empty(2)
+
+    def batches():
+        for at in (0, 2):
+            buffer.copy_(w[at : at + 2])
+            yield z[at : at + 2], {"y": y[at : at + 2], "w": buffer}, 2
+
+    def loss(z, t):
+        return ((z - t["y"]).square().mean(1) * t["w"].double()).sum() / t["w"].double().sum()
+
+    with pytest.raises(ValueError, match="two batches joined"):
+        walked(output_loss(loss, "mean"), batches())
+
+
+def test_deaf_reductions_are_refused(randn, randint):
+    class Deaf(nn.Module):
+        reduction = "mean"
+
+        def forward(self, z, y):
+            return F.cross_entropy(z, y)
+
+    z, y = randn(4, 3), randint(3, 4)
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        with pytest.raises(ValueError, match=f"{NOT_A_SUM}.* lambda z, y: loss"):
+            walked(output_loss(Deaf()), cut(z, y, *sizes))
+        check(lambda z, y: Deaf()(z, y), cut(z, y, *sizes), (z, y), "mean")
+
+
+def test_a_mean_that_divides_by_no_sum_is_refused(randn):
+    def loss(z, y, reduction="mean"):
+        return z.square().sum() / (len(z) ** 0.5 if reduction == "mean" else 1)
+
+    z = randn(4, 3)
+    check(loss, [(z[:1], None, 1)], (z[:1], None))
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(output_loss(loss), [(a, None, len(a)) for a in z.split(sizes)])
+
+
+def test_data_beyond_the_margin_do_not_hide_weights(randn):
+    """Where neither gradient nor curvature is there, other outputs tell."""
+    z, y, w = torch.eye(4).double() * 9, torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+    def margin(weights):
+        def loss(z, target):
+            y, w = target
+            terms = torch.stack([F.multi_margin_loss(a, b) for a, b in zip(z, y, strict=True)])
+            return (terms * w).sum() / w.sum() if weights else terms.mean()
+
+        return output_loss(loss, "mean")
+
+    for sizes in ((4,), (1, 3), (1,) * 4):
+        batches = [(a, (b, c), len(a)) for a, b, c in zip(z.split(sizes), y.split(sizes), w.split(sizes), strict=True)]
+        walked(margin(False), batches)
+        with pytest.raises(ValueError, match=NOT_A_SUM):
+            walked(margin(True), batches)
+
+
+def test_an_empty_mean_is_refused(randn):
+    for loss in (nn.CrossEntropyLoss(), nn.NLLLoss()):
+        walk = output_loss(loss).walk()
+        walk.curvature(randn(2, 3), torch.full((2,), -100), 2)
+        with pytest.raises(ValueError, match="the mean runs over 0 entries"):
+            walk.constant()
+    assert output_loss(nn.MSELoss(reduction="sum")).walk().constant() == 1.0
+
+
+def test_losses_that_are_linear_in_the_output_say_so(randn, randint, rand):
+    z, y = randn(4, 3), randint(3, 4)
+    for loss, target in (
+        (nn.NLLLoss(), y),
+        (nn.KLDivLoss(reduction="batchmean"), rand(4, 3)),
+        (lambda z, y, reduction="mean": z.mean() if reduction == "mean" else z.sum(), None),
+        (lambda z, y, reduction="mean": z.square().mean() if reduction == "mean" else z.square().sum(), None),
+        (nn.CrossEntropyLoss(), y),
+        (nn.PoissonNLLLoss(), rand(4, 3)),
+    ):
+        curvature = output_loss(loss).curvature(z, target, 4)
+        assert curvature.linear == (not curvature.hessian_product(torch.ones_like(z).cumsum(1)).any())
+    assert output_loss(nn.NLLLoss()).curvature(z, y, 4).linear
+    assert not output_loss(nn.HuberLoss()).curvature(z[:0], z[:0], 0).linear

@@ -81,7 +81,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 3), (2, 4)], ids=str)
 def test_a_mask_as_long_as_the_batch(sizes, form, kind):
@@ -100,9 +100,10 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "GGNDiagonal"])
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("sizes", [(4, 2), (5, 5), (5, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of joining along the wrong axis, which is tried
 def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
     loss, options, y = OBJECTIVES[objective]
     net = Model(lambda n, X: n.b(n.a(X).tanh().mean(0)))
@@ -226,7 +227,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("around", AROUND)
 def test_inside_a_context(around, kind):
     case = Case(Net(), CE, data())

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class Places:
-    """Places of a block's rows, in the block's order.
+    """Places of a block's rows, in the block's order: a range, or what makes an index on a device.
 
-    A range is kept as such, and anything else may be written out when it is asked for: an index takes eight bytes an
-    entry, twice what the parameter takes.
-
-    Args:
-        size: Number of rows.
-        device: Where an index is made.
-        where: A range, or what makes the index.
-
-    Example:
-        >>> import torch
-        >>> places = Places.range(2, 5, torch.device("cpu"))
-        >>> len(places), places.index, places.tensor.tolist()
-        (3, slice(2, 5, None), [2, 3, 4])
+    An index is written out when it is asked for, as it takes eight bytes an entry, twice what the parameter takes.
     """
 
-    def __init__(self, size: int, device: torch.device, where: slice | Callable[[], Tensor]) -> None:
-        self.size, self.device, self._where = size, device, where
+    size: int
+    device: torch.device
+    where: slice | Callable[[], Tensor]
 
     @classmethod
     def range(cls, start: int, stop: int, device: torch.device) -> Places:
@@ -46,10 +37,10 @@ class Places:
     @property
     def index(self) -> slice | Tensor:
         """What to index a vector with; a range gives a view of it."""
-        return self._where if isinstance(self._where, slice) else self._where()
+        return self.where if isinstance(self.where, slice) else self.where()
 
     @property
     def tensor(self) -> Tensor:
         """The places one by one, ``[size]``."""
-        where = self.index
-        return torch.arange(where.start, where.stop, device=self.device) if isinstance(where, slice) else where
+        index = self.index
+        return torch.arange(index.start, index.stop, device=self.device) if isinstance(index, slice) else index

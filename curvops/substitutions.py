@@ -25,6 +25,7 @@ from curvops.context import switched
 TABLE: dict[Any, Callable[..., Any]] = {}
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
+Maybe = Tensor | None
 
 
 @contextmanager

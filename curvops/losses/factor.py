@@ -1,12 +1,12 @@
 """The output factor S of a batch: the one thing that tells GGN and Fishers apart."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-class Factor(ABC):
+class Factor:
     """Columns s of the output factor: for each loss term t a matrix S_t of shape `[C, K]`.
 
     What a Gauss-Newton or Fisher matrix needs of the loss is `S_t S_tᵀ` (weights included, the constant of the
@@ -29,10 +29,16 @@ class Factor(ABC):
         tensor([ 0.2500, -0.2500])
     """
 
-    def __init__(self, num_terms: int, width: int, num_columns: int) -> None:
-        self.num_terms = num_terms
-        self.width = width
-        self.num_columns = num_columns
+    def __init__(
+        self,
+        num_terms: int,
+        width: int,
+        num_columns: int,
+        column: Callable[[int], Tensor],
+        product: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.num_terms, self.width, self.num_columns = num_terms, width, num_columns
+        self._column, self._product = column, product
 
     def column(self, k: int) -> Tensor:
         """Column k of every term's factor, `[T, C]`; an IndexError if there is none."""
@@ -54,44 +60,20 @@ class Factor(ABC):
         """All columns as one tensor `[T, C, K]`, however large."""
         return torch.stack([self._column(k) for k in range(self.num_columns)], -1)
 
-    @abstractmethod
-    def _column(self, k: int) -> Tensor: ...
-
-    @abstractmethod
-    def _product(self, rows: Tensor) -> Tensor: ...
-
 
 class StackedFactor(Factor):
     """A factor whose columns are held in one tensor `[T, C, K]`."""
 
     def __init__(self, columns: Tensor) -> None:
-        super().__init__(*columns.shape)
+        num_terms, width, num_columns = columns.shape
+        super().__init__(num_terms, width, num_columns, lambda k: columns[..., k], self._multiply)
         self._columns = columns
 
     def dense(self) -> Tensor:
         return self._columns
 
-    def _column(self, k: int) -> Tensor:
-        return self._columns[..., k]
-
-    def _product(self, rows: Tensor) -> Tensor:
+    def _multiply(self, rows: Tensor) -> Tensor:
         result = torch.zeros_like(rows)
         for column in self._columns.unbind(-1):
             result = result + column * (column * rows).sum(-1, keepdim=True)
         return result
-
-
-class DiagonalFactor(Factor):
-    """C columns with one entry each, √h_k e_k, for a diagonal output Hessian h, `[T, C]`."""
-
-    def __init__(self, curvature: Tensor) -> None:
-        super().__init__(len(curvature), curvature.shape[1], curvature.shape[1])
-        self._curvature = curvature
-
-    def _column(self, k: int) -> Tensor:
-        column = self._curvature.new_zeros(self.num_terms, self.width)
-        column[:, k] = self._curvature[:, k].sqrt()
-        return column
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return self._curvature * rows

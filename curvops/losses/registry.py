@@ -90,7 +90,7 @@ class OutputLoss:
 
     def walk(self) -> "LossWalk":
         """Begin one pass over the data."""
-        return LossWalk(self, Additivity(self._loss, self._total))
+        return LossWalk(self, Additivity(self._loss))
 
     def curvature(self, z: Tensor, y: Any, batch_size: int, checked: bool = True) -> OutputCurvature:
         """Look at the loss of one batch of data, with targets y, at the model's output z, which may carry a graph.
@@ -109,12 +109,7 @@ class OutputLoss:
             found = closed[0](z, y, batch_size, **closed[1])
             if not checked or self._agrees(found):
                 return found
-        return AutodiffCurvature(z, y, batch_size, self._loss, self._total)
-
-    def _total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
-        """The sum of the loss over data, by the loss itself."""
-        value = self._loss.evaluate(z, y, "sum")
-        return value * batch_size if self.reduction == "mean" and not self._loss.switchable else value
+        return AutodiffCurvature(z, y, batch_size, self._loss)
 
     def _closed_form(self) -> tuple[type[ClosedForm], dict[str, Any]] | None:
         """The formulas of exactly this loss, and its options."""

@@ -1,12 +1,13 @@
 """Whether a loss is a sum over data, in a batch and between batches, and what its mean divides by."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvops.losses.base import ClosedForm, OutputCurvature
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
 from curvops.tree import map_tensors, tensors_of
@@ -26,37 +27,62 @@ class _Piece:
     runs: tuple[bool, ...] | None
 
 
-class Additivity:
-    """The checks of one pass over the data.
+class LossWalk:
+    """One pass over the data, on which the count of a mean is summed; made by `OutputLoss.walk`.
 
-    A few data of each batch are compared with the whole batch, and joined to a few of the first batch. The loss's
-    gradient at these few must not depend on what else is in the batch: a mean that divides by tokens instead of data
-    shows there, and so does any mixing of data. Where it is equal for a few and the rest of each batch, and for the few
-    of any two batches, the mean weighs all data alike.
+    Where it is not known that the loss is a sum over data, a few data of each batch are compared with the whole batch,
+    and joined to a few of the first batch. The loss's gradient at these few must not depend on what else is in the
+    batch: a mean that divides by tokens instead of data shows there, and so does any mixing of data. Where it is equal
+    for a few and the rest of each batch, and for the few of any two batches, the mean weighs all data alike.
     """
 
-    def __init__(self, loss: ScalarLoss) -> None:
-        self._loss = loss
+    def __init__(self, loss: ScalarLoss, curvature: Callable[[Tensor, Any, int], OutputCurvature]) -> None:
+        self._loss, self._curvature = loss, curvature
         self._reduction, self._averaging = loss.reduction()
         self._counts = loss.switchable and self._reduction == "mean"
-        self._batches = 0
+        self._count, self._batches = 0.0, 0
         self._first: _Piece | None = None
 
-    def check(self, z: Tensor, y: Any, batch_size: int) -> float:
-        """Look at the next batch, at an output without a graph; return its share of what "mean" divides by.
+    def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
+        """Look at the next batch; see `OutputLoss.curvature`.
 
-        A ValueError says if the loss is not additive, or nothing can be seen where it has to be.
+        Raises:
+            ValueError: If z and y do not fit the loss, or the loss of the data so far is not the sum of their losses,
+                as far as can be seen from it.
         """
-        whole = _piece(z, y, batch_size)
-        few = whole if batch_size == 1 else None
+        found = self._curvature(z, y, batch_size)
+        if not isinstance(found, ClosedForm):
+            self._count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
+        elif self._reduction == "mean":
+            self._count += found.count
+        return found
+
+    def constant(self) -> float:
+        """The factor c in front of the sum over all data of this pass.
+
+        Raises:
+            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
+        """
+        if self._reduction == "sum":
+            return 1.0
+        if self._count <= 0:
+            raise ValueError(
+                f"loss: the mean runs over {self._count:g} entries (all targets ignored, or all weights zero), so it "
+                'is undefined. Use targets that count, or reduction="sum".'
+            )
+        return 1.0 / self._count
+
+    def _share(self, whole: _Piece) -> float:
+        """Check a batch, and compute its share of what "mean" divides by."""
+        few = whole if whole.size == 1 else None
         if not self._loss.known:
-            parts = _split(whole, min(FEW, batch_size // 2))
+            parts = _split(whole, min(FEW, whole.size // 2))
             if parts:
                 few = parts[0]
                 self._expect_sum(whole, *parts)
             self._check_between(whole, few)
         if not self._counts:
-            return float(batch_size)
+            return float(whole.size)
         if not self._loss.known:
             self._ratio(few or whole, independent=True)
         count = self._ratio(whole)

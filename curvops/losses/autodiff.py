@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvops.losses.base import OutputCurvature, TermLayout
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
 
@@ -83,11 +83,11 @@ class AutodiffCurvature(OutputCurvature):
         return self._second_backward(self._graph[0], u)
 
     def _exact_factor(self) -> Factor:
-        return StackedFactor(self._root.to(self.dtype))
+        return stacked(self._root.to(self.dtype))
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         signs = noise.signs(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
-        return StackedFactor((self._root @ signs.mT / mc_samples**0.5).to(self.dtype))
+        return stacked((self._root @ signs.mT / mc_samples**0.5).to(self.dtype))
 
     def _empirical_factor(self) -> Factor:
         gradient = self.gradient()
@@ -95,7 +95,7 @@ class AutodiffCurvature(OutputCurvature):
         if weights is not None:
             rows = self.layout.rows(weights.expand(self.z.shape))
             gradient = torch.where(rows > 0, gradient * torch.where(rows > 0, rows, 1).rsqrt(), 0)
-        return StackedFactor(gradient.unsqueeze(-1))
+        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def _graph(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 KINDS = ("type-2", "mc", "empirical", "forward-only")
@@ -87,6 +87,9 @@ class OutputCurvature(ABC):
         >>> curvature = output_loss(nn.CrossEntropyLoss()).curvature(torch.zeros(3, 4), y, batch_size=3)
         >>> curvature.num_terms, curvature.width, curvature.psd
         (3, 4, True)
+        >>> S = curvature.factor("type-2")
+        >>> S.column(0).shape, S.product(torch.eye(4)[:3])[0]
+        (torch.Size([3, 4]), tensor([ 0.1875, -0.0625, -0.0625, -0.0625]))
     """
 
     psd: bool
@@ -179,7 +182,7 @@ class OutputCurvature(ABC):
         if kind == "empirical":
             return self._empirical_factor()
         if kind == "forward-only":
-            return StackedFactor(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
+            return stacked(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
         if kind != "mc":
             raise ValueError(f"'factor': expected a kind of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         if mc_samples < 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvops.losses.base import ClosedForm, TermLayout, class_layout
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 
@@ -116,7 +116,7 @@ class CrossEntropyCurvature(ClosedForm):
         weights = self.weights.unsqueeze(1)
         scale = torch.where(weights > 0, weights, 1).rsqrt()
         gradient = torch.where(weights > 0, scale * self.gradient(), 0)
-        return StackedFactor(gradient.unsqueeze(-1))
+        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def weights(self) -> Tensor:

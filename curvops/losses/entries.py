@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvops.losses.base import ClosedForm, TermLayout, entry_layout
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 
@@ -42,7 +42,7 @@ class EntryCurvature(ClosedForm):
 
     def _empirical_factor(self) -> Factor:
         slope = self._slope() if self._weight is None else self._weight.sqrt() * self._slope()
-        return StackedFactor(self.layout.rows(slope).unsqueeze(-1))
+        return stacked(self.layout.rows(slope).unsqueeze(-1))
 
     def hessian_rows(self, rows: Tensor) -> Tensor:
         return self._diagonal * rows
@@ -90,7 +90,7 @@ class SquaredErrorCurvature(EntryCurvature):
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         normal = noise.normal(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
-        return StackedFactor((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
+        return stacked((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
 
 
 class BinaryCrossEntropyCurvature(EntryCurvature):
@@ -141,7 +141,7 @@ class BinaryCrossEntropyCurvature(EntryCurvature):
         scale = self._weighted(self._factor / mc_samples).sqrt()
         probability = self.layout.rows(self._constant.sigmoid()).unsqueeze(-1)
         answers = (uniform.mT < probability).to(self.dtype)
-        return StackedFactor(self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1) * (probability - answers))
+        return stacked(self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1) * (probability - answers))
 
 
 def expect_no_batch_axis(loss: str, option: str, weight: Tensor, y: Tensor) -> None:

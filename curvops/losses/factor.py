@@ -1,11 +1,13 @@
 """The output factor S of a batch: the one thing that tells GGN and Fishers apart."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Factor:
     """Columns s of the output factor: for each loss term t a matrix S_t of shape `[C, K]`.
 
@@ -16,29 +18,14 @@ class Factor:
         num_terms: T.
         width: Entries of a term's vector, C.
         num_columns: K.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from curvops.losses import output_loss
-        >>> z, y = torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])
-        >>> S = output_loss(nn.CrossEntropyLoss()).curvature(z, y, 4).factor("type-2")
-        >>> S.num_columns, S.column(0).shape
-        (2, torch.Size([4, 2]))
-        >>> S.product(torch.tensor([[1.0, 0.0]]).expand(4, 2))[0]
-        tensor([ 0.2500, -0.2500])
     """
 
-    def __init__(
-        self,
-        num_terms: int,
-        width: int,
-        num_columns: int,
-        column: Callable[[int], Tensor],
-        product: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.num_terms, self.width, self.num_columns = num_terms, width, num_columns
-        self._column, self._product = column, product
+    num_terms: int
+    width: int
+    num_columns: int
+    _column: Callable[[int], Tensor]
+    _product: Callable[[Tensor], Tensor]
+    _columns: Tensor | None = None
 
     def column(self, k: int) -> Tensor:
         """Column k of every term's factor, `[T, C]`; an IndexError if there is none."""
@@ -58,22 +45,19 @@ class Factor:
 
     def dense(self) -> Tensor:
         """All columns as one tensor `[T, C, K]`, however large."""
+        if self._columns is not None:
+            return self._columns
         return torch.stack([self._column(k) for k in range(self.num_columns)], -1)
 
 
-class StackedFactor(Factor):
-    """A factor whose columns are held in one tensor `[T, C, K]`."""
+def stacked(columns: Tensor) -> Factor:
+    """The factor of columns that are held in one tensor `[T, C, K]`."""
 
-    def __init__(self, columns: Tensor) -> None:
-        num_terms, width, num_columns = columns.shape
-        super().__init__(num_terms, width, num_columns, lambda k: columns[..., k], self._multiply)
-        self._columns = columns
-
-    def dense(self) -> Tensor:
-        return self._columns
-
-    def _multiply(self, rows: Tensor) -> Tensor:
+    def product(rows: Tensor) -> Tensor:
         result = torch.zeros_like(rows)
-        for column in self._columns.unbind(-1):
+        for column in columns.unbind(-1):
             result = result + column * (column * rows).sum(-1, keepdim=True)
         return result
+
+    num_terms, width, num_columns = columns.shape
+    return Factor(num_terms, width, num_columns, lambda k: columns[..., k], product, columns)

@@ -23,12 +23,10 @@ class Places:
 
     @classmethod
     def range(cls, start: int, stop: int, device: torch.device) -> Places:
-        """Consecutive rows."""
         return cls(stop - start, device, slice(start, stop))
 
     @classmethod
     def listed(cls, index: Tensor) -> Places:
-        """Rows one by one."""
         return cls(len(index), index.device, partial(torch.Tensor.detach, index))
 
     def __len__(self) -> int:

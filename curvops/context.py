@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import Lock
@@ -33,6 +34,18 @@ def switched(key: Hashable, switch: Callable[[], AbstractContextManager[Any]]) -
                 _SWITCHED[key] = stack, count - 1
             else:
                 stack.close()
+
+
+def quietly() -> AbstractContextManager[None]:
+    """A context for trials, such as on a few data, whose warnings are none of the caller's business."""
+    return switched("warnings", _ignoring)
+
+
+@contextmanager
+def _ignoring() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from curvops.context import switched
 
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
-_checkpoint = CheckpointFunction.apply
+_checkpoint: Any = CheckpointFunction.apply
 Maybe = Tensor | None
 
 

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Places:
-    """Places of a block's rows, in the block's order: a range, or what makes an index on a device.
+    """Places of a block's rows, in the block's order: a range, an index, or what makes an index of some size.
 
-    An index is written out when it is asked for, as it takes eight bytes an entry, twice what the parameter takes.
+    An index takes eight bytes an entry, twice what the parameter takes, so that it is not kept where it can be made.
+
+    Example:
+        >>> import torch
+        >>> places = Places(slice(2, 5), torch.device("cpu"))
+        >>> len(places), places.index, places.tensor.tolist()
+        (3, slice(2, 5, None), [2, 3, 4])
     """
 
-    size: int
-    device: torch.device
-    where: slice | Callable[[], Tensor]
-
-    @classmethod
-    def range(cls, start: int, stop: int, device: torch.device) -> Places:
-        return cls(stop - start, device, slice(start, stop))
-
-    @classmethod
-    def listed(cls, index: Tensor) -> Places:
-        return cls(len(index), index.device, partial(torch.Tensor.detach, index))
+    def __init__(self, where: slice | Tensor | Callable[[], Tensor], device: torch.device, size: int = 0) -> None:
+        self._where, self.device = where, device
+        self._size = where.stop - where.start if isinstance(where, slice) else size
+        self._size = len(where) if isinstance(where, Tensor) else self._size
 
     def __len__(self) -> int:
-        return self.size
+        return self._size
 
     @property
     def index(self) -> slice | Tensor:
         """What to index a vector with; a range gives a view of it."""
-        return self.where if isinstance(self.where, slice) else self.where()
+        return self._where if isinstance(self._where, (slice, Tensor)) else self._where()
 
     @property
     def tensor(self) -> Tensor:
         """The places one by one, ``[size]``."""
-        index = self.index
-        return torch.arange(index.start, index.stop, device=self.device) if isinstance(index, slice) else index
+        where = self.index
+        return torch.arange(where.start, where.stop, device=self.device) if isinstance(where, slice) else where

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from curvops.context import quietly
 from curvops.losses import OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.products.reference import GradientLinearization, OutputLinearization
@@ -32,6 +33,7 @@ STEADY = 1e-4  # relative difference between steps up to which they agree
 WRONG = 1e-3  # relative error from which a derivative is called wrong
 DATA = 4  # data that are looked at
 LARGEST = 10_000_000  # parameters up to which a copy in double precision is cheap
+SMALL = 100_000  # parameters up to which it does not matter that a verdict takes about sixteen gradients of these data
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Verdict:
         if self.error is None:
             return (
                 "no verdict",
-                "central differences do not agree with each other, or the model is tied to its precision, batch size or tensors",
+                "central differences do not agree with each other, would take long, or the model is tied to its precision, batch size or tensors",
             )
         return "wrong" if self.wrong else "right", f"within {self.error:.1e} of central differences on a few data"
 
@@ -135,11 +137,13 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
         batch = next(batches)
     # about a gradient of the whole batch, where it has many data
     few = max(1, min(DATA, batch.size // 8)) if _sliceable(batch) else batch.size
+    if risk.space.dim > SMALL and 4 * few > batch.size:
+        return None
     X, y = (select(part, batch.size, slice(0, few)) for part in (batch.X, batch.y))
     double = [map_tensors(lambda t: floating_to(t, torch.float64), part) for part in (X, y)]
     small = Batch(double[0], double[1], few, batch.start)
     try:
-        with risk.evaluation():
+        with risk.evaluation(), quietly():
             params = {name: p.detach().double() for name, p in risk.params.items()}
             if not _reached(risk, X):
                 return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from curvops.context import quietly
 from curvops.products.account import reason, tolerance
 from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
@@ -47,7 +48,8 @@ def proved(risk: EmpiricalRisk, batch: Batch, record: Recorder) -> Proof:
         if proof.record.covers(record):
             return proof
     try:
-        proof = _prove(risk, batch)
+        with quietly():
+            proof = _prove(risk, batch)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:

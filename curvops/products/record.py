@@ -43,7 +43,7 @@ class Recorder(Substitutions):
         self.size, self.work, self.convolves, self.dear = size, 0, False, False
         self._steps: list[tuple[Any, torch.Size]] = []
         self._nodes: list[str] = []
-        self._begun = torch.autograd._get_sequence_nr()
+        self._begun = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         # whether the graph belongs to this pass alone, so that its memory may go as soon as it is used
         self.fresh = not parametrize._cache_enabled
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.context import quietly
 from curvops.losses import OutputCurvature
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
@@ -227,9 +227,7 @@ class RiskOperator(LinearOperator):
             product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0))
         work = "dense matrix" if rows is None else "columns"
         try:
-            with warnings.catch_warnings():
-                # a loop that stands in for a missing batching rule costs time and is none of the caller's business
-                warnings.filterwarnings("ignore", "There is a performance drop")
+            with quietly():
                 part = fast(products)
         except torch.OutOfMemoryError:
             raise

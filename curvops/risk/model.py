@@ -37,14 +37,10 @@ class Model:
             )
         self.space = TensorSpace(params)
         self.params = dict(params)
-        self.module: Module | None = None
-        self.function: ModelFunction | None = None
-        if isinstance(model_func, Module):
-            while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
-                model_func = getattr(model_func, attribute)
-            self.module = model_func
-        else:
-            self.function = model_func
+        while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
+            model_func = getattr(model_func, attribute)
+        self.module = model_func if isinstance(model_func, Module) else None
+        self.function = None if isinstance(model_func, Module) else model_func
         self._check()
 
     @property
@@ -96,9 +92,8 @@ class Model:
             ValueError: If it has; the message names it.
         """
         if self.module is not None and self._own:
-            lost = self._own - {id(p) for p in self.module.parameters()}
-            if lost:
-                names = [name for name, tensor in self.params.items() if id(tensor) in lost]
+            own = {id(p) for p in self.module.parameters()}
+            if names := [name for name in self._own if id(self.params[name]) not in own]:
                 raise ValueError(
                     f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
                     "by others. Make the operator anew, with dict(model.named_parameters())."
@@ -150,12 +145,12 @@ class Model:
                     f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
                     "Build the model outside torch.inference_mode()."
                 )
-        self._own = set[int]()  # of the parameters, those that the module has under some name
+        self._own: list[str] = []  # of the parameters, those that the module has under some name
         if self.module is None:
             return
         own = dict(self.module.named_parameters(remove_duplicate=False))
         mine = {id(p) for p in own.values()}
-        self._own = {id(tensor) for tensor in self.params.values()} & mine
+        self._own = [name for name, tensor in self.params.items() if id(tensor) in mine]
         foreign = [name for name, tensor in self.params.items() if id(tensor) not in mine and _stands_for(name, own)]
         if foreign:
             raise ValueError(

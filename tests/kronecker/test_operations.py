@@ -179,7 +179,7 @@ def test_a_singular_block_is_named(kind, how):
 def structured(left, right):
     """An operator of one block."""
     block = blocks.KroneckerBlock(left, right)
-    placed = Placed(("w0",), Places.range(0, block.size, left.device), block)
+    placed = Placed(("w0",), Places(slice(0, block.size), left.device), block)
     return StructuredOperator(TensorSpace({"w0": torch.zeros(block.size, dtype=left.dtype)}), [placed], "structured")
 
 

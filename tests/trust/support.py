@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trust.oracle import real
+from trust.oracle import Case, real
 
 CLEAR = (TypeError, ValueError, RuntimeError, NotImplementedError, pickle.PicklingError)
 CE = nn.CrossEntropyLoss()
@@ -60,3 +61,14 @@ def picture(model: nn.Module) -> list[Any]:
                 seen.append((prefix, table, name, id(value), type(value), known))
         seen.append((module.training, *(len(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks"))))
     return seen
+
+
+def right_or_refused(case: Case, kind: str, names: str, truth: Tensor | None = None) -> None:
+    """The operator is right, or refuses with a message that matches."""
+    try:
+        op = case.make(kind)
+        op @ torch.ones(op.shape[1])
+    except CLEAR as error:
+        assert re.search(names, str(error)), str(error)
+    else:
+        case.check(kind, op, truth)

@@ -7,7 +7,7 @@ from torch import nn
 
 from curvops import EmpiricalRisk
 from trust.oracle import KINDS, Case, close, real
-from trust.support import CE, Net, labels
+from trust.support import CE, Net, labels, right_or_refused
 
 REFUSAL = r"(?s)reduction.*sum|sum.*reduction"
 
@@ -60,7 +60,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EF", "EKFAC", "risk"])
+@pytest.mark.parametrize("kind", ["Hessian", "EKFAC", "risk"])
 @pytest.mark.parametrize("sizes", [(5, 4), (1, 1, 1, 1), (2, 1)], ids=str)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, sizes, kind):
@@ -149,7 +149,7 @@ def pre_hook(loss):
 
 def own_forward(loss):
     plain = loss.forward
-    loss.forward = lambda z, y: 2 * plain(z * 1.5, y)
+    loss.forward = lambda z, y: 2 * plain(z * 1.5, y)  # which no copy follows, so that it may be refused
 
 
 def own_call(loss):
@@ -180,7 +180,7 @@ FORMS = {
 def test_a_loss_is_what_its_call_gives(form, how, kind):
     loss, y = FORMS[form][0](), FORMS[form][1]
     how(loss)
-    Case(Net(), loss, data(y)).check(kind)
+    right_or_refused(Case(Net(), loss, data(y)), kind, REFUSAL if how is own_forward else "never")
 
 
 def test_a_hook_on_every_module():

@@ -44,12 +44,12 @@ def case(name):
 def results():
     """Lines of a name and the bits of a number that sums up a result."""
     for name in models():
-        for kind in (*IMPLICIT, "KFAC", "EKFAC"):
+        for kind in ("Hessian", "GGN", "KFAC", "EKFAC"):
             op = case(name).make(kind)
             v = real(op.shape[1], 16, seed=3)
-            found = [op @ v[:, k % 16] for k in range(8)] + [op @ v, op.to_dense() @ v]
+            found = [op @ v[:, k % 16] for k in range(4)] + [op @ v, op.to_dense() @ v]
             with op.linearized():
-                found += [op @ v[:, k % 16] for k in range(12)] + [op @ v]
+                found += [op @ v[:, k % 16] for k in range(8)] + [op @ v]
             for k, result in enumerate(found):
                 ramp = torch.arange(result.numel(), dtype=torch.float64).cos()
                 yield f"{name} {kind} {k} {float((result.flatten() * ramp).sum()).hex()} {float(result.abs().max()).hex()}"
@@ -81,7 +81,7 @@ def run(loaded):
 
 def test_two_runs_of_one_script_give_the_same_bits():
     idle, loaded = run(False).splitlines(), run(True).splitlines()
-    assert len(idle) > 300
+    assert len(idle) == 4 * 4 * 15
     assert [a for a, b in zip(idle, loaded, strict=True) if a != b] == []
 
 
@@ -112,10 +112,10 @@ def test_each_product_makes_the_same_passes(name, kind):
             found.append((count.calls, len(forwards)))
         return found
 
-    outside = passes(5)
+    outside = passes(4)
     assert outside[2:] == outside[1:-1]
     with op.linearized():
-        inside = passes(12)
+        inside = passes(8)
     assert inside[2:] == inside[1:-1]
     assert inside[1][0].total() < outside[1][0].total()
     assert passes(1)[0] == outside[-1]

@@ -158,7 +158,7 @@ def main() -> int:
         "The tour's matrices",
         f"Six dense matrices of the tutorial's CNN with {setup.num_params} parameters, ours and curvlinops' "
         f"{version('curvlinops-for-pytorch')}, each made anew, by "
-        "`to_dense()` or, as in the peer's tutorial, by `operator @ torch.eye(D)`; \"of one risk\" is `to_dense()` of six "
+        '`to_dense()` or, as in the peer\'s tutorial, by `operator @ torch.eye(D)`; "of one risk" is `to_dense()` of six '
         "operators that share one `EmpiricalRisk`, made anew too.",
         f"{given.device}, {given.dtype}, medians of {given.rounds} rounds",
     )

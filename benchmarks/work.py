@@ -247,7 +247,9 @@ def main() -> int:
             section.row(row.cells)
     ratios = [row.ratio for row in found if row.ratio is not None]
     median, slower = statistics.median(ratios), [row for row in found if row.ratio is not None and row.ratio < 1]
-    section.say("", f"{len(ratios)} comparisons, median ratio {median:.2f}; in {len(slower)} of them ours takes longer.")
+    section.say(
+        "", f"{len(ratios)} comparisons, median ratio {median:.2f}; in {len(slower)} of them ours takes longer."
+    )
     section.write(options.write)
     return int(median < options.at_least)
 

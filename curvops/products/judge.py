@@ -85,7 +85,9 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
         leaves = _moved(params, space, v, step)
         with risk.model.standing_in(leaves, torch.float64):  # also for what is run again in the backward pass
             found = value(leaves)[1].value()
-            return space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
+            return (
+                space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
+            )
 
     with risk.evaluation():
         leaves = _moved(params, space, v, 0.0)
@@ -160,7 +162,9 @@ def _reached(risk: EmpiricalRisk, X: Any) -> bool:
         u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
         mode = risk.model.standing_in(inputs)
         with mode:
-            parts = gradients(z, list(inputs.values()), u, allow_unused=True) if z.requires_grad else [None] * len(inputs)
+            parts = (
+                gradients(z, list(inputs.values()), u, allow_unused=True) if z.requires_grad else [None] * len(inputs)
+            )
         found.append(risk.space.join(parts))
     return relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype)
 

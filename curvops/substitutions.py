@@ -22,9 +22,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from curvops.context import switched
 
-TABLE: dict[Any, Callable[..., Any]] = {}
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
+Maybe = Tensor | None
 
 
 @contextmanager
@@ -49,20 +49,18 @@ def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: An
 
 
 class Substitutions(TorchFunctionMode):
-    """Replaces the operations of the table wherever a model calls them, and tensors by others if asked to.
+    """Replaces the operations of the table wherever a model calls them, and tensors by ``stand_ins``, by their `id`.
 
-    Args:
-        stand_ins: Tensors by the `id` of those that they stand in for. Nothing of the model is touched, so a tensor
-            is replaced under whatever name or path the model reaches it.
+    Nothing of the model is touched, so a tensor is replaced under whatever name or path the model reaches it.
     """
 
     def __init__(self, stand_ins: Mapping[int, Tensor] | None = None) -> None:
         super().__init__()
-        self._stand_ins = stand_ins
+        self._stand_ins = stand_ins or {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._stand_ins is not None:
+        if self._stand_ins:
             args = tuple(self._replaced(arg) for arg in args)
             kwargs = {name: self._replaced(arg) for name, arg in kwargs.items()}
         if func is COND:  # the model's own code is in the branches
@@ -71,7 +69,6 @@ class Substitutions(TorchFunctionMode):
         return TABLE.get(func, func)(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
-        assert self._stand_ins is not None
         if isinstance(value, Tensor):
             return self._stand_ins.get(id(value), value)
         if type(value) in (list, tuple):
@@ -85,14 +82,6 @@ def gradients(outputs: Any, inputs: Any, cotangents: Any = None, **options: Any)
         return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
 
 
-def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(replacement: Callable[..., Any]) -> Callable[..., Any]:
-        TABLE.update({function: replacement for function in functions if function is not None})
-        return replacement
-
-    return register
-
-
 COND = torch.ops.higher_order.cond
 
 
@@ -101,33 +90,27 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], o
     return (true_fn if bool(pred) else false_fn)(*operands)
 
 
-@_for(F.hardsigmoid)
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     result = (input + 3).clamp(0, 6) / 6
     return input.copy_(result) if inplace else result
 
 
-@_for(torch._weight_norm)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """g v / ‖v‖ (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2), the norm over all axes but ``dim``."""
     return v * (g / norm_except_dim(v, 2, dim))
 
 
-@_for(torch.norm_except_dim)
 def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
-    if dim == -1:
-        return torch.linalg.vector_norm(v, pow)
-    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
-    return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=True)
+    axes = None if dim == -1 else [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=axes is not None)
 
 
-@_for(F.batch_norm)
 def batch_norm(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: Maybe,
+    running_var: Maybe,
+    weight: Maybe = None,
+    bias: Maybe = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -138,7 +121,6 @@ def batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-@_for(F.embedding)
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -157,17 +139,16 @@ def embedding(
     return torch.embedding(weight, input, padding, scale_grad_by_freq, False)
 
 
-@_for(F.embedding_bag)
 def embedding_bag(
     input: Tensor,
     weight: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Maybe = None,
     max_norm: float | None = None,
     norm_type: float = 2,
     scale_grad_by_freq: bool = False,
     mode: str = "mean",
     sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
+    per_sample_weights: Maybe = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
@@ -198,14 +179,8 @@ def embedding_bag(
     return total if mode == "sum" else total / seen.sum(1, keepdim=True).clamp(min=1)
 
 
-@_for(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 def grouped_mm(
-    mat_a: Tensor,
-    mat_b: Tensor,
-    *,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    mat_a: Tensor, mat_b: Tensor, *, offs: Maybe = None, bias: Maybe = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """One product for each group of rows, as in a mixture of experts: in any precision and layout."""
     if offs is None:
@@ -221,14 +196,13 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-@_for(getattr(F, "linear_cross_entropy", None))
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
+    linear_bias: Maybe = None,
+    weight: Maybe = None,
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
@@ -242,79 +216,74 @@ def linear_cross_entropy(
     )
 
 
-@_for(F.multi_margin_loss)
 def multi_margin_loss(
     input: Tensor,
     target: Tensor,
     p: int = 1,
     margin: float = 1.0,
-    weight: Tensor | None = None,
+    weight: Maybe = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     rows, labels = torch.atleast_2d(input), torch.atleast_1d(target)
     violation = (margin - rows.gather(1, labels[:, None]) + rows).clamp(min=0) ** p
     if weight is not None:
         violation = violation * weight[labels][:, None]
     others = ~F.one_hot(labels, rows.shape[1]).bool()
     losses = (violation * others).sum(1) / rows.shape[1]
-    if reduction == "none":
-        return losses.reshape(target.shape)
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return _reduced(losses.reshape(target.shape), size_average, reduce, reduction)
 
 
-@_for(F.multilabel_margin_loss)
 def multilabel_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
 ) -> Tensor:
     """A row of targets is a list of labels that ends at its first -1."""
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     rows, labels = torch.atleast_2d(input), torch.atleast_2d(target)
     listed = (labels >= 0).cumprod(1).to(rows.dtype)
     labels = labels.clamp(min=0)
     others = 1 - torch.zeros_like(rows).scatter_reduce(1, labels, listed, "amax")
     slack = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)
     losses = (listed.unsqueeze(2) * others.unsqueeze(1) * slack).sum((1, 2)) / rows.shape[1]
-    if reduction == "none":
-        return losses.reshape(input.shape[:-1])
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return _reduced(losses.reshape(input.shape[:-1]), size_average, reduce, reduction)
 
 
-def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False)):
-            return function(*args, **kwargs)
-
-    return run
+def _reduced(losses: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
+TABLE: dict[Any, Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    torch._weight_norm: weight_norm,
+    torch.norm_except_dim: norm_except_dim,
+    F.batch_norm: batch_norm,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+    F.multi_margin_loss: multi_margin_loss,
+    F.multilabel_margin_loss: multilabel_margin_loss,
+}
+for _owner, _name, _function in (  # not every version of PyTorch has them
+    (F, "grouped_mm", grouped_mm),
+    (torch, "_grouped_mm", grouped_mm),
+    (F, "linear_cross_entropy", linear_cross_entropy),
+):
+    if hasattr(_owner, _name):
+        TABLE[getattr(_owner, _name)] = _function
 # cuDNN's recurrent layers have no second derivative, the native ones have
-for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
-    TABLE[_function] = _without_cudnn(_function)
+for _layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    TABLE[_layer] = switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False))(_layer)
 
 
 @cache
 def opened(function: Any) -> Callable[..., Any]:
-    """A copy of one of `torch.nn.functional`'s Python functions that does not stop at a function mode.
+    """A copy of a Python function of PyTorch's whose body runs inside a function mode, which sees the operations.
 
-    Calling the original inside a mode hands the whole call back to the mode; the copy runs its body, so
-    that the mode sees the operations inside.
+    The original would hand the whole call back to the mode.
     """
     closed = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **closed},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    scope = {**function.__globals__, **closed}
+    copy = types.FunctionType(function.__code__, scope, argdefs=function.__defaults__, closure=function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

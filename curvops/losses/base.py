@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 KINDS = ("type-2", "mc", "empirical", "forward-only")
@@ -20,8 +20,8 @@ KINDS = ("type-2", "mc", "empirical", "forward-only")
 class TermLayout:
     """Correspondence between an output-shaped tensor and its rows, one per loss term.
 
-    Rows are in datum-major order: all terms of the first datum come first. A term's vector
-    runs along `axis`, or, for `None`, along everything behind the first axis.
+    Rows are in datum-major order: all terms of the first datum come first. A term's vector runs along `axis`, or, for
+    `None`, along everything behind the first axis.
     """
 
     shape: torch.Size
@@ -64,8 +64,7 @@ def class_layout(shape: torch.Size) -> TermLayout:
 class OutputCurvature(ABC):
     """The loss of one batch at the outputs z: summed over terms, without c.
 
-    Everything but `value` treats z as a constant, and is computed in z's precision
-    or in single precision if that is higher.
+    Everything but `value` treats z as a constant, and is computed in z's precision, at least in single precision.
 
     Attributes:
         z: The model's output.
@@ -74,8 +73,11 @@ class OutputCurvature(ABC):
         dtype: Precision of the computation, and of the rows.
         psd: Whether the output Hessian is positive semi-definite by construction.
         closed_form: Whether gradient and Hessian products are formulas, not autograd.
-        linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that
-            only averages what the model has already computed.
+        linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that only averages what the
+            model has already computed.
+        layout: How the output is cut into terms.
+        num_terms: Number of loss terms of the batch, T.
+        width: Entries of a term's vector, C.
 
     Example:
         >>> import torch
@@ -85,35 +87,36 @@ class OutputCurvature(ABC):
         >>> curvature = output_loss(nn.CrossEntropyLoss()).curvature(torch.zeros(3, 4), y, batch_size=3)
         >>> curvature.num_terms, curvature.width, curvature.psd
         (3, 4, True)
+        >>> S = curvature.factor("type-2")
+        >>> S.column(0).shape, S.product(torch.eye(4)[:3])[0]
+        (torch.Size([3, 4]), tensor([ 0.1875, -0.0625, -0.0625, -0.0625]))
     """
 
     psd: bool
     closed_form: bool = False
 
     def __init__(self, z: Tensor, y: Any, batch_size: int) -> None:
+        if not z.is_floating_point():
+            raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
         self.z = z
         self.y = y
         self.batch_size = batch_size
-        self.dtype = compute_dtype(z)
+        self.dtype = torch.promote_types(z.dtype, torch.float32)
 
     @property
     @abstractmethod
-    def layout(self) -> TermLayout:
-        """How the output is cut into terms."""
+    def layout(self) -> TermLayout: ...
 
     @property
     def linear(self) -> bool:
-        """Whether the output Hessian is zero."""
         return False
 
     @property
     def num_terms(self) -> int:
-        """Number of loss terms of the batch, T."""
         return self.layout.num_terms
 
     @property
     def width(self) -> int:
-        """Entries of a term's vector, C."""
         return self.layout.width
 
     @property
@@ -124,76 +127,62 @@ class OutputCurvature(ABC):
         return self.num_terms // self.batch_size
 
     def rows(self, u: Tensor) -> Tensor:
-        """Bring an output-shaped tensor into rows `[T, C]`, datum by datum."""
+        """An output-shaped tensor as rows `[T, C]`, datum by datum."""
         self._expect_shape("rows", u, tuple(self.z.shape))
         return self.layout.rows(u)
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """Bring rows `[T, C]` into the output's shape, the inverse of `rows`."""
+        """Rows `[T, C]` in the output's shape, the inverse of `rows`."""
         self._expect_shape("outputs", rows, (self.num_terms, self.width))
         return self.layout.outputs(rows)
 
     @abstractmethod
     def value(self) -> Tensor:
-        """Compute the sum of the loss terms, a scalar.
+        """The sum of the loss terms, a scalar: PyTorch's loss with `reduction="sum"`.
 
-        It equals PyTorch's loss with `reduction="sum"` and is made of operations
-        that can be differentiated twice, so that z may carry a graph.
+        It is made of operations that can be differentiated twice, so that z may carry a graph.
         """
 
     @abstractmethod
     def gradient(self) -> Tensor:
-        """Compute the gradient of `value` in z, as rows `[T, C]`."""
+        """The gradient of `value` in z, as new rows `[T, C]`."""
 
     def hessian_product(self, u: Tensor) -> Tensor:
-        """Multiply an output-shaped tensor by the Hessian of `value` in z, exactly; in u's precision."""
+        """The Hessian of `value` in z times an output-shaped tensor, exactly; in u's precision."""
         self._expect_shape("hessian_product", u, tuple(self.z.shape))
         return self._hessian_product(u.to(self.dtype)).to(u.dtype)
 
     def gradient_at(self, z: Tensor) -> Tensor:
-        """Compute the gradient in the output's shape, as a function of the z that this was made at, with its graph.
+        """The gradient in the output's shape, as a function of the z that this was made at, with its graph.
 
-        Its derivative in z is `hessian_product`: nothing of the loss is differentiated
-        twice, however wide the output.
-
-        Raises:
-            ValueError: If the loss has no closed form.
+        Its derivative in z is `hessian_product`: nothing of the loss is differentiated twice, however wide the
+        output. A loss without a closed form raises a ValueError.
         """
         if not self.closed_form:
             raise ValueError("'gradient_at': the loss has no closed form. Differentiate 'value' twice.")
         gradient: Tensor = _Gradient.apply(z, self)  # type: ignore[no-untyped-call]
         return gradient
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the tensors that are held, the targets not counted."""
-        tensors = [t for name, t in vars(self).items() if isinstance(t, Tensor) and name != "y"]
-        return sum({t.data_ptr(): t.numel() * t.itemsize for t in tensors}.values())
-
     def factor(self, kind: str, mc_samples: int = 1, noise: Noise | None = None) -> Factor:
-        """Compute the output factor S.
+        """The output factor S.
 
         Args:
-            kind: "type-2" for the exact factor (S_t S_tᵀ is the term's output
-                Hessian), "mc" for gradients at sampled labels, scaled so that the
-                expectation of S_t S_tᵀ is the term's output Hessian, "empirical" for
-                the gradient at the true label, "forward-only" for no columns.
+            kind: "type-2" for the exact factor (S_t S_tᵀ is the term's output Hessian, C columns), "mc" for gradients
+                at sampled labels, scaled so that the expectation of S_t S_tᵀ is the term's output Hessian (M
+                columns), "empirical" for the gradient at the true label (1 column), "forward-only" for no columns.
             mc_samples: Number of columns of "mc", M.
             noise: Randomness of "mc".
 
-        Returns:
-            The factor, with C, M, 1 or 0 columns.
-
         Raises:
-            ValueError: If the kind is not known, "mc" comes without noise or
-                samples, or the output Hessian has no factor.
+            ValueError: If the kind is not known, "mc" comes without noise or samples, or the output Hessian has no
+                factor.
         """
         if kind == "type-2":
             return self._exact_factor()
         if kind == "empirical":
             return self._empirical_factor()
         if kind == "forward-only":
-            return StackedFactor(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
+            return stacked(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
         if kind != "mc":
             raise ValueError(f"'factor': expected a kind of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         if mc_samples < 1:
@@ -203,8 +192,7 @@ class OutputCurvature(ABC):
         return self._sampled_factor(mc_samples, noise)
 
     @abstractmethod
-    def _hessian_product(self, u: Tensor) -> Tensor:
-        """Multiply an output-shaped tensor of the precision `dtype`."""
+    def _hessian_product(self, u: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _exact_factor(self) -> Factor: ...
@@ -227,7 +215,7 @@ class OutputCurvature(ABC):
 
 
 class ClosedForm(OutputCurvature):
-    """A loss of PyTorch's whose gradient and Hessian are formulas; its options are keywords of the constructor."""
+    """A loss of PyTorch's whose gradient and Hessian are formulas in rows; its options are keywords when it is made."""
 
     psd = True
     closed_form = True
@@ -241,14 +229,23 @@ class ClosedForm(OutputCurvature):
     def count(self) -> float:
         """This batch's share of what "mean" divides by."""
 
-    def constant_value(self) -> Tensor:
-        """`value` without a graph, to within rounding."""
-        with torch.no_grad():
-            return self.value()
+    def quick_value(self) -> Tensor:
+        """`value` from what the gradient needs anyway, or anything where that is not exact."""
+        return self.value()
 
-    def subtract_gradient(self, rows: Tensor) -> None:
-        """Subtract `gradient` from rows `[T, C]` in place."""
-        rows.sub_(self.gradient())
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        return self.layout.outputs(self.hessian_rows(self.layout.rows(u)))
+
+    def _exact_factor(self) -> Factor:
+        return Factor(self.num_terms, self.width, self.width, self.hessian_root, self.hessian_rows)
+
+    @abstractmethod
+    def hessian_rows(self, rows: Tensor) -> Tensor:
+        """Multiply each term's vector by its output Hessian."""
+
+    @abstractmethod
+    def hessian_root(self, k: int) -> Tensor:
+        """Column k of a root of each term's output Hessian, `[T, C]`."""
 
 
 class _Gradient(torch.autograd.Function):
@@ -263,10 +260,3 @@ class _Gradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:
         return ctx.curvature.hessian_product(u), None
-
-
-def compute_dtype(z: Tensor) -> torch.dtype:
-    """Choose single precision for half-precision outputs, else the output's own."""
-    if not z.is_floating_point():
-        raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
-    return torch.promote_types(z.dtype, torch.float32)

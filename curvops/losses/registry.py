@@ -1,5 +1,6 @@
 """From a loss function to the object that is asked for its curvature, batch by batch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvops.losses.additivity import Additivity
+from curvops.losses.additivity import LossWalk
 from curvops.losses.autodiff import AutodiffCurvature
 from curvops.losses.base import ClosedForm, OutputCurvature
-from curvops.losses.bce import BinaryCrossEntropyCurvature
 from curvops.losses.cross_entropy import CrossEntropyCurvature
-from curvops.losses.mse import SquaredErrorCurvature
+from curvops.losses.entries import BinaryCrossEntropyCurvature, SquaredErrorCurvature
 from curvops.losses.scalar import ScalarLoss, is_untouched
 
 # function, module, what has its formulas, and the options that these take
@@ -26,22 +26,17 @@ _CLOSED_FORMS: tuple[tuple[Any, type[nn.Module], type[ClosedForm], tuple[str, ..
 def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> "OutputLoss":
     """Find the curvature of a loss function in the model's output.
 
-    Cross-entropy, binary cross-entropy of logits and squared error have closed forms,
-    as modules, as functions of `torch.nn.functional`, and as `functools.partial` of
-    these with keywords. Any other loss that is twice differentiable in the output is
-    differentiated; see `curvops.losses.autodiff`.
+    Cross-entropy, binary cross-entropy of logits and squared error have closed forms, as modules, as functions of
+    `torch.nn.functional`, and as `functools.partial` of these with keywords. Any other loss that is twice
+    differentiable in the output is differentiated; see `curvops.losses.autodiff`.
 
     Args:
         loss_func: Maps (output, target) to a scalar.
-        reduction: "mean" or "sum". Needed for a function that does not tell; must
-            agree with a module's own.
-
-    Returns:
-        The loss, to be asked batch by batch.
+        reduction: "mean" or "sum". Needed for a function that does not tell; must agree with a module's own.
 
     Raises:
-        ValueError: If the reduction is missing, not "mean" or "sum", or contradicts
-            the loss function's, or an option is not supported.
+        ValueError: If the reduction is missing, not "mean" or "sum", or contradicts the loss function's, or an option
+            is not supported.
         TypeError: If the loss function cannot be called with two arguments.
 
     Example:
@@ -61,9 +56,8 @@ reduction='sum' if it sums over the data, or reduction='mean' if it averages.
 class OutputLoss:
     """A loss function, asked as it is at that moment: nothing of it is copied. Made by `output_loss`.
 
-    A module with a `reduction`, or a function with this keyword, is evaluated with
-    "sum", and what its "mean" divides by is the ratio of the two. Of any other function,
-    "mean" means the mean over data.
+    A module with a `reduction`, or a function with this keyword, is evaluated with "sum", and what its "mean" divides
+    by is the ratio of the two. Of any other function, "mean" means the mean over data.
 
     Example:
         >>> import torch
@@ -94,9 +88,9 @@ class OutputLoss:
         """Whether the output Hessian is positive semi-definite by construction."""
         return self._closed_form() is not None or self._loss.convex
 
-    def walk(self) -> "LossWalk":
+    def walk(self) -> LossWalk:
         """Begin one pass over the data."""
-        return LossWalk(self, Additivity(self._loss, self._total))
+        return LossWalk(self._loss, self.curvature)
 
     def curvature(self, z: Tensor, y: Any, batch_size: int, checked: bool = True) -> OutputCurvature:
         """Look at the loss of one batch of data, with targets y, at the model's output z, which may carry a graph.
@@ -115,12 +109,7 @@ class OutputLoss:
             found = closed[0](z, y, batch_size, **closed[1])
             if not checked or self._agrees(found):
                 return found
-        return AutodiffCurvature(z, y, batch_size, self._loss, self._total)
-
-    def _total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
-        """The sum of the loss over data, by the loss itself."""
-        value = self._loss.evaluate(z, y, "sum")
-        return value * batch_size if self.reduction == "mean" and not self._loss.switchable else value
+        return AutodiffCurvature(z, y, batch_size, self._loss)
 
     def _closed_form(self) -> tuple[type[ClosedForm], dict[str, Any]] | None:
         """The formulas of exactly this loss, and its options."""
@@ -145,61 +134,30 @@ class OutputLoss:
             own = self._loss.evaluate(z, found.y, averaging)
             if not own.requires_grad:
                 return False
-            (gradient,) = torch.autograd.grad(own, z, materialize_grads=True)
+            (slope,) = torch.autograd.grad(own, z, materialize_grads=True)
         eps = torch.finfo(found.dtype).eps
         with torch.no_grad():
-            own, value = own.detach() * count, found.constant_value()
-            differ = (own - value).abs() > eps**0.5 * (own.abs() + value.abs()) + eps * found.num_terms
-            rows = found.rows(gradient) * count
-            del gradient  # one more tensor of the output's size, not two
-            scale = _largest(rows)
-            found.subtract_gradient(rows)
-            largest = _largest(rows)
-            if largest.isnan():
-                largest = _largest(rows.nan_to_num_(0.0))
-            return not bool(differ | (largest > eps**0.5 * scale + 10 * eps))
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """The largest absolute value, without a tensor of all of them."""
-    low, high = rows.aminmax()
-    return torch.maximum(-low, high)
-
-
-class LossWalk:
-    """One pass over the data, on which the count of a mean is summed; made by `OutputLoss.walk`."""
-
-    def __init__(self, loss: OutputLoss, additivity: Additivity) -> None:
-        self._loss = loss
-        self._mean = loss.reduction == "mean"
-        self._additivity = additivity
-        self._count = 0.0
-
-    def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
-        """Look at the next batch; see `OutputLoss.curvature`.
-
-        Raises:
-            ValueError: If z and y do not fit the loss, or the loss of the data so far is
-                not the sum of their losses, as far as can be seen from it.
-        """
-        found = self._loss.curvature(z, y, batch_size)
-        if not isinstance(found, ClosedForm):
-            self._count += self._additivity.check(z.detach().to(found.dtype), y, batch_size)
-        elif self._mean:
-            self._count += found.count
-        return found
-
-    def constant(self) -> float:
-        """The factor c in front of the sum over all data of this pass.
-
-        Raises:
-            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
-        """
-        if not self._mean:
-            return 1.0
-        if self._count <= 0:
-            raise ValueError(
-                f"loss: the mean runs over {self._count:g} entries (all targets ignored, or all weights zero), so it "
-                'is undefined. Use targets that count, or reduction="sum".'
+            rows = found.rows(slope)
+            difference = found.gradient().sub_(rows, alpha=count)
+            # numbers leave the device together
+            numbers = torch.stack([own, found.quick_value(), *rows.aminmax(), *difference.aminmax()]).tolist()
+            target, value, scale, largest = (
+                count * numbers[0],
+                numbers[1],
+                _largest(numbers[2:4]),
+                _largest(numbers[4:]),
             )
-        return 1.0 / self._count
+            if math.isnan(largest):
+                largest = _largest([float(t) for t in difference.nan_to_num_(0.0).aminmax()])
+            if largest > eps**0.5 * count * scale + 10 * eps:
+                return False
+
+            def differ(value: float) -> bool:
+                return abs(target - value) > eps**0.5 * (abs(target) + abs(value)) + eps * found.num_terms
+
+            return not (differ(value) or math.isnan(value)) or not differ(float(found.value()))
+
+
+def _largest(extremes: list[float]) -> float:
+    """The largest absolute value between a minimum and a maximum."""
+    return max(-extremes[0], extremes[1])

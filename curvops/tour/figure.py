@@ -5,34 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.font_manager import fontManager
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from tueplots import bundles
 
 from curvops.files import replace_atomically
-from curvops.tour.layout import arrange
 from curvops.tour.panels import Groups, Transform, edges_of, grid_of, named_matrices, side_of, transformed
-from curvops.tour.style import Style, figure_style
 
-SEQUENTIAL = "magma_r"
-DIVERGING = "RdBu_r"  # in both maps little ink means a small entry, also in grey
+Style: TypeAlias = dict[Any, Any]  # its keys are those of matplotlib's rc parameters
+
+SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"  # in both maps little ink means a small entry, also in grey
 LEVELS = 128  # as many colours as an eye tells apart; more would only make the files larger
-EVERY_ENTRY = 700
-"""Number of rows up to which a panel shows every entry."""
-PRINTED = 600
-"""Side in pixels to which larger matrices are averaged: 300 to an inch, when six panels fill a page's width."""
+EVERY_ENTRY = 700  # rows up to which a panel shows every entry
+PRINTED = 600  # pixels a side to which larger ones are averaged: 300 to an inch, where six panels fill a page's width
+PAD, BAR = 0.025, 0.125  # inches around everything, and the colour bar's width
 
-_FOR_SAVING: Style = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
+_EMBEDDED: Style = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}  # fonts in figures' files
 
 
 def log_abs(matrix: Tensor, epsilon: float = 1e-6) -> Tensor:
@@ -49,6 +48,21 @@ def log_abs(matrix: Tensor, epsilon: float = 1e-6) -> Tensor:
 def unchanged(matrix: Tensor) -> Tensor:
     """Return the matrix as it is."""
     return matrix
+
+
+def figure_style(rows: int = 2, columns: int = 3, *, usetex: bool = False) -> Style:
+    """Return matplotlib's rc parameters for a figure at ICML's full width, with fonts that are there.
+
+    It is for so many rows and columns of panels. With `usetex`, LaTeX sets the text; it must be installed.
+    """
+    style: Style = bundles.icml2024(column="full", nrows=1.5 * rows, ncols=columns, usetex=usetex)
+    if not usetex:
+        there = set(fontManager.get_font_names())
+        # two that come with matplotlib, of which STIX is cut like Times
+        style["font.serif"] = [name for name in (*style["font.serif"], "STIXGeneral", "DejaVu Serif") if name in there]
+        style["mathtext.fontset"] = "stix"
+    ticks = {f"{axis}tick.major.{what}": v for axis in "xy" for what, v in (("width", 0.4), ("size", 2), ("pad", 1.5))}
+    return style | ticks | {"pdf.fonttype": 42, "axes.linewidth": 0.4, "axes.titlepad": 3.0}
 
 
 def plot_matrices(
@@ -71,34 +85,33 @@ def plot_matrices(
     """Draw square matrices of one shape as heat maps on a shared colour domain.
 
     Args:
-        matrices: Tensors of shape `[D, D]`, or operators with `to_dense()`; a mapping from title
-            to matrix, or a sequence together with `titles`.
+        matrices: Tensors `[D, D]` or operators with `to_dense()`: a mapping from title to matrix, or a sequence
+            together with `titles`.
         titles: One title per matrix; replaces the mapping's keys.
-        groups: How the `D` parameters fall into consecutive groups (layers): sizes, or a mapping
-            from label to size. Sizes alone are labelled 1, 2, … with empty groups left out.
+        groups: How the `D` parameters fall into consecutive groups (layers): sizes, or a mapping from label to size.
+            Sizes alone are labelled 1, 2, … with empty groups left out.
         transform: Applied to each matrix before it is drawn; must keep its shape.
         transform_title: Label of the colour bar. The two transformations here have their own.
-        signed: Draw with a diverging colour map whose centre is zero. By default this is done for
-            odd transformations, those with `transform(-m) == -transform(m)`.
-        limits: Ends of the colour domain. By default they span the smallest and largest
-            transformed entry of all matrices. Where entries lie beyond, the bar ends in an arrow.
-        clip: Share of all entries that the default colour domain holds, by magnitude where `signed`,
-            so that a few outliers do not leave the rest without colour.
+        signed: Draw with a diverging colour map whose centre is zero; by default for odd transformations, those with
+            `transform(-m) == -transform(m)`.
+        limits: Ends of the colour domain, by default the smallest and largest transformed entry of all matrices.
+            Where entries lie beyond, the bar ends in an arrow.
+        clip: Share of all entries that the default colour domain holds, by magnitude where `signed`, so that a few
+            outliers do not leave the rest without colour.
         cmap: Name of a colour map that replaces the default one.
-        rows: Rows of panels. By default as many as `columns` asks for.
+        rows: Rows of panels, by default as many as `columns` asks for.
         columns: Panels per row, by default 3, or fewer for fewer matrices.
         axis_label: What the groups are, written once along each side.
         config: matplotlib's rc parameters; by default `figure_style`, ICML's full width.
         usetex: Let LaTeX set the text of the default style.
 
     Returns:
-        The figure, and its axes as an array of shape `[rows, columns]`. Its height follows from
-        its width, so that the panels are square and fill it.
+        The figure, and its axes `[rows, columns]`. Its height follows from its width, which the square panels fill.
 
     Raises:
         TypeError: If an entry is neither a tensor nor an operator.
-        ValueError: If the matrices are not square, of one shape and free of NaN, if the group
-            sizes do not sum to `D`, or if the number of titles or panels does not fit.
+        ValueError: If the matrices are not square, of one shape and free of NaN, if the group sizes do not sum to `D`,
+            or if the number of titles or panels does not fit.
 
     Example:
         >>> import torch
@@ -116,57 +129,49 @@ def plot_matrices(
         first = next(iter(named))
         signed = bool((transform(-named[first]) == -images[first]).all())
     lower, upper = limits or color_domain(list(images.values()), signed=signed, clip=clip)
+    # an odd number of colours has one in the middle, for zero
+    colors = colormaps[cmap or (DIVERGING if signed else SEQUENTIAL)].resampled(LEVELS + 1 if signed else LEVELS)
 
-    style: Style = dict(config) if config is not None else figure_style(rows, columns, usetex=usetex)
-    # the panels are placed below, to the point: a layout engine of the style would move them
-    style |= {"figure.constrained_layout.use": False, "figure.autolayout": False}
+    style: Style = figure_style(rows, columns, usetex=usetex) if config is None else dict(config)
     with plt.rc_context(style):
-        fig = plt.figure()
-        axes = np.array(
-            [[fig.add_subplot(rows, columns, r * columns + c + 1) for c in range(columns)] for r in range(rows)]
-        )
-        for ax in axes.flat[len(images) :]:
-            ax.set_axis_off()
-        drawn: AxesImage | None = None
+        fig, axes = plt.subplots(rows, columns, squeeze=False, layout="compressed")
         for ax, (title, image) in zip(axes.flat, images.items(), strict=False):
-            drawn = ax.imshow(
-                _shrunk(image).numpy(),
-                vmin=lower,
-                vmax=upper,
-                cmap=_color_map(cmap, signed),
-                extent=(-0.5, side - 0.5, side - 0.5, -0.5),
-                interpolation="none",
-            )
+            shown = image if side <= EVERY_ENTRY else adaptive_avg_pool2d(image[None], PRINTED)[0]
+            extent = (-0.5, side - 0.5, side - 0.5, -0.5)
+            ax.imshow(shown.numpy(), vmin=lower, vmax=upper, cmap=colors, extent=extent, interpolation="none")
             ax.set_title(title)
             _mark_groups(ax, labels, edges)
+        for ax in axes.flat[len(images) :]:
+            ax.set_axis_off()
+            ax.set_aspect("equal")
         for ax in axes.flat:
             ax.label_outer(remove_inner_ticks=True)
-        assert drawn is not None
-        bar = fig.colorbar(drawn, cax=fig.add_axes((0.9, 0.1, 0.02, 0.8)), extend=_beyond(images, lower, upper))
-        bar.set_label(_bar_label(transform, transform_title))
+        below = any(bool((image < lower).any()) for image in images.values())
+        above = any(bool((image > upper).any()) for image in images.values())
+        extend = ("neither", "min", "max", "both")[below + 2 * above]
+        thin = BAR / fig.get_figwidth()
+        room: Style = {"fraction": 1.2 * thin, "aspect": rows / columns / thin, "anchor": (1.0, 0.5), "pad": 0.012}
+        bar = fig.colorbar(axes[0, 0].images[0], ax=axes, extend=extend, **room)
+        bar.set_label(_bar_title(transform) if transform_title is None else transform_title)
         bar.outline.set_linewidth(0.4)
-        arrange(fig, axes, bar.ax, axis_label if groups is not None else "Parameter")
+        _arrange(fig, axes, axis_label if groups is not None else "Parameter")
         if not plt.rcParams["text.usetex"]:
             _settle_fonts(fig)
     return fig, axes
 
 
 def save_figure(fig: Figure, path: str | Path, *, dpi: int = 300) -> Path:
-    """Write a figure of `plot_matrices` in the format of the file's suffix, whole or not at all.
+    """Write a figure of `plot_matrices` in the format of the file's suffix, whole or not at all, and return the path.
 
-    Vector formats embed the panels losslessly, one pixel per entry; pixel formats are smoothed
-    where a pixel covers more than one entry. `dpi` is for the latter.
-
-    Returns:
-        The path.
+    Vector formats embed the panels losslessly, one pixel per entry; pixel formats, for which `dpi` is, are smoothed
+    where a pixel covers more than one entry.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
-    vector = kind in {"pdf", "svg", "eps", "ps"}
     for image in (image for ax in fig.axes for image in ax.get_images()):
-        image.set_interpolation("none" if vector else "antialiased")
+        image.set_interpolation("none" if kind in {"pdf", "svg", "eps", "ps"} else "antialiased")
     extra: dict[str, Any] = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
-    with plt.rc_context(_FOR_SAVING):
+    with plt.rc_context(_EMBEDDED):
         replace_atomically(path, lambda partial: fig.savefig(partial, format=kind, dpi=dpi, bbox_inches=None, **extra))
     return path
 
@@ -195,23 +200,6 @@ def color_domain(images: Sequence[Tensor], *, signed: bool, clip: float = 1.0) -
     return (lower, upper) if lower < upper else (lower - 0.5, upper + 0.5)
 
 
-def _beyond(images: Mapping[str, Tensor], lower: float, upper: float) -> str:
-    below = any(bool((image < lower).any()) for image in images.values())
-    above = any(bool((image > upper).any()) for image in images.values())
-    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
-
-
-def _shrunk(image: Tensor) -> Tensor:
-    if image.shape[0] <= EVERY_ENTRY:
-        return image
-    return adaptive_avg_pool2d(image[None], PRINTED)[0]
-
-
-def _color_map(name: str | None, signed: bool) -> Colormap:
-    # an odd number of colours has one in the middle, for zero
-    return colormaps[name or (DIVERGING if signed else SEQUENTIAL)].resampled(LEVELS + 1 if signed else LEVELS)
-
-
 def _mark_groups(ax: Axes, labels: Sequence[str], edges: Sequence[int]) -> None:
     for edge in edges[1:-1]:
         ax.axhline(edge - 0.5, color="0.2", lw=0.4)
@@ -222,12 +210,34 @@ def _mark_groups(ax: Axes, labels: Sequence[str], edges: Sequence[int]) -> None:
     ax.set_yticks(centres, labels)
 
 
-def _bar_label(transform: Transform, title: str | None) -> str:
-    if title is not None:
-        return title
+def _bar_title(transform: Transform) -> str:
     if transform is log_abs:
         return "Logarithmic absolute entries, $\\log_{10}$"
     return "Unaltered matrix entries" if transform is unchanged else ""
+
+
+def _arrange(fig: Figure, axes: npt.NDArray[Any], label: str) -> None:
+    """Label both sides, and find the height at which the square panels fill the figure's width."""
+    rows, columns = axes.shape
+    size = axes.flat[0].title.get_fontsize()
+    down, across = fig.supxlabel(label, fontsize=size), fig.supylabel(label, fontsize=size)
+    engine = fig.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(w_pad=PAD, h_pad=PAD, wspace=0, hspace=0)
+    height = rows / columns * fig.get_figwidth() + rows
+    for _ in range(2):  # the bar's height has a say in its ticks, and their labels' width in the panels'
+        fig.set_figheight(height + 1)  # more than enough
+        engine.execute(fig)
+        boxes = [ax.get_tightbbox() for ax in axes.flat]
+        content = max(box.y1 for box in boxes) - min(box.y0 for box in boxes) + down.get_window_extent().height
+        height = content / fig.dpi + 4 * PAD  # the engine pads panels and label on both sides
+    # a hair less: the width has room to spare then, and the bar is exactly as tall as the panels
+    fig.set_figheight(height - 0.045 * rows / columns)
+    engine.execute(fig)
+    # the engine would centre them on the figure
+    first, last = axes[0, 0].get_position(), axes[-1, -1].get_position()
+    down.set_x((first.x0 + last.x1) / 2)
+    across.set_y((last.y0 + first.y1) / 2)
 
 
 def _settle_fonts(fig: Figure) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")
+from curvops.memory import entry
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -23,8 +24,8 @@ class Cost:
 
     Attributes:
         seconds: Wall-clock time, until the device was done.
-        peak_bytes: The most memory that was held above the start: by tensors on a GPU, by the
-            process on the CPU (the kernel's high-water mark). None where it cannot be seen.
+        peak_bytes: The most memory that was held above the start: by tensors on a GPU, by the process on the CPU (the
+            kernel's high-water mark). None where it cannot be seen.
     """
 
     seconds: float = float("nan")
@@ -42,7 +43,7 @@ def measured(device: torch.device) -> Iterator[Cost]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     cost.seconds = time.perf_counter() - start
-    peak = _peak_memory(device)
+    peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
     if start_bytes is not None and peak is not None:
         cost.peak_bytes = max(peak - start_bytes, 0)
 
@@ -57,7 +58,9 @@ def _start_memory(device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
-    _give_back_free_memory()
+    # free heap that an earlier computation left would hide what this one needs; glibc can give it back, musl can not
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
     try:
         _RESET.write_text("5")  # sets the high-water mark to what is held now
     except OSError:
@@ -65,24 +68,6 @@ def _start_memory(device: torch.device) -> int | None:
     return _status("VmRSS")
 
 
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM")
-
-
-def _give_back_free_memory() -> None:
-    """Free heap that an earlier computation left would hide what the next one needs."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-        if trim is not None:
-            trim(0)
-
-
 def _status(key: str) -> int | None:
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(found[0]) * 1024 if found else None
+    found = entry(_STATUS, f"{key}:")
+    return None if found is None else found * 1024

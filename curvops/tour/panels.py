@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,24 +19,22 @@ def named_matrices(matrices: Mapping[str, Any] | Sequence[Any], titles: Sequence
     values = list(matrices.values()) if isinstance(matrices, Mapping) else list(matrices)
     if not values:
         raise ValueError("plot_matrices: expected at least one matrix, got none.")
-    if titles is None:
-        if not isinstance(matrices, Mapping):
-            raise ValueError(
-                "plot_matrices: a sequence of matrices needs titles=[…], or pass a mapping from title to matrix."
-            )
-        titles = list(matrices)
+    if titles is None and not isinstance(matrices, Mapping):
+        raise ValueError(
+            "plot_matrices: a sequence of matrices needs titles=[…], or pass a mapping from title to matrix."
+        )
+    titles = list(matrices if titles is None else titles)
     if len(titles) != len(values):
         raise ValueError(
-            f"plot_matrices: expected one title for each of the {len(values)} matrices, "
-            f"got {len(titles)}: {list(titles)}."
+            f"plot_matrices: expected one title for each of the {len(values)} matrices, got {len(titles)}: {titles}."
         )
     if len(set(titles)) != len(titles):
-        raise ValueError(f"plot_matrices: the titles must differ, got {list(titles)}.")
+        raise ValueError(f"plot_matrices: the titles must differ, got {titles}.")
     return {title: _dense(value, title) for title, value in zip(titles, values, strict=True)}
 
 
 def _dense(value: Any, title: str) -> Tensor:
-    dense = value if isinstance(value, Tensor) else value.to_dense() if hasattr(value, "to_dense") else None
+    dense = value.to_dense() if hasattr(value, "to_dense") else None  # tensors have it, too
     if not isinstance(dense, Tensor):
         raise TypeError(
             f"plot_matrices: {title!r} must be a tensor or an operator with to_dense(), got {type(value).__name__}."
@@ -65,11 +63,9 @@ def edges_of(groups: Groups | None, side: int) -> tuple[list[str], list[int]]:
     if any(size < 0 for size in sizes) or sum(sizes) != side:
         raise ValueError(f"plot_matrices: the group sizes {sizes} sum to {sum(sizes)}, the matrices have {side} rows.")
     kept = [size for size in sizes if size]
-    if isinstance(groups, Mapping):
-        labels = [label for label, size in groups.items() if size]
-    else:
-        labels = [str(k + 1) for k in range(len(kept))]
-    return labels, [0, *np.cumsum(kept).tolist()]
+    numbers = [str(k + 1) for k in range(len(kept))]
+    labels = [label for label, size in groups.items() if size] if isinstance(groups, Mapping) else numbers
+    return labels, list(accumulate(kept, initial=0))
 
 
 def grid_of(number: int, rows: int | None, columns: int | None) -> tuple[int, int]:

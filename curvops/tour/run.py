@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvops.risk.determinism import check_deterministic
 from curvops.tour.figure import color_domain, log_abs, plot_matrices, save_figure, unchanged
-from curvops.tour.files import save_matrices
+from curvops.tour.files import prepare_output, save_matrices
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, warm_up
-from curvops.tour.meter import memory_kind
-from curvops.tour.output import prepare_output
+from curvops.tour.meter import Cost, measured, memory_kind
 from curvops.tour.setups import SIZES, Setup, digits, tutorial
 
 MATRICES = "matrices.safetensors"
@@ -40,8 +40,7 @@ class Finished:
 
     def __str__(self) -> str:
         kept = [f"{', '.join(titles)} in {path}" for path, titles in self.matrices.items()]
-        if self.figures:
-            kept.append(f"{len(self.figures)} figures")
+        kept += [f"{len(self.figures)} figures"] * bool(self.figures)
         return "; ".join(kept) or "nothing"
 
 
@@ -55,12 +54,11 @@ def run_tour(
     finished: Finished | None = None,
     say: Callable[[str], None] = print,
 ) -> Finished:
-    """Compute, tabulate, draw and keep the six matrices of each setup.
+    """Compute, tabulate, draw and keep the six matrices of each setup; return what was written.
 
-    For each setup these files are written, each whole or not at all: `matrices.safetensors` after
-    every matrix, and `curvature_matrices_log_abs` and `curvature_matrices` (unaltered) as PDF and
-    PNG at the end. The tutorial's are in `output` itself, those of the digits in `digits/before`
-    and `digits/after`, on one colour domain.
+    For each setup these files are written, each whole or not at all: `matrices.safetensors` after every matrix, and
+    `curvature_matrices_log_abs` and `curvature_matrices` (unaltered) as PDF and PNG at the end. The tutorial's are in
+    `output` itself, those of the digits in `digits/before` and `digits/after`, on one colour domain.
 
     Args:
         output: A folder; it is made if it is missing.
@@ -71,15 +69,11 @@ def run_tour(
         finished: Filled in while the tour runs, for a caller that may be interrupted.
         say: Takes the lines that are printed.
 
-    Returns:
-        What was written.
-
     Raises:
         OutputError: If the output folder cannot take the files; then nothing was computed.
         ValueError: If a setup is unknown.
     """
-    unknown = [name for name in setups if name not in SIZES]
-    if unknown or not setups:
+    if not setups or any(name not in SIZES for name in setups):
         raise ValueError(f"run_tour: setups must be some of {list(SIZES)}, got {list(setups)}.")
     finished = finished if finished is not None else Finished()
     output = prepare_output(output, _expected_bytes(setups, dtype))
@@ -100,37 +94,38 @@ def _compute(
     say(str(setup))
     folder.mkdir(parents=True, exist_ok=True)
     path, done, matrices = folder / MATRICES, [], {}
+    shapes = {name: tuple(p.shape) for name, p in setup.params.items()}
     settings = {"setup": setup.title, "seed": seed, "device": str(setup.device), "layers": list(setup.layers)}
-    with tqdm(total=len(OPERATORS), desc="Matrices", file=sys.stderr, disable=None, leave=False) as bar:
-        bar.set_postfix_str(next(iter(OPERATORS)))
-        titles = list(OPERATORS)
-        for k, result in enumerate(each_matrix(setup, seed=seed)):
+    risk = setup.risk()
+    with measured(setup.device) as check:
+        check_deterministic(risk)
+    titles = list(OPERATORS)
+    with tqdm(total=len(titles), desc="Matrices", postfix=titles[0], file=sys.stderr, disable=None, leave=False) as bar:
+        for result in each_matrix(risk, seed=seed):
             done.append(result)
             matrices[result.title] = result.matrix.cpu()
-            save_matrices(
-                path,
-                matrices,
-                parameters={name: tuple(p.shape) for name, p in setup.params.items()},
-                groups=setup.groups,
-                settings=settings,
-            )
+            save_matrices(path, matrices, parameters=shapes, groups=setup.groups, settings=settings)
             finished.matrices[path] = list(matrices)
             bar.update()
-            bar.set_postfix_str("".join(titles[k + 1 : k + 2]))
-    say(_table(done, setup.device))
+            bar.set_postfix_str("".join(titles[len(done) : len(done) + 1]))
+    say(_table(check, done, memory_kind(setup.device)))
     return matrices
 
 
-def _table(results: Sequence[Measured], device: torch.device) -> str:
+def _table(check: Cost, results: Sequence[Measured], memory: str) -> str:
     hessian = next((r.matrix for r in results if r.title == "Hessian"), None)
-    lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory_kind(device)})':>24}{'trace':>11}{'off Hessian':>13}"]
+    lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{'trace':>11}{'off Hessian':>13}"]
+    lines.append(f"{'(determinism check)':<26}{_cells(check)}")
     for result in results:
-        peak = "unknown" if result.cost.peak_bytes is None else f"{result.cost.peak_bytes / 1e6:.1f}"
         off = "" if hessian is None else f"{float((result.matrix - hessian).norm() / hessian.norm()):.1%}"
-        trace = float(result.matrix.trace())
-        lines.append(f"{result.title:<26}{result.cost.seconds:>9.3f}{peak:>24}{trace:>11.4g}{off:>13}")
-    seconds = sum(result.cost.seconds for result in results)
+        lines.append(f"{result.title:<26}{_cells(result.cost)}{float(result.matrix.trace()):>11.4g}{off:>13}")
+    seconds = check.seconds + sum(result.cost.seconds for result in results)
     return "\n".join([*lines, f"{'all':<26}{seconds:>9.3f}"])
+
+
+def _cells(cost: Cost) -> str:
+    peak = "unknown" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.1f}"
+    return f"{cost.seconds:>9.3f}{peak:>24}"
 
 
 def _draw(setups: Sequence[Setup], results: Sequence[dict[str, Tensor]], output: Path, finished: Finished) -> None:
@@ -145,12 +140,12 @@ def _draw(setups: Sequence[Setup], results: Sequence[dict[str, Tensor]], output:
     }
     for setup, matrices in zip(setups, results, strict=True):
         for stem, (transform, limits, label) in kinds.items():
-            fig, _ = plot_matrices(
+            drawn = plot_matrices(
                 matrices, groups=setup.groups, transform=transform, limits=limits, transform_title=label
             )
             for suffix in ("pdf", "png"):
-                finished.figures.append(save_figure(fig, output / setup.name / f"{stem}.{suffix}"))
-            plt.close(fig)
+                finished.figures.append(save_figure(drawn[0], output / setup.name / f"{stem}.{suffix}"))
+            plt.close(drawn[0])
 
 
 def _expected_bytes(setups: Sequence[str], dtype: torch.dtype) -> int:

@@ -13,8 +13,8 @@ import torch
 
 from curvops import cli
 from curvops.tour import OPERATORS, Finished, OutputError, load_matrices, run_tour, tutorial
+from curvops.tour.files import prepare_output
 from curvops.tour.matrices import each_matrix
-from curvops.tour.output import prepare_output
 from curvops.tour.run import MATRICES
 from curvops.tour.setups import SIZES
 
@@ -48,7 +48,7 @@ def test_the_whole_tour(tmp_path, capsys):
 
 def test_matrices_are_those_of_the_risk():
     setup = tutorial(dtype=torch.float64)
-    found = {result.title: result for result in each_matrix(setup, titles=["Hessian", "KFAC", "EKFAC"])}
+    found = {result.title: result for result in each_matrix(setup.risk(), titles=["Hessian", "KFAC", "EKFAC"])}
     images, labels = (torch.cat(parts) for parts in zip(*setup.data, strict=True))
 
     def risk(last: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_matrices_are_those_of_the_risk():
 
 
 def test_a_seed_repeats_the_tour_and_names_are_checked(tmp_path):
-    runs = [each_matrix(tutorial(seed=s), titles=["Monte-Carlo Fisher"], seed=s) for s in (0, 0, 1)]
+    runs = [each_matrix(tutorial(seed=s).risk(), titles=["Monte-Carlo Fisher"], seed=s) for s in (0, 0, 1)]
     first, again, other = (next(run).matrix for run in runs)
     assert torch.equal(first, again) and not torch.allclose(first, other)
     with pytest.raises(ValueError, match=re.escape("must be some of ['tutorial', 'digits'], got ['mnist']")):

@@ -29,8 +29,7 @@ class BasisDiagonal:
 
     def add(self, uses: Sequence[Rows]) -> None:
         """Add the rows of all uses in some backward passes of one forward pass."""
-        uses = [rows for rows in uses if rows.outputs]
-        if not uses:
+        if not (uses := [rows for rows in uses if rows.outputs]):
             return
         if all(isinstance(rows.inputs, OneHot) for rows in uses) and self.left is None:
             self._add_looked_up(uses)

@@ -20,11 +20,10 @@ Roles = list[tuple[int, str]]  # uses of a group, each as its index and "joint",
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one block of the matrix.
+    """Parameters with one block of the matrix, the weight first.
 
     Attributes:
         key: Its identity from batch to batch.
-        names: The parameters, the weight first.
         kind: ``"linear"`` (gradients are sums of left ⊗ right), ``"vector"`` or ``"whole"`` (the parameter is known
             by its gradients only).
         shape: ``(groups, left, right)``; ``(1, size, 1)`` for the others.

@@ -30,13 +30,7 @@ SomeOperator = TypeVar("SomeOperator", bound="KroneckerOperator")
 
 
 class StateOperator(BlockDiagonalOperator):
-    """Blocks from a state, which can be merged, averaged, saved and loaded.
-
-    Args:
-        state: The state.
-        reasons: Why each parameter is treated as it is.
-        notes: Remarks for `explain`.
-    """
+    """Blocks from a state, which can be merged, averaged, saved and loaded."""
 
     def __init__(self, state: State, reasons: Mapping[str, str] | None = None, notes: Sequence[str] = ()) -> None:
         super().__init__(state.space, psd=True)
@@ -146,12 +140,7 @@ class KroneckerOperator(StateOperator):
 
     @classmethod
     def of(cls: type[SomeOperator], risk: EmpiricalRisk, **options: Any) -> SomeOperator:
-        """The operator of an existing risk, whose determinism is not checked.
-
-        Args:
-            risk: The empirical risk.
-            options: The options that only Kronecker operators have, and ``memory_budget``.
-        """
+        """The operator of an existing risk, whose determinism is not checked; options as for the constructor."""
         operator = cls.__new__(cls)
         operator._set(risk, cls._options(**options))
         return operator

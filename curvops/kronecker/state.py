@@ -104,9 +104,7 @@ class State:
 
     Attributes:
         kind: Name of the operator's class.
-        space: The space of the parameters.
         groups: The groups, and what is known of each.
-        reduction: ``"mean"`` or ``"sum"``.
         count: Denominator of the mean, so that c = 1/count.
         data: For each parameter the number of data, of batches where the model mixes their data.
         settings: Options that the state was computed with.

@@ -155,8 +155,7 @@ class OutputCurvature(ABC):
     def gradient_at(self, z: Tensor) -> Tensor:
         """The gradient in the output's shape, as a function of the z that this was made at, with its graph.
 
-        Its derivative in z is `hessian_product`: nothing of the loss is differentiated twice, however wide the
-        output. A loss without a closed form raises a ValueError.
+        Its derivative in z is `hessian_product`: nothing is differentiated twice. Needs a closed form, else ValueError.
         """
         if not self.closed_form:
             raise ValueError("'gradient_at': the loss has no closed form. Differentiate 'value' twice.")
@@ -219,6 +218,11 @@ class ClosedForm(OutputCurvature):
 
     psd = True
     closed_form = True
+
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Any) -> None:
+        self.check(**options)
+        super().__init__(z, y, batch_size)
+        self._options = options
 
     @staticmethod
     def check(*_: Any, **__: Any) -> None:

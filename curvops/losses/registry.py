@@ -109,14 +109,11 @@ class OutputLoss:
         return None
 
     def _agrees(self, found: ClosedForm) -> bool:
-        """Whether formulas give the loss's own value and gradient on their batch, which hooks of all modules may alter.
-
-        Where PyTorch's mean is not a number, such as of no entries, there is nothing to compare.
-        """
+        """Whether formulas give the loss's own value and gradient on their batch, which hooks of all modules may alter."""
         reduction, averaging = self._loss.reduction()
         count = found.count if reduction == "mean" else 1.0
         if count == 0 or not found.z.numel():
-            return True
+            return True  # PyTorch's mean of nothing is not a number
         with torch.enable_grad():
             z = found.z.detach().to(found.dtype).requires_grad_()
             own = self._loss.evaluate(z, found.y, averaging)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,8 +23,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tueplots import bundles
 
 from curvops.files import replace_atomically
-from curvops.tour.panels import Groups, Transform, edges_of, grid_of, named_matrices, side_of, transformed
 
+Transform: TypeAlias = Callable[[Tensor], Tensor]
+Groups: TypeAlias = Mapping[str, int] | Sequence[int]
 Style: TypeAlias = dict[Any, Any]  # its keys are those of matplotlib's rc parameters
 
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"  # in both maps little ink means a small entry, also in grey
@@ -88,8 +91,8 @@ def plot_matrices(
         matrices: Tensors `[D, D]` or operators with `to_dense()`: a mapping from title to matrix, or a sequence
             together with `titles`.
         titles: One title per matrix; replaces the mapping's keys.
-        groups: How the `D` parameters fall into consecutive groups (layers): sizes, or a mapping from label to size.
-            Sizes alone are labelled 1, 2, … with empty groups left out.
+        groups: Sizes of consecutive groups (layers) of the `D` parameters, or a mapping from label to size. Sizes alone
+            are labelled 1, 2, … with empty groups left out.
         transform: Applied to each matrix before it is drawn; must keep its shape.
         transform_title: Label of the colour bar. The two transformations here have their own.
         signed: Draw with a diverging colour map whose centre is zero; by default for odd transformations, those with
@@ -120,11 +123,11 @@ def plot_matrices(
         (1, 2)
         >>> plt.close(fig)
     """
-    named = named_matrices(matrices, titles)
-    side = side_of(named)
-    labels, edges = edges_of(groups, side)
-    rows, columns = grid_of(len(named), rows, columns)
-    images = {title: transformed(transform, matrix, title) for title, matrix in named.items()}
+    named = _named_matrices(matrices, titles)
+    side = len(next(iter(named.values())))
+    labels, edges = _edges_of(groups, side)
+    rows, columns = _grid_of(len(named), rows, columns)
+    images = {title: _transformed(transform, matrix, title) for title, matrix in named.items()}
     if signed is None:
         first = next(iter(named))
         signed = bool((transform(-named[first]) == -images[first]).all())
@@ -146,9 +149,8 @@ def plot_matrices(
             ax.set_aspect("equal")
         for ax in axes.flat:
             ax.label_outer(remove_inner_ticks=True)
-        below = any(bool((image < lower).any()) for image in images.values())
-        above = any(bool((image > upper).any()) for image in images.values())
-        extend = ("neither", "min", "max", "both")[below + 2 * above]
+        below, above = min(map(torch.min, images.values())) < lower, max(map(torch.max, images.values())) > upper
+        extend = ("neither", "min", "max", "both")[int(below) + 2 * int(above)]
         thin = BAR / fig.get_figwidth()
         room: Style = {"fraction": 1.2 * thin, "aspect": rows / columns / thin, "anchor": (1.0, 0.5), "pad": 0.012}
         bar = fig.colorbar(axes[0, 0].images[0], ax=axes, extend=extend, **room)
@@ -198,6 +200,76 @@ def color_domain(images: Sequence[Tensor], *, signed: bool, clip: float = 1.0) -
     else:
         lower, upper = float(entries.min()), float(np.quantile(entries, clip))
     return (lower, upper) if lower < upper else (lower - 0.5, upper + 0.5)
+
+
+def _named_matrices(matrices: Mapping[str, Any] | Sequence[Any], titles: Sequence[str] | None) -> dict[str, Tensor]:
+    """Return the matrices as tensors on the CPU, by title; they are square, of one shape and free of NaN."""
+    values = list(matrices.values()) if isinstance(matrices, Mapping) else list(matrices)
+    if not values:
+        raise ValueError("plot_matrices: expected at least one matrix, got none.")
+    if titles is None and not isinstance(matrices, Mapping):
+        raise ValueError(
+            "plot_matrices: a sequence of matrices needs titles=[…], or pass a mapping from title to matrix."
+        )
+    titles = list(matrices if titles is None else titles)
+    if len(titles) != len(values):
+        raise ValueError(
+            f"plot_matrices: expected one title for each of the {len(values)} matrices, got {len(titles)}: {titles}."
+        )
+    if len(set(titles)) != len(titles):
+        raise ValueError(f"plot_matrices: the titles must differ, got {titles}.")
+    named = {}
+    for title, value in zip(titles, values, strict=True):
+        dense = value.to_dense() if hasattr(value, "to_dense") else None  # tensors have it, too
+        if not isinstance(dense, Tensor):
+            raise TypeError(
+                f"plot_matrices: {title!r} must be a tensor or an operator with to_dense(), got {type(value).__name__}."
+            )
+        dense = dense.detach().cpu()
+        named[title] = dense if dense.dtype in (torch.float32, torch.float64) else dense.double()
+    shapes = {title: tuple(matrix.shape) for title, matrix in named.items()}
+    first = next(iter(shapes.values()))
+    if len(first) != 2 or first[0] != first[1] or first[0] == 0 or len(set(shapes.values())) > 1:
+        raise ValueError(f"plot_matrices: expected square matrices of one shape, got {shapes}.")
+    for title, matrix in named.items():
+        if matrix.isnan().any():
+            raise ValueError(f"plot_matrices: {title!r} has {int(matrix.isnan().sum())} entries that are NaN.")
+    return named
+
+
+def _edges_of(groups: Groups | None, side: int) -> tuple[list[str], list[int]]:
+    """Return the labels of the non-empty groups, and where each begins and the last one ends."""
+    if groups is None:
+        return [], [0, side]
+    sizes = list(groups.values()) if isinstance(groups, Mapping) else list(groups)
+    if any(size < 0 for size in sizes) or sum(sizes) != side:
+        raise ValueError(f"plot_matrices: the group sizes {sizes} sum to {sum(sizes)}, the matrices have {side} rows.")
+    kept = [size for size in sizes if size]
+    numbers = [str(k + 1) for k in range(len(kept))]
+    labels = [label for label, size in groups.items() if size] if isinstance(groups, Mapping) else numbers
+    return labels, list(accumulate(kept, initial=0))
+
+
+def _grid_of(number: int, rows: int | None, columns: int | None) -> tuple[int, int]:
+    """Return rows and columns of panels that hold this many matrices."""
+    columns = columns or (math.ceil(number / rows) if rows else min(number, 3))
+    rows = rows or math.ceil(number / columns)
+    if rows < 1 or columns < 1 or rows * columns < number:
+        raise ValueError(f"plot_matrices: {number} matrices do not fit into {rows} x {columns} panels.")
+    return rows, columns
+
+
+def _transformed(transform: Transform, matrix: Tensor, title: str) -> Tensor:
+    """Return what is drawn of a matrix."""
+    image = transform(matrix)
+    if not isinstance(image, Tensor) or image.shape != matrix.shape:
+        came = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"plot_matrices: transform must keep the shape {tuple(matrix.shape)}, got {came} for {title!r}."
+        )
+    if image.isnan().any():
+        raise ValueError(f"plot_matrices: transform makes {int(image.isnan().sum())} entries of {title!r} NaN.")
+    return image
 
 
 def _mark_groups(ax: Axes, labels: Sequence[str], edges: Sequence[int]) -> None:

@@ -24,14 +24,10 @@ class OutputError(Exception):
 
 @dataclass(frozen=True)
 class MatrixFile:
-    """Matrices with what is needed to read them.
+    """Matrices `[D, D]` by title, in the order in which they were computed, with what is needed to read them.
 
-    Attributes:
-        matrices: From title to matrix `[D, D]`, in the order in which they were computed.
-        parameters: From parameter name to shape, in the order of the rows.
-        groups: From layer to its number of parameters, in the order of the rows.
-        settings: What the matrices were computed with, such as the setup, seed and device.
-        versions: Of the libraries that wrote the file.
+    In the order of the rows: from parameter name to shape, from layer (group) to number of parameters. The settings are
+    those of the computation, such as setup, seed and device; the versions those of the libraries that wrote the file.
     """
 
     matrices: dict[str, Tensor]

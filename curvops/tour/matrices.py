@@ -18,7 +18,7 @@ from curvops.tour.setups import Setup, tiny
 # The Kronecker operators use the exact output factor and treat a layer's weight and bias as one,
 # so that what sets their panels apart from the GGN's is their structure alone.
 _KRONECKER = {"fisher_type": "type-2", "separate_weight_and_bias": False}
-
+# from title to operator class and options, in the order of the panels
 OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Hessian": (HessianLinearOperator, {}),
     "Generalized Gauss-Newton": (GGNLinearOperator, {}),
@@ -27,7 +27,6 @@ OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Monte-Carlo Fisher": (GGNLinearOperator, {"mc_samples": 1}),
     "KFAC": (KFACLinearOperator, _KRONECKER),
 }
-"""From title to operator class and options, in the order of the panels."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvops.risk.empirical_risk import EmpiricalRisk
 
+# the names of all setups, with the number of parameters of each model that is drawn
 SIZES = {"tutorial": (683,), "digits": (830, 830)}
-"""The names of all setups, with the number of parameters of each model that is drawn."""
 
 # single precision whatever the caller's default, so that a seed gives the same weights
 _conv = partial(nn.Conv2d, dtype=torch.float32)
@@ -26,12 +26,8 @@ _linear = partial(nn.Linear, dtype=torch.float32)
 class Setup:
     """A model, a loss and data whose curvature is drawn.
 
-    Attributes:
-        name: Its folder in the tour's output; empty for the top level.
-        title: What it is, for a reader.
-        model: The model, in evaluation mode.
-        loss: The loss, a module with a reduction.
-        data: Batches `(X, y)`; can be walked again.
+    Its name is its folder in the tour's output, empty for the top level; its title says what it is. The model is in
+    evaluation mode, the loss has a reduction, and the data are batches `(X, y)` that can be walked again.
     """
 
     name: str
@@ -111,15 +107,9 @@ def digits(
 ) -> tuple[Setup, Setup]:
     """Return a CNN on scikit-learn's 8 × 8 digits, before and after it is trained for a moment.
 
-    Their titles tell the accuracy on images that were not trained on. Training itself is done in single precision on the
-    CPU.
-
-    Args:
-        device: Where the parameters live.
-        dtype: Of images and parameters.
-        seed: Of the weights, the order of the data and the split.
-        num_data: How many of the training images the curvature is that of.
-        epochs: Walks over the training images.
+    Their titles tell the accuracy on images that were not trained on. The curvature is that of `num_data` of the training
+    images, over which training, in single precision on the CPU, walks `epochs` times. The seed is that of the weights, of
+    the order of the data and of the split.
     """
     from sklearn.datasets import load_digits
 
@@ -129,9 +119,25 @@ def digits(
     with _seeded(seed):
         order = torch.randperm(len(images))
         images, labels = images[order], labels[order]
-        before, after = _digits_model(), _digits_model()
+        before, after = (
+            nn.Sequential(
+                _conv(1, 6, 3, padding=1),
+                nn.Tanh(),
+                _conv(6, 8, 3, padding=1, stride=2),
+                nn.Tanh(),
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                _linear(32, 10),
+            )
+            for _ in range(2)
+        )
         after.load_state_dict(before.state_dict())
-        _train(after, images[:1400], labels[:1400], epochs)
+        optimizer = torch.optim.Adam(after.parameters(), lr=5e-3)
+        for rows in (rows for _ in range(epochs) for rows in torch.randperm(1400).split(50)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(after(images[rows]), labels[rows]).backward()
+            optimizer.step()
+        optimizer.zero_grad()
 
     def setup(model: nn.Sequential, name: str, state: str) -> Setup:
         with torch.no_grad():
@@ -148,28 +154,6 @@ def tiny(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         model = nn.Sequential(_conv(1, 1, 1), nn.ReLU(), nn.Flatten(), _linear(4, 2))
     images = torch.linspace(0, 1, 12, dtype=torch.float32).reshape(3, 1, 2, 2)
     return _setup("tiny", "Three tiny images", model, images, torch.tensor([0, 1, 0]), 2, device=device, dtype=dtype)
-
-
-def _digits_model() -> nn.Sequential:
-    return nn.Sequential(
-        _conv(1, 6, 3, padding=1),
-        nn.Tanh(),
-        _conv(6, 8, 3, padding=1, stride=2),
-        nn.Tanh(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        _linear(32, 10),
-    )
-
-
-def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch: int = 50) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(batch):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
-            optimizer.step()
-    optimizer.zero_grad()
 
 
 def _setup(name: str, title: str, model: nn.Sequential, images: Tensor, labels: Tensor, batch: int, **to: Any) -> Setup:

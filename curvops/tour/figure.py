@@ -16,7 +16,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -33,8 +32,6 @@ LEVELS = 128  # as many colours as an eye tells apart; more would only make the 
 EVERY_ENTRY = 700  # rows up to which a panel shows every entry
 PRINTED = 600  # pixels a side to which larger ones are averaged: 300 to an inch, where six panels fill a page's width
 PAD, BAR = 0.025, 0.125  # inches around everything, and the colour bar's width
-
-_EMBEDDED: Style = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}  # fonts in figures' files
 
 
 def log_abs(matrix: Tensor, epsilon: float = 1e-6) -> Tensor:
@@ -95,12 +92,9 @@ def plot_matrices(
             are labelled 1, 2, … with empty groups left out.
         transform: Applied to each matrix before it is drawn; must keep its shape.
         transform_title: Label of the colour bar. The two transformations here have their own.
-        signed: Draw with a diverging colour map whose centre is zero; by default for odd transformations, those with
-            `transform(-m) == -transform(m)`.
-        limits: Ends of the colour domain, by default the smallest and largest transformed entry of all matrices.
-            Where entries lie beyond, the bar ends in an arrow.
-        clip: Share of all entries that the default colour domain holds, by magnitude where `signed`, so that a few
-            outliers do not leave the rest without colour.
+        signed: Draw with a diverging colour map whose centre is zero; by default where `transform(-m) == -transform(m)`.
+        limits: Ends of the colour domain, beyond which the bar ends in an arrow; by default those of all entries.
+        clip: Share of the entries that the default colour domain holds, by magnitude where `signed`.
         cmap: Name of a colour map that replaces the default one.
         rows: Rows of panels, by default as many as `columns` asks for.
         columns: Panels per row, by default 3, or fewer for fewer matrices.
@@ -131,6 +125,9 @@ def plot_matrices(
     if signed is None:
         first = next(iter(named))
         signed = bool((transform(-named[first]) == -images[first]).all())
+    if transform_title is None:
+        known = ((log_abs, "Logarithmic absolute entries, $\\log_{10}$"), (unchanged, "Unaltered matrix entries"))
+        transform_title = next((title for function, title in known if function is transform), "")
     lower, upper = limits or color_domain(list(images.values()), signed=signed, clip=clip)
     # an odd number of colours has one in the middle, for zero
     colors = colormaps[cmap or (DIVERGING if signed else SEQUENTIAL)].resampled(LEVELS + 1 if signed else LEVELS)
@@ -154,7 +151,7 @@ def plot_matrices(
         thin = BAR / fig.get_figwidth()
         room: Style = {"fraction": 1.2 * thin, "aspect": rows / columns / thin, "anchor": (1.0, 0.5), "pad": 0.012}
         bar = fig.colorbar(axes[0, 0].images[0], ax=axes, extend=extend, **room)
-        bar.set_label(_bar_title(transform) if transform_title is None else transform_title)
+        bar.set_label(transform_title)
         bar.outline.set_linewidth(0.4)
         _arrange(fig, axes, axis_label if groups is not None else "Parameter")
         if not plt.rcParams["text.usetex"]:
@@ -173,7 +170,7 @@ def save_figure(fig: Figure, path: str | Path, *, dpi: int = 300) -> Path:
     for image in (image for ax in fig.axes for image in ax.get_images()):
         image.set_interpolation("none" if kind in {"pdf", "svg", "eps", "ps"} else "antialiased")
     extra: dict[str, Any] = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
-    with plt.rc_context(_EMBEDDED):
+    with plt.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}):
         replace_atomically(path, lambda partial: fig.savefig(partial, format=kind, dpi=dpi, bbox_inches=None, **extra))
     return path
 
@@ -181,10 +178,8 @@ def save_figure(fig: Figure, path: str | Path, *, dpi: int = 300) -> Path:
 def color_domain(images: Sequence[Tensor], *, signed: bool, clip: float = 1.0) -> tuple[float, float]:
     """Return the ends of a colour domain for all images together.
 
-    Args:
-        images: What is drawn, after the transformation; infinite entries do not count.
-        signed: Centre the domain on zero.
-        clip: Share of the entries that lie inside; by magnitude where `signed`, else from below.
+    Infinite entries do not count. Where `signed`, the domain is centred on zero. `clip` is the share of the entries that
+    lie inside: by magnitude where `signed`, else from below.
 
     Raises:
         ValueError: If `clip` is not in (0, 1].
@@ -209,7 +204,7 @@ def _named_matrices(matrices: Mapping[str, Any] | Sequence[Any], titles: Sequenc
         raise ValueError("plot_matrices: expected at least one matrix, got none.")
     if titles is None and not isinstance(matrices, Mapping):
         raise ValueError(
-            "plot_matrices: a sequence of matrices needs titles=[…], or pass a mapping from title to matrix."
+            "plot_matrices: a sequence of matrices needs titles=[…], or pass a mapping from title to them."
         )
     titles = list(matrices if titles is None else titles)
     if len(titles) != len(values):
@@ -262,8 +257,8 @@ def _grid_of(number: int, rows: int | None, columns: int | None) -> tuple[int, i
 def _transformed(transform: Transform, matrix: Tensor, title: str) -> Tensor:
     """Return what is drawn of a matrix."""
     image = transform(matrix)
-    if not isinstance(image, Tensor) or image.shape != matrix.shape:
-        came = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+    came = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+    if came != tuple(matrix.shape):
         raise ValueError(
             f"plot_matrices: transform must keep the shape {tuple(matrix.shape)}, got {came} for {title!r}."
         )
@@ -282,19 +277,12 @@ def _mark_groups(ax: Axes, labels: Sequence[str], edges: Sequence[int]) -> None:
     ax.set_yticks(centres, labels)
 
 
-def _bar_title(transform: Transform) -> str:
-    if transform is log_abs:
-        return "Logarithmic absolute entries, $\\log_{10}$"
-    return "Unaltered matrix entries" if transform is unchanged else ""
-
-
 def _arrange(fig: Figure, axes: npt.NDArray[Any], label: str) -> None:
     """Label both sides, and find the height at which the square panels fill the figure's width."""
     rows, columns = axes.shape
     size = axes.flat[0].title.get_fontsize()
     down, across = fig.supxlabel(label, fontsize=size), fig.supylabel(label, fontsize=size)
-    engine = fig.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine: Any = fig.get_layout_engine()
     engine.set(w_pad=PAD, h_pad=PAD, wspace=0, hspace=0)
     height = rows / columns * fig.get_figwidth() + rows
     for _ in range(2):  # the bar's height has a say in its ticks, and their labels' width in the panels'

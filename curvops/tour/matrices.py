@@ -56,12 +56,9 @@ def make_operator(title: str, setup: Setup, *, seed: int = 0, check_deterministi
 
 
 def each_matrix(risk: EmpiricalRisk, *, titles: Sequence[str] = tuple(OPERATORS), seed: int = 0) -> Iterator[Measured]:
-    """Yield the curvature matrices `[D, D]` of one risk, whose determinism is not checked, each when it is finished.
+    """Yield the curvature matrices `[D, D]` of a risk, such as `Setup.risk()`, each as soon as it is finished.
 
-    Args:
-        risk: What they are the curvature of, such as `Setup.risk()`.
-        titles: Which of `OPERATORS`, in this order.
-        seed: Of the Monte-Carlo operators.
+    Determinism is not checked. The titles are some of `OPERATORS`; the seed is that of the Monte-Carlo operators.
     """
     for title in titles:
         with measured(risk.space.device) as cost:
@@ -73,8 +70,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Use everything once, on a tiny net: torch's first use of it costs time and memory that belong to no matrix."""
     risk = tiny(device=device, dtype=dtype).risk()
     check(risk)
-    for _ in each_matrix(risk):
-        pass
+    list(each_matrix(risk))
 
 
 def _operator(title: str, risk: EmpiricalRisk, seed: int) -> Any:

@@ -15,13 +15,14 @@ import torch
 
 from curvops.memory import entry
 
+STATUS = Path("/proc/self/status")
+
 
 @dataclass
 class Cost:
-    """What a computation took.
+    """Wall-clock time until the device was done, and the most memory that was held above the start.
 
-    `seconds` are wall-clock time until the device was done, `peak_bytes` the most memory that was held above the start,
-    by tensors on a GPU, by the process on the CPU (the kernel's high-water mark), and None where it cannot be seen.
+    By tensors on a GPU, by the process on the CPU (the kernel's high-water mark); None where it cannot be seen.
     """
 
     seconds: float = float("nan")
@@ -42,7 +43,7 @@ def measured(device: torch.device) -> Iterator[Cost]:
     if on_gpu:
         torch.cuda.synchronize(device)
     cost.seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _status("VmHWM:")
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else entry(STATUS, "VmHWM:")
     if held is not None and peak is not None:
         cost.peak_bytes = max(peak - held, 0)
 
@@ -55,9 +56,4 @@ def _held_by_process() -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
     except OSError:
         return None
-    return _status("VmRSS:")
-
-
-def _status(key: str) -> int | None:
-    found = entry(Path("/proc/self/status"), key)
-    return None if found is None else found * 1024
+    return entry(STATUS, "VmRSS:")

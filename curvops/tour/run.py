@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,6 +23,7 @@ from curvops.tour.setups import SIZES, Setup, digits, tutorial
 MATRICES = "matrices.safetensors"
 # of the unaltered entries within the colour domain; a handful of large ones would leave the rest blank
 UNALTERED_SHARE = 0.99
+Say: TypeAlias = Callable[[str], None]
 _FIGURE_BYTES = 12_000_000  # both figures of a setup, generously
 
 
@@ -47,7 +48,7 @@ def run_tour(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     finished: Finished | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Finished:
     """Compute, tabulate, draw and keep the six matrices of each setup; return what was written.
 
@@ -55,14 +56,9 @@ def run_tour(
     `curvature_matrices_log_abs` and `curvature_matrices` (unaltered) as PDF and PNG at the end. The tutorial's are in
     `output` itself, those of the digits in `digits/before` and `digits/after`, on one colour domain.
 
-    Args:
-        output: A folder; it is made if it is missing.
-        setups: Some of `setups.SIZES`.
-        device: Where to compute; a GPU if there is one.
-        dtype: In which precision.
-        seed: Of data, weights and Monte-Carlo samples.
-        finished: Filled in while the tour runs, for a caller that may be interrupted.
-        say: Takes the lines that are printed.
+    The output folder is made if it is missing. The setups are some of `setups.SIZES`. Without a device, a GPU computes if
+    there is one. The seed is that of data, weights and Monte-Carlo samples. `finished` is filled in while the tour runs,
+    for a caller that may be interrupted, and `say` takes the lines that are printed.
 
     Raises:
         OutputError: If the output folder cannot take the files; then nothing was computed.
@@ -85,9 +81,7 @@ def run_tour(
     return finished
 
 
-def _compute(
-    setup: Setup, folder: Path, seed: int, finished: Finished, say: Callable[[str], None]
-) -> dict[str, Tensor]:
+def _compute(setup: Setup, folder: Path, seed: int, finished: Finished, say: Say) -> dict[str, Tensor]:
     say(str(setup))
     folder.mkdir(parents=True, exist_ok=True)
     path, done, matrices = folder / MATRICES, [], {}
@@ -111,8 +105,8 @@ def _compute(
 
 def _table(check: Cost, results: Sequence[Measured], memory: str) -> str:
     hessian = next((r.matrix for r in results if r.title == "Hessian"), None)
-    lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{'trace':>11}{'off Hessian':>13}"]
-    lines.append(f"{'(determinism check)':<26}{_cells(check)}")
+    header = f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{'trace':>11}{'off Hessian':>13}"
+    lines = [header, f"{'(determinism check)':<26}{_cells(check)}"]
     for result in results:
         off = "" if hessian is None else f"{float((result.matrix - hessian).norm() / hessian.norm()):.1%}"
         lines.append(f"{result.title:<26}{_cells(result.cost)}{float(result.matrix.trace()):>11.4g}{off:>13}")

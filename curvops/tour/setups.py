@@ -18,17 +18,12 @@ from curvops.risk.empirical_risk import EmpiricalRisk
 SIZES = {"tutorial": (683,), "digits": (830, 830)}
 
 # single precision whatever the caller's default, so that a seed gives the same weights
-_conv = partial(nn.Conv2d, dtype=torch.float32)
-_linear = partial(nn.Linear, dtype=torch.float32)
+_conv, _linear = partial(nn.Conv2d, dtype=torch.float32), partial(nn.Linear, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, a loss and data whose curvature is drawn.
-
-    Its name is its folder in the tour's output, empty for the top level; its title says what it is. The model is in
-    evaluation mode, the loss has a reduction, and the data are batches `(X, y)` that can be walked again.
-    """
+    """A model, a loss and batches `(X, y)`, whose curvature is drawn into the folder `name`, empty for the top level."""
 
     name: str
     title: str
@@ -107,9 +102,8 @@ def digits(
 ) -> tuple[Setup, Setup]:
     """Return a CNN on scikit-learn's 8 × 8 digits, before and after it is trained for a moment.
 
-    Their titles tell the accuracy on images that were not trained on. The curvature is that of `num_data` of the training
-    images, over which training, in single precision on the CPU, walks `epochs` times. The seed is that of the weights, of
-    the order of the data and of the split.
+    The titles tell the accuracy on images not trained on. The curvature is that of `num_data` of the training images;
+    training, in single precision on the CPU, walks over all of them `epochs` times.
     """
     from sklearn.datasets import load_digits
 
@@ -165,5 +159,5 @@ def _setup(name: str, title: str, model: nn.Sequential, images: Tensor, labels: 
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the CPU's generator, from which everything here is drawn, and put it back afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # no GPU's
         yield

@@ -27,7 +27,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     available = entry(root / "proc/meminfo", "MemAvailable:")
     if available is not None:
-        return max(0, min([available * 1024, *_left_by_groups(root)]))
+        return max(0, min([available, *_left_by_groups(root)]))
     try:  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -39,7 +39,7 @@ def entry(path: Path, key: str) -> int | None:
     for words in map(str.split, _lines(path)):
         found = words if not key else words[1:] if words[:1] == [key] else []
         if found and found[0].isdigit():
-            return int(found[0])
+            return int(found[0]) * (1024 if found[1:] == ["kB"] else 1)
     return None
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from curvops.files import read_tensors, write_tensors
 
 _FORMAT = "curvature matrices"
-_CHUNK = 1 << 20
 
 
 class OutputError(Exception):
@@ -24,14 +23,10 @@ class OutputError(Exception):
 
 @dataclass(frozen=True)
 class MatrixFile:
-    """Matrices with what is needed to read them.
+    """Matrices `[D, D]` by title, in the order in which they were computed, with what is needed to read them.
 
-    Attributes:
-        matrices: From title to matrix `[D, D]`, in the order in which they were computed.
-        parameters: From parameter name to shape, in the order of the rows.
-        groups: From layer to its number of parameters, in the order of the rows.
-        settings: What the matrices were computed with, such as the setup, seed and device.
-        versions: Of the libraries that wrote the file.
+    In the order of the rows: from parameter name to shape, and from layer to number of parameters. The settings are those
+    of the computation, such as setup, seed and device; the versions those of the libraries that wrote the file.
     """
 
     matrices: dict[str, Tensor]
@@ -97,8 +92,8 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with trial.open("wb") as file:
-                for start in range(0, expected_bytes, _CHUNK):
-                    file.write(bytes(min(_CHUNK, expected_bytes - start)))
+                for start in range(0, expected_bytes, 2**20):
+                    file.write(bytes(min(2**20, expected_bytes - start)))
                 file.flush()
                 os.fsync(file.fileno())
         finally:
@@ -107,6 +102,6 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
         with contextlib.suppress(OSError):
             for path in missing:
                 path.rmdir()
-        megabytes = f"{expected_bytes / 1e6:.0f} MB"
-        raise OutputError(f"cannot write {megabytes} to '{folder}': {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise OutputError(f"cannot write {expected_bytes / 1e6:.0f} MB to '{folder}': {reason}") from None
     return folder

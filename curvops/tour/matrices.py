@@ -18,7 +18,7 @@ from curvops.tour.setups import Setup, tiny
 # The Kronecker operators use the exact output factor and treat a layer's weight and bias as one,
 # so that what sets their panels apart from the GGN's is their structure alone.
 _KRONECKER = {"fisher_type": "type-2", "separate_weight_and_bias": False}
-
+# from title to operator class and options, in the order of the panels
 OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Hessian": (HessianLinearOperator, {}),
     "Generalized Gauss-Newton": (GGNLinearOperator, {}),
@@ -27,7 +27,6 @@ OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Monte-Carlo Fisher": (GGNLinearOperator, {"mc_samples": 1}),
     "KFAC": (KFACLinearOperator, _KRONECKER),
 }
-"""From title to operator class and options, in the order of the panels."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,9 @@ def make_operator(title: str, setup: Setup, *, seed: int = 0, check_deterministi
 
 
 def each_matrix(risk: EmpiricalRisk, *, titles: Sequence[str] = tuple(OPERATORS), seed: int = 0) -> Iterator[Measured]:
-    """Yield the curvature matrices `[D, D]` of one risk, whose determinism is not checked, each when it is finished.
+    """Yield the curvature matrices `[D, D]` of a risk, such as `Setup.risk()`, each as soon as it is finished.
 
-    Args:
-        risk: What they are the curvature of, such as `Setup.risk()`.
-        titles: Which of `OPERATORS`, in this order.
-        seed: Of the Monte-Carlo operators.
+    Determinism is not checked. The titles are some of `OPERATORS`; the seed is that of the Monte-Carlo operators.
     """
     for title in titles:
         with measured(risk.space.device) as cost:
@@ -74,8 +70,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Use everything once, on a tiny net: torch's first use of it costs time and memory that belong to no matrix."""
     risk = tiny(device=device, dtype=dtype).risk()
     check(risk)
-    for _ in each_matrix(risk):
-        pass
+    list(each_matrix(risk))
 
 
 def _operator(title: str, risk: EmpiricalRisk, seed: int) -> Any:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import torch
@@ -16,24 +17,19 @@ from curvops.risk.determinism import check_deterministic
 from curvops.tour.figure import color_domain, log_abs, plot_matrices, save_figure, unchanged
 from curvops.tour.files import prepare_output, save_matrices
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, warm_up
-from curvops.tour.meter import Cost, measured, memory_kind
+from curvops.tour.meter import Cost, measured
 from curvops.tour.setups import SIZES, Setup, digits, tutorial
 
 MATRICES = "matrices.safetensors"
+# of the unaltered entries within the colour domain; a handful of large ones would leave the rest blank
 UNALTERED_SHARE = 0.99
-"""Share of the unaltered entries within the colour domain; a handful of large ones would leave the rest blank."""
-
+Say: TypeAlias = Callable[[str], None]
 _FIGURE_BYTES = 12_000_000  # both figures of a setup, generously
 
 
 @dataclass
 class Finished:
-    """What a tour has written so far.
-
-    Attributes:
-        matrices: From file to the titles of the matrices in it.
-        figures: The figures' files.
-    """
+    """What a tour has written so far: by file the titles of the matrices in it, and the figures' files."""
 
     matrices: dict[Path, list[str]] = field(default_factory=dict)
     figures: list[Path] = field(default_factory=list)
@@ -52,7 +48,7 @@ def run_tour(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     finished: Finished | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Finished:
     """Compute, tabulate, draw and keep the six matrices of each setup; return what was written.
 
@@ -60,14 +56,9 @@ def run_tour(
     `curvature_matrices_log_abs` and `curvature_matrices` (unaltered) as PDF and PNG at the end. The tutorial's are in
     `output` itself, those of the digits in `digits/before` and `digits/after`, on one colour domain.
 
-    Args:
-        output: A folder; it is made if it is missing.
-        setups: Some of `setups.SIZES`.
-        device: Where to compute; a GPU if there is one.
-        dtype: In which precision.
-        seed: Of data, weights and Monte-Carlo samples.
-        finished: Filled in while the tour runs, for a caller that may be interrupted.
-        say: Takes the lines that are printed.
+    The output folder is made if it is missing. The setups are some of `setups.SIZES`. Without a device, a GPU computes if
+    there is one. The seed is that of data, weights and Monte-Carlo samples. `finished` is filled in while the tour runs,
+    for a caller that may be interrupted, and `say` takes the lines that are printed.
 
     Raises:
         OutputError: If the output folder cannot take the files; then nothing was computed.
@@ -76,7 +67,9 @@ def run_tour(
     if not setups or any(name not in SIZES for name in setups):
         raise ValueError(f"run_tour: setups must be some of {list(SIZES)}, got {list(setups)}.")
     finished = finished if finished is not None else Finished()
-    output = prepare_output(output, _expected_bytes(setups, dtype))
+    sizes = [len(OPERATORS) * side**2 * dtype.itemsize for name in setups for side in SIZES[name]]
+    # the largest one twice: it is written beside the one it replaces
+    output = prepare_output(output, sum(sizes) + max(sizes) + _FIGURE_BYTES * len(sizes))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     warm_up(device, dtype)
     for name in setups:
@@ -88,9 +81,7 @@ def run_tour(
     return finished
 
 
-def _compute(
-    setup: Setup, folder: Path, seed: int, finished: Finished, say: Callable[[str], None]
-) -> dict[str, Tensor]:
+def _compute(setup: Setup, folder: Path, seed: int, finished: Finished, say: Say) -> dict[str, Tensor]:
     say(str(setup))
     folder.mkdir(parents=True, exist_ok=True)
     path, done, matrices = folder / MATRICES, [], {}
@@ -108,19 +99,18 @@ def _compute(
             finished.matrices[path] = list(matrices)
             bar.update()
             bar.set_postfix_str("".join(titles[len(done) : len(done) + 1]))
-    say(_table(check, done, memory_kind(setup.device)))
+    say(_table(check, done, "GPU tensors" if setup.device.type == "cuda" else "process"))
     return matrices
 
 
 def _table(check: Cost, results: Sequence[Measured], memory: str) -> str:
     hessian = next((r.matrix for r in results if r.title == "Hessian"), None)
-    lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{'trace':>11}{'off Hessian':>13}"]
-    lines.append(f"{'(determinism check)':<26}{_cells(check)}")
+    header = f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{'trace':>11}{'off Hessian':>13}"
+    lines = [header, f"{'(determinism check)':<26}{_cells(check)}"]
     for result in results:
         off = "" if hessian is None else f"{float((result.matrix - hessian).norm() / hessian.norm()):.1%}"
         lines.append(f"{result.title:<26}{_cells(result.cost)}{float(result.matrix.trace()):>11.4g}{off:>13}")
-    seconds = check.seconds + sum(result.cost.seconds for result in results)
-    return "\n".join([*lines, f"{'all':<26}{seconds:>9.3f}"])
+    return "\n".join([*lines, f"{'all':<26}{check.seconds + sum(result.cost.seconds for result in results):>9.3f}"])
 
 
 def _cells(cost: Cost) -> str:
@@ -130,25 +120,16 @@ def _cells(cost: Cost) -> str:
 
 def _draw(setups: Sequence[Setup], results: Sequence[dict[str, Tensor]], output: Path, finished: Finished) -> None:
     everything = [matrix for matrices in results for matrix in matrices.values()]
-    kinds = {
-        "curvature_matrices_log_abs": (log_abs, color_domain([log_abs(m) for m in everything], signed=False), None),
-        "curvature_matrices": (
-            unchanged,
-            color_domain(everything, signed=True, clip=UNALTERED_SHARE),
-            f"Unaltered matrix entries ({UNALTERED_SHARE:.0%} within the colours)",
-        ),
+    logarithms = color_domain([log_abs(matrix) for matrix in everything], signed=False)
+    unaltered = color_domain(everything, signed=True, clip=UNALTERED_SHARE)
+    label = f"Unaltered matrix entries ({UNALTERED_SHARE:.0%} within the colours)"
+    looks: dict[str, dict[str, Any]] = {
+        "curvature_matrices_log_abs": {"transform": log_abs, "limits": logarithms},
+        "curvature_matrices": {"transform": unchanged, "limits": unaltered, "transform_title": label},
     }
     for setup, matrices in zip(setups, results, strict=True):
-        for stem, (transform, limits, label) in kinds.items():
-            drawn = plot_matrices(
-                matrices, groups=setup.groups, transform=transform, limits=limits, transform_title=label
-            )
+        for stem, look in looks.items():
+            fig, _ = plot_matrices(matrices, groups=setup.groups, **look)
             for suffix in ("pdf", "png"):
-                finished.figures.append(save_figure(drawn[0], output / setup.name / f"{stem}.{suffix}"))
-            plt.close(drawn[0])
-
-
-def _expected_bytes(setups: Sequence[str], dtype: torch.dtype) -> int:
-    """All files of a tour, and the largest one twice: it is written beside the one it replaces."""
-    sizes = [len(OPERATORS) * side**2 * dtype.itemsize for name in setups for side in SIZES[name]]
-    return sum(sizes) + max(sizes) + _FIGURE_BYTES * len(sizes)
+                finished.figures.append(save_figure(fig, output / setup.name / f"{stem}.{suffix}"))
+            plt.close(fig)

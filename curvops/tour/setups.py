@@ -14,25 +14,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvops.risk.empirical_risk import EmpiricalRisk
 
+# the names of all setups, with the number of parameters of each model that is drawn
 SIZES = {"tutorial": (683,), "digits": (830, 830)}
-"""The names of all setups, with the number of parameters of each model that is drawn."""
 
 # single precision whatever the caller's default, so that a seed gives the same weights
-_conv = partial(nn.Conv2d, dtype=torch.float32)
-_linear = partial(nn.Linear, dtype=torch.float32)
+_conv, _linear = partial(nn.Conv2d, dtype=torch.float32), partial(nn.Linear, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, a loss and data whose curvature is drawn.
-
-    Attributes:
-        name: Its folder in the tour's output; empty for the top level.
-        title: What it is, for a reader.
-        model: The model, in evaluation mode.
-        loss: The loss, a module with a reduction.
-        data: Batches `(X, y)`; can be walked again.
-    """
+    """A model, a loss and batches `(X, y)`, whose curvature is drawn into the folder `name`, empty for the top level."""
 
     name: str
     title: str
@@ -111,15 +102,8 @@ def digits(
 ) -> tuple[Setup, Setup]:
     """Return a CNN on scikit-learn's 8 × 8 digits, before and after it is trained for a moment.
 
-    Their titles tell the accuracy on images that were not trained on. Training itself is done in single precision on the
-    CPU.
-
-    Args:
-        device: Where the parameters live.
-        dtype: Of images and parameters.
-        seed: Of the weights, the order of the data and the split.
-        num_data: How many of the training images the curvature is that of.
-        epochs: Walks over the training images.
+    The titles tell the accuracy on images not trained on. The curvature is that of `num_data` of the training images;
+    training, in single precision on the CPU, walks over all of them `epochs` times.
     """
     from sklearn.datasets import load_digits
 
@@ -129,9 +113,25 @@ def digits(
     with _seeded(seed):
         order = torch.randperm(len(images))
         images, labels = images[order], labels[order]
-        before, after = _digits_model(), _digits_model()
+        before, after = (
+            nn.Sequential(
+                _conv(1, 6, 3, padding=1),
+                nn.Tanh(),
+                _conv(6, 8, 3, padding=1, stride=2),
+                nn.Tanh(),
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                _linear(32, 10),
+            )
+            for _ in range(2)
+        )
         after.load_state_dict(before.state_dict())
-        _train(after, images[:1400], labels[:1400], epochs)
+        optimizer = torch.optim.Adam(after.parameters(), lr=5e-3)
+        for rows in (rows for _ in range(epochs) for rows in torch.randperm(1400).split(50)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(after(images[rows]), labels[rows]).backward()
+            optimizer.step()
+        optimizer.zero_grad()
 
     def setup(model: nn.Sequential, name: str, state: str) -> Setup:
         with torch.no_grad():
@@ -150,28 +150,6 @@ def tiny(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
     return _setup("tiny", "Three tiny images", model, images, torch.tensor([0, 1, 0]), 2, device=device, dtype=dtype)
 
 
-def _digits_model() -> nn.Sequential:
-    return nn.Sequential(
-        _conv(1, 6, 3, padding=1),
-        nn.Tanh(),
-        _conv(6, 8, 3, padding=1, stride=2),
-        nn.Tanh(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        _linear(32, 10),
-    )
-
-
-def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch: int = 50) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(batch):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
-            optimizer.step()
-    optimizer.zero_grad()
-
-
 def _setup(name: str, title: str, model: nn.Sequential, images: Tensor, labels: Tensor, batch: int, **to: Any) -> Setup:
     data = DataLoader(TensorDataset(images.to(**to), labels.to(to["device"])), batch_size=batch)
     return Setup(name, title, model.to(**to).eval(), nn.CrossEntropyLoss(reduction="mean"), data)
@@ -181,5 +159,5 @@ def _setup(name: str, title: str, model: nn.Sequential, images: Tensor, labels: 
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the CPU's generator, from which everything here is drawn, and put it back afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # no GPU's
         yield

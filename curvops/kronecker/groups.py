@@ -60,7 +60,7 @@ class Grouping:
     def restart(self) -> None:
         """Begin anew with what was learnt."""
         self.groups: dict[Key, Group] = {}
-        self._of: dict[str, list[Key]] = {}  # the groups that a parameter is seen in
+        self.of: dict[str, list[Key]] = {}  # the groups that a parameter is seen in by the taps
         self.again = False
 
     def assign(self, tape: Tape, names: set[str]) -> dict[Key, Roles]:
@@ -79,14 +79,10 @@ class Grouping:
         key, places = (("whole", name),), Places(self.space.slice(name), self.space.device)
         return self.groups.setdefault(key, Group(key, (name,), "whole", (1, len(places), 1), places, reason))
 
-    def holds(self, name: str) -> bool:
-        """Whether a parameter was seen through the taps."""
-        return bool(self._of.get(name))
-
     def _add(self, group: Group, kind: str) -> None:
         known = self.groups.get(group.key)
         if known is None:
-            for several in (self._of.setdefault(name, []) for name in group.names):
+            for several in (self.of.setdefault(name, []) for name in group.names):
                 if any(_overlap(self.groups[other], group) for other in several):
                     self._refute(group)
                 several.append(group.key)

@@ -108,15 +108,13 @@ class Pass:
                 found = [self._gradient(uses, slopes) for slopes in self.columns]
                 yield self.groups[key], [g for g in found if g is not None]
 
-    def _gradient(self, uses: Roles, slopes: Slopes) -> Tensor | None:
-        total: Tensor | None = None
-        for k, _ in uses:
-            use, g, layout = self.tape.uses[k], slopes.get(k), self.tape.layouts[k]
-            assert isinstance(use, VectorUse) and layout is not None
-            if g is not None:
-                part = layout.arrange(use.rows(g), 1, self.tape.size).sum(1)
-                total = part if total is None else total + part
-        return total
+    def _gradient(self, roles: Roles, slopes: Slopes) -> Tensor | None:
+        found = [
+            layout.arrange(use.rows(g), 1, self.tape.size).sum(1)
+            for use, layout, g in ((self.tape.uses[k], self.tape.layouts[k], slopes.get(k)) for k, _ in roles)
+            if isinstance(use, VectorUse) and layout is not None and g is not None
+        ]
+        return torch.stack(found).sum(0) if found else None
 
 
 @dataclass(frozen=True)

@@ -73,26 +73,23 @@ class Entry:
             return self
         if self.kind not in ("moments", "inputs"):
             return Entry(self.kind, {name: tensor * constant for name, tensor in self.tensors.items()})
-        c, tensors = constant if self.kind == "moments" else 1.0, {}
-        rows = {s: number for s, number in self.numbers["rows"].items() if number and f"{s}.inputs" in self.tensors}
-        for side, number in rows.items():
-            tensors[f"{side}.inputs"] = self.tensors[f"{side}.inputs"] / number
-            tensors[f"{side}.outputs"] = self.tensors[f"{side}.outputs"] * c
-        return Entry(self.kind, tensors, {"rows": dict.fromkeys(rows, 1)})
+        c, old = constant if self.kind == "moments" else 1.0, self.tensors
+        new: dict[str, Tensor] = {}
+        rows = {s: number for s, number in self.numbers["rows"].items() if number and f"{s}.inputs" in old}
+        for s, number in rows.items():
+            new |= {f"{s}.inputs": old[f"{s}.inputs"] / number, f"{s}.outputs": old[f"{s}.outputs"] * c}
+        return Entry(self.kind, new, {"rows": dict.fromkeys(rows, 1)})
 
     def _kronecker(self, constant: float) -> Block | None:
         """c · B ⊗ A in the order of the weight; for one that is used in both directions, the product nearest to the sum."""
         found = []
         for side, rows in self.numbers["rows"].items():
-            inputs, outputs = self.tensors[f"{side}.inputs"], self.tensors[f"{side}.outputs"]
-            if not rows:
-                continue
-            scale = constant
-            if self.kind == "inputs":
-                outputs, scale = _identity(outputs), 1.0
-            pair = ((outputs, scale), (inputs, 1 / rows))
-            (left, a), (right, b) = pair if side == "right" else pair[::-1]
-            found.append(KroneckerBlock(left, right, (a, b)))
+            if rows:
+                outputs = self.tensors[f"{side}.outputs"]
+                known = (outputs, constant) if self.kind == "moments" else (_identity(outputs), 1.0)
+                pair = (known, (self.tensors[f"{side}.inputs"], 1 / rows))
+                (left, a), (right, b) = pair if side == "right" else pair[::-1]
+                found.append(KroneckerBlock(left, right, (a, b)))
         if len(found) < 2:
             return found[0] if found else None
         return KroneckerBlock(*nearest_product([(block.left, block.right) for block in found]))

@@ -219,7 +219,7 @@ class Sweep:
         for name, why in failed.items():
             if name not in self.whole:
                 self.whole[name] = why
-                self.grouping.again = self.grouping.again or self.grouping.holds(name)
+                self.grouping.again = self.grouping.again or name in self.grouping.of
 
     def _failed(
         self,

@@ -80,12 +80,6 @@ class Entry:
             tensors[f"{side}.outputs"] = self.tensors[f"{side}.outputs"] * c
         return Entry(self.kind, tensors, {"rows": dict.fromkeys(rows, 1)})
 
-    def nothing(self, rows: float) -> Entry:
-        """What data that never reach the group know of it: no tensors, but ``rows`` on each side."""
-        if self.kind in ("eigen", "product", "identity"):
-            return self
-        return Entry(self.kind, {}, {"rows": dict.fromkeys(self.numbers["rows"], rows)} if self.numbers else {})
-
     def _kronecker(self, constant: float) -> Block | None:
         """c · B ⊗ A in the order of the weight; for one that is used in both directions, the product nearest to the sum."""
         found = []
@@ -185,17 +179,20 @@ class State:
                 )
         groups, rest = [], {_mark(group): (group, entry) for group, entry in other.groups}
         for group, entry in self.groups:
-            pair = rest.pop(_mark(group), None)
-            if pair is not None and pair[1].kind != entry.kind:
+            its = rest.pop(_mark(group), (group, other._nothing(group, entry)))[1]
+            if its.kind != entry.kind:
                 raise ValueError(
                     f"{title}: {describe(group.names)} has blocks of different kinds in the two operators."
                 )
-            groups.append((group, combine(entry, pair[1] if pair else other._nothing(group, entry))))
+            groups.append((group, combine(entry, its)))
         return groups + [(group, combine(self._nothing(group, entry), entry)) for group, entry in rest.values()]
 
     def _nothing(self, group: Group, entry: Entry) -> Entry:
-        """What this state knows of a group that another one has."""
-        return entry.nothing(self.data[group.names[0]] if self.settings.get("kfac_approx") == "reduce" else 0)
+        """What data that never reach a group, which other data reached, know of it."""
+        if entry.kind in ("eigen", "product", "identity"):
+            return entry
+        rows = self.data[group.names[0]] if self.settings.get("kfac_approx") == "reduce" else 0
+        return Entry(entry.kind, {}, {name: dict.fromkeys(sides, rows) for name, sides in entry.numbers.items()})
 
 
 def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ SOME = 4  # data that a large batch is certified on
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """What was certified of a pass, for passes of the same operations: layouts of the rows, and what failed."""
 
     way: str

@@ -3,9 +3,8 @@
 Usage: python benchmarks/work.py [--models cnn,mlp,residual,gpt,resnet18,training] [--rounds 9] [--threads 2]
        [--work first,columns,loop,repeated,kfac,inverse,step] [--write FILE]
 `--models minilm` is a pretrained transformer, whose weights are in an environment of their own: `make bench-minilm`.
-Both libraries get the same model, loss and data, and run without their checks but where a row says so. A figure is the
-median over the rounds; a gradient is that of the risk by autograd over the same batches, timed in the same rounds. The
-floor counts matrix products: see `docs/benchmarks.md`. Exit status 1 if the median ratio is below --at-least.
+Both libraries get the same model, loss and data, and run without their checks but where a row says so. Figures are
+medians; a gradient is that of the same batches in the same rounds. Exit status 1 if the median is below --at-least.
 """
 
 from __future__ import annotations

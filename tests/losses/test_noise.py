@@ -108,16 +108,6 @@ def test_unequal_data_use_the_place_in_the_batch():
     assert not torch.equal(Noise(0, 3).uniform(5, None, 2), Noise(0, 4).uniform(5, None, 2))
 
 
-def test_single_precision():
-    sample = Noise(0, 0).uniform(10_000, 1, 4, dtype=torch.float32)
-    assert sample.dtype == torch.float32
-    assert sample.min() > 0 and sample.max() < 1
-    assert z_score(sample.double(), 1 / 2, 1 / 12) < LIMIT
-    assert Noise(0, 0).signs(2, 1, 1, dtype=torch.float16).dtype == torch.float16
-    with pytest.raises(ValueError, match=r"torch.float64 or torch.float32"):
-        Noise(0, 0).uniform(1, 1, 1, dtype=torch.float16)
-
-
 def test_frozen_values():
     """The noise is part of what a seed means: it may not change between versions."""
     assert Noise(0, 0).uniform(2, 1, 2).tolist() == FROZEN

@@ -40,7 +40,7 @@ def test_the_whole_tour(tmp_path, capsys):
         assert sum(found.groups.values()) == size
         assert sum(torch.Size(shape).numel() for shape in found.parameters.values()) == size
     for title in ("(determinism check)", *OPERATORS):
-        rows = re.findall(rf"^{re.escape(title)} +(\d+\.\d+) +(\d+\.\d|unknown) ", printed, re.MULTILINE)
+        rows = re.findall(rf"^{re.escape(title)} +(\d+\.\d+) +(\d+\.\d|unknown)\b", printed, re.MULTILINE)
         assert len(rows) == 3, f"one row of {title!r} for each setup"
     before, after = (load_matrices(folder / MATRICES).matrices for folder in folders[1:])
     gap = [(m["Hessian"] - m["Generalized Gauss-Newton"]).norm() / m["Hessian"].norm() for m in (before, after)]

@@ -21,6 +21,21 @@ def standardised(net, X):
     return net.b(((h - h.mean(0).detach()) / h.std(0, correction=0).detach()).tanh())
 
 
+def one_into_another(i, j):
+    def forward(net, X):
+        h = net.a(X).tanh()
+        return net.b(h.index_add(0, torch.tensor([i]), h[j : j + 1]))
+
+    return forward
+
+
+def cut(head, tail):
+    """Some data, by their place in the batch, have no part in the gradient."""
+    return lambda n, X: n.b(
+        torch.cat([p.detach() if k in (head, tail) else p for k, p in enumerate(n.a(X).tanh())]).view(-1, 4)
+    )
+
+
 MIXING = {
     "dynamic quantisation": quantised,
     "detached standardisation": standardised,
@@ -33,6 +48,17 @@ MIXING = {
     "neighbour": lambda n, X: n.b(n.a(X).tanh() + n.a(X.roll(1, 0)).sin()),
     "sorted": lambda n, X: n.b(n.a(X).sort(0)[0].tanh()),
     "reversed": lambda n, X: n.b(n.a(X).flip(0).tanh()),
+    "first into second": one_into_another(1, 0),
+    "second into first": one_into_another(0, 1),
+    "third into fourth": one_into_another(3, 2),
+    "last into first": one_into_another(0, -1 % 4),
+    "fourth into third": one_into_another(2, 3),
+    "first detached": cut(0, 0),
+    "second and third detached": cut(1, 2),
+    "fourth detached": cut(3, 3),
+    "place in the batch": lambda n, X: n.b((n.a(X) + n.c.weight[torch.arange(len(X)) % 3]).tanh()),
+    "times the place in the batch": lambda n, X: n.b(n.a(X).tanh() * torch.arange(len(X))[:, None]),
+    "in parts": lambda n, X: torch.cat([n.b(n.a(x).tanh()) for x in X.split(2)]),
     "running sum": lambda n, X: n.b(n.a(X).cumsum(0).tanh()),
 }
 

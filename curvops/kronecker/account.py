@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from curvops.kronecker.cotangents import LIMIT
 from curvops.kronecker.state import State
 from curvops.kronecker.sweep import Sweep
 from curvops.operators.block_diagonal import Placed
@@ -13,16 +14,7 @@ from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """How one block is made.
-
-    Attributes:
-        names: Its parameters.
-        size: Number of rows.
-        block: What the block is.
-        operation: What uses the parameters.
-        memory: Bytes.
-        why: Why it is treated so.
-    """
+    """How one block is made: its parameters, number of rows, form, what uses them, bytes, and why so."""
 
     names: tuple[str, ...]
     size: int
@@ -34,13 +26,7 @@ class ParameterRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A table that prints.
-
-    Attributes:
-        title: What it is about.
-        rows: One for each block.
-        notes: Totals and remarks.
-    """
+    """A table that prints: one row for each block, and remarks."""
 
     title: str
     rows: tuple[ParameterRow, ...]
@@ -85,13 +71,25 @@ def explained(
     return Explanation(title, tuple(rows), (*notes, f"beside the blocks, for merging and saving: {byte_size(beside)}"))
 
 
+SIGNED = (
+    f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
+    "with random signs, so that cross terms vanish in expectation"
+)
+
+
+def notes_of(sweep: Sweep, rows: int, further_walks: int) -> list[str]:
+    """Remarks on what was done, with the bytes of the rows that were kept."""
+    notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
+    return notes + [f"rows kept for the second look: {byte_size(rows)}"] * (further_walks > 0)
+
+
 def plan_notes(sweep: Sweep, rows: int, further_walks: int, budget: int) -> list[str]:
     """Remarks on what a first batch would take: the passes, the bytes of its rows, and how often the data is walked."""
     forward, backward = sweep.forward_passes, sweep.backward_passes
     notes = [
         f"batch of {sweep.size}: {forward} forward and {backward} backward passes to the layers' outputs, "
         f"about {(forward + backward) / 3:.1f} gradients",
-        *sweep.notes(),
+        *[SIGNED] * sweep.signed,
     ]
     if further_walks:
         again = "again" if further_walks == 1 else f"up to {further_walks} times again"

@@ -9,7 +9,7 @@ import torch
 
 from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
-from curvops.kronecker.rows import LazyRows, Pass, Rows
+from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
@@ -20,7 +20,7 @@ TOGETHER = 4  # share of the budget that the output gradients of one forward pas
 class Consumer(Protocol):
     """Takes the rows of linear groups."""
 
-    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+    def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Add the rows of a layer in a pass."""
 
 
@@ -28,14 +28,7 @@ SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
 
 
 class Collection:
-    """Walks the data for an operator, or looks at the first batch to plan it.
-
-    Args:
-        sweep: The sweep.
-        title: For progress bars.
-        budget: Bytes that rows may take.
-        planned: Whether only shapes are asked for, on the ``meta`` device.
-    """
+    """Walks the data for an operator, or looks at the first batch to plan it, with shapes on the ``meta`` device."""
 
     def __init__(self, sweep: Sweep, title: str, budget: int, planned: bool) -> None:
         self.sweep, self.title, self.budget, self.planned = sweep, title, budget, planned
@@ -57,13 +50,11 @@ class Collection:
             keep: Whether to keep the rows for `again`.
             together: Whether the backward passes of a forward pass are better taken together.
         """
-        options, sweep = self.sweep.options, self.sweep
-        share = self.budget // TOGETHER if together else 0
+        sweep, share = self.sweep, self.budget // TOGETHER if together else 0
         while True:
-            consumer, rule = make(), options.rule if dense else None
-            wholes = WholeGradients(options.fisher_type, rule, self.dtype, self.device)
+            consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
             self._kept, self.kept_bytes, self._open = [], 0, keep and self.budget > 0 and not self.planned
-            for found in sweep.first() if self.planned else sweep.walk(self.title, share):
+            for found in sweep.planned() if self.planned else sweep.walk(self.title, share):
                 for group, uses in found.rows():
                     consumer.add(group, uses, found)  # first: a convolution's factor may need no windows
                     self._keep(group, uses, found)
@@ -84,7 +75,7 @@ class Collection:
                     yield group.key, [rows.formed() for rows in uses]
                 del found
 
-    def _keep(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+    def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""
         for one in uses if self.planned else ():
             self.kept_bytes += one.bytes(found.count, id(one.use) not in self._planned)

@@ -19,11 +19,8 @@ Pair = tuple[Tensor | OneHot, list[Tensor], str]  # inputs, output gradients of 
 class BasisDiagonal:
     """Adds Σ (U_Lᵀ G U_R)² over whole per-datum gradients G: George et al. 2018 (1806.03884), eq. 12.
 
-    Args:
-        left: Orthonormal columns ``[groups, left, left]``; ``None`` for the identity.
-        right: Likewise.
-        total: Zeros ``[groups, left, right]``, to which the squares are added.
-        budget: Bytes that the gradients of some data may take together.
+    The bases are orthonormal columns ``[groups, n, n]``, ``None`` for the identity; squares are added to the zeros
+    ``total``; the gradients of some data may take a part of the bytes ``budget`` together.
     """
 
     def __init__(self, left: Tensor | None, right: Tensor | None, total: Tensor, budget: int) -> None:
@@ -59,19 +56,16 @@ class BasisDiagonal:
 
     def _turned(self, pairs: list[Pair]) -> tuple[list[Pair], Tensor | None, Tensor | None]:
         """The rows in a basis where that takes fewer operations than to turn the gradients, and the bases that are left."""
-        _, left, right = self.total.shape
-        positions, columns = sum(pair[1][0].shape[1] for pair in pairs), len(pairs[0][1])
-        bases = {"left": self.left, "right": self.right}
-        for pair_side in {side for _, _, side in pairs} if len({side for _, _, side in pairs}) == 1 else ():
-            other = "left" if pair_side == "right" else "right"
-            size, width = (left, right) if pair_side == "right" else (right, left)
-            ((a, gs, _),) = pairs
-            if (basis := bases[pair_side]) is not None and positions <= columns * size and isinstance(a, Tensor):
-                a, bases[pair_side] = _turn(a, basis), None
-            if (basis := bases[other]) is not None and positions <= width:
-                gs, bases[other] = [_turn(g, basis) for g in gs], None
-            pairs = [(a, gs, pair_side)]
-        return pairs, bases["left"], bases["right"]
+        ((a, gs, side), *others) = pairs
+        if others or isinstance(a, OneHot):
+            return pairs, self.left, self.right
+        inner, outer = (self.right, self.left) if side == "right" else (self.left, self.right)
+        positions, size, width = a.shape[1], gs[0].shape[3], a.shape[3]
+        if inner is not None and positions <= len(gs) * size:
+            a, inner = _turn(a, inner), None
+        if outer is not None and positions <= width:
+            gs, outer = [_turn(g, outer) for g in gs], None
+        return [(a, gs, side)], *((outer, inner) if side == "right" else (inner, outer))
 
     def _add_looked_up(self, uses: Sequence[Rows]) -> None:
         """Rows of a table: a datum's gradient is zero but for the rows that it looks up."""

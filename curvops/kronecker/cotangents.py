@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,7 @@ class Cotangents:
     share one with independent random signs, so that cross terms vanish in expectation. Monte-Carlo samples
     are independent and have mean zero, so they share one anyway.
 
-    Args:
-        curvature: The loss at the batch's output.
-        factor: Its output factor.
-        kind: The factor's kind.
-        noise: Randomness of the signs.
-        size: Number of data that the terms are divided among; 1 where a batch is seen as one datum.
+    Terms are divided among ``size`` data; one where a batch is seen as one datum.
     """
 
     def __init__(self, curvature: OutputCurvature, factor: Factor, kind: str, noise: Noise, size: int) -> None:
@@ -31,23 +28,32 @@ class Cotangents:
         self.shared = kind == "mc" or self.terms == 1
         self.signed = not self.shared and self.terms * factor.num_columns > LIMIT
         self._signs: Tensor | None = None
+        self._datum: int | None = None
         if self.signed:
             self._signs = noise.signs(
                 factor.num_terms, curvature.terms_per_datum, factor.num_columns, device=curvature.z.device
             )
+
+    def of_datum(self, n: int) -> Cotangents:
+        """The same for a pass of one datum."""
+        one = copy(self)
+        one._datum = n
+        return one
 
     def __len__(self) -> int:
         return self._factor.num_columns * (1 if self.shared or self.signed else self.terms)
 
     def __getitem__(self, position: int) -> Tensor:
         """One cotangent, of the output's shape."""
-        if self.shared:
-            return self._curvature.outputs(self._factor.column(position))
-        if self._signs is not None:
-            column = self._factor.column(position)
-            return self._curvature.outputs(column * self._signs[:, position, None].to(column))
-        k, r = divmod(position, self.terms)
-        rows = self._factor.column(k).unflatten(0, (self._size, self.terms))
-        alone = torch.zeros_like(rows)
-        alone[:, r] = rows[:, r]
-        return self._curvature.outputs(alone.flatten(0, 1))
+        if self.shared or self._signs is not None:
+            rows = self._factor.column(position)
+            rows = rows if self._signs is None else rows * self._signs[:, position, None].to(rows)
+        else:
+            k, r = divmod(position, self.terms)
+            column = self._factor.column(k).unflatten(0, (self._size, self.terms))
+            rows = torch.zeros_like(column)
+            rows[:, r] = column[:, r]
+            rows = rows.flatten(0, 1)
+        u = self._curvature.outputs(rows)
+        n = self._datum
+        return u if n is None else u.unflatten(0, (self._size, -1))[n]

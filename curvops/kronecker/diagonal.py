@@ -8,7 +8,7 @@ from curvops.kronecker.collect import Collection
 from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
-from curvops.kronecker.rows import LazyRows, Pass
+from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 
 
@@ -44,7 +44,7 @@ class Diagonals:
         self._collection = collection
         self.found: dict[Key, BasisDiagonal] = {}
 
-    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+    def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         collection = self._collection
         if group.key not in self.found:
             total = torch.zeros(group.shape, dtype=collection.dtype, device=collection.device)

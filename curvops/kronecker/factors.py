@@ -10,21 +10,15 @@ from torch import Tensor
 
 from curvops.gram import add_moment, mirrored
 from curvops.kronecker.groups import Group, Key
-from curvops.kronecker.options import BlockRule
-from curvops.kronecker.rows import LazyRows, Pass
+from curvops.kronecker.options import Options
+from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 from curvops.kronecker.uses import OneHot
 
 
 @dataclass
 class Moments:
-    """Second moments of the rows with the inputs on one side.
-
-    Attributes:
-        inputs: Σ a aᵀ ``[groups, in, in]``, or its diagonal ``[groups, in]``.
-        outputs: Σ g gᵀ likewise.
-        rows: Number of rows in ``inputs``.
-    """
+    """Σ a aᵀ ``[groups, in, in]``, or its diagonal ``[groups, in]``, Σ g gᵀ likewise, and the number of rows a."""
 
     inputs: Tensor
     outputs: Tensor
@@ -32,26 +26,19 @@ class Moments:
 
 
 class Factors:
-    """Kronecker factors of linear groups.
+    """Kronecker factors of linear groups, ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
 
-    Args:
-        fisher_type: Kind of the output factor.
-        approximation: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023, arXiv 2311.00636).
-        rule: When a factor is kept as its diagonal.
-        dtype: Precision of the accumulation.
-        device: Where the factors are; ``meta`` for their shapes only.
+    On the ``meta`` device they are shapes only.
     """
 
-    def __init__(
-        self, fisher_type: str, approximation: str, rule: BlockRule, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.approximation, self.rule = approximation, rule
-        self._kind = "inputs" if fisher_type == "forward-only" else "moments"
+    def __init__(self, options: Options, dtype: torch.dtype, device: torch.device) -> None:
+        self._expands, self._rule = options.kfac_approx == "expand", options.rule
+        self._kind = "inputs" if options.fisher_type == "forward-only" else "moments"
         self._dtype, self._device = dtype, device
         self._moments: dict[Key, dict[str, Moments]] = {}  # by the side of the inputs: a tied weight has both
         self._groups: dict[Key, Group] = {}
 
-    def add(self, group: Group, uses: list[LazyRows], found: Pass) -> None:
+    def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Add the rows of a layer in a pass, and the inputs if it is the first one of the forward pass."""
         self._groups[group.key] = group
         sides = self._moments.setdefault(group.key, {})
@@ -62,10 +49,9 @@ class Factors:
             moments = sides[side]
             if self._device.type == "meta":
                 moments.rows = 1
-            elif self.approximation == "expand":
-                self._expand(moments, mine, found.first == 0, group.weight is None)
             else:
-                self._reduce(moments, mine, found.first == 0, group.weight is None)
+                add = self._expand if self._expands else self._reduce
+                add(moments, mine, found.first == 0, group.weight is None)
 
     def entries(self, data: Mapping[str, int]) -> dict[Key, Entry]:
         """What was added, and what `data` says of each parameter under ``"reduce"``; the factors are given away."""
@@ -84,7 +70,7 @@ class Factors:
                 tensors |= {f"{side}.inputs": moments.inputs, f"{side}.outputs": own.outputs}
                 # inputs that were averaged over positions are divided by the number of data, those included that
                 # never reached the layer
-                rows[side] = moments.rows if self.approximation == "expand" else data[group.names[0]]
+                rows[side] = moments.rows if self._expands else data[group.names[0]]
             found[key] = Entry(self._kind, tensors, {"rows": rows})
         self._moments = {}
         return found
@@ -94,22 +80,22 @@ class Factors:
         a, g = (right, left) if side == "right" else (left, right)
         made: list[Tensor] = []
         for size, dense in (
-            (a, not one_hot and self.rule.factor(a, group.names)),
-            (g, self.rule.factor(g, group.names)),
+            (a, not one_hot and self._rule.factor(a, group.names)),
+            (g, self._rule.factor(g, group.names)),
         ):
             shape = (groups, size, size) if dense else (groups, size)
             made.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
         # the outputs of a bias that always enters with its weight are the weight's
         return Moments(made[0], made[-1])
 
-    def _expand(self, moments: Moments, uses: list[LazyRows], first: bool, outputs: bool) -> None:
+    def _expand(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
         for rows in uses:
             if first:
                 self._add_inputs(moments, rows)
             for g in rows.outputs if outputs else ():
                 add_moment(moments.outputs, g.to(self._dtype))
 
-    def _add_inputs(self, moments: Moments, rows: LazyRows) -> None:
+    def _add_inputs(self, moments: Moments, rows: Rows) -> None:
         moments.rows += rows.count
         windows = rows.windows
         if rows.role == "bias":
@@ -122,7 +108,7 @@ class Factors:
         else:
             add_moment(moments.inputs, a.to(self._dtype))
 
-    def _reduce(self, moments: Moments, uses: list[LazyRows], first: bool, outputs: bool) -> None:
+    def _reduce(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
         """Rows of a datum are added over its uses before they are squared; inputs are averaged."""
         if first:
             positions = sum(rows.count for rows in uses) // uses[0].size
@@ -134,17 +120,10 @@ class Factors:
 
 
 class WholeGradients:
-    """Blocks Σ G Gᵀ of whole gradients, or their diagonals.
+    """Blocks Σ G Gᵀ of whole gradients, or their diagonals if not ``dense``; identities for ``"forward-only"``."""
 
-    Args:
-        fisher_type: Kind of the output factor; for ``"forward-only"`` the blocks are identities.
-        rule: When a block is dense; never if ``None``.
-        dtype: Precision of the accumulation.
-        device: Where the blocks are.
-    """
-
-    def __init__(self, fisher_type: str, rule: BlockRule | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._identity, self._rule = fisher_type == "forward-only", rule
+    def __init__(self, options: Options, dense: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self._identity, self._rule, self._dense = options.fisher_type == "forward-only", options.rule, dense
         self._dtype, self._device = dtype, device
         self._blocks: dict[Key, Tensor] = {}
 
@@ -154,7 +133,7 @@ class WholeGradients:
             return
         if group.key not in self._blocks:
             size = len(group.places)
-            dense = not self._identity and self._rule is not None and self._rule.block(size, group.names)
+            dense = not self._identity and self._dense and self._rule.block(size, group.names)
             shape = (size, size) if dense else (size,)
             self._blocks[group.key] = torch.zeros(shape, dtype=self._dtype, device=self._device)
         block = self._blocks[group.key]

@@ -75,11 +75,7 @@ def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
     groups = []
     for k, saved in enumerate(about["groups"]):
         own = {name.partition(".")[2]: t.to(device) for name, t in tensors.items() if name.partition(".")[0] == str(k)}
-        if saved["range"]:
-            start, stop = saved["range"]
-            where = Places.range(start, stop, device)
-        else:
-            where = Places.listed(own.pop("positions"))
+        where = Places(slice(*saved["range"]) if saved["range"] else own.pop("positions"), device)
         key = ((k, *saved["names"]),)
         shape = (saved["shape"][0], saved["shape"][1], saved["shape"][2])
         group = Group(key, tuple(saved["names"]), saved["kind"], shape, where, saved["operation"])

@@ -45,10 +45,6 @@ class Group:
 class Grouping:
     """Assigns uses to groups, the same way in every batch; where a batch does not allow it, `again` is set.
 
-    Args:
-        space: The space of the parameters.
-        joint: Whether a bias joins its weight's block.
-
     Attributes:
         groups: The groups so far.
         again: Whether a batch contradicts an earlier one, so that the data must be walked again.
@@ -81,8 +77,7 @@ class Grouping:
 
     def whole(self, name: str, reason: str) -> Group:
         """The group of a parameter that is known by its gradients only."""
-        where, key = self.space.slice(name), (("whole", name),)
-        places = Places.range(where.start, where.stop, self.space.device)
+        key, places = (("whole", name),), Places(self.space.slice(name), self.space.device)
         return self.groups.setdefault(key, Group(key, (name,), "whole", (1, len(places), 1), places, reason))
 
     def holds(self, name: str) -> bool:
@@ -157,16 +152,15 @@ class Grouping:
         if role == "joint":
             axis = 2 if use.input_side == "right" else 1
             bias = self._places(parts[1])
-            where = Places(len(where) + len(bias), self.space.device, partial(_interleaved, where, bias, shape, axis))
+            make = partial(_interleaved, where, bias, shape, axis)
+            where = Places(make, self.space.device, len(where) + len(bias))
             shape = (groups, shape[1] + (axis == 1), shape[2] + (axis == 2))
         return Group(key, names, "linear", shape, where, use.kind)
 
     def _places(self, view: View) -> Places:
         """Places of a view's entries in the flat vector, in the view's order."""
         own = self.space.slice(view.name)
-        if view.index is None:
-            return Places.range(own.start, own.stop, self.space.device)
-        return Places.listed(view.index.flatten() + own.start)
+        return Places(own if view.index is None else view.index.flatten() + own.start, self.space.device)
 
 
 def _identity(view: View) -> Key:

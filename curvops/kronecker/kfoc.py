@@ -60,12 +60,7 @@ class KFOCLinearOperator(KroneckerOperator):
 
 
 class NearestProduct:
-    """Alternating least squares for one group.
-
-    Args:
-        start: Where to start; a factor that is diagonal there stays diagonal.
-        budget: Bytes that the gradients of some data may take together.
-    """
+    """Alternating least squares for one group; a factor that is diagonal at the start stays diagonal."""
 
     def __init__(self, start: KroneckerBlock, budget: int) -> None:
         self.shape, self.left, self.right = start.shape, start.left, start.right

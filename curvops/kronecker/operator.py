@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from curvops.kronecker.account import Explanation, byte_size, explained, plan_notes
+from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
@@ -213,11 +213,12 @@ class KroneckerOperator(StateOperator):
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
         state = State(kind, risk.space, groups, reduction, count, sweep.data, options.settings)
-        if planned:
-            notes = plan_notes(sweep, collection.kept_bytes, self.further_walks, collection.budget)
-        else:
-            notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *sweep.notes()]
-            notes += [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (self.further_walks > 0)
+        rows = collection.kept_bytes
+        notes = (
+            plan_notes(sweep, rows, self.further_walks, collection.budget)
+            if planned
+            else notes_of(sweep, rows, self.further_walks)
+        )
         super().__init__(state, {name: "; ".join(whys) for name, whys in sweep.reasons.items()}, notes)
 
     @abstractmethod
@@ -225,8 +226,7 @@ class KroneckerOperator(StateOperator):
         """What is known of each group after walking the data."""
 
     def _factors(self, collection: Collection) -> Factors:
-        options = self.options
-        return Factors(options.fisher_type, options.kfac_approx, options.rule, collection.dtype, collection.device)
+        return Factors(self.options, collection.dtype, collection.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy holds the state and the blocks, and neither model nor data

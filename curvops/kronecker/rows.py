@@ -16,30 +16,8 @@ from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, Windows
 Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index
 
 
-@dataclass(frozen=True)
 class Rows:
-    """The rows of one use of a layer.
-
-    Attributes:
-        inputs: ``[data, positions, groups, in]``.
-        outputs: Gradients at the output, ``[data, positions, groups, out]``, of each backward pass.
-        input_side: ``"right"`` if the weight is stored as out × in, ``"left"`` for in × out.
-    """
-
-    inputs: Tensor | OneHot
-    outputs: Sequence[Tensor]
-    input_side: str
-
-
-class LazyRows:
-    """The same, each side arranged when it is asked for.
-
-    Args:
-        tape: The forward pass.
-        k: Which of its uses.
-        role: What the group has of the use.
-        columns: Gradients at the outputs of the uses in each backward pass.
-    """
+    """The rows of one use of a layer in some backward passes, each side arranged when it is asked for."""
 
     def __init__(self, tape: Tape, k: int, role: str, columns: Sequence[Slopes]) -> None:
         use, layout = tape.uses[k], tape.layouts[k]
@@ -57,7 +35,7 @@ class LazyRows:
 
     @cached_property
     def inputs(self) -> Tensor | OneHot:
-        """The inputs, with a one appended for a joint bias; ones for a lone one."""
+        """``[data, positions, groups, in]``, with a one appended for a joint bias; ones for a lone one."""
         if self.role == "bias":
             return self._z.new_ones(self.size, self.count // self.size, 1, 1)
         a = self.use.inputs()
@@ -73,7 +51,7 @@ class LazyRows:
 
     @cached_property
     def outputs(self) -> list[Tensor]:
-        """The output gradients of each backward pass that reached the use."""
+        """Gradients at the output ``[data, positions, groups, out]`` in each backward pass that reached the use."""
         rows = [self._layout.arrange(self.use.outputs(g), 2, self.size) for g in self._slopes]
         return [r.flatten(2).unsqueeze(2) for r in rows] if self.role == "bias" else rows
 
@@ -84,8 +62,10 @@ class LazyRows:
         return windows if isinstance(windows, Windows) else None
 
     def formed(self) -> Rows:
-        """The rows without what they are made of."""
-        return Rows(self.inputs, self.outputs, self.input_side)
+        """Form both sides, and let go of what they are made of."""
+        _ = self.inputs, self.outputs
+        del self.use, self._z, self._layout, self._slopes
+        return self
 
     def bytes(self, columns: int, outputs: bool) -> int:
         """What the rows take, with the ``outputs`` of some backward passes or without."""
@@ -121,11 +101,11 @@ class Pass:
     batch: int
     datum: int
 
-    def rows(self) -> Iterator[tuple[Group, list[LazyRows]]]:
+    def rows(self) -> Iterator[tuple[Group, list[Rows]]]:
         """The rows of each linear group, a group at a time."""
         for key, uses in self.roles.items():
             if self.groups[key].kind == "linear":
-                yield self.groups[key], [LazyRows(self.tape, k, role, self.columns) for k, role in uses]
+                yield self.groups[key], [Rows(self.tape, k, role, self.columns) for k, role in uses]
 
     def gradients(self) -> Iterator[tuple[Group, list[Tensor]]]:
         """Whole gradients ``[data, size]`` of all other groups in each backward pass that reached them."""

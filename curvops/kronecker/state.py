@@ -150,7 +150,7 @@ class State:
             left = missing[own].nonzero().squeeze(1) + own.start
             if len(left):
                 zeros = torch.zeros(1, len(left), dtype=dtype, device=left.device)
-                placed.append(Placed((name,), Places.listed(left), KroneckerBlock(zeros, zeros.new_ones(1, 1))))
+                placed.append(Placed((name,), Places(left, left.device), KroneckerBlock(zeros, zeros.new_ones(1, 1))))
         return placed
 
     def merged(self, other: State) -> State:
@@ -205,30 +205,20 @@ def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     of the L_i and of the R_i, and follows from their Gram matrices. A factor that is diagonal in one term
     is made diagonal in both, since it was found too large for a matrix.
     """
-    lefts, rights = (_alike([pair[k] for pair in products]) for k in (0, 1))
-    gram_left, gram_right = _gram(lefts), _gram(rights)
+    lefts, rights = (_stack([pair[k] for pair in products]) for k in (0, 1))
+    gram_left, gram_right = (f.flatten(2) @ f.flatten(2).mT for f in (lefts, rights))
     # leading eigenvector x of G_R G_L gives L = Σ x_i L_i up to scale
     values, vectors = torch.linalg.eig(gram_right @ gram_left)
     x = vectors[torch.arange(len(vectors)), :, values.real.argmax(1)].real.abs()
-    left = torch.stack([_scale(x[:, i], f) for i, f in enumerate(lefts)]).sum(0)
     y = (gram_left @ x.unsqueeze(-1)).squeeze(-1)
-    norm = (x * y).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
-    return left, torch.stack([_scale(y[:, i] / norm, f) for i, f in enumerate(rights)]).sum(0)
+    y = y / (x * y).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.einsum("gi,gi...->g...", x, lefts), torch.einsum("gi,gi...->g...", y, rights)
 
 
-def _alike(factors: list[Tensor]) -> list[Tensor]:
-    if len({f.ndim for f in factors}) == 1:
-        return factors
-    return [f if f.ndim == 2 else f.diagonal(dim1=1, dim2=2) for f in factors]
-
-
-def _gram(factors: list[Tensor]) -> Tensor:
-    flat = torch.stack([f.flatten(1) for f in factors], 1)
-    return flat @ flat.mT
-
-
-def _scale(weight: Tensor, factor: Tensor) -> Tensor:
-    return weight.view(-1, *[1] * (factor.ndim - 1)) * factor
+def _stack(factors: list[Tensor]) -> Tensor:
+    if len({f.ndim for f in factors}) > 1:
+        factors = [f if f.ndim == 2 else f.diagonal(dim1=1, dim2=2) for f in factors]
+    return torch.stack(factors, 1)
 
 
 def _identity(like: Tensor) -> Tensor:

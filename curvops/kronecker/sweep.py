@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.certify import certify, overlapping
-from curvops.kronecker.cotangents import LIMIT, Cotangents
-from curvops.kronecker.groups import Group, Grouping
+from curvops.kronecker.cotangents import Cotangents
+from curvops.kronecker.groups import Grouping
 from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass
 from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
-from curvops.kronecker.uses import LinearUse
+from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
@@ -46,10 +45,6 @@ class Sweep:
     Each batch is certified. A parameter's rows belong to the data of the ``"batch"``, or each ``"datum"`` is run alone,
     or the batch is seen as ``"one"`` datum because the model mixes its data.
 
-    Args:
-        risk: The empirical risk.
-        options: What is asked for.
-
     Attributes:
         whole: Parameters that are known by their whole gradients only, and why.
         reasons: Why each parameter is treated as it is.
@@ -64,9 +59,8 @@ class Sweep:
         self.risk, self.options = risk, options
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}
-        self.reasons: dict[str, list[str]] = {}
         self.size = self.forward_passes = self.backward_passes = 0
-        self.signed = False
+        self.signed = self._planned = self._streamed = False
         self._proofs: list[Proof] = []
 
     def walk(self, title: str, together: int) -> Iterator[Pass]:
@@ -76,16 +70,14 @@ class Sweep:
             title: For the progress bar.
             together: Bytes of output gradients up to which backward passes of one forward pass come together.
         """
-        self.grouping.restart()
-        self.data = dict.fromkeys(self.risk.space.names, 0)
-        self.reasons = {name: [] for name in self.data}
-        yield from self._walk(title, together)
+        self._reset()
+        yield from self._passes(title, together)
         if not self.grouping.again:
             self.constant = self._steps.constant
 
     def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
         """The same passes once more, without those of some batches at the beginning."""
-        yield from self._walk(title, together, skip)
+        yield from self._passes(title, together, skip)
         if self.grouping.again:
             raise RuntimeError(
                 f"{title}: a further walk over the data met other operations than the first. Make model and data "
@@ -94,43 +86,38 @@ class Sweep:
 
     def streamed(self, title: str) -> Iterator[Pass]:
         """The passes of all batches, each batch with groups of its own."""
-        for place, batch in enumerate(self._batches(title)):
-            self.grouping, self.whole = Grouping(self.risk.space, not self.options.separate_weight_and_bias), {}
-            self.data, self.reasons = dict.fromkeys(self.risk.space.names, 0), {n: [] for n in self.risk.space.names}
-            yield from self._batch(place, batch, 0, streamed=True)
+        self._streamed = True
+        return self._passes(title, 0)
 
-    def first(self) -> Iterator[Pass]:
+    def planned(self) -> Iterator[Pass]:
         """The forward passes of the first batch."""
-        self.data, self.reasons = dict.fromkeys(self.risk.space.names, 0), {n: [] for n in self.risk.space.names}
-        with closing(self._batches("Plan")) as batches:
-            yield from self._batch(0, next(batches), 0, pull=False)
+        self._planned = True
+        self._reset()
+        return self._passes("Plan", 0)
 
-    def notes(self) -> list[str]:
-        """Remarks for the account."""
-        if not self.signed:
-            return []
-        return [
-            f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
-            "with random signs, so that cross terms vanish in expectation"
-        ]
+    def _reset(self) -> None:
+        self.grouping.restart()
+        self.data = dict.fromkeys(self.risk.space.names, 0)
+        self.reasons: dict[str, list[str]] = {name: [] for name in self.data}
 
-    def _batches(self, title: str) -> Generator[Batch, None, None]:
+    def _passes(self, title: str, together: int, skip: int = 0) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk()) as batches:
             self._steps = Walk(self.risk, batches, title)
-            yield from self._steps
-
-    def _walk(self, title: str, together: int, skip: int = 0) -> Iterator[Pass]:
-        with closing(self._batches(title)) as batches:
-            for place, batch in enumerate(batches):
+            for place, batch in enumerate(self._steps):
+                if self._streamed:
+                    self.grouping, self.whole = Grouping(self.risk.space, self.grouping.joint), {}
+                    self._reset()
                 if place >= skip:
                     yield from self._batch(place, batch, together)
-                if self.grouping.again:
+                if self._planned or self._ended:
                     return
 
-    def _batch(
-        self, place: int, batch: Batch, together: int, pull: bool = True, streamed: bool = False
-    ) -> Iterator[Pass]:
+    @property
+    def _ended(self) -> bool:
+        return self.grouping.again and not self._streamed
+
+    def _batch(self, place: int, batch: Batch, together: int) -> Iterator[Pass]:
         """Record, certify and pull one batch."""
         tape = record(self.risk, batch.X, batch.size)
         curvature = self._steps.curvature(tape.z.detach(), batch)
@@ -147,64 +134,62 @@ class Sweep:
         kind, noise = self.options.fisher_type, Noise(self.options.seed, batch.start)
         factor = curvature.factor(kind, self.options.mc_samples, noise)
         columns = Cotangents(curvature, factor, kind, noise, batch.size if seen is not None else 1)
-
-        def pulled(
-            tape: Tape, names: list[str], columns: Cotangents, datum: int | None = None, last: bool = True
-        ) -> Iterator[Pass]:
-            def cotangent(k: int) -> Tensor:
-                u = columns[k]
-                return u if datum is None else u.unflatten(0, (batch.size, -1))[datum].reshape(tape.z.shape)
-
-            uses = self.grouping.assign(tape, {n for n in names if n not in self.whole})
-            plain = {n: self.grouping.whole(n, self.whole[n]) for n in names if n in self.whole}
-            if self.grouping.again and not streamed:
-                return
-            self.signed = self.signed or columns.signed
-            keys = {*uses, *(group.key for group in plain.values())}
-            groups = {key: group for key, group in self.grouping.groups.items() if key in keys}
-            found = Pass(tape, groups, uses, [], [], 0, len(columns), place, datum or 0)
-            if not pull:  # of data that are run one by one the plan looks at the first
-                self.backward_passes += len(columns) * (1 if datum is None else batch.size)
-            if not pull or not len(columns):  # forward-only has none
-                yield found
-            else:
-                yield from self._pull(found, plain, cotangent, together, last)
-
+        self.signed = self.signed or columns.signed
         # lists: the order of the groups must not depend on how strings are hashed
         batched, mixed, alone = ([n for n, w in ways.items() if w == way] for way in ("batch", "one", "datum"))
         if batched:
-            yield from pulled(tape, batched, columns, last=not mixed)
+            yield from self._pull(tape, batched, columns, (place, 0), together, last=not mixed)
         if mixed:
-            yield from pulled(tape.as_one(), mixed, Cotangents(curvature, factor, kind, noise, 1))
+            whole = Cotangents(curvature, factor, kind, noise, 1)
+            self.signed = self.signed or whole.signed
+            yield from self._pull(tape.as_one(), mixed, whole, (place, 0), together)
         del tape
         for n in range(batch.size if alone else 0):
             single = record(self.risk, cut(batch.X, batch.size, [n], kept), 1)
-            self.forward_passes += 1 if pull else batch.size
             self._give_up(self._failed(single, alone, "datum"))
-            yield from pulled(single, alone, columns, n)
-            del single
-            if not pull or (self.grouping.again and not streamed):
+            yield from self._pull(single, alone, columns.of_datum(n), (place, n), together)
+            if self._planned:  # the others take as much
+                self.forward_passes += batch.size - 1
+                self.backward_passes += len(columns) * (batch.size - 1)
+            self.forward_passes += 1
+            if self._planned or self._ended:
                 return
 
     def _pull(
-        self, found: Pass, plain: dict[str, Group], cotangent: Callable[[int], Tensor], together: int, last: bool
+        self,
+        tape: Tape,
+        names: list[str],
+        columns: Cotangents,
+        place: tuple[int, int],
+        together: int,
+        last: bool = True,
     ) -> Iterator[Pass]:
-        """One backward pass for each cotangent, as many together as fit; the ``last`` ones of the graph or not."""
-        tape = found.tape
-        indices = sorted({k for several in found.roles.values() for k, _ in several})
-        one = sum(_entries(tape, k) for k in indices) * tape.z.itemsize
+        """One backward pass for each cotangent, as many together as fit; after the ``last`` one the graph is free."""
+        uses = self.grouping.assign(tape, {n for n in names if n not in self.whole})
+        plain = {n: self.grouping.whole(n, self.whole[n]) for n in names if n in self.whole}
+        if self._ended:
+            return
+        indices = sorted({k for several in uses.values() for k, _ in several})
+        keys = {*uses, *(group.key for group in plain.values())}
+        groups = {key: group for key, group in self.grouping.groups.items() if key in keys}
+        found = Pass(tape, groups, uses, [], [], 0, len(columns), *place)
+        if self._planned or not len(columns):  # forward-only has none
+            self.backward_passes += len(columns)
+            yield found
+            return
+        one = sum(_work(tape.uses[k])[0] for k in indices) * tape.z.itemsize
         some = max(1, together // max(one, 1))
-        for first in range(0, found.count, some):
-            columns, totals = [], []
-            for k in range(first, min(first + some, found.count)):
-                slopes, own = tape.gradients(
-                    cotangent(k), indices, list(plain), last and not plain and k == found.count - 1
-                )
+        for first in range(0, len(columns), some):
+            slopes, totals = [], []
+            for k in range(first, min(first + some, len(columns))):
+                # whole gradients may come by way of a graph that other passes share, as of a cached parametrization
+                free = last and not plain and k == len(columns) - 1
+                at_uses, own = tape.gradients(columns[k], indices, list(plain), free)
                 self.backward_passes += 1
-                columns.append(dict(zip(indices, slopes, strict=True)))
+                slopes.append(dict(zip(indices, at_uses, strict=True)))
                 pairs = zip(plain.values(), own, strict=True)
                 totals.append({group.key: total.flatten() for group, total in pairs if total is not None})
-            yield replace(found, columns=columns, totals=totals, first=first)
+            yield replace(found, columns=slopes, totals=totals, first=first)
 
     def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> tuple[dict[str, str], Collection[int]]:
         """The way that each parameter is seen, and which tensors of X all data have in common."""
@@ -261,8 +246,7 @@ class Sweep:
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
-        work = sum(use.shape.numel() * use.input_shape[1] for use in tape.uses if isinstance(use, LinearUse))
-        large = work > SMALL and not tape.taps.data_dependent
+        large = sum(_work(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, lambda X: record(self.risk, X, SOME)) if batch is not None and large else None
         if isinstance(some, Tape) and some.signature.covers(tape.signature):
             scale = _scale(some)
@@ -297,15 +281,14 @@ class Sweep:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch."""
         n = batch.size
         mine = [k for k, t in enumerate(tensors_of(batch.X)) if t.ndim and t.shape[0] == n]
-        for kept in ((), *((k,) for k in mine if len(mine) > 1)) if mine else ():
-            for place in (0, n - 1):
-                X = cut(batch.X, n, [place], kept)
-                z = attempt(partial(self._output, X))
-                if z is None or not _agree(z, tape, [place]):
-                    break
-            else:
-                return kept
-        return None
+
+        def agrees(place: int, kept: Collection[int]) -> bool:
+            z = attempt(lambda: self._output(cut(batch.X, n, [place], kept)))
+            return z is not None and _agree(z, tape, [place])
+
+        # a mask, say, has an axis of the same length by chance
+        choices = [(), *((k,) for k in mine if len(mine) > 1)] if mine else []
+        return next((kept for kept in choices if all(agrees(place, kept) for place in range(n))), None)
 
 
 def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) -> Any:
@@ -344,6 +327,7 @@ def _scale(tape: Tape) -> Tensor:
     return (0.5 + numbers).to(tape.z.device)
 
 
-def _entries(tape: Tape, k: int) -> int:
-    use = tape.uses[k]
-    return use.shape.numel() if isinstance(use, LinearUse) else 0
+def _work(use: Use) -> tuple[int, int]:
+    """Entries of a layer's output, and multiplications that it takes."""
+    size = use.shape.numel() if isinstance(use, LinearUse) else 0
+    return size, size * use.input_shape[1] if isinstance(use, LinearUse) else 0

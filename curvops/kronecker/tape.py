@@ -60,10 +60,6 @@ class Tape:
 
     Attributes:
         z: The output, carrying the graph.
-        params: The parameters.
-        taps: What the taps saw.
-        uses: The applications of parameters.
-        signature: The operations.
         size: Number of data that rows are attributed to; 1 where a batch that mixes its data is seen as one.
         precision: The lowest that the model computes in.
         layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
@@ -89,7 +85,7 @@ class Tape:
         if not targets or not self.z.requires_grad:
             return [None] * len(uses), [None] * len(names)
         found = self.taps.gradients(
-            self.z, targets, cotangent.to(self.z.dtype), retain_graph=not last, allow_unused=True
+            self.z, targets, cotangent.to(self.z.dtype).view_as(self.z), retain_graph=not last, allow_unused=True
         )
         return list(found[: len(uses)]), list(found[len(uses) :])
 

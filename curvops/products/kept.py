@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -13,8 +13,7 @@ from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 
-T = TypeVar("T")
-State = list[tuple[str, Any, Any]]
+State = list[tuple[str, int, int]]
 
 
 class Kept:
@@ -67,60 +66,55 @@ class Kept:
 
     def _walk(self, rows: Tensor, total: Tensor) -> Tensor:
         budget = self._budget()
+        if self._number is None:
+            self._products, self._size = {}, 0  # of a walk that did not reach its end
         with self._risk.walk(self._title) as walk:
             for place, batch in enumerate(walk):
                 if place in self._products:
                     self._products[place].add_to(total, rows)
                     continue
-
-                def begun() -> BatchProduct:
-                    product = self._linearize(batch, walk)  # noqa: B023 (used at once)
-                    product.add_to(total, rows)  # which builds what products need besides
-                    return product
-
-                before = total.clone()
-                product, size = counted(begun, lambda: total.copy_(before))  # noqa: B023
-                size = None if size is None else product.held_bytes or size
+                product, size = self._counted(batch, walk, total, rows)
                 if size is not None and self._size + size <= budget:
                     self._products[place], self._size = product, self._size + size
-            self._number, self._constant = walk.batches, walk.constant
+            if self._number is None:
+                self._number, self._constant = walk.batches, walk.constant
         self._account.note("linearized", str(self), "what does not fit the memory budget is computed anew")
         return total.mul_(self._constant)
+
+    def _counted(self, batch: Batch, walk: Walk, total: Tensor, rows: Tensor) -> tuple[BatchProduct, int | None]:
+        """A batch's products, added to ``total``, and the bytes that they hold if these can be counted."""
+        sizes: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # the same memory, without the cycle of an output that saves itself
+
+        hooks = partial(saved_tensors_hooks, count, lambda tensor: tensor)
+        try:
+            with hooks():
+                product = self._linearize(batch, walk)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error) and "saved_tensors_hooks" not in str(error):
+                raise
+            # a model that uses `torch.func` inside refuses the hooks that count
+            product = self._linearize(batch, walk)
+            product.add_to(total, rows)
+            return product, None
+        with hooks():  # products build what they need besides
+            product.add_to(total, rows)
+        return product, product.held_bytes or sum(sizes.values())
 
     def _look(self) -> State:
         model = self._risk.model
         model.check_current()
-        modes = [("the mode of " + type(m).__name__, id(m), None) for m in model.training_modules]
+        modes = [("the mode of " + type(m).__name__, id(m), 0) for m in model.training_modules]
         return [*((name, id(t), t._version) for name, t in model.tensors.items() if not t.is_inference()), *modes]
 
     def _check(self) -> None:
-        now = self._look()
-        changed = [
-            name for (name, a, m), (_, b, n) in zip(self._state, now, strict=False) if (a is not b and a != b) or m != n
-        ]
-        if changed or len(now) != len(self._state):
-            what = changed[0] if changed else "a mode"
+        if (now := self._look()) != self._state:
+            changed = [a[0] for a, b in zip(self._state, now, strict=False) if a != b]
             raise RuntimeError(
-                f"{what!r} has changed inside linearized(), which keeps what was computed before. Leave the context and enter "
-                "it again, or take products without it: they mean the model as it is."
+                f"{changed[0] if changed else 'a mode'!r} has changed inside linearized(), which keeps what was computed before. "
+                "Leave the context and enter it again, or take products without it: they mean the model as it is."
             )
-
-
-def counted(work: Callable[[], T], undo: Callable[[], Any]) -> tuple[T, int | None]:
-    """What some work gives, and the bytes that its graphs hold if they can be counted."""
-    sizes: dict[int, int] = {}
-
-    def add(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the same memory, without the cycle of an output that saves itself
-
-    try:
-        with saved_tensors_hooks(add, lambda tensor: tensor):
-            return work(), sum(sizes.values())
-    except RuntimeError as error:
-        # a model that uses `torch.func` inside refuses the hooks that count
-        if "saved tensor hooks" not in str(error) and "saved_tensors_hooks" not in str(error):
-            raise
-        undo()
-        return work(), None

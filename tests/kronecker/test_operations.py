@@ -181,7 +181,7 @@ def structured(*factors):
     placed, tensors, start = [], {}, 0
     for k, (left, right) in enumerate(factors):
         block = blocks.KroneckerBlock(left, right)
-        where = Places.range(start, start + block.size, left.device)
+        where = Places(slice(start, start + block.size), left.device)
         placed.append(Placed((f"w{k}",), where, block))
         tensors[f"w{k}"] = torch.zeros(block.size, dtype=left.dtype)
         start += block.size

@@ -1,0 +1,229 @@
+"""Each fast way is compared with the reference: refuted or unsupported, the reference serves and the account says so."""
+
+import pytest
+import torch
+from conformance import close, draws
+from problems import PROBLEMS
+from torch import nn
+from torch.func import functional_call
+
+from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
+from curvops.products import ggn, hessian, proofs, rules
+from curvops.products.record import Recorder
+from curvops.products.risk_operator import RiskOperator
+
+KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
+COLUMNS = draws(31, 5)
+
+
+def by_autograd(p):
+    """The Hessian of PyTorch's loss on all data."""
+    named = {name: q.detach() for name, q in p.params.items()}
+    sizes = [q.numel() for q in named.values()]
+
+    def value(flat):
+        parts = flat.split(sizes)
+        return p.loss(
+            functional_call(
+                p.model, {n: part.view_as(q) for (n, q), part in zip(named.items(), parts, strict=True)}, (p.X,)
+            ),
+            p.y,
+        )
+
+    return torch.autograd.functional.hessian(value, torch.cat([q.flatten() for q in named.values()]))
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """All fast ways, whatever the rules say."""
+    for name in ("matrix_pays", "together_pays", "rows_pay", "forward_mode_pays"):
+        monkeypatch.setattr(rules, name, lambda *_: True)
+    monkeypatch.setattr(rules, "FEW", 2)
+
+
+def never(monkeypatch):
+    for name in ("matrix_pays", "together_pays", "rows_pay", "forward_mode_pays"):
+        monkeypatch.setattr(rules, name, lambda *_: False)
+    monkeypatch.setattr(rules, "LARGEST_MATRIX", 0)
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("problem", ["mlp", "cnn"])
+def test_all_ways_give_the_same(cls, problem, monkeypatch):
+    p = PROBLEMS[problem]()
+    V = draws(p.dim, 5)
+    with monkeypatch.context() as patch:
+        never(patch)
+        op = cls(*p.args(2, 4))
+        expected, text = op.to_dense(), op.explain()
+        assert "vmap" not in text and "by layer" not in text
+    if cls is HessianLinearOperator:
+        close(expected, by_autograd(p))
+    for name in ("matrix_pays", "together_pays", "rows_pay", "forward_mode_pays"):
+        with monkeypatch.context() as patch:
+            never(patch)
+            patch.setattr(rules, "LARGEST_MATRIX", 4096)
+            patch.setattr(rules, name, lambda *_: True)
+            op = cls(*p.args(2, 4))
+            close(op @ V, expected @ V)
+            close(op @ V[:, 0], expected @ V[:, 0])
+            close(op.to_dense(), expected)
+            with op.linearized():
+                close(op @ V, expected @ V)
+                close(op.to_dense(), expected)
+
+
+WAYS = [
+    (HessianLinearOperator, hessian, "layered_hessian", "to_dense", "by layer"),
+    (HessianLinearOperator, hessian, "jvp", "columns", "forward over reverse by vmap"),
+    (GGNLinearOperator, ggn, "pulled_rows", "to_dense", "rows Sᵀ J"),
+    (EFLinearOperator, ggn, "pulled_rows", "columns", "rows Sᵀ J"),
+    (GGNLinearOperator, ggn, "jvp", "by_vmap", "J v and Jᵀ u by vmap"),
+]
+
+
+@pytest.mark.parametrize("cls,module,function,work,name", WAYS)
+@pytest.mark.parametrize("lie", ["wrong", "nan", "fails"])
+def test_a_refuted_way_is_not_taken(cls, module, function, work, name, lie, always, monkeypatch):
+    p = PROBLEMS["mlp"]()
+    monkeypatch.setattr(rules, "forward_mode_pays", lambda *_: False)
+    monkeypatch.setattr(rules, "matrix_pays", lambda *_: False)
+    if work == "by_vmap":
+        monkeypatch.setattr(rules, "rows_pay", lambda *_: False)
+    expected = cls(*p.args(2, 4)) @ torch.eye(p.dim).double()
+    plain = getattr(module, function)
+
+    def lying(*args, **options):
+        if lie == "fails":
+            raise RuntimeError("no batching rule")
+        found = plain(*args, **options)
+        factor = torch.nan if lie == "nan" else 1.01
+        if function == "jvp":
+            out, tangent = found
+            return out, {k: t * factor for k, t in tangent.items()} if isinstance(tangent, dict) else tangent * factor
+        return (t * factor for t in found) if function == "pulled_rows" else found * factor
+
+    monkeypatch.setattr(module, function, lying)
+    op = cls(*p.args(2, 4))
+    found = op.to_dense() if work == "to_dense" else op @ draws(p.dim, 5)
+    close(found, expected if work == "to_dense" else expected @ draws(p.dim, 5))
+    text = op.explain()
+    assert name in text and ("unsupported here" if lie == "fails" else "differs from the reference by") in text
+
+
+class Convolutions(nn.Module):
+    """A net for which forward mode pays."""
+
+    def __init__(self, second=None):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3)
+        self.way = second
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        h = self.second(h) if self.way is None else self.way(self.second, h)
+        return self.head(h.mean((2, 3)))
+
+
+class Hidden(torch.autograd.Function):
+    """A product with a parameter that no mode sees and that has no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum_to_size(w.shape)
+
+
+def convolutional(second=None):
+    torch.manual_seed(3)
+    model = Convolutions(second).double()
+    X, y = draws(24, 64).view(24, 1, 8, 8), torch.arange(24) % 3
+    return model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X[:12], y[:12]), (X[12:], y[12:])]
+
+
+def test_forward_mode_serves_where_it_is_proved(always):
+    args = convolutional()
+    risk = EmpiricalRisk(*args)
+    op, other = GGNLinearOperator.of(risk), EFLinearOperator.of(risk)
+    v = draws(op.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        never(patch)
+        expected = [cls(*args) @ v for cls in (GGNLinearOperator, EFLinearOperator)]
+    close(op @ v, expected[0])
+    assert "J v: forward mode" in op.explain() and len(risk.proofs) == 1
+    close(other @ v, expected[1])
+    assert len(risk.proofs) == 1  # of the risk: the second operator's pass is the same
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_forward_mode_that_misses_a_parameter_is_not_trusted(later, always):
+    """Two heads whose blocks do not touch: vᵀ G v = ‖Sᵀ J v‖² alone would not tell."""
+    args = convolutional()
+    model = args[0]
+    hidden = nn.Parameter(torch.ones(1, 1, 1, dtype=torch.float64))
+    model.register_parameter("hidden", hidden)
+    view = hidden.view(1, 1)  # which stand-ins do not reach
+
+    def second(conv, h):
+        use = not later or bool(h.sum() < cut)
+        return conv(h) * view if use else conv(h)
+
+    sums = [model.first(X).tanh().sum().item() for X, _ in args[3]]
+    cut = sum(sums) / 2
+    model.way = second
+    args = (model, args[1], dict(model.named_parameters()), args[3])
+    v = draws(sum(p.numel() for p in model.parameters()))
+    with pytest.MonkeyPatch.context() as patch:
+        never(patch)
+        expected = GGNLinearOperator(*args, check_deterministic=False) @ v
+    op = GGNLinearOperator(*args, check_deterministic=False)
+    close(op @ v, expected)
+    if not later:
+        assert "J v: reverse over reverse (forward mode is not the adjoint" in op.explain()
+
+
+def test_the_free_check_catches_a_forward_mode_that_changes_its_mind(always, monkeypatch):
+    args = convolutional()
+    op = GGNLinearOperator(*args)
+    v = draws(op.shape[1])
+    expected = op @ v
+    assert "J v: forward mode" in op.explain()
+    plain = proofs.jvp
+    monkeypatch.setattr(proofs, "jvp", lambda *a: tuple(1.01 * t for t in plain(*a)))
+    close(op @ v, expected)
+    monkeypatch.setattr(proofs, "jvp", lambda *a: tuple(0.0 * t for t in plain(*a)))
+    close(op @ v, expected)
+
+
+def test_passes_are_told_apart():
+    def record(size, run, x):
+        recorder = Recorder(size)
+        leaf = torch.ones(3, requires_grad=True)
+        with recorder:
+            recorder.finish(run(x * leaf))
+        return recorder
+
+    def plain(h):
+        return h.tanh().sum(1)
+
+    few, many = record(2, plain, torch.ones(2, 3)), record(6, plain, torch.ones(6, 3))
+    assert few.covers(many) and many.covers(few) and few.fresh
+    assert not few.covers(record(6, lambda h: h.sin().sum(1), torch.ones(6, 3)))
+    assert not few.covers(record(6, lambda h: Hidden.apply(h, h).tanh().sum(1), torch.ones(6, 3)))
+    assert not few.covers(record(6, lambda h: h.tanh().sum(0), torch.ones(6, 3)))
+    assert not few.covers(record(6, lambda h: h[:, :2].tanh().sum(1), torch.ones(6, 3)))
+    shared = torch.ones(3, requires_grad=True).exp()
+    assert not record(2, lambda h: h * shared, torch.ones(2, 3)).fresh  # its graph is somebody else's too
+
+
+def test_rules_are_of_counts_alone():
+    assert rules.matrix_pays(100, 400) and not rules.matrix_pays(99, 400)
+    assert not rules.matrix_pays(10_000, rules.LARGEST_MATRIX + 1)
+    assert rules.together_pays(4, 10) and not rules.together_pays(3, 10) and not rules.together_pays(4, 10**9)
+    assert rules.rows_pay(16, 100, 683, 20, 500_000) and not rules.rows_pay(16, 10**6, 10**6, 100, 500_000)
+    assert RiskOperator._fast.__isabstractmethod__

@@ -6,7 +6,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -70,28 +70,19 @@ def _requiring(tensor: Tensor) -> Iterator[None]:
 
 @contextmanager
 def preserved_random_state(data: object = None) -> Iterator[None]:
-    """Put back the global random state (PyTorch's on all devices, NumPy's, Python's) on the way out.
-
-    Args:
-        data: A data loader, whose own generators (its and its sampler's) are put back as well.
-    """
+    """Put back the global random state (PyTorch's on all devices, NumPy's, Python's) and a loader's own on the way out."""
     sampler = getattr(data, "sampler", None)
     owners = (data, sampler, getattr(getattr(data, "batch_sampler", None), "sampler", None))
-    own = [getattr(owner, "generator", None) for owner in owners]
-    generators = [(g, g.get_state()) for g in own if isinstance(g, torch.Generator)]
+    generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
     numpy: Any = sys.modules.get("numpy.random")
-    numpy_state = None if numpy is None else numpy.get_state()
-    python_state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.set_state(numpy_state)
-            for generator, state in generators:
-                generator.set_state(state)
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        if numpy is not None:
+            stack.callback(numpy.set_state, numpy.get_state())
+        for generator in generators:
+            stack.callback(generator.set_state, generator.get_state())
+        yield
 
 
 @contextmanager
@@ -106,17 +97,12 @@ class Autocast:
 
     def __init__(self, device: torch.device) -> None:
         self.kind = device.type
-        self.enabled = torch.is_autocast_enabled(self.kind)
-        self.dtype = torch.get_autocast_dtype(self.kind)
+        self.enabled, self.dtype = torch.is_autocast_enabled(self.kind), torch.get_autocast_dtype(self.kind)
 
     def off(self) -> torch.autocast:
         """A context without autocast."""
         return torch.autocast(self.kind, enabled=False)
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> AbstractContextManager[Any]:
         """A context in the caller's state (without the cache of cast weights, which would outlive the graph)."""
-        with ExitStack() as stack:
-            if self.enabled:
-                stack.enter_context(torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False))
-            yield
+        return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False) if self.enabled else nullcontext()

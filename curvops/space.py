@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,16 +18,15 @@ Vector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 class Format:
     """How a vector was given, so that the answer can be given likewise."""
 
-    kind: Literal["flat", "list", "tuple", "dict"]
+    kind: str  # "flat", "list", "tuple" or "dict"
     columns: bool
 
 
 class TensorSpace:
     """The space of vectors with one entry per entry of some named tensors.
 
-    A vector is the concatenation of the flattened (row-major) tensors in their order. It can be
-    given as a tensor ``[D]`` or ``[D, K]``, as a list of tensors (each of its shape, optionally with
-    one trailing axis of ``K`` columns), or as a dict of such tensors by name.
+    A vector is the concatenation of the flattened (row-major) tensors in their order: a tensor ``[D]`` or ``[D, K]``,
+    a list of tensors (each of its shape, optionally with a trailing axis of ``K`` columns), or a dict of such by name.
 
     Args:
         tensors: The named tensors. Only shapes, dtypes and the device are read.
@@ -57,6 +57,7 @@ class TensorSpace:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name!r}: expected a real floating-point tensor, got {got}.")
+        self.names = list(tensors)
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         devices = {tensor.device for tensor in tensors.values()}
@@ -66,36 +67,22 @@ class TensorSpace:
                 "Move the model to one device, or pass the parameters of one device only."
             )
         self.device = devices.pop()
-        self.dtype = next(iter(self.dtypes.values()))
-        for dtype in self.dtypes.values():
-            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.dtype = reduce(torch.promote_types, self.dtypes.values())
+        #: precision for sums over many batches, at least single
+        self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.dim = sum(self.sizes)
-        ends = accumulate(self.sizes)
-        self._slices = {
-            name: slice(end - size, end) for name, size, end in zip(self.shapes, self.sizes, ends, strict=True)
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors, in order."""
-        return list(self.shapes)
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """Precision for sums over many batches: at least single."""
-        return torch.promote_types(self.dtype, torch.float32)
+        ends = zip(self.shapes, self.sizes, accumulate(self.sizes), strict=True)
+        self._slices = {name: slice(end - size, end) for name, size, end in ends}
+        formats = f"one vector of length {self.dim}, a list of {len(tensors)} tensors, or a dict with these names"
+        self._hint = f"Pass {formats}."
+        self._key = tuple(self.shapes.items()), tuple(self.dtypes.values()), self.device
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, TensorSpace)
-            and list(self.shapes.items()) == list(other.shapes.items())
-            and self.dtypes == other.dtypes
-            and self.device == other.device
-        )
+        return isinstance(other, TensorSpace) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((tuple(self.shapes.items()), self.dtype, self.device))
+        return hash(self._key)
 
     def __repr__(self) -> str:
         return f"TensorSpace({describe(self.names)}; dim={self.dim}, {self.dtype}, {self.device})"
@@ -112,10 +99,8 @@ class TensorSpace:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Tensors of a flat vector ``[D]``, or with trailing columns of ``[D, K]``, in their own dtypes."""
-        parts = flat.split(self.sizes)
-        trailing = flat.shape[1:]
-        named = zip(parts, self.shapes.values(), self.dtypes.values(), strict=True)
-        return [part.reshape((*shape, *trailing)).to(dtype) for part, shape, dtype in named]
+        parts = zip(flat.split(self.sizes), self.shapes.values(), self.dtypes.values(), strict=True)
+        return [part.reshape((*shape, *flat.shape[1:])).to(dtype) for part, shape, dtype in parts]
 
     def join(self, tensors: Iterable[Tensor | None], total: Tensor | None = None) -> Tensor:
         """Flat vector ``[D]`` of tensors in order, added to ``total`` if that is given; ``None`` stands for zeros."""
@@ -128,37 +113,41 @@ class TensorSpace:
     def random(self, generator: torch.Generator, columns: int | None = None) -> Tensor:
         """Standard normal vector ``[D]`` or ``[D, K]`` from a CPU generator."""
         shape = (self.dim,) if columns is None else (self.dim, columns)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return noise.to(self.device, self.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
     def to_columns(self, vector: Vector, context: str) -> tuple[Tensor, Format]:
-        """Columns ``[D, K]`` of a vector in any format, and the format.
-
-        Args:
-            vector: Vector in any of the formats of this class.
-            context: What is being computed, for the error message.
+        """Columns ``[D, K]`` of a vector in any format, and the format; ``context`` says in errors what is computed.
 
         Raises:
             TypeError: If the vector is of no known format, or of another dtype.
             ValueError: If lengths, shapes, names or devices do not fit.
         """
         if isinstance(vector, Tensor):
-            return self._flat_columns(vector, context)
+            self._check_kind(vector, self.dtype, context)
+            if vector.ndim not in (1, 2):
+                raise ValueError(
+                    f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint}"
+                )
+            if vector.shape[0] != self.dim:
+                raise ValueError(
+                    f"{context}: expected {self.dim} rows (the entries of {describe(self.names)}), got {vector.shape[0]}. {self._hint}"
+                )
+            return vector if vector.ndim == 2 else vector.unsqueeze(1), Format("flat", vector.ndim == 2)
         if isinstance(vector, Mapping):
-            if set(vector) != set(self.names):
-                raise ValueError(f"{context}: {self._name_mismatch(vector)}")
+            if mismatch := self.mismatch(vector):
+                raise ValueError(f"{context}: expected a dict with the names {describe(self.names)}{mismatch}.")
             tensors, kind = [vector[name] for name in self.names], "dict"
         elif isinstance(vector, (list, tuple)):
             if len(vector) != len(self.shapes):
                 raise ValueError(
-                    f"{context}: expected {len(self.shapes)} tensors ({describe(self.names)}), got {len(vector)}. {self._hint()}"
+                    f"{context}: expected {len(self.shapes)} tensors ({describe(self.names)}), got {len(vector)}. {self._hint}"
                 )
             tensors, kind = list(vector), "tuple" if isinstance(vector, tuple) else "list"
         else:
             raise TypeError(
-                f"{context}: expected a tensor, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint()}"
+                f"{context}: expected a tensor, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint}"
             )
-        return self._tensor_columns(tensors, kind, context)  # type: ignore[arg-type]  # kind is a literal in each branch
+        return self._tensor_columns(tensors, kind, context)
 
     def from_columns(self, columns: Tensor, form: Format) -> Any:
         """Vector in the given format from columns ``[D, K]``."""
@@ -170,21 +159,7 @@ class TensorSpace:
             return dict(zip(self.names, tensors, strict=True))
         return tuple(tensors) if form.kind == "tuple" else tensors
 
-    def _flat_columns(self, vector: Tensor, context: str) -> tuple[Tensor, Format]:
-        self._check_kind(vector, self.dtype, context)
-        if vector.ndim not in (1, 2):
-            raise ValueError(
-                f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint()}"
-            )
-        if vector.shape[0] != self.dim:
-            raise ValueError(
-                f"{context}: expected {self.dim} rows (the entries of {describe(self.names)}), got {vector.shape[0]}. {self._hint()}"
-            )
-        return (vector if vector.ndim == 2 else vector.unsqueeze(1)), Format("flat", vector.ndim == 2)
-
-    def _tensor_columns(
-        self, tensors: list[Tensor], kind: Literal["list", "tuple", "dict"], context: str
-    ) -> tuple[Tensor, Format]:
+    def _tensor_columns(self, tensors: list[Tensor], kind: str, context: str) -> tuple[Tensor, Format]:
         trailing: set[tuple[int, ...]] = set()
         for (name, shape), tensor in zip(self.shapes.items(), tensors, strict=True):
             if not isinstance(tensor, Tensor):
@@ -203,10 +178,8 @@ class TensorSpace:
             )
         (rest,) = trailing
         width = rest[0] if rest else 1
-        columns = torch.cat(
-            [t.reshape(size, width).to(self.dtype) for t, size in zip(tensors, self.sizes, strict=True)]
-        )
-        return columns, Format(kind, bool(rest))
+        parts = [t.reshape(size, width).to(self.dtype) for t, size in zip(tensors, self.sizes, strict=True)]
+        return torch.cat(parts), Format(kind, bool(rest))
 
     def _check_kind(self, tensor: Tensor, dtype: torch.dtype, context: str) -> None:
         if tensor.dtype != dtype:
@@ -216,20 +189,11 @@ class TensorSpace:
                 f"{context}: expected a tensor on {self.device}, got one on {tensor.device}. Move it with .to({str(self.device)!r})."
             )
 
-    def _name_mismatch(self, vector: Mapping[str, Tensor]) -> str:
-        missing = [name for name in self.names if name not in vector]
-        unknown = [name for name in vector if name not in self.shapes]
-        return (
-            f"expected a dict with the names {describe(self.names)}"
-            + (f"; missing: {describe(missing)}" if missing else "")
-            + (f"; unknown: {describe(unknown)}" if unknown else "")
-            + "."
-        )
-
-    def _hint(self) -> str:
-        return (
-            f"Pass one vector of length {self.dim}, a list of {len(self.shapes)} tensors, or a dict with these names."
-        )
+    def mismatch(self, names: Mapping[str, Any]) -> str:
+        """What is missing or unknown among some names, for a message; empty if nothing is."""
+        missing, unknown = [n for n in self.shapes if n not in names], [n for n in names if n not in self.shapes]
+        found = {"missing": missing, "unknown": unknown}
+        return "".join(f"; {what}: {describe(some)}" for what, some in found.items() if some)
 
 
 def describe(names: Sequence[str]) -> str:

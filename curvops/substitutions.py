@@ -25,6 +25,7 @@ from curvops.context import switched
 TABLE: dict[Any, Callable[..., Any]] = {}
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
+Maybe = Tensor | None
 
 
 @contextmanager
@@ -49,20 +50,18 @@ def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: An
 
 
 class Substitutions(TorchFunctionMode):
-    """Replaces the operations of the table wherever a model calls them, and tensors by others if asked to.
+    """Replaces the operations of the table wherever a model calls them, and tensors by ``stand_ins``, by their `id`.
 
-    Args:
-        stand_ins: Tensors by the `id` of those that they stand in for. Nothing of the model is touched, so a tensor
-            is replaced under whatever name or path the model reaches it.
+    Nothing of the model is touched, so a tensor is replaced under whatever name or path the model reaches it.
     """
 
     def __init__(self, stand_ins: Mapping[int, Tensor] | None = None) -> None:
         super().__init__()
-        self._stand_ins = stand_ins
+        self._stand_ins = stand_ins or {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._stand_ins is not None:
+        if self._stand_ins:
             args = tuple(self._replaced(arg) for arg in args)
             kwargs = {name: self._replaced(arg) for name, arg in kwargs.items()}
         if func is COND:  # the model's own code is in the branches
@@ -71,7 +70,6 @@ class Substitutions(TorchFunctionMode):
         return TABLE.get(func, func)(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
-        assert self._stand_ins is not None
         if isinstance(value, Tensor):
             return self._stand_ins.get(id(value), value)
         if type(value) in (list, tuple):
@@ -87,7 +85,7 @@ def gradients(outputs: Any, inputs: Any, cotangents: Any = None, **options: Any)
 
 def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(replacement: Callable[..., Any]) -> Callable[..., Any]:
-        TABLE.update({function: replacement for function in functions if function is not None})
+        TABLE.update(dict.fromkeys(functions, replacement))
         return replacement
 
     return register
@@ -124,10 +122,10 @@ def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
 @_for(F.batch_norm)
 def batch_norm(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: Maybe,
+    running_var: Maybe,
+    weight: Maybe = None,
+    bias: Maybe = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -161,13 +159,13 @@ def embedding(
 def embedding_bag(
     input: Tensor,
     weight: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Maybe = None,
     max_norm: float | None = None,
     norm_type: float = 2,
     scale_grad_by_freq: bool = False,
     mode: str = "mean",
     sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
+    per_sample_weights: Maybe = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
@@ -198,14 +196,9 @@ def embedding_bag(
     return total if mode == "sum" else total / seen.sum(1, keepdim=True).clamp(min=1)
 
 
-@_for(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+@_for(*(getattr(owner, name) for owner, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(owner, name)))
 def grouped_mm(
-    mat_a: Tensor,
-    mat_b: Tensor,
-    *,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    mat_a: Tensor, mat_b: Tensor, *, offs: Maybe = None, bias: Maybe = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """One product for each group of rows, as in a mixture of experts: in any precision and layout."""
     if offs is None:
@@ -221,14 +214,14 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-@_for(getattr(F, "linear_cross_entropy", None))
+@_for(*([F.linear_cross_entropy] if hasattr(F, "linear_cross_entropy") else []))
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
+    linear_bias: Maybe = None,
+    weight: Maybe = None,
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
@@ -248,73 +241,55 @@ def multi_margin_loss(
     target: Tensor,
     p: int = 1,
     margin: float = 1.0,
-    weight: Tensor | None = None,
+    weight: Maybe = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     rows, labels = torch.atleast_2d(input), torch.atleast_1d(target)
     violation = (margin - rows.gather(1, labels[:, None]) + rows).clamp(min=0) ** p
     if weight is not None:
         violation = violation * weight[labels][:, None]
     others = ~F.one_hot(labels, rows.shape[1]).bool()
     losses = (violation * others).sum(1) / rows.shape[1]
-    if reduction == "none":
-        return losses.reshape(target.shape)
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return _reduced(losses.reshape(target.shape), size_average, reduce, reduction)
 
 
 @_for(F.multilabel_margin_loss)
 def multilabel_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
 ) -> Tensor:
     """A row of targets is a list of labels that ends at its first -1."""
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     rows, labels = torch.atleast_2d(input), torch.atleast_2d(target)
     listed = (labels >= 0).cumprod(1).to(rows.dtype)
     labels = labels.clamp(min=0)
     others = 1 - torch.zeros_like(rows).scatter_reduce(1, labels, listed, "amax")
     slack = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)
     losses = (listed.unsqueeze(2) * others.unsqueeze(1) * slack).sum((1, 2)) / rows.shape[1]
+    return _reduced(losses.reshape(input.shape[:-1]), size_average, reduce, reduction)
+
+
+def _reduced(losses: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if reduction == "none":
-        return losses.reshape(input.shape[:-1])
+        return losses
     return losses.sum() if reduction == "sum" else losses.mean()
-
-
-def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False)):
-            return function(*args, **kwargs)
-
-    return run
 
 
 # cuDNN's recurrent layers have no second derivative, the native ones have
 for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
-    TABLE[_function] = _without_cudnn(_function)
+    TABLE[_function] = switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False))(_function)
 
 
 @cache
 def opened(function: Any) -> Callable[..., Any]:
-    """A copy of one of `torch.nn.functional`'s Python functions that does not stop at a function mode.
+    """A copy of a Python function of PyTorch's whose body runs inside a function mode, which sees the operations.
 
-    Calling the original inside a mode hands the whole call back to the mode; the copy runs its body, so
-    that the mode sees the operations inside.
+    The original would hand the whole call back to the mode.
     """
     closed = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **closed},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    scope = {**function.__globals__, **closed}
+    copy = types.FunctionType(function.__code__, scope, argdefs=function.__defaults__, closure=function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

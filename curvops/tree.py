@@ -23,11 +23,11 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
             new.data = items
             return new
         return type(tree)(items)  # type: ignore[call-arg]  # a mapping type that is built from a dict
-    if isinstance(tree, tuple):
+    if isinstance(tree, (tuple, list)):
         parts = [map_tensors(function, part) for part in tree]
+        if isinstance(tree, list):
+            return parts
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    if isinstance(tree, list):
-        return [map_tensors(function, part) for part in tree]
     return tree
 
 

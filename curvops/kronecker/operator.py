@@ -184,7 +184,12 @@ class KroneckerOperator(StateOperator):
         """Inputs and output gradients of each layer, one backward pass at a time: see `LayerRows`.
 
         Model and data are asked again, as they are now.
+
+        Raises:
+            RuntimeError: If this is a copy, which holds neither.
         """
+        if "risk" not in vars(self):
+            raise RuntimeError(f"{self.name}.layers(): a copy holds neither model nor data. Make the operator anew.")
         rows = layer_rows(Sweep(self.risk, self.options).streamed(f"{self.name} layers"))
         while True:
             # the caller's code between two rows runs in the caller's context

@@ -20,8 +20,8 @@ KINDS = ("type-2", "mc", "empirical", "forward-only")
 class TermLayout:
     """Correspondence between an output-shaped tensor and its rows, one per loss term.
 
-    Rows are in datum-major order: all terms of the first datum come first. A term's vector
-    runs along `axis`, or, for `None`, along everything behind the first axis.
+    Rows are in datum-major order: all terms of the first datum come first. A term's vector runs along `axis`, or, for
+    `None`, along everything behind the first axis.
     """
 
     shape: torch.Size
@@ -64,8 +64,8 @@ def class_layout(shape: torch.Size) -> TermLayout:
 class OutputCurvature(ABC):
     """The loss of one batch at the outputs z: summed over terms, without c.
 
-    Everything but `value` treats z as a constant, and is computed in z's precision
-    or in single precision if that is higher.
+    Everything but `value` treats z as a constant, and is computed in z's precision or in single precision if that is
+    higher.
 
     Attributes:
         z: The model's output.
@@ -74,8 +74,9 @@ class OutputCurvature(ABC):
         dtype: Precision of the computation, and of the rows.
         psd: Whether the output Hessian is positive semi-definite by construction.
         closed_form: Whether gradient and Hessian products are formulas, not autograd.
-        linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that
-            only averages what the model has already computed.
+        linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that only averages what the
+            model has already computed.
+        layout: How the output is cut into terms.
 
     Example:
         >>> import torch
@@ -91,19 +92,19 @@ class OutputCurvature(ABC):
     closed_form: bool = False
 
     def __init__(self, z: Tensor, y: Any, batch_size: int) -> None:
+        if not z.is_floating_point():
+            raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
         self.z = z
         self.y = y
         self.batch_size = batch_size
-        self.dtype = compute_dtype(z)
+        self.dtype = torch.promote_types(z.dtype, torch.float32)
 
     @property
     @abstractmethod
-    def layout(self) -> TermLayout:
-        """How the output is cut into terms."""
+    def layout(self) -> TermLayout: ...
 
     @property
     def linear(self) -> bool:
-        """Whether the output Hessian is zero."""
         return False
 
     @property
@@ -135,58 +136,44 @@ class OutputCurvature(ABC):
 
     @abstractmethod
     def value(self) -> Tensor:
-        """Compute the sum of the loss terms, a scalar.
+        """The sum of the loss terms, a scalar: PyTorch's loss with `reduction="sum"`.
 
-        It equals PyTorch's loss with `reduction="sum"` and is made of operations
-        that can be differentiated twice, so that z may carry a graph.
+        It is made of operations that can be differentiated twice, so that z may carry a graph.
         """
 
     @abstractmethod
     def gradient(self) -> Tensor:
-        """Compute the gradient of `value` in z, as rows `[T, C]`."""
+        """The gradient of `value` in z, as new rows `[T, C]`."""
 
     def hessian_product(self, u: Tensor) -> Tensor:
-        """Multiply an output-shaped tensor by the Hessian of `value` in z, exactly; in u's precision."""
+        """The Hessian of `value` in z times an output-shaped tensor, exactly; in u's precision."""
         self._expect_shape("hessian_product", u, tuple(self.z.shape))
         return self._hessian_product(u.to(self.dtype)).to(u.dtype)
 
     def gradient_at(self, z: Tensor) -> Tensor:
-        """Compute the gradient in the output's shape, as a function of the z that this was made at, with its graph.
+        """The gradient in the output's shape, as a function of the z that this was made at, with its graph.
 
-        Its derivative in z is `hessian_product`: nothing of the loss is differentiated
-        twice, however wide the output.
-
-        Raises:
-            ValueError: If the loss has no closed form.
+        Its derivative in z is `hessian_product`: nothing of the loss is differentiated twice, however wide the
+        output. A loss without a closed form raises a ValueError.
         """
         if not self.closed_form:
             raise ValueError("'gradient_at': the loss has no closed form. Differentiate 'value' twice.")
         gradient: Tensor = _Gradient.apply(z, self)  # type: ignore[no-untyped-call]
         return gradient
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the tensors that are held, the targets not counted."""
-        tensors = [t for name, t in vars(self).items() if isinstance(t, Tensor) and name != "y"]
-        return sum({t.data_ptr(): t.numel() * t.itemsize for t in tensors}.values())
-
     def factor(self, kind: str, mc_samples: int = 1, noise: Noise | None = None) -> Factor:
-        """Compute the output factor S.
+        """The output factor S.
 
         Args:
-            kind: "type-2" for the exact factor (S_t S_tᵀ is the term's output
-                Hessian), "mc" for gradients at sampled labels, scaled so that the
-                expectation of S_t S_tᵀ is the term's output Hessian, "empirical" for
-                the gradient at the true label, "forward-only" for no columns.
+            kind: "type-2" for the exact factor (S_t S_tᵀ is the term's output Hessian, C columns), "mc" for gradients
+                at sampled labels, scaled so that the expectation of S_t S_tᵀ is the term's output Hessian (M
+                columns), "empirical" for the gradient at the true label (1 column), "forward-only" for no columns.
             mc_samples: Number of columns of "mc", M.
             noise: Randomness of "mc".
 
-        Returns:
-            The factor, with C, M, 1 or 0 columns.
-
         Raises:
-            ValueError: If the kind is not known, "mc" comes without noise or
-                samples, or the output Hessian has no factor.
+            ValueError: If the kind is not known, "mc" comes without noise or samples, or the output Hessian has no
+                factor.
         """
         if kind == "type-2":
             return self._exact_factor()
@@ -203,8 +190,7 @@ class OutputCurvature(ABC):
         return self._sampled_factor(mc_samples, noise)
 
     @abstractmethod
-    def _hessian_product(self, u: Tensor) -> Tensor:
-        """Multiply an output-shaped tensor of the precision `dtype`."""
+    def _hessian_product(self, u: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _exact_factor(self) -> Factor: ...
@@ -241,14 +227,9 @@ class ClosedForm(OutputCurvature):
     def count(self) -> float:
         """This batch's share of what "mean" divides by."""
 
-    def constant_value(self) -> Tensor:
-        """`value` without a graph, to within rounding."""
-        with torch.no_grad():
-            return self.value()
-
-    def subtract_gradient(self, rows: Tensor) -> None:
-        """Subtract `gradient` from rows `[T, C]` in place."""
-        rows.sub_(self.gradient())
+    def quick_value(self) -> Tensor:
+        """`value`, as a by-product of what the gradient needs, or else anything."""
+        return self.value()
 
 
 class _Gradient(torch.autograd.Function):
@@ -263,10 +244,3 @@ class _Gradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:
         return ctx.curvature.hessian_product(u), None
-
-
-def compute_dtype(z: Tensor) -> torch.dtype:
-    """Choose single precision for half-precision outputs, else the output's own."""
-    if not z.is_floating_point():
-        raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
-    return torch.promote_types(z.dtype, torch.float32)

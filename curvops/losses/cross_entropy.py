@@ -14,11 +14,9 @@ from curvops.losses.noise import Noise
 class CrossEntropyCurvature(ClosedForm):
     """The sum of -Σ_c t_c w_c log p_c, with p the softmax of z over the classes.
 
-    With the target distribution t (labels, smoothed or soft), the class weights w
-    and ω = Σ_c t_c w_c, a term's output Hessian is ω (diag p - p pᵀ).
-
-    "mean" divides by the sum of the weights of the labels that are not ignored, and
-    by the number of terms if the targets are probabilities.
+    With the target distribution t (labels, smoothed or soft), the class weights w and ω = Σ_c t_c w_c, a term's output
+    Hessian is ω (diag p - p pᵀ). "mean" divides by the sum of the weights of the labels that are not ignored, and by
+    the number of terms if the targets are probabilities.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class CrossEntropyCurvature(ClosedForm):
 
     @cached_property
     def count(self) -> float:
-        """Sum the labels' weights, or count the terms; smoothing does not enter."""
+        # smoothing does not enter
         if self.y.is_floating_point():
             return float(self.num_terms)
         if self._given_weight is None:
@@ -78,28 +76,20 @@ class CrossEntropyCurvature(ClosedForm):
             terms = torch.where(targets != 0, targets * rows, 0)
         return -terms.sum()
 
-    def constant_value(self) -> Tensor:
-        """From the probabilities, which are needed anyway, where none is too small."""
-        if self._plain_labels:
-            picked = self._probabilities.gather(1, self._labels.unsqueeze(1)).squeeze(1)
-            if bool((picked >= torch.finfo(self.dtype).tiny).all()):
-                return -(self.weights * picked.log()).sum()
-        return super().constant_value()
+    def quick_value(self) -> Tensor:
+        """From the probabilities: not finite, or inexact, where one is too small."""
+        if not self._plain_labels:
+            return self.value()
+        picked = self._probabilities.gather(1, self._labels.unsqueeze(1)).squeeze(1)
+        return -(self.weights @ picked.log_())
 
     def gradient(self) -> Tensor:
-        """Compute ω p - t w, as rows."""
-        scaled = self.weights.unsqueeze(1) * self._probabilities
+        """ω p - t w, as rows."""
+        weights = self.weights.unsqueeze(1)
+        scaled = weights * self._probabilities
         if self._plain_labels:
-            return scaled.scatter_add_(1, self._labels.unsqueeze(1), -self.weights.unsqueeze(1))
-        return scaled - self._weighted_targets
-
-    def subtract_gradient(self, rows: Tensor) -> None:
-        """Without another tensor of this size where the targets are labels."""
-        rows.addcmul_(self.weights.unsqueeze(1), self._probabilities, value=-1)
-        if self._plain_labels:
-            rows.scatter_add_(1, self._labels.unsqueeze(1), self.weights.unsqueeze(1))
-        else:
-            rows.add_(self._weighted_targets)
+            return scaled.scatter_add_(1, self._labels.unsqueeze(1), -weights)
+        return scaled.sub_(self._weighted_targets)
 
     def _hessian_product(self, u: Tensor) -> Tensor:
         product = _categorical_product(self._probabilities, self.layout.rows(u))
@@ -124,11 +114,10 @@ class CrossEntropyCurvature(ClosedForm):
         """The weight ω of each term, `[T]`; zero for ignored terms."""
         if self.y.is_floating_point():
             return self._weighted_targets.sum(-1)
-        smoothing = self._smoothing
-        weights = (1 - smoothing) * self._class_weights[self._labels]
-        if smoothing:
-            weights = weights + smoothing * self._class_weights.mean()
-        return torch.where(self._seen, weights, 0)
+        if self._given_weight is None:
+            return self._seen.to(self.dtype)
+        smoothing, weights = self._smoothing, self._class_weights
+        return torch.where(self._seen, (1 - smoothing) * weights[self._labels] + smoothing * weights.mean(), 0)
 
     @cached_property
     def _weighted_targets(self) -> Tensor:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 
 class Factor(ABC):
-    """Columns s of the output factor S, with rows that belong to loss terms.
+    """Columns s of the output factor: for each loss term t a matrix S_t of shape `[C, K]`.
 
-    For term t the factor is the matrix `S_t` with shape `[C, K]`. What a Gauss-Newton
-    or Fisher matrix needs of the loss is `S_t S_tᵀ` (weights included, the constant
-    of the reduction not).
+    What a Gauss-Newton or Fisher matrix needs of the loss is `S_t S_tᵀ` (weights included, the constant of the
+    reduction not).
 
     Attributes:
         num_terms: T.
@@ -36,21 +35,13 @@ class Factor(ABC):
         self.num_columns = num_columns
 
     def column(self, k: int) -> Tensor:
-        """Compute column k of every term's factor, `[T, C]`.
-
-        Raises:
-            IndexError: If there is no such column.
-        """
+        """Column k of every term's factor, `[T, C]`; an IndexError if there is none."""
         if not 0 <= k < self.num_columns:
             raise IndexError(f"'Factor.column': expected 0 <= k < {self.num_columns}, got {k}.")
         return self._column(k)
 
     def product(self, rows: Tensor) -> Tensor:
-        """Multiply each term's vector, rows `[T, C]`, by `S_t S_tᵀ`.
-
-        Raises:
-            ValueError: If the rows do not have this shape.
-        """
+        """Each term's vector, rows `[T, C]`, times `S_t S_tᵀ`; a ValueError for any other shape."""
         expected = (self.num_terms, self.width)
         if rows.shape != expected:
             raise ValueError(
@@ -60,7 +51,7 @@ class Factor(ABC):
         return self._product(rows)
 
     def dense(self) -> Tensor:
-        """Compute all columns as one tensor `[T, C, K]`, however large."""
+        """All columns as one tensor `[T, C, K]`, however large."""
         return torch.stack([self._column(k) for k in range(self.num_columns)], -1)
 
     @abstractmethod
@@ -78,7 +69,6 @@ class StackedFactor(Factor):
         self._columns = columns
 
     def dense(self) -> Tensor:
-        """Return all columns, `[T, C, K]`."""
         return self._columns
 
     def _column(self, k: int) -> Tensor:

@@ -10,17 +10,21 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
 _WORD = (1 << 64) - 1
-_UNIFORM, _NORMAL, _SIGN = 1, 2, 3
+_UNIFORM, _NORMAL, _SIGN = 1, 2, 3  # the distributions use separate streams
 
 
 @dataclass(frozen=True)
 class Noise:
     """Noise of one batch, the same however the data set is cut into batches.
 
-    A number is a hash of its key: the seed, the datum's place in the data set, the
-    term within the datum, the sample and the channel. Nothing is stored, and no
-    generator advances. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood
-    2014, doi:10.1145/2660193.2660195), applied once per component of the key.
+    A number is a hash of its key: the seed, the datum's place in the data set, the term within the datum, the sample
+    and the channel. Nothing is stored, and no generator advances. The hash is the finaliser of SplitMix64 (Steele,
+    Lea & Flood 2014, doi:10.1145/2660193.2660195), applied once per component of the key.
+
+    `uniform`, `normal` and `signs` take the number of terms T; the terms of each datum (`None` where the data do not
+    have equally many: then the key is the term's place in its batch, and the noise does depend on the batches); the
+    number of samples M; and, where asked for, the channels of a term C (`width`), a device and a dtype. They return
+    `[T, M]`, or `[T, M, C]`.
 
     Attributes:
         seed: Any integer.
@@ -37,42 +41,16 @@ class Noise:
     seed: int
     start: int
 
-    def uniform(
-        self,
-        num_terms: int,
-        terms_per_datum: int | None,
-        mc_samples: int,
-        width: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> Tensor:
-        """Draw uniformly from the open interval (0, 1).
-
-        Args:
-            num_terms: Number of terms of the batch, T.
-            terms_per_datum: Terms of each datum. `None` where the data do not have
-                equally many; then the key is the term's place in its batch, and the
-                noise does depend on the batches.
-            mc_samples: Number of samples, M.
-            width: Channels of a term, C. `None` for one number per sample.
-            device: Where to compute.
-            dtype: `torch.float64` or `torch.float32`.
-
-        Returns:
-            `[T, M]`, or `[T, M, C]` if a width is given.
-
-        Raises:
-            ValueError: For any other dtype.
-        """
-        return _open_unit(self._words(_UNIFORM, num_terms, terms_per_datum, mc_samples, width, device), dtype)
+    def uniform(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
+        """Draw uniformly from the open interval (0, 1), in single or double precision, else a ValueError."""
+        return _open_unit(self._words(_UNIFORM, *key, **options), dtype)
 
     def normal(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-        """Draw from the standard normal distribution; arguments as for `uniform`."""
-        normal: Tensor = torch.special.ndtri(_open_unit(self._words(_NORMAL, *key, **options), dtype))
-        return normal
+        """Draw from the standard normal distribution, in single or double precision, else a ValueError."""
+        return torch.special.ndtri(_open_unit(self._words(_NORMAL, *key, **options), dtype))
 
     def signs(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-        """Draw from {-1, +1}, each with probability 1/2; arguments as for `uniform`, in any precision."""
+        """Draw from {-1, +1}, each with probability 1/2, in any precision."""
         return torch.where(self._words(_SIGN, *key, **options) < 0, -1.0, 1.0).to(dtype)
 
     def _words(
@@ -84,9 +62,8 @@ class Noise:
         width: int | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Random words of 64 bits; the three distributions use separate streams."""
-        term = torch.arange(num_terms, dtype=torch.int64, device=device)
-        sample = torch.arange(mc_samples, dtype=torch.int64, device=device)
+        """Random words of 64 bits."""
+        term = torch.arange(num_terms, device=device)
         if terms_per_datum is None:
             place, within = torch.full_like(term, self.start), term
         else:
@@ -94,11 +71,9 @@ class Noise:
             count = max(terms_per_datum, 1)
             place, within = self.start + term // count, term % count
         root = _mix_integer(_mix_integer(self.seed) ^ stream)
-        key = _absorb(torch.full_like(term, _signed(root)), place)
-        key = _absorb(_absorb(key, within).unsqueeze(-1), sample)
-        if width is None:
-            return key
-        return _absorb(key.unsqueeze(-1), torch.arange(width, dtype=torch.int64, device=device))
+        key = _absorb(_absorb(torch.full_like(term, _signed(root)), place), within)
+        key = _absorb(key.unsqueeze(-1), torch.arange(mc_samples, device=device))
+        return key if width is None else _absorb(key.unsqueeze(-1), torch.arange(width, device=device))
 
 
 def _absorb(key: Tensor, index: Tensor) -> Tensor:
@@ -110,7 +85,7 @@ def _absorb(key: Tensor, index: Tensor) -> Tensor:
 
 
 def _mix_integer(word: int) -> int:
-    """Apply the hash of `_absorb` to a Python integer."""
+    """The hash of `_absorb` for a Python integer."""
     word = (word + _GOLDEN) & _WORD
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
         word = (word ^ word >> shift) * multiplier & _WORD
@@ -123,7 +98,7 @@ def _shift(word: Tensor, bits: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """Read an unsigned 64-bit word as a signed one."""
+    """An unsigned 64-bit word read as a signed one."""
     return word - (1 << 64) if word >> 63 else word
 
 

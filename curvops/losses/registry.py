@@ -1,5 +1,6 @@
 """From a loss function to the object that is asked for its curvature, batch by batch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 from curvops.losses.additivity import Additivity
 from curvops.losses.autodiff import AutodiffCurvature
 from curvops.losses.base import ClosedForm, OutputCurvature
-from curvops.losses.bce import BinaryCrossEntropyCurvature
 from curvops.losses.cross_entropy import CrossEntropyCurvature
-from curvops.losses.mse import SquaredErrorCurvature
+from curvops.losses.entries import BinaryCrossEntropyCurvature, SquaredErrorCurvature
 from curvops.losses.scalar import ScalarLoss, is_untouched
 
 # function, module, what has its formulas, and the options that these take
@@ -26,22 +26,17 @@ _CLOSED_FORMS: tuple[tuple[Any, type[nn.Module], type[ClosedForm], tuple[str, ..
 def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> "OutputLoss":
     """Find the curvature of a loss function in the model's output.
 
-    Cross-entropy, binary cross-entropy of logits and squared error have closed forms,
-    as modules, as functions of `torch.nn.functional`, and as `functools.partial` of
-    these with keywords. Any other loss that is twice differentiable in the output is
-    differentiated; see `curvops.losses.autodiff`.
+    Cross-entropy, binary cross-entropy of logits and squared error have closed forms, as modules, as functions of
+    `torch.nn.functional`, and as `functools.partial` of these with keywords. Any other loss that is twice
+    differentiable in the output is differentiated; see `curvops.losses.autodiff`.
 
     Args:
         loss_func: Maps (output, target) to a scalar.
-        reduction: "mean" or "sum". Needed for a function that does not tell; must
-            agree with a module's own.
-
-    Returns:
-        The loss, to be asked batch by batch.
+        reduction: "mean" or "sum". Needed for a function that does not tell; must agree with a module's own.
 
     Raises:
-        ValueError: If the reduction is missing, not "mean" or "sum", or contradicts
-            the loss function's, or an option is not supported.
+        ValueError: If the reduction is missing, not "mean" or "sum", or contradicts the loss function's, or an option
+            is not supported.
         TypeError: If the loss function cannot be called with two arguments.
 
     Example:
@@ -61,9 +56,8 @@ reduction='sum' if it sums over the data, or reduction='mean' if it averages.
 class OutputLoss:
     """A loss function, asked as it is at that moment: nothing of it is copied. Made by `output_loss`.
 
-    A module with a `reduction`, or a function with this keyword, is evaluated with
-    "sum", and what its "mean" divides by is the ratio of the two. Of any other function,
-    "mean" means the mean over data.
+    A module with a `reduction`, or a function with this keyword, is evaluated with "sum", and what its "mean" divides
+    by is the ratio of the two. Of any other function, "mean" means the mean over data.
 
     Example:
         >>> import torch
@@ -145,25 +139,33 @@ class OutputLoss:
             own = self._loss.evaluate(z, found.y, averaging)
             if not own.requires_grad:
                 return False
-            (gradient,) = torch.autograd.grad(own, z, materialize_grads=True)
+            (slope,) = torch.autograd.grad(own, z, materialize_grads=True)
         eps = torch.finfo(found.dtype).eps
         with torch.no_grad():
-            own, value = own.detach() * count, found.constant_value()
-            differ = (own - value).abs() > eps**0.5 * (own.abs() + value.abs()) + eps * found.num_terms
-            rows = found.rows(gradient) * count
-            del gradient  # one more tensor of the output's size, not two
-            scale = _largest(rows)
-            found.subtract_gradient(rows)
-            largest = _largest(rows)
-            if largest.isnan():
-                largest = _largest(rows.nan_to_num_(0.0))
-            return not bool(differ | (largest > eps**0.5 * scale + 10 * eps))
+            rows = found.rows(slope)
+            difference = found.gradient().sub_(rows, alpha=count)
+            # numbers leave the device together
+            numbers = torch.stack([own, found.quick_value(), *rows.aminmax(), *difference.aminmax()]).tolist()
+            target, value, scale, largest = (
+                count * numbers[0],
+                numbers[1],
+                _largest(numbers[2:4]),
+                _largest(numbers[4:]),
+            )
+            if math.isnan(largest):
+                largest = _largest([float(t) for t in difference.nan_to_num_(0.0).aminmax()])
+            if largest > eps**0.5 * count * scale + 10 * eps:
+                return False
+
+            def differ(value: float) -> bool:
+                return abs(target - value) > eps**0.5 * (abs(target) + abs(value)) + eps * found.num_terms
+
+            return not (differ(value) or math.isnan(value)) or not differ(float(found.value()))
 
 
-def _largest(rows: Tensor) -> Tensor:
-    """The largest absolute value, without a tensor of all of them."""
-    low, high = rows.aminmax()
-    return torch.maximum(-low, high)
+def _largest(extremes: list[float]) -> float:
+    """The largest absolute value between a minimum and a maximum."""
+    return max(-extremes[0], extremes[1])
 
 
 class LossWalk:
@@ -179,8 +181,8 @@ class LossWalk:
         """Look at the next batch; see `OutputLoss.curvature`.
 
         Raises:
-            ValueError: If z and y do not fit the loss, or the loss of the data so far is
-                not the sum of their losses, as far as can be seen from it.
+            ValueError: If z and y do not fit the loss, or the loss of the data so far is not the sum of their losses,
+                as far as can be seen from it.
         """
         found = self._loss.curvature(z, y, batch_size)
         if not isinstance(found, ClosedForm):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvops.losses.base import TermLayout, class_layout, entry_layout
-from curvops.losses.bce import expect_no_batch_axis
+from curvops.losses.entries import expect_no_batch_axis
 from curvops.substitutions import Substitutions
 from curvops.tree import map_tensors, tensors_of
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from curvops.operators.blocks import Block, KroneckerBlock
+from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
@@ -28,13 +27,25 @@ class Placed:
 
     @property
     def positions(self) -> Tensor:
-        """The place of each of its rows in the flat vector."""
         return self.places.tensor
 
     @property
     def label(self) -> str:
         """What the block is called in errors."""
         return f"block of {describe(self.names)}"
+
+    def eigen(self) -> EigenBlock:
+        return self.block.eigen(self.label)
+
+    def powered(self, exponent: float, shift: float) -> Placed:
+        eigen = self.eigen()
+        values = eigen.values + shift
+        if exponent < 0 and (eigen.singular if shift == 0 else not values.amin() > 0):
+            raise ValueError(
+                f"{self.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
+                f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
+            )
+        return replace(self, block=EigenBlock(eigen.left, eigen.right, values**exponent))
 
 
 class BlockDiagonalOperator(LinearOperator):
@@ -43,10 +54,12 @@ class BlockDiagonalOperator(LinearOperator):
     Eigendecompositions are made once and kept, so that several dampings share them; the factors never change.
     """
 
+    _blocks: Sequence[Placed]
+
     @property
-    @abstractmethod
     def blocks(self) -> Sequence[Placed]:
         """The blocks."""
+        return self._blocks
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self._placed(lambda p: p.block.matmul(columns[p.places.index].to(p.block.dtype)), columns.shape[1])
@@ -75,7 +88,7 @@ class BlockDiagonalOperator(LinearOperator):
 
         It is −∞ for a singular matrix, as every curvature with an unused parameter is without damping.
         """
-        blocks = zip((placed.block.eigen(placed.label) for placed in self.blocks), self._dampings(damping), strict=True)
+        blocks = ((placed.eigen(), shift) for placed, shift in self._damped(damping))
         return self._total(
             block.values.new_tensor(-math.inf) if shift == 0 and block.singular else (block.values + shift).log().sum()
             for block, shift in blocks
@@ -110,23 +123,21 @@ class BlockDiagonalOperator(LinearOperator):
         Raises:
             ValueError: If the power is negative and a block is singular.
         """
-        blocks = [_power(p, exponent, shift) for p, shift in zip(self.blocks, self._dampings(damping), strict=True)]
+        blocks = [placed.powered(exponent, shift) for placed, shift in self._damped(damping)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}")
 
     def inverse(self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0) -> StructuredOperator:
         """The inverse of the damped matrix.
 
         Without damping, and with the heuristic one, a Kronecker product takes a Cholesky factorisation and an inverse
-        of each factor, n³/3 and 2n³/3 operations, for each damping afresh (where rounding hides whether a factor has an
-        inverse, an eigendecomposition decides). The exact damping takes an eigendecomposition of each, 9 n³ or more
-        and five times as long for a ResNet-18 on the CPU, but once for any number of dampings. Blocks that are known in
-        their eigenbasis (EKFAC) use it for all.
+        of each factor (n³ operations) for each damping afresh; an eigendecomposition decides where rounding hides
+        whether a factor has an inverse. The exact damping takes an eigendecomposition of each (9 n³ or more, five times
+        as long for a ResNet-18 on the CPU), but once for any number. Blocks known in their eigenbasis (EKFAC) use it.
 
         Args:
             damping: δ ≥ 0, or one for each parameter by name.
-            kind: ``"exact"`` for (F + δ I)⁻¹ in the eigenbasis. ``"heuristic"`` for Kronecker factors that are
-                damped each, by √δ times and over π (Martens & Grosse 2015, section 6.3); blocks that are no
-                Kronecker product of two matrices take the exact one.
+            kind: ``"exact"`` for (F + δ I)⁻¹. ``"heuristic"`` for Kronecker factors that are damped each, by √δ times
+                and over π (Martens & Grosse 2015, section 6.3); other blocks take the exact one.
             min_damping: Least damping of a factor (``"heuristic"``) or of a block (``"exact"``).
 
         Raises:
@@ -143,40 +154,32 @@ class BlockDiagonalOperator(LinearOperator):
                 inverse = block.inverse(shift, min_damping, placed.label)
                 if inverse is not None:
                     return replace(placed, block=inverse)
-            return _power(placed, -1.0, least)
+            return placed.powered(-1.0, least)
 
-        blocks = [inverted(p, shift) for p, shift in zip(self.blocks, self._dampings(damping), strict=True)]
+        blocks = [inverted(placed, shift) for placed, shift in self._damped(damping)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^-1")
 
     def sample(self, num_samples: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
-        """Samples of N(0, (F + δ I)⁻¹), for Laplace approximations.
+        """Samples ``[D, num_samples]`` of N(0, (F + δ I)⁻¹), for Laplace approximations.
 
         Args:
-            num_samples: Number of samples K.
+            num_samples: How many.
             damping: δ, such as a prior precision; or one for each parameter by name.
             generator: Source of randomness, on this operator's device; the global one if not given.
-
-        Returns:
-            Columns ``[D, K]``.
         """
         root = self.power(-0.5, damping)
         noise = torch.randn(self.domain.dim, num_samples, generator=generator, dtype=self.dtype, device=self.device)
         # U diag(λ^-½) ε: ε is as good as Uᵀε, so only one rotation is needed
         return root._rotated(noise * root._eigenvalues().unsqueeze(1))
 
-    def _dampings(self, damping: Damping) -> list[float]:
-        """One damping for each block."""
+    def _damped(self, damping: Damping) -> list[tuple[Placed, float]]:
+        """The blocks, and one damping for each."""
         if not isinstance(damping, Mapping):
             if not float(damping) >= 0:
                 raise ValueError(f"damping: expected a number ≥ 0, got {damping!r}.")
-            return [float(damping)] * len(self.blocks)
-        missing = [name for name in self.domain.names if name not in damping]
-        unknown = [name for name in damping if name not in self.domain.shapes]
-        if missing or unknown:
-            raise ValueError(
-                f"damping: expected one number for each parameter; missing {describe(missing) or 'none'}, "
-                f"unknown {describe(unknown) or 'none'}."
-            )
+            return [(placed, float(damping)) for placed in self.blocks]
+        if mismatch := self.domain.mismatch(damping):
+            raise ValueError(f"damping: expected one number for each parameter{mismatch}.")
         found = []
         for placed in self.blocks:
             values = {float(damping[name]) for name in placed.names}
@@ -185,18 +188,16 @@ class BlockDiagonalOperator(LinearOperator):
                     f"damping: expected one number ≥ 0 for the {placed.label}, got {sorted(values)}. "
                     "Give the parameters of a joint block the same damping, or use separate_weight_and_bias=True."
                 )
-            found.append(values.pop())
+            found.append((placed, values.pop()))
         return found
 
     def _eigenvalues(self) -> Tensor:
         """The eigenvalues ``[D]``, those of a block at its places."""
-        return self._placed(lambda p: p.block.eigen(p.label).values.flatten())
+        return self._placed(lambda p: p.eigen().values.flatten())
 
     def _rotated(self, columns: Tensor) -> Tensor:
         """The eigenvectors, in the order of `_eigenvalues`, times columns ``[D, K]``."""
-        return self._placed(
-            lambda p: p.block.eigen(p.label).rotate(columns[p.places.index].to(p.block.dtype)), columns.shape[1]
-        )
+        return self._placed(lambda p: p.eigen().rotate(columns[p.places.index].to(p.block.dtype)), columns.shape[1])
 
     def _placed(self, part: Callable[[Placed], Tensor], *columns: int) -> Tensor:
         result = torch.zeros(self.domain.dim, *columns, dtype=self.dtype, device=self.device)
@@ -214,22 +215,3 @@ class StructuredOperator(BlockDiagonalOperator):
     def __init__(self, space: TensorSpace, blocks: Sequence[Placed], name: str) -> None:
         super().__init__(space, psd=True)
         self._blocks, self._name = list(blocks), name
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def blocks(self) -> Sequence[Placed]:
-        return self._blocks
-
-
-def _power(placed: Placed, exponent: float, shift: float) -> Placed:
-    eigen = placed.block.eigen(placed.label)
-    values = eigen.values + shift
-    if exponent < 0 and (eigen.singular if shift == 0 else not values.amin() > 0):
-        raise ValueError(
-            f"{placed.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
-            f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
-        )
-    return replace(placed, block=eigen.with_values(values**exponent))

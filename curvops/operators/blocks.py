@@ -11,12 +11,7 @@ from curvops.operators.eigen import check_finite, eigh, within_rounding
 
 
 class _Block:
-    """A symmetric matrix that is block-diagonal over ``groups`` blocks of size ``left · right`` each.
-
-    Attributes:
-        shape: ``(groups, left, right)``.
-        tensors: What it is made of.
-    """
+    """A symmetric matrix of ``groups`` diagonal blocks of size ``left · right`` each, and the tensors that it is made of."""
 
     def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
         groups, left, right = shape
@@ -26,20 +21,14 @@ class _Block:
 
     @property
     def memory(self) -> int:
-        """Bytes that the block takes."""
         return sum(t.numel() * t.itemsize for t in self.tensors.values())
 
 
 class KroneckerBlock(_Block):
-    """left ⊗ right for each group; a factor with two axes is the diagonal of a diagonal one.
+    """left ⊗ right for each group, of factors ``[groups, n, n]``, or ``[groups, n]`` for the diagonal of a diagonal one.
 
-    With ``right`` a one, this is a dense matrix or a diagonal.
-
-    Args:
-        left: ``[groups, l, l]``, or ``[groups, l]``.
-        right: ``[groups, r, r]``, or ``[groups, r]``.
-        scales: Numbers that left and right are to be multiplied by; the factors themselves may be large and are not
-            copied for it.
+    With ``right`` a one, this is a dense matrix or a diagonal. The factors are to be multiplied by ``scales``; they may
+    be large and are not copied for it.
     """
 
     def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
@@ -73,8 +62,7 @@ class KroneckerBlock(_Block):
         Martens & Grosse 2015 (1503.05671), section 6.3. A single matrix (``right`` a number) gets + δ I. ``None`` where
         nothing is damped and it takes the eigenvalues to tell whether there is an inverse.
         """
-        left, right = self.left, self.right
-        means = [diagonal.mean(1) for diagonal in self._diagonals()]
+        left, right, means = self.left, self.right, [diagonal.mean(1) for diagonal in self._diagonals()]
         if right.shape[1] == 1:
             left, right = left * right.reshape(-1, *[1] * (left.ndim - 1)), torch.ones_like(right)
             shifts = [torch.full_like(means[0], max(damping, min_damping)), torch.zeros_like(means[0])]
@@ -88,21 +76,17 @@ class KroneckerBlock(_Block):
         return None if first is None or second is None else KroneckerBlock(first, second)
 
     def matmul(self, columns: Tensor) -> Tensor:
-        """Product with columns ``[size, K]``."""
         return _kron(columns * self._scales[0], self.shape, self._left, self._right).mul_(self._scales[1])
 
     def diagonal(self) -> Tensor:
-        """The diagonal, ``[size]``."""
         left, right = self._diagonals()
         return (left.unsqueeze(2) * right.unsqueeze(1)).flatten()
 
     def dense(self) -> Tensor:
-        """The matrix, ``[size, size]``."""
         left, right = (torch.diag_embed(f) if f.ndim == 2 else f for f in (self.left, self.right))
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
     def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar."""
         left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
         return torch.linalg.vector_norm(left * right)
 
@@ -113,16 +97,13 @@ class KroneckerBlock(_Block):
 class EigenBlock(_Block):
     """(U_left ⊗ U_right) diag(values) (U_left ⊗ U_right)ᵀ for each group.
 
-    Args:
-        left: Orthonormal columns ``[groups, l, l]``; ``None`` for the identity.
-        right: Likewise.
-        values: ``[groups, l, r]``.
-        singular: Whether an eigenvalue is known to be zero but for rounding.
+    The bases ``left`` and ``right`` have orthonormal columns ``[groups, n, n]`` (``None`` for the identity), ``values``
+    is ``[groups, l, r]``, and ``singular`` says that an eigenvalue is known to be zero but for rounding.
     """
 
     def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor, singular: bool = False) -> None:
-        bases = {"left": left, "right": right}
-        super().__init__(values.shape, {"values": values, **{k: b for k, b in bases.items() if b is not None}})
+        tensors = {"values": values, "left": left, "right": right}
+        super().__init__(values.shape, {name: t for name, t in tensors.items() if t is not None})
         self.left, self.right, self.values, self._singular = left, right, values, singular
 
     def eigen(self, label: str) -> EigenBlock:
@@ -137,10 +118,6 @@ class EigenBlock(_Block):
         # in a basis with rounding errors, a zero shows as their square
         least = torch.finfo(self.dtype).eps ** 1.5 * self.values.amax()
         return self._singular or not self.values.amin() > least
-
-    def with_values(self, values: Tensor) -> EigenBlock:
-        """The same eigenvectors with other eigenvalues."""
-        return EigenBlock(self.left, self.right, values)
 
     def rotate(self, columns: Tensor, transposed: bool = False) -> Tensor:
         """The eigenbasis (or its transpose) times columns ``[size, K]``."""

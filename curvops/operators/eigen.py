@@ -7,21 +7,13 @@ from torch import Tensor
 
 
 def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues ``[groups, n]``, not negative, and eigenvectors ``[groups, n, n]`` of a psd factor.
+    """Eigenvalues ``[groups, n]``, not negative, and eigenvectors ``[groups, n, n]`` of a psd factor ``[groups, n, n]``.
 
-    Args:
-        factor: ``[groups, n, n]``, or the diagonal ``[groups, n]`` of a diagonal one, whose eigenvectors are
-            the unit vectors (``None``).
-        label: Whose factor it is, for errors.
-
-    Raises:
-        ValueError: If the factor is not finite, or indefinite beyond rounding.
+    A diagonal one is given as its diagonal ``[groups, n]``; its eigenvectors are the unit vectors (``None``). A
+    ValueError, which names the block by ``label``, if the factor is not finite, or indefinite beyond rounding.
     """
     check_finite(factor, label)
-    if factor.ndim == 2:
-        values, vectors = factor, None
-    else:
-        values, vectors = _decompose(factor, label)
+    values, vectors = (factor, None) if factor.ndim == 2 else _decompose(factor, label)
     lowest, highest = values.amin(), values.abs().amax()
     if lowest < -(torch.finfo(values.dtype).eps ** 0.5) * highest:
         raise ValueError(
@@ -49,19 +41,17 @@ def within_rounding(values: Tensor, vectors: Tensor | None) -> Tensor:
 
 
 def _decompose(factor: Tensor, label: str) -> tuple[Tensor, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(factor)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        # single precision may fail to converge where double does not
+    for dtype in (factor.dtype, torch.float64):  # single precision may fail to converge where double does not
         try:
-            values, vectors = (t.to(factor.dtype) for t in torch.linalg.eigh(factor.double()))
+            values, vectors = torch.linalg.eigh(factor.to(dtype))
+            return values.to(factor.dtype), vectors.to(factor.dtype)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"{label}: the eigendecomposition of a factor of side {factor.shape[-1]} failed in double precision too "
-                f"({reason}). Likely causes: entries near overflow, or many equal eigenvalues; scale the loss, or pass "
-                f"rule=BlockRule(largest_factor={factor.shape[-1] - 1})."
-            ) from error
-    return values, vectors
+            failure = error
+    reason = (str(failure) or type(failure).__name__).splitlines()[0]
+    raise ValueError(
+        f"{label}: the eigendecomposition of a factor of side {factor.shape[-1]} failed in double precision too "
+        f"({reason}). Likely causes: entries near overflow, or many equal eigenvalues; scale the loss, or pass "
+        f"rule=BlockRule(largest_factor={factor.shape[-1] - 1})."
+    ) from failure

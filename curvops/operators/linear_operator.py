@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +17,6 @@ from torch.autograd.forward_ad import unpack_dual
 from curvops.extras import extra
 from curvops.memory import check_fits
 from curvops.space import TensorSpace, Vector
-
-if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
-
 
 SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
 
@@ -51,34 +48,25 @@ class LinearOperator(ABC):
 
     #: operators that this one is made of
     _parts: tuple[LinearOperator, ...] = ()
+    #: what it is called, if not after its class
+    _name = ""
 
     def __init__(
         self, domain: TensorSpace, codomain: TensorSpace | None = None, *, symmetric: bool = False, psd: bool = False
     ) -> None:
-        self.domain = domain
-        self.codomain = domain if codomain is None else codomain
-        self.symmetric = symmetric or psd
-        self.psd = psd
+        self.domain, self.codomain = domain, domain if codomain is None else codomain
+        self.symmetric, self.psd = symmetric or psd, psd
+        self.dtype, self.device = domain.dtype, domain.device
 
     @property
     def name(self) -> str:
         """What the operator is called in messages and progress bars."""
-        return type(self).__name__
+        return self._name or type(self).__name__
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of rows and columns."""
         return self.codomain.dim, self.domain.dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors."""
-        return self.domain.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-        return self.domain.device
 
     def __repr__(self) -> str:
         return f"<{self.name} {self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device}>"
@@ -105,10 +93,9 @@ class LinearOperator(ABC):
     def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
         """A context for many products, which yields the operator itself.
 
-        Within it an operator over data may keep the graphs of its batches, as far as its memory budget allows, so
-        that each further product is cheaper; sums, multiples, products and adjoints do what their parts do, and an
-        operator that keeps nothing does nothing. Whoever takes many products opens it, with SciPy's solvers
-        ``with op.linearized(): eigsh(op.to_scipy())``. Model, loss and data must stay as they are until it ends.
+        Within it an operator over data may keep the graphs of its batches, as far as its memory budget allows, which
+        makes further products cheaper; sums, multiples, products and adjoints do what their parts do. Whoever takes
+        many opens it: ``with op.linearized(): eigsh(op.to_scipy())``. Until it ends, model, loss and data must stay.
 
         Example:
             >>> import torch
@@ -174,20 +161,20 @@ class LinearOperator(ABC):
     H = T
 
     def __add__(self, other: Any) -> LinearOperator:
-        return SumOperator(self, other) if isinstance(other, LinearOperator) else NotImplemented
+        return SumOperator((1.0, self), (1.0, other)) if isinstance(other, LinearOperator) else NotImplemented
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scalar: Any) -> LinearOperator:
         factor = _as_scalar(scalar)
-        return NotImplemented if factor is None else ScaledOperator(self, factor)
+        return NotImplemented if factor is None else SumOperator((factor, self))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
         factor = _as_scalar(scalar)
-        return NotImplemented if factor is None else ScaledOperator(self, 1.0 / factor)
+        return NotImplemented if factor is None else self * (1.0 / factor)
 
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
@@ -202,77 +189,54 @@ class LinearOperator(ABC):
         with torch.inference_mode(False):
             return self._dense()
 
-    def to_scipy(self, dtype: Any = None) -> SciPyLinearOperator:
-        """The operator for SciPy's sparse solvers (needs ``scipy``), taking and giving NumPy arrays.
+    def to_scipy(self, dtype: Any = None) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` (needs ``scipy``), on NumPy arrays of a dtype, by default its own.
 
         A solver takes many products: call it within ``with op.linearized():``.
-
-        Args:
-            dtype: NumPy dtype of the arrays; the operator's own if not given.
         """
         np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
         own = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16
         numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own).numpy().dtype)
 
-        def product(operator: LinearOperator) -> Any:
-            def run(array: Any) -> Any:
-                vector = torch.from_numpy(np.array(array)).to(operator.device, operator.dtype)
-                return (operator @ vector).to("cpu", own).numpy().astype(numpy_dtype)
+        def product(operator: LinearOperator, array: Any) -> Any:
+            vector = torch.from_numpy(np.array(array)).to(operator.device, operator.dtype)
+            return (operator @ vector).to("cpu", own).numpy().astype(numpy_dtype)
 
-            return run
-
-        forward, backward = product(self), product(self.adjoint())
+        forward, backward = partial(product, self), partial(product, self.adjoint())
         return linalg.LinearOperator(
             self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=numpy_dtype
         )
 
 
 class SumOperator(LinearOperator):
-    """A + B."""
+    """Numbers times operators, summed."""
 
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        if (left.domain, left.codomain) != (right.domain, right.codomain):
-            raise ValueError(
-                f"A + B: expected operators between the same spaces, got {left!r} on {left.domain} and {right!r} on {right.domain}."
-            )
-        symmetric, psd = left.symmetric and right.symmetric, left.psd and right.psd
-        super().__init__(left.domain, left.codomain, symmetric=symmetric, psd=psd)
-        self.left, self.right = self._parts = left, right
+    def __init__(self, *terms: tuple[float, LinearOperator]) -> None:
+        _, first = terms[0]
+        for _, other in terms[1:]:
+            if (first.domain, first.codomain) != (other.domain, other.codomain):
+                raise ValueError(
+                    f"A + B: expected operators between the same spaces, got {first!r} on {first.domain} and {other!r} on {other.domain}."
+                )
+        symmetric = all(a.symmetric for _, a in terms)
+        psd = all(a.psd and scalar >= 0 for scalar, a in terms)
+        name = " + ".join(a.name if scalar == 1 else f"{scalar:g} · {a.name}" for scalar, a in terms)
+        super().__init__(first.domain, first.codomain, symmetric=symmetric, psd=psd)
+        self._name = name if len(terms) == 1 else f"({name})"
+        self._scalars, self._parts = zip(*terms, strict=True)
 
-    @property
-    def name(self) -> str:
-        return f"({self.left.name} + {self.right.name})"
-
-    def _apply(self, columns: Tensor) -> Tensor:
-        return self.left._apply(columns) + self.right._apply(columns)
-
-    def _apply_adjoint(self, columns: Tensor) -> Tensor:
-        return self.left._apply_adjoint(columns) + self.right._apply_adjoint(columns)
-
-    def _dense(self) -> Tensor:
-        return self.left._dense() + self.right._dense()
-
-
-class ScaledOperator(LinearOperator):
-    """A times a number."""
-
-    def __init__(self, operator: LinearOperator, scalar: float) -> None:
-        psd = operator.psd and scalar >= 0
-        super().__init__(operator.domain, operator.codomain, symmetric=operator.symmetric, psd=psd)
-        self.operator, self.scalar, self._parts = operator, scalar, (operator,)
-
-    @property
-    def name(self) -> str:
-        return f"{self.scalar:g} · {self.operator.name}"
+    def _summed(self, products: Iterable[Tensor]) -> Tensor:
+        terms = zip(self._scalars, products, strict=True)
+        return reduce(torch.add, (product if scalar == 1 else scalar * product for scalar, product in terms))
 
     def _apply(self, columns: Tensor) -> Tensor:
-        return self.scalar * self.operator._apply(columns)
+        return self._summed(part._apply(columns) for part in self._parts)
 
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
-        return self.scalar * self.operator._apply_adjoint(columns)
+        return self._summed(part._apply_adjoint(columns) for part in self._parts)
 
     def _dense(self) -> Tensor:
-        return self.scalar * self.operator._dense()
+        return self._summed(part._dense() for part in self._parts)
 
 
 class ProductOperator(LinearOperator):
@@ -285,10 +249,7 @@ class ProductOperator(LinearOperator):
             )
         super().__init__(right.domain, left.codomain)
         self.left, self.right = self._parts = left, right
-
-    @property
-    def name(self) -> str:
-        return f"({self.left.name} @ {self.right.name})"
+        self._name = f"({left.name} @ {right.name})"
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self.left._apply(self.right._apply(columns))
@@ -305,11 +266,7 @@ class AdjointOperator(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.codomain, operator.domain)
-        self.operator, self._parts = operator, (operator,)
-
-    @property
-    def name(self) -> str:
-        return f"{self.operator.name}.T"
+        self.operator, self._parts, self._name = operator, (operator,), f"{operator.name}.T"
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self.operator._apply_adjoint(columns)

@@ -52,7 +52,7 @@ class Once:
         (lambda: [(X[:0], Y[:0])], ValueError, "the loader is empty"),
         (lambda: 3, TypeError, "expected an iterable of batches"),
         (lambda: {"x": X}, TypeError, "got a dict"),
-        (lambda: X, TypeError, "got a Tensor"),
+        (lambda: X, TypeError, r"got a tensor of shape \(6, 3\)\. Pass"),
         (lambda: [X], TypeError, r"expected batches \(X, y\), got a tensor of shape \(6, 3\)"),
         (lambda: [(X, Y, Y)], TypeError, "got a tuple of 3"),
         (lambda: [{"x": X, "y": Y}], TypeError, r"a dict with keys \['x', 'y'\]"),

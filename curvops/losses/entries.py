@@ -1,0 +1,155 @@
+"""Curvature of losses that are sums over the output's entries: squared error, and binary cross-entropy of logits."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvops.losses.base import ClosedForm, TermLayout, entry_layout
+from curvops.losses.factor import DiagonalFactor, Factor, StackedFactor
+from curvops.losses.noise import Noise
+
+
+class EntryCurvature(ClosedForm):
+    """A loss with a target for each entry; "mean" divides by the number of entries."""
+
+    name: str
+
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Tensor) -> None:
+        self.check(**options)
+        if z.shape != y.shape:  # which PyTorch would broadcast
+            raise ValueError(
+                f"'{self.name}': expected targets of the output's shape {tuple(z.shape)}, got {tuple(y.shape)}. "
+                "Reshape one of them: broadcasting is almost always a mistake here."
+            )
+        super().__init__(z, y, batch_size)
+        self._targets = y.to(self.dtype)
+
+    @property
+    def count(self) -> float:
+        return float(self.y.numel())
+
+    @property
+    def layout(self) -> TermLayout:
+        return entry_layout(self.z.shape)
+
+
+class SquaredErrorCurvature(EntryCurvature):
+    """The sum of (z - y)², whose output Hessian is 2 I.
+
+    As a likelihood it is a normal distribution of variance 1/2 around z.
+    """
+
+    name = "MSELoss"
+
+    @staticmethod
+    def check(**options: Any) -> None:
+        if options:
+            raise ValueError(
+                "'output_loss': the weight of 'mse_loss' has a batch axis, so it cannot follow a data set that is "
+                "cut into batches. Pass a loss that reads each datum's weight from its target."
+            )
+
+    def value(self) -> Tensor:
+        return (self.z.to(self.dtype) - self._targets).square().sum()
+
+    def gradient(self) -> Tensor:
+        return self.layout.rows(2 * (self._constant - self._targets))
+
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        return 2 * u
+
+    def _exact_factor(self) -> Factor:
+        return DiagonalFactor(self._constant.new_tensor(2.0).expand(self.num_terms, self.width))
+
+    def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
+        normal = noise.normal(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
+        return StackedFactor((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
+
+    def _empirical_factor(self) -> Factor:
+        return StackedFactor(self.gradient().unsqueeze(-1))
+
+
+class BinaryCrossEntropyCurvature(EntryCurvature):
+    """The sum of ω ((1 - y) z + (1 + (π - 1) y) log(1 + exp(-z))).
+
+    Here ω is the weight and π the pos_weight, neither negative nor with a batch axis. The output Hessian is diagonal,
+    with entries ω σ (1 - σ) (1 + (π - 1) y), where σ is the sigmoid of z.
+    """
+
+    name = "BCEWithLogitsLoss"
+
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Tensor) -> None:
+        super().__init__(z, y, batch_size, **options)
+        for option, weights in options.items():
+            expect_no_batch_axis(self.name, option, weights, y)
+        one = torch.ones((), dtype=self.dtype, device=z.device)
+        self._weight = options.get("weight", one).to(one)
+        self._slope = one
+        if "pos_weight" in options:
+            if bool(((y < 0) | (y > 1)).any()):
+                raise ValueError(
+                    "'BCEWithLogitsLoss': with pos_weight, expected targets between 0 and "
+                    f"1, got values from {y.min().item()} to {y.max().item()}."
+                )
+            self._slope = 1 + (options["pos_weight"].to(one) - 1) * self._targets
+
+    @staticmethod
+    def check(**options: Any) -> None:
+        for name, option in options.items():
+            if bool((option < 0).any()):
+                raise ValueError(
+                    f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {option.min().item()}."
+                )
+
+    def value(self) -> Tensor:
+        z = self.z.to(self.dtype)
+        return (self._weight * ((1 - self._targets) * z - self._slope * F.logsigmoid(z))).sum()
+
+    def gradient(self) -> Tensor:
+        return self.layout.rows(self._weight * self._unweighted_gradient)
+
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        return self._curvature * u
+
+    def _exact_factor(self) -> Factor:
+        return DiagonalFactor(self.layout.rows(self._curvature))
+
+    def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
+        uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
+        scale = (self._weight * self._slope / mc_samples).sqrt()
+        rows = self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1)
+        probability = self.layout.rows(self._constant.sigmoid()).unsqueeze(-1)
+        answers = (uniform.mT < probability).to(self.dtype)
+        return StackedFactor(rows * (probability - answers))
+
+    def _empirical_factor(self) -> Factor:
+        gradient = self._weight.sqrt() * self._unweighted_gradient
+        return StackedFactor(self.layout.rows(gradient).unsqueeze(-1))
+
+    @property
+    def _unweighted_gradient(self) -> Tensor:
+        return (1 - self._targets) - self._slope * (-self._constant).sigmoid()
+
+    @cached_property
+    def _curvature(self) -> Tensor:
+        # σ(-z), not 1 - σ(z), which rounds to zero for large z
+        return self._weight * self._slope * (self._constant.sigmoid() * (-self._constant).sigmoid())
+
+
+def expect_no_batch_axis(loss: str, option: str, weight: Tensor, y: Tensor) -> None:
+    """Reject a weight of entries that could not follow ragged batches."""
+    shape, target = tuple(weight.shape), tuple(y.shape)
+    if len(shape) == len(target) > 0 and shape[0] != 1:
+        raise ValueError(
+            f"'{loss}': the {option} of shape {shape} has a batch axis (the targets have shape {target}), so it "
+            "cannot follow a data set that is cut into batches. Pass one without it, or a loss that reads each "
+            "datum's weight from its target."
+        )
+    tail = target[len(target) - len(shape) :]
+    if len(shape) > len(target) or any(size not in (1, full) for size, full in zip(shape, tail, strict=True)):
+        raise ValueError(
+            f"'{loss}': expected a {option} that broadcasts to the targets' shape {target}, got shape {shape}."
+        )

@@ -1,0 +1,247 @@
+"""What is seen on a walk over the data: batches that differ, data run alone, and what is held meanwhile."""
+
+import copy
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvops import EKFACLinearOperator, EmpiricalRisk, GGNDiagonalLinearOperator, KFACLinearOperator
+from curvops.kronecker import uses
+from kronecker.cases import KINDS, PROBLEMS, Net, build, close, cnn, dense_ggn, integers, mlp, params, real, seeded
+
+SIZES = (6, 5, 6)
+
+
+def three(forward):
+    """A net, and its data in batches of 6, 5 and 6."""
+    model = seeded(
+        lambda: Net(
+            forward,
+            hidden=nn.Linear(3, 4),
+            head=nn.Linear(4, 3),
+            square=nn.Parameter(real(4, 4)),
+            other=nn.Parameter(real(4, 3)),
+            scale=nn.Parameter(real(4)),
+        )
+    )
+    return model, nn.CrossEntropyLoss(), real(sum(SIZES), 3), integers(3, sum(SIZES))
+
+
+def expected(problem):
+    """The GGN by autograd, batch by batch."""
+    model, _, X, y = problem
+    zero = 0.0 * sum(p.sum() for p in model.parameters())
+    whole = lambda x: model(x) + zero  # noqa: E731
+    whole.named_parameters = model.named_parameters
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return sum(dense_ggn((whole, loss, *part)) for part in zip(X.split(SIZES), y.split(SIZES), strict=True)) / len(X)
+
+
+def later(x):
+    return len(x) == 5
+
+
+DIFFERENT = {
+    "bias with another weight": lambda net, X: net.head(
+        F.linear(net.hidden(X).tanh(), net.square, net.hidden.bias if later(X) else None)
+    ),
+    "bias with another weight at first": lambda net, X: net.head(
+        F.linear(net.hidden(X).tanh(), net.square, None if later(X) else net.hidden.bias)
+    ),
+    "bias alone later": lambda net, X: net.head(
+        torch.tanh(F.linear(X, net.other, net.hidden.bias) if later(X) else net.hidden(X))
+    ),
+    "weight without its bias": lambda net, X: net.head(
+        torch.tanh(F.linear(X, net.hidden.weight) if later(X) else net.hidden(X))
+    ),
+    "a part of a weight": lambda net, X: net.head(
+        torch.tanh(F.linear(X, net.hidden.weight[:2]).repeat(1, 2) if later(X) else net.hidden(X))
+    ),
+    "other parts of a weight": lambda net, X: net.head(
+        torch.cat([F.linear(X, part) for part in net.hidden.weight.split([1, 3] if later(X) else [2, 2])], 1).tanh()
+    ),
+    "bias as a vector": lambda net, X: net.head(net.hidden(X).tanh() * (net.hidden.bias if later(X) else 1)),
+    "the transpose": lambda net, X: net.head(F.linear(net.hidden(X).tanh(), net.square.T if later(X) else net.square)),
+    "with and without joint bias": lambda net, X: net.head(
+        F.linear(net.hidden(X).tanh(), net.square, net.scale if later(X) else None)
+    ),
+}
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_batches_that_use_parameters_in_different_ways(name, kind, separate):
+    problem = three(DIFFERENT[name])
+    op = build(kind, problem, *SIZES, separate_weight_and_bias=separate)
+    places = torch.cat([placed.positions for placed in op.blocks])
+    assert len(places.unique()) == len(places) == op.shape[0]
+    for row in op.explain().rows:
+        assert row.size <= sum(op.domain.shapes[n].numel() for n in row.names)
+    matrix = expected(problem)
+    if kind == "diagonal":
+        close(op.diagonal(), matrix.diagonal())
+    if kind == "ekfac":
+        close(op.trace(), matrix.trace())
+    for name in op.domain.names:  # no block is zero that is not
+        where = op.domain.slice(name)
+        assert bool(op.diagonal()[where].any()) == bool(matrix.diagonal()[where].any())
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_rows_of_batches_that_differ(name):
+    """What `layers` gives makes up the diagonal of the parameters whose rows it gives."""
+    problem = three(DIFFERENT[name])
+    op = build("diagonal", problem, *SIZES)
+    batches = {row.batch for row in op.layers() if row.names == ("head.weight",)}
+    assert batches == {0, 1, 2}
+    total = sum(
+        torch.einsum("npgo,npgi->noi", row.output_gradients, row.inputs).square().sum(0)
+        for row in op.layers()
+        if row.names == ("head.weight",)
+    )
+    close(op.state.constant * total.flatten(), op.diagonal()[op.domain.slice("head.weight")])
+
+
+def test_data_that_agree_at_the_ends_only():
+    """Rows are sorted, so that data are run alone; those in the middle need each other."""
+
+    def forward(net, X):
+        order = X[:, 0].argsort()
+        h = net.hidden(X)[order].tanh()[order.argsort()]
+        if len(X) > 4:
+            h = torch.cat([h[:2], h[2:-2].flip(0), h[-2:]])
+        return net.head(h)
+
+    problem = three(forward)
+    close(build("diagonal", problem, *SIZES).diagonal(), expected(problem).diagonal())
+
+
+class Masked(nn.Module):
+    """Attention within a datum, with a mask ``[positions, positions]`` that all data share."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head, self.norm = nn.Linear(3, 9), nn.Linear(3, 2), nn.Parameter(torch.ones(()))
+
+    def forward(self, X):
+        q, k, v = self.qkv(X["x"]).chunk(3, -1)
+        scores = (q @ k.mT * self.norm.exp()).masked_fill(X["mask"], float("-inf"))
+        return self.head((scores.softmax(-1) @ v).mean(1))
+
+
+@pytest.mark.parametrize("length", [6, 4])
+@pytest.mark.parametrize("kind", ["ekfac", "diagonal", "kfac"])
+def test_a_mask_with_as_many_positions_as_data(kind, length):
+    model, y = seeded(Masked), integers(2, 6)
+    X = {"x": real(6, length, 3), "mask": torch.ones(length, length, dtype=torch.bool).triu(1)}
+    options = {"fisher_type": "type-2", "batch_size_fn": lambda X: len(X["x"])}
+    op = KINDS[kind](model, nn.CrossEntropyLoss(), params(model), [(X, y)], **options)
+    matrix = dense_ggn((model, nn.CrossEntropyLoss(), X, y))
+    if kind == "diagonal":
+        close(op.diagonal(), matrix.diagonal())
+    elif kind == "ekfac":
+        close(op.trace(), matrix.trace())
+    assert "whole" not in str(op.explain()) and all(row.size for row in op.explain().rows)
+
+
+def test_running_out_of_memory_is_no_mixing():
+    def forward(net, X):
+        if len(X) < 6:
+            raise torch.OutOfMemoryError("out of memory")
+        return net.head(net.hidden(X).sort(0)[0].tanh())
+
+    model, loss, X, y = three(forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        KFACLinearOperator(model, loss, params(model), [(X[:6], y[:6])], check_deterministic=False)
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Windows that were formed, and the most that were there at once."""
+    alive, most, formed, patches = [], [0], [], uses.patches
+
+    def counted(*args):
+        made = patches(*args)
+        formed.append(made.shape)
+        alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(made.untyped_storage())]
+        most[0] = max(most[0], len(alive))
+        return made
+
+    monkeypatch.setattr(uses, "patches", counted)
+    return formed, most
+
+
+def convolutions(size):
+    def make():
+        return nn.Sequential(
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) * 3, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        )
+
+    model = seeded(make)
+    for k in (2, 4):
+        model[k] = seeded(lambda: nn.Conv2d(8, 8, 3, padding=1), k)
+    return model, nn.CrossEntropyLoss(), real(4, 8, size, size), integers(5, 4)
+
+
+def test_no_windows_where_the_autocorrelation_answers(windows):
+    formed, _ = windows
+    problem = convolutions(24)
+    options = {"check_deterministic": False}
+    build("kfac", problem, fisher_type="empirical", **options)
+    certified = len(formed)
+    build("kfac", problem, **options)
+    assert certified == 3 and len(formed) == 2 * certified  # each layer once, to prove that its gradient is explained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_windows_of_one_layer_at_a_time(kind, windows):
+    formed, most = windows
+    build(kind, convolutions(5), memory_budget=0, check_deterministic=False)
+    assert len(formed) > 3 and most[0] == 1
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda op: pickle.loads(pickle.dumps(op))])
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies(kind, name, separate, way):
+    op = build(kind, PROBLEMS[name](), separate_weight_and_bias=separate)
+    other = way(op)
+    assert type(other) is type(op) and torch.equal(other.to_dense(), op.to_dense())
+    assert other.explain().rows == op.explain().rows
+    if kind in ("kfac", "diagonal"):
+        close(other.merge(op).to_dense(), op.merge(op).to_dense())
+
+
+def test_a_copy_without_model_and_data():
+    op = copy.deepcopy(build("kfac", mlp()))
+    with pytest.raises(RuntimeError, match="a copy holds neither model nor data"):
+        next(op.layers())
+
+
+def test_a_snapshot():
+    model, loss, X, y = mlp()
+    data = [(X, y)]
+    op = KFACLinearOperator(model, loss, params(model), data)
+    dense = op.to_dense()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    data.append((X, y))
+    assert torch.equal(op.to_dense(), dense)
+    assert not torch.equal(KFACLinearOperator(model, loss, params(model), data).to_dense(), dense)
+
+
+def test_operators_of_one_risk():
+    model, loss, X, y = cnn()
+    risk = EmpiricalRisk(model, loss, params(model), [(X, y)])
+    for kind, cls in KINDS.items():
+        close(cls.of(risk, fisher_type="type-2").to_dense(), build(kind, cnn()).to_dense(), 1e-12)
+    with pytest.raises(ValueError, match="fisher_type: 'forward-only' takes no gradients"):
+        EKFACLinearOperator.of(risk, fisher_type="forward-only")
+    diagonal = GGNDiagonalLinearOperator.of(risk)
+    close(diagonal.diagonal(), dense_ggn(cnn()).diagonal())

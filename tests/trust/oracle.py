@@ -54,20 +54,17 @@ class Case:
         truth = self.truth(kind) if truth is None else truth
         op = self.make(kind) if op is None else op
         if kind in KRONECKER:
-            found, expected = op.to_dense().diagonal(), truth.diagonal()
-            if kind == "EKFAC":
-                found, expected = self.traces(found), self.traces(expected)
-            return close(found, expected)
+            both = op.to_dense().diagonal(), truth.diagonal()
+            close(*(map(self.traces, both) if kind == "EKFAC" else both))
+            return
         V = real(len(truth), 3, seed=1)
         for _ in range(2):
             close(op @ V[:, 0], truth @ V[:, 0])
-        close(op @ V, truth @ V)
         close(op.to_dense(), truth)
+        close(op @ V, truth @ V)
         with op.linearized():
-            for k in (0, 1):
-                close(op @ V[:, k], truth @ V[:, k])
-            close(op @ V, truth @ V)
-        return None
+            for v in (V[:, 0], V[:, 1], V):
+                close(op @ v, truth @ v)
 
     def traces(self, diagonal: Tensor) -> Tensor:
         return torch.stack([part.sum() for part in diagonal.split([p.numel() for p in self.params.values()])])

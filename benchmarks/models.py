@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvops.tour.setups import tutorial
 
 Data = list[tuple[Tensor, Tensor]]
-Problem = tuple[nn.Module, Data]
+Made = tuple[nn.Module, Data]
 
 
 class Residual(nn.Module):
@@ -66,6 +66,37 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(h))).transpose(1, 2)
 
 
+class BasicBlock(nn.Module):
+    """Two convolutions with batch norm, and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(h)) + self.shortcut(x)).relu()
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016, arXiv 1512.03385) as torchvision has it."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        widths = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+        self.blocks = nn.Sequential(*(b for i, o, s in widths for b in (BasicBlock(i, o, s), BasicBlock(o, o, 1))))
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.bn1(self.conv1(x)).relu(), 3, 2, 1)
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
 def linear_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of linear and convolution layers, which every library's KFAC covers."""
     return {
@@ -76,26 +107,37 @@ def linear_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def cnn() -> Problem:
+def cnn() -> Made:
     """The tutorial's CNN: 683 parameters, 50 data in batches of 20."""
     setup = tutorial()
     return setup.model, list(setup.data)
 
 
-def mlp() -> Problem:
+def mlp() -> Made:
     """An MLP with 235,146 parameters, 1,024 data in batches of 128."""
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
     return model, [(torch.rand(128, 784), torch.randint(10, (128,))) for _ in range(8)]
 
 
-def residual() -> Problem:
+def residual() -> Made:
     """A residual CNN with 9,898 parameters, 128 images of 16 × 16 in batches of 32."""
     return Residual(), [(torch.rand(32, 3, 16, 16), torch.randint(10, (32,))) for _ in range(4)]
 
 
-def gpt() -> Problem:
+def gpt() -> Made:
     """A GPT with 110,529 parameters, 32 sequences of 32 tokens in batches of 8."""
     return GPT(), [(torch.randint(65, (8, 32)), torch.randint(65, (8, 32))) for _ in range(4)]
+
+
+def resnet18() -> Made:
+    """ResNet-18 in eval mode with 11,181,642 parameters, 32 images of 64 × 64 in batches of 16."""
+    return ResNet18().eval(), [(torch.rand(16, 3, 64, 64), torch.randint(10, (16,))) for _ in range(2)]
+
+
+def training() -> Made:
+    """An MLP 64-64-10 with 4,810 parameters, one batch of 256 data, as it is at one step of training."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return model, [(torch.rand(256, 64), torch.randint(10, (256,)))]
 
 
 class Classifier(nn.Module):
@@ -121,16 +163,18 @@ class Classifier(nn.Module):
         return self.head(self.encoder(input_ids=ids, position_ids=places).last_hidden_state.mean(1))
 
 
-def minilm() -> Problem:
+def minilm() -> Made:
     """A pretrained transformer with 22,566,532 parameters, 16 sequences of 16 tokens in batches of 8."""
     model = Classifier().eval()
     return model, [(torch.randint(1000, 30_000, (8, 16)), torch.randint(4, (8,))) for _ in range(2)]
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {
+PROBLEMS: dict[str, Callable[[], Made]] = {
     "cnn": cnn,
     "mlp": mlp,
     "residual": residual,
     "gpt": gpt,
+    "resnet18": resnet18,
+    "training": training,
     "minilm": minilm,
 }

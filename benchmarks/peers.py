@@ -16,14 +16,14 @@ import statistics
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import models
 import torch
 from document import Section
-from peers_libraries import LIBRARIES, Library, Problem, Work, ours
+from peers_libraries import LIBRARIES, Library, Work, ours
 from peers_oracle import oracle
+from problem import Problem, installed, relative
 from timing import medians
 from torch import Tensor
 
@@ -48,11 +48,6 @@ class Row:
         costs = (self.ours, self.other, self.other / self.ours)
         shown = ("—" if math.isnan(cost) else f"{cost:.2f}" for cost in costs)
         return [self.model, self.work, self.library, *shown, self.numbers]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Distance relative to the second."""
-    return float((a - b).norm() / b.norm())
 
 
 def numbers(problem: Problem, work: str, mine: Tensor | None, its: Tensor | None) -> tuple[str, bool]:
@@ -96,22 +91,11 @@ def rows_of(problem: Problem, library: Library, rounds: int, section: Section) -
         return []
     own, rows = ours(problem), []
     for work, its in works.items():
-        if "dense" in work and len(problem.v) > DENSE:
+        if "dense" in work and problem.size > DENSE:
             continue
         rows.append(compared(problem, work, library, own[work], its, rounds))
         section.row(rows[-1].cells)
     return rows
-
-
-def installed() -> str:
-    """The libraries' versions."""
-    found = []
-    for package in dict.fromkeys(library.package for library in LIBRARIES):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} is not installed")
-    return ", ".join(found)
 
 
 def main() -> int:
@@ -130,21 +114,22 @@ def main() -> int:
     # some libraries hold a Jacobian of each datum; that is then a failure, and not the machine's
     limit = int(options.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    packages = dict.fromkeys(library.package for library in LIBRARIES)
+    versions = ", ".join(f"{package} {installed(package)}" for package in packages)
     section = Section(
         "Other libraries",
-        f"Costs in gradients, ours and theirs, and how far apart the numbers are. {installed()}.",
+        f"Costs in gradients, ours and theirs, and how far apart the numbers are. {versions}.",
         f"float32, medians of {options.rounds} rounds, at most {options.memory:g} GiB",
     )
     section.table(["model", "work", "library", "ours", "theirs", "theirs / ours", "numbers"])
     rows: list[Row] = []
     for name in options.models.split(","):
         torch.manual_seed(0)
-        model, data = models.PROBLEMS[name]()
-        v = torch.randn(sum(p.numel() for p in model.parameters()))
+        problem = Problem(name, *models.PROBLEMS[name]())
         for library in LIBRARIES:
-            rows += rows_of(Problem(name, model, data, v), library, options.rounds, section)
+            rows += rows_of(problem, library, options.rounds, section)
     ratios = [row.other / row.ours for row in rows if not math.isnan(row.other)]
-    median = statistics.median(ratios)
+    median = statistics.median(ratios or [math.nan])
     slower = sum(ratio < 1 for ratio in ratios)
     section.say("", f"{len(ratios)} comparisons, median ratio {median:.2f}; in {slower} of them ours takes longer.")
     section.write(options.write)

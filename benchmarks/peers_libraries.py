@@ -9,64 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import models
 import torch
+from problem import LOSS, Problem, flat
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import curvops
-
-LOSS = nn.CrossEntropyLoss()
 PRODUCTS = 10
 Work = Callable[[], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model, its data and a vector."""
-
-    name: str
-    model: nn.Module
-    data: models.Data
-    v: Tensor
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
-    @property
-    def num_data(self) -> int:
-        return sum(len(X) for X, _ in self.data)
-
-    @property
-    def parts(self) -> list[Tensor]:
-        """The vector in the parameters' shapes."""
-        pieces = self.v.split([p.numel() for p in self.params.values()])
-        return [piece.view_as(p) for piece, p in zip(pieces, self.params.values(), strict=True)]
-
-    def joined(self) -> Problem:
-        """The same with all data in one batch."""
-        X, y = (torch.cat(parts) for parts in zip(*self.data, strict=True))
-        return replace(self, data=[(X, y)])
-
-    def apart(self) -> Problem:
-        """The same with a model of its own, since some libraries leave hooks or gradients on theirs."""
-        return replace(self, model=copy.deepcopy(self.model))
-
-    def gradient(self) -> None:
-        for X, y in self.data:
-            torch.autograd.grad(LOSS(self.model(X), y), list(self.params.values()))
-
-    def ours(self, kind: str, **options: Any) -> Any:
-        make = getattr(curvops, f"{kind}LinearOperator")
-        return make(self.model, LOSS, self.params, self.data, check_deterministic=False, **options)
-
-
-def flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.detach().flatten() for part in parts])
 
 
 def kronecker_product(factors: Sequence[Sequence[Tensor]], parts: Sequence[Tensor]) -> Tensor:
@@ -108,8 +60,8 @@ def ours(p: Problem) -> dict[str, Work]:
         return p.ours("KFAC", fisher_type=fisher_type, separate_weight_and_bias=separate)
 
     def many(kind: str) -> Tensor:
-        operator = p.ours(kind)
-        return repeated(lambda: operator @ p.v)
+        with p.ours(kind).linearized() as operator:
+            return repeated(lambda: operator @ p.v)
 
     def sampled(separate: bool) -> None:
         _ = kfac("mc", separate) @ p.v

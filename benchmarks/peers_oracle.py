@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from peers_libraries import LOSS, Problem, flat
+from problem import LOSS, Problem, flat
 from torch import Tensor, nn
 
 

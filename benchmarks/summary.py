@@ -19,7 +19,7 @@ def summary(page: str) -> str:
     ratios: dict[str, dict[str, str]] = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and re.fullmatch(r"[\d.]+", cells[2]):
+        if len(cells) == 7 and re.fullmatch(r"[\d.]+", cells[2]):
             ratios.setdefault(cells[1], {})[cells[0]] = cells[4] if cells[4] != "—" else "peer fails"
     models = list(dict.fromkeys(model for row in ratios.values() for model in row))
     lines = [f"| curvlinops' time / ours | {' | '.join(models)} |", "| --- |" + " --- |" * len(models)]

@@ -1,247 +1,258 @@
-"""Cost of products, columns and Kronecker factors, ours and curvlinops' alternating in one process, in gradients.
+"""Cost of products, columns and Kronecker operators, ours and curvlinops' alternating in one process, in gradients.
 
-Usage: python benchmarks/work.py [--models cnn,mlp,residual,gpt] [--work one,repeated,columns,dense,kfac] [--rounds 9]
-       [--threads 2] [--write FILE]
+Usage: python benchmarks/work.py [--models cnn,mlp,residual,gpt,resnet18,training] [--rounds 9] [--threads 2]
+       [--work first,columns,loop,repeated,kfac,inverse,step] [--write FILE]
 `--models minilm` is a pretrained transformer, whose weights are in an environment of their own: `make bench-minilm`.
-Both libraries get the same model, loss and data, and run without their checks. A figure is the median over
-the rounds; a gradient is that of the risk by autograd over the same batches, timed in the same rounds.
+Both libraries get the same model, loss and data, and run without their checks but where a row says so. A figure is the
+median over the rounds; a gradient is that of the risk by autograd over the same batches, timed in the same rounds. The
+floor counts matrix products: see `docs/benchmarks.md`. Exit status 1 if the median ratio is below --at-least.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import curvlinops
 import models
 import torch
 from document import Section
+from problem import LOSS, Problem, flat, installed, relative
 from timing import WARM_UP, medians
 from torch import Tensor, nn
 
-import curvops
+from curvops.kronecker.operator import StateOperator
 
-LOSS = nn.CrossEntropyLoss()
-COLUMNS = 16
+COLUMNS, PRODUCTS = 16, 40
+DAMPING = 1e-3
 FAR = 1e-4  # relative distance that single precision does not explain
-PRODUCTS = ("Hessian", "GGN", "EF")
+FLOORS = {"Hessian": 2.0, "GGN": 4 / 3, "EF": 4 / 3}  # of a product whose graph is kept, in gradients
+WORK = {
+    **dict.fromkeys(("cnn", "mlp", "residual", "gpt"), ("first", "columns", "loop", "repeated", "kfac", "inverse")),
+    **dict.fromkeys(("resnet18", "minilm"), ("first", "repeated", "inverse")),
+    "training": ("step",),
+}
+SLOW = 60.0  # seconds of a row after which no further round begins
 
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of work on one model: ours and the peer's cost in gradients."""
+    """One piece of work on one model: ours and the peer's cost in gradients, and the least that it could cost."""
 
     model: str
     work: str
     ours: float
     peer: float | None
+    floor: float | None = None
     note: str = ""
 
     @property
-    def ratio(self) -> str:
-        return "—" if self.peer is None else f"{self.peer / self.ours:.2f}"
+    def ratio(self) -> float | None:
+        return None if self.peer is None else self.peer / self.ours
 
     @property
     def cells(self) -> list[str]:
-        peer = "fails" if self.peer is None else f"{self.peer:.2f}"
-        return [self.model, self.work, f"{self.ours:.2f}", peer, self.ratio, self.note]
+        numbers = (self.ours, self.peer, self.ratio, self.floor and self.ours / self.floor)
+        return [self.model, self.work, *("—" if number is None else f"{number:.2f}" for number in numbers), self.note]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A model with its data, as both libraries take it."""
-
-    name: str
-    model: nn.Module
-    data: models.Data
-    params: dict[str, Tensor]
-
-    def gradient(self) -> None:
-        for X, y in self.data:
-            torch.autograd.grad(LOSS(self.model(X), y), list(self.params.values()))
-
-    @property
-    def size(self) -> int:
-        return sum(p.numel() for p in self.params.values())
-
-    @property
-    def num_data(self) -> int:
-        return sum(len(y) for _, y in self.data)
-
-    def ours(self, kind: str, **options: Any) -> Any:
-        make = getattr(curvops, f"{kind}LinearOperator")
-        return make(self.model, LOSS, self.params, self.data, check_deterministic=False, **options)
-
-    def peer(self, kind: str, **options: Any) -> Any:
-        import curvlinops  # here, since not being there is one of the ways to fail
-
-        make, listed = getattr(curvlinops, f"{kind}LinearOperator"), list(self.params.values())
-        return make(self.model, LOSS, listed, self.data, check_deterministic=False, num_data=self.num_data, **options)
+Works = dict[str, Callable[[], Any]]
 
 
 def compared(
-    problem: Problem, work: str, ours: Callable[[], Any], peer: Callable[[], Any], rounds: int, note: str = ""
-) -> Row:
-    """Both libraries and the gradient, alternating."""
+    problem: Problem, ours: Works, peer: Callable[[], Any], rounds: int, floor: float | None = None, warm_up: int = 1
+) -> Iterator[Row]:
+    """Both libraries and the gradient, alternating; several pieces of ours may do what one of the peer does."""
     try:
         peer()
+        others, note = [peer], ""
     except Exception as error:  # what the peer cannot do is a result of this benchmark
-        own, gradient = medians([ours, problem.gradient], rounds)
-        return Row(problem.name, work, own / gradient, None, f"peer: {type(error).__name__}")
-    own, other, gradient = medians([ours, peer, problem.gradient], rounds)
-    return Row(problem.name, work, own / gradient, other / gradient, note)
+        others, note = [], f"peer: {type(error).__name__}"
+    *costs, gradient = medians(
+        [*ours.values(), *others, problem.gradient], rounds, warm_up=warm_up, at_most=SLOW / 2 if others else SLOW
+    )
+    other = costs[-1] / gradient if others else None
+    for work, cost in zip(ours, costs, strict=False):
+        yield Row(problem.name, work, cost / gradient, other, floor, note)
 
 
 def product_rows(problem: Problem, kind: str, work: list[str], rounds: int) -> Iterator[Row]:
-    """Products with one vector and with columns, and dense matrices where they are small."""
-    v, block = torch.randn(problem.size), torch.randn(problem.size, COLUMNS)
-    ours, peer = problem.ours(kind), cache(lambda: problem.peer(kind))
-    if "one" in work:
-        yield compared(
-            problem, f"{kind} product, one-off", lambda: problem.ours(kind) @ v, lambda: problem.peer(kind) @ v, rounds
-        )
-    if "one" in work and kind == "GGN":
-        own = first(problem, lambda fresh: fresh.ours(kind) @ v, rounds)
-        yield compared(problem, f"{kind} product, first of a model", own, lambda: problem.peer(kind) @ v, rounds)
-    if "repeated" in work:
-        row = compared(problem, f"{kind} product, repeated", lambda: ours @ v, lambda: peer() @ v, rounds)
-        if row.peer is not None:
-            row = replace(row, note=difference(problem, kind, v, ours @ v, peer() @ v))
-        yield row
+    """Products with vectors and columns."""
+    v, floor, few = problem.v, FLOORS[kind], max(2, rounds // 3)
+    if "first" in work:
+        title = f"{kind}, first product of an unseen model"
+        own = unseen(problem, lambda p: p.ours(kind) @ v, rounds)
+        yield from compared(problem, {title: own}, unseen(problem, lambda p: p.peer(kind) @ v, rounds), rounds)
     if "columns" in work and kind != "EF":
-        few = max(2, rounds // 3)
-        yield compared(problem, f"{kind}, {COLUMNS} columns", lambda: ours @ block, lambda: peer() @ block, few)
-    if "dense" in work and problem.size < 1000:
-        eye = torch.eye(problem.size)
-        yield compared(
-            problem, f"dense {kind}", lambda: problem.ours(kind).to_dense(), lambda: problem.peer(kind) @ eye, 3
-        )
+        V = torch.randn(problem.size, COLUMNS)
+        ours = {f"{kind}, {COLUMNS} columns of a new operator": lambda: problem.ours(kind) @ V}
+        yield from compared(problem, ours, lambda: problem.peer(kind) @ V, few, COLUMNS * floor)
+    if "loop" in work and kind != "EF":
+
+        def linearized() -> None:
+            with problem.ours(kind).linearized() as operator:
+                loop(operator, v)
+
+        title = f"{kind}, {PRODUCTS} products"
+        ours = {title: lambda: loop(problem.ours(kind), v), f"{title}, linearized": linearized}
+        yield from compared(problem, ours, lambda: loop(problem.peer(kind), v), few, PRODUCTS * floor, warm_up=0)
+    if "repeated" in work:
+        peer = problem.peer(kind)
+        with problem.ours(kind).linearized() as operator:
+            title = f"{kind}, a product inside linearized()"
+            mine = operator @ v
+            for row in compared(problem, {title: lambda: operator @ v}, lambda: peer @ v, rounds, floor):
+                yield row if row.peer is None else replace(row, note=difference(problem, kind, mine, peer @ v))
 
 
-def first(problem: Problem, work: Callable[[Problem], Any], rounds: int) -> Callable[[], Any]:
-    """Work on a copy of the model that nothing is known of: operators of one model share what was certified of it."""
-    copies = [copy.deepcopy(problem.model) for _ in range(rounds + WARM_UP)]
-
-    def once() -> Any:
-        model = copies.pop()
-        params = dict(model.named_parameters())
-        return work(replace(problem, model=model, params={name: params[name] for name in problem.params}))
-
-    return once
+def loop(operator: Any, v: Tensor) -> None:
+    for _ in range(PRODUCTS):
+        operator @ v
 
 
-def difference(problem: Problem, kind: str, v: Tensor, mine: Tensor, its: Tensor) -> str:
+def unseen(problem: Problem, work: Callable[[Problem], Any], rounds: int) -> Callable[[], Any]:
+    """Work on a copy of the model that was never used."""
+    copies = [problem.apart() for _ in range(rounds + WARM_UP)]
+    return lambda: work(copies.pop())
+
+
+def difference(problem: Problem, kind: str, mine: Tensor, its: Tensor) -> str:
     """How far apart two products are, and where that is far, how far off each is from the Hessian by autograd alone."""
     text = f"difference {relative(its, mine):.0e}"
     if kind != "Hessian" or relative(its, mine) < FAR:
         return text
-    truth = hessian_product(problem, v).to(mine)
+    truth = hessian_product(problem).to(mine)
     return f"{text}; off the oracle: ours {relative(mine, truth):.0e}, peer's {relative(its, truth):.0e}"
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """Distance relative to the second."""
-    return float((a - b).norm() / b.norm())
-
-
-def hessian_product(problem: Problem, v: Tensor) -> Tensor:
-    """The Hessian of the mean loss times a vector, in double precision and reverse over reverse."""
+def hessian_product(problem: Problem) -> Tensor:
+    """The Hessian of the mean loss times the vector, in double precision and reverse over reverse."""
     model = copy.deepcopy(problem.model).double()
-    params = list(model.parameters())
-    parts = [part.view_as(p) for part, p in zip(v.double().split([p.numel() for p in params]), params, strict=True)]
-    total, entries = torch.zeros_like(v, dtype=torch.float64), 0
+    params, parts = list(model.parameters()), [part.double() for part in problem.parts]
+    total, entries = torch.zeros(problem.size, dtype=torch.float64), 0
     for X, y in problem.data:
         loss = LOSS(model(X.double() if X.is_floating_point() else X), y) * y.numel()
         slopes = torch.autograd.grad(loss, params, create_graph=True)
-        found = torch.autograd.grad(slopes, params, parts, materialize_grads=True)
-        total += torch.cat([f.flatten() for f in found])
+        total += flat(torch.autograd.grad(slopes, params, parts, materialize_grads=True))
         entries += y.numel()
     return total / entries
 
 
-def kronecker_rows(problem: Problem, rounds: int) -> Iterator[Row]:
+def kfac_rows(problem: Problem, rounds: int) -> Iterator[Row]:
     """KFAC and EKFAC of the parameters that the peer covers too."""
-    problem = replace(problem, params=models.linear_parameters(problem.model))
     terms = problem.data[0][1][0].numel()
-    few = max(3, rounds // 2)
-    yield compared(
-        problem,
-        "KFAC, mc, first of a model",
-        first(problem, lambda fresh: our_factors(fresh, "KFAC", "mc"), few),
-        partial(peer_factors, problem, "KFAC", "mc", terms),
-        few,
-    )
     for kind, fisher_type in (("KFAC", "mc"), ("EKFAC", "mc"), ("EKFAC", "type-2")):
         if fisher_type == "type-2" and terms > 1:
             continue  # the peer refuses, and we take one backward pass for each term and class
-        yield compared(
-            problem,
-            f"{kind}, {fisher_type}",
-            partial(our_factors, problem, kind, fisher_type),
-            partial(peer_factors, problem, kind, fisher_type, terms),
-            few,
-        )
+        ours = {f"{kind}, {fisher_type}": partial(problem.ours, kind, fisher_type=fisher_type)}
+        peer = partial(problem.peer_factors, kind, fisher_type=fisher_type)
+        yield from compared(problem, ours, peer, rounds, kfac_floor(problem) if kind == "KFAC" else None)
 
 
-def our_factors(problem: Problem, kind: str, fisher_type: str) -> None:
-    _ = problem.ours(kind, fisher_type=fisher_type).blocks
+def kfac_floor(problem: Problem) -> float:
+    """KFAC with one sample: a gradient but for the weights' own, and half of the factors' squares."""
+    work: list[tuple[int, int]] = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        width, height = layer.weight.flatten(1).shape
+        rows, passes = out.numel() // width, 1 + inputs[0].requires_grad  # no layer is before the first
+        gradient = rows * width * height
+        work.append((gradient * (passes + 1), gradient * passes + rows * (width**2 + height**2) // 2))
+
+    layers = [m for m in problem.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    problem.model(problem.data[0][0])
+    for hook in hooks:
+        hook.remove()
+    gradient, kfac = map(sum, zip(*work, strict=True))
+    return kfac / gradient
 
 
-def peer_factors(problem: Problem, kind: str, fisher_type: str, terms: int) -> None:
-    operator = problem.peer(kind, fisher_type=fisher_type, num_per_example_loss_terms=terms)
-    operator.compute_kronecker_factors()
-    if kind == "EKFAC":
-        operator.compute_eigenvalue_correction()
+def inverse_rows(problem: Problem, rounds: int) -> Iterator[Row]:
+    """A product with the inverse of a KFAC that is there."""
+    kfac, peer = problem.ours("KFAC"), problem.peer_factors("KFAC")
+
+    def ours(kind: str) -> Tensor:
+        # from the state, lest the eigenvectors of the round before serve
+        return StateOperator(kfac.state).inverse(DAMPING, kind) @ problem.v
+
+    def theirs(kind: str) -> Tensor:
+        how = {f"use_{kind}_damping": True}
+        return curvlinops.KFACInverseLinearOperator(peer, damping=DAMPING, **how) @ problem.v
+
+    for kind in ("exact", "heuristic"):
+        title = f"KFAC.inverse, {kind} damping"
+        yield from compared(problem, {title: partial(ours, kind)}, partial(theirs, kind), rounds, warm_up=0)
 
 
-def installed(package: str) -> str:
-    """A package's version."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
+def step_rows(problem: Problem, rounds: int) -> Iterator[Row]:
+    """KFAC made anew while the parameters change, with the libraries' checks and without."""
 
+    def step(make: Callable[..., Any], check: bool) -> None:
+        make("KFAC", check)
+        with torch.no_grad():
+            torch._foreach_mul_(list(problem.params.values()), 0.999)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default=",".join(name for name in models.PROBLEMS if name != "minilm"))
-    parser.add_argument("--work", default="one,repeated,columns,dense,kfac")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", type=Path)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
-    work = options.work.split(",")
-    names = options.models.split(",")
-    section = Section(
-        "Products and factors" + (" of a pretrained transformer" if names == ["minilm"] else ""),
-        f"Costs in gradients of the risk over the same batches, ours and curvlinops' {installed('curvlinops-for-pytorch')}.",
-        f"float32, medians of {options.rounds} rounds, fewer for columns, dense matrices and factors",
-    )
-    section.table(["model", "work", "ours", "peer", "peer / ours", ""])
-    for name in names:
-        torch.manual_seed(0)
-        model, data = models.PROBLEMS[name]()
-        problem = Problem(name, model, data, dict(model.named_parameters()))
-        for row in rows(problem, work, options.rounds):
-            section.row(row.cells)
-    section.write(options.write)
+    for check in (False, True):
+        title = "KFAC, mc, at each step" + (", with the libraries' checks" if check else "")
+        ours, peer = (partial(step, make, check) for make in (problem.ours, problem.peer_factors))
+        yield from compared(problem, {title: ours}, peer, 4 * rounds, kfac_floor(problem))
 
 
 def rows(problem: Problem, work: list[str], rounds: int) -> Iterator[Row]:
     """All work on one model."""
-    for kind in PRODUCTS if set(work) - {"kfac"} else ():
+    for kind in FLOORS:
         yield from product_rows(problem, kind, work, rounds)
-    if "kfac" in work:
-        yield from kronecker_rows(problem, rounds)
+    covered, few = replace(problem, linear=True), max(2, rounds // 2)
+    for title, make in {"kfac": kfac_rows, "inverse": inverse_rows, "step": step_rows}.items():
+        if title in work:
+            yield from make(covered, few)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default=",".join(name for name in WORK if name != "minilm"))
+    parser.add_argument("--work", default=",".join(dict.fromkeys(one for works in WORK.values() for one in works)))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--at-least", type=float, default=0.0, metavar="RATIO", help="fail if the median is less")
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    names, found = options.models.split(","), []
+    peer = installed("curvlinops-for-pytorch")
+    section = Section(
+        "Products and factors" + (" of a pretrained transformer" if names == ["minilm"] else ""),
+        f"Costs in gradients of the risk over the same batches, ours and curvlinops' {peer}, and how many times the floor "
+        f"ours is. A floor counts an MLP's matrix products: {FLOORS['Hessian']:g} gradients for a Hessian product whose "
+        f"graph is kept, {FLOORS['GGN']:.2f} for a GGN product, no less for each of several columns or products; for KFAC "
+        "a gradient without the products that give the weights' gradients, and half of its factors' squares.",
+        f"float32, medians of {options.rounds} rounds, fewer for columns, loops and factors",
+    )
+    section.table(["model", "work", "ours", "peer", "peer / ours", "ours / floor", ""])
+    for name in names:
+        torch.manual_seed(0)
+        problem = Problem(name, *models.PROBLEMS[name]())
+        for row in rows(problem, [work for work in WORK[name] if work in options.work.split(",")], options.rounds):
+            found.append(row)
+            section.row(row.cells)
+    ratios = [row.ratio for row in found if row.ratio is not None]
+    median, slower = statistics.median(ratios), [row for row in found if row.ratio is not None and row.ratio < 1]
+    section.say(
+        "", f"{len(ratios)} comparisons, median ratio {median:.2f}; in {len(slower)} of them ours takes longer."
+    )
+    section.write(options.write)
+    return int(median < options.at_least)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

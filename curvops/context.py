@@ -100,7 +100,6 @@ class Autocast:
         self.enabled, self.dtype = torch.is_autocast_enabled(self.kind), torch.get_autocast_dtype(self.kind)
 
     def off(self) -> torch.autocast:
-        """A context without autocast."""
         return torch.autocast(self.kind, enabled=False)
 
     def on(self) -> AbstractContextManager[Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from torch import Tensor
 Vector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """How a vector was given, so that the answer can be given likewise."""
 
     kind: str  # "flat", "list", "tuple" or "dict"
@@ -27,9 +25,7 @@ class TensorSpace:
 
     A vector is the concatenation of the flattened (row-major) tensors in their order: a tensor ``[D]`` or ``[D, K]``,
     a list of tensors (each of its shape, optionally with a trailing axis of ``K`` columns), or a dict of such by name.
-
-    Args:
-        tensors: The named tensors. Only shapes, dtypes and the device are read.
+    Of the given tensors only shapes, dtypes and the device are read.
 
     Raises:
         ValueError: If there is no tensor, or they are spread over several devices.
@@ -88,11 +84,7 @@ class TensorSpace:
         return f"TensorSpace({describe(self.names)}; dim={self.dim}, {self.dtype}, {self.device})"
 
     def slice(self, name: str) -> slice:
-        """Rows that a tensor takes in a flat vector.
-
-        Raises:
-            KeyError: If no tensor has this name.
-        """
+        """Rows that a tensor takes in a flat vector; a KeyError if there is none of this name."""
         if name not in self.shapes:
             raise KeyError(f"no tensor is named {name!r}; there are {describe(self.names)}.")
         return self._slices[name]

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from curvops.context import switched
 
-TABLE: dict[Any, Callable[..., Any]] = {}
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
 Maybe = Tensor | None
@@ -83,14 +82,6 @@ def gradients(outputs: Any, inputs: Any, cotangents: Any = None, **options: Any)
         return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
 
 
-def _for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(replacement: Callable[..., Any]) -> Callable[..., Any]:
-        TABLE.update(dict.fromkeys(functions, replacement))
-        return replacement
-
-    return register
-
-
 COND = torch.ops.higher_order.cond
 
 
@@ -99,27 +90,21 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], o
     return (true_fn if bool(pred) else false_fn)(*operands)
 
 
-@_for(F.hardsigmoid)
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     result = (input + 3).clamp(0, 6) / 6
     return input.copy_(result) if inplace else result
 
 
-@_for(torch._weight_norm)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """g v / ‖v‖ (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2), the norm over all axes but ``dim``."""
     return v * (g / norm_except_dim(v, 2, dim))
 
 
-@_for(torch.norm_except_dim)
 def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
-    if dim == -1:
-        return torch.linalg.vector_norm(v, pow)
-    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
-    return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=True)
+    axes = None if dim == -1 else [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=axes is not None)
 
 
-@_for(F.batch_norm)
 def batch_norm(
     input: Tensor,
     running_mean: Maybe,
@@ -136,7 +121,6 @@ def batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-@_for(F.embedding)
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -155,7 +139,6 @@ def embedding(
     return torch.embedding(weight, input, padding, scale_grad_by_freq, False)
 
 
-@_for(F.embedding_bag)
 def embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -196,7 +179,6 @@ def embedding_bag(
     return total if mode == "sum" else total / seen.sum(1, keepdim=True).clamp(min=1)
 
 
-@_for(*(getattr(owner, name) for owner, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(owner, name)))
 def grouped_mm(
     mat_a: Tensor, mat_b: Tensor, *, offs: Maybe = None, bias: Maybe = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -214,7 +196,6 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-@_for(*([F.linear_cross_entropy] if hasattr(F, "linear_cross_entropy") else []))
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -235,7 +216,6 @@ def linear_cross_entropy(
     )
 
 
-@_for(F.multi_margin_loss)
 def multi_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -255,7 +235,6 @@ def multi_margin_loss(
     return _reduced(losses.reshape(target.shape), size_average, reduce, reduction)
 
 
-@_for(F.multilabel_margin_loss)
 def multilabel_margin_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
 ) -> Tensor:
@@ -272,14 +251,29 @@ def multilabel_margin_loss(
 def _reduced(losses: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
+TABLE: dict[Any, Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    torch._weight_norm: weight_norm,
+    torch.norm_except_dim: norm_except_dim,
+    F.batch_norm: batch_norm,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+    F.multi_margin_loss: multi_margin_loss,
+    F.multilabel_margin_loss: multilabel_margin_loss,
+}
+for _owner, _name, _function in (  # not every version of PyTorch has them
+    (F, "grouped_mm", grouped_mm),
+    (torch, "_grouped_mm", grouped_mm),
+    (F, "linear_cross_entropy", linear_cross_entropy),
+):
+    if hasattr(_owner, _name):
+        TABLE[getattr(_owner, _name)] = _function
 # cuDNN's recurrent layers have no second derivative, the native ones have
-for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
-    TABLE[_function] = switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False))(_function)
+for _layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    TABLE[_layer] = switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False))(_layer)
 
 
 @cache

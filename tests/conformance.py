@@ -5,10 +5,10 @@ A new operator is registered in `OPERATORS` (or handed to the checks directly) a
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from curvops import (
     LinearOperator,
 )
 from curvops.substitutions import Substitutions, plain_kernels
+from curvops.tree import tensors_of
 
 Make = Callable[..., LinearOperator]
 
@@ -42,40 +43,29 @@ def substitutions() -> Iterator[None]:
 RISK: dict[str, Make] = {
     "hessian": HessianLinearOperator,
     "ggn": GGNLinearOperator,
-    "mc fisher": lambda *a, **k: GGNLinearOperator(*a, mc_samples=2, seed=3, **k),
+    "mc fisher": partial(GGNLinearOperator, mc_samples=2, seed=3),
     "ef": EFLinearOperator,
 }
 
 
-def kronecker(cls: Any, kind: str, approximation: str, separate: bool) -> Make:
-    def make(*args: Any, **options: Any) -> LinearOperator:
-        return cls(
-            *args,
-            fisher_type=kind,
-            kfac_approx=approximation,
-            separate_weight_and_bias=separate,
-            **({"mc_samples": 2} if kind == "mc" else {}),
-            **options,
-        )
-
-    return make
-
-
+FISHERS: dict[str, dict[str, Any]] = {
+    "type-2": {"fisher_type": "type-2"},
+    "mc": {"fisher_type": "mc", "mc_samples": 2},
+    "empirical": {"fisher_type": "empirical"},
+}
 KRONECKER: dict[str, Make] = {
-    f"{name} {kind} {approximation} {'separate' if separate else 'joint'}": kronecker(
-        cls, kind, approximation, separate
+    f"{name} {kind} {approx} {blocks}": partial(
+        cls, **fisher, kfac_approx=approx, separate_weight_and_bias=blocks == "separate"
     )
     for name, cls in (("kfac", KFACLinearOperator), ("ekfac", EKFACLinearOperator))
-    for kind in ("type-2", "mc", "empirical", "forward-only")
-    for approximation in ("expand", "reduce")
-    for separate in (True, False)
+    for kind, fisher in (FISHERS | {"forward-only": {"fisher_type": "forward-only"}}).items()
+    for approx in ("expand", "reduce")
+    for blocks in ("separate", "joint")
     if (name, kind) != ("ekfac", "forward-only")  # there are no eigenvalues to correct
 }
-KRONECKER |= {
-    f"{name} {kind}": kronecker(cls, kind, "expand", True)
-    for name, cls in (("kfoc", KFOCLinearOperator), ("diagonal", GGNDiagonalLinearOperator))
-    for kind in ("type-2", "mc", "empirical")
-}
+for kind, fisher in FISHERS.items():
+    KRONECKER[f"kfoc {kind}"] = partial(KFOCLinearOperator, **fisher)
+    KRONECKER[f"diagonal {kind}"] = partial(GGNDiagonalLinearOperator, **fisher)
 
 ALGEBRA: dict[str, Make] = {
     "sum": lambda *a, **k: HessianLinearOperator(*a, **k) + EFLinearOperator(*a, **k),
@@ -170,17 +160,16 @@ def check_formats(op: LinearOperator, dense: Tensor) -> None:
         assert (op @ v).shape == expected.shape
         close(op @ v, expected)
         tensors = op.domain.split(v)
-        for given in (tensors, tuple(tensors), dict(zip(op.domain.names, tensors, strict=True))):
+        named = dict(zip(op.domain.names, tensors, strict=True))
+        for given in (tensors, tuple(tensors), named, dict(reversed(named.items()))):
             found = op @ given
             assert type(found) is type(given)
-            parts = list(found.values()) if isinstance(found, dict) else list(found)
+            if isinstance(found, dict):
+                assert list(found) == op.codomain.names
+            parts = list(found.values()) if isinstance(found, dict) else found
             assert [tuple(t.shape) for t in parts] == [(*s, *trailing) for s in op.codomain.shapes.values()]
-            sizes = [s.numel() for s in op.codomain.shapes.values()]
+            sizes = op.codomain.sizes
             close(torch.cat([t.reshape(n, *trailing) for t, n in zip(parts, sizes, strict=True)]), expected)
-    shuffled = dict(reversed(list(zip(op.domain.names, op.domain.split(draws(op.shape[1])), strict=True))))
-    found = op @ shuffled
-    assert list(found) == op.codomain.names
-    close(torch.cat([t.flatten() for t in found.values()]), dense @ draws(op.shape[1]))
 
 
 def check_any_memory(op: LinearOperator, dense: Tensor) -> None:
@@ -263,15 +252,13 @@ class Untouched:
         self.before = self._look()
 
     def __exit__(self, *_: object) -> None:
-        for name, was, now in zip(
-            *zip(*self.before, strict=True), list(zip(*self._look(), strict=True))[1], strict=True
-        ):
+        for (name, was), (_, now) in zip(self.before, self._look(), strict=True):
             same = torch.equal(was, now) if isinstance(was, Tensor) and isinstance(now, Tensor) else was == now
             assert same, f"{name} changed from {was} to {now}"
 
     def _look(self) -> list[tuple[str, Any]]:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        tensors = [*named, *((f"datum {k}", t) for k, t in enumerate(_tensors(self.data)))]
+        tensors = [*named, *((f"datum {k}", t) for k, t in enumerate(tensors_of(list(self.data))))]
         return [
             ("names", [name for name, _ in tensors]),
             ("identity", [(id(t), t.requires_grad, t.device, t.dtype) for _, t in tensors]),
@@ -292,14 +279,6 @@ class Untouched:
             ("cuDNN", torch.backends.cudnn.enabled),
             ("default dtype", torch.get_default_dtype()),
         ]
-
-
-def _tensors(tree: Any) -> Iterable[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    return itertools.chain.from_iterable(map(_tensors, tree)) if isinstance(tree, Iterable) else []
 
 
 def conforms(op: LinearOperator) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from kronecker.cases import Net
 from torch import Tensor, nn
 
 N = 6
@@ -85,61 +86,40 @@ def cnn():
     return model, nn.CrossEntropyLoss(reduction="sum"), real(N, 2, 4, 4), torch.randint(2, (N,))
 
 
-class Tokens(nn.Module):
-    """A transformer block over tokens, with positions, that gives logits `[N, C, T]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(3, 3)
-        self.positions = nn.Parameter(torch.randn(2, 3))
-        self.block = nn.TransformerEncoderLayer(3, 1, 2, dropout=0.0, batch_first=True, activation="gelu")
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, X: dict[str, Tensor]) -> Tensor:
-        hidden = self.embedding(X["ids"]) * X["mask"][..., None] + self.positions
-        return self.head(self.block(hidden)).movedim(-1, 1)
-
-
 @seeded(PROBLEMS)
 def transformer():
+    """A transformer block over tokens, with positions, that gives logits `[N, C, T]`."""
+    model = Net(
+        lambda net, X: net.head(
+            net.block(net.embedding(X["ids"]) * X["mask"][..., None] + net.positions),
+        ).movedim(-1, 1),
+        embedding=nn.Embedding(3, 3),
+        positions=nn.Parameter(torch.randn(2, 3)),
+        block=nn.TransformerEncoderLayer(3, 1, 2, dropout=0.0, batch_first=True, activation="gelu"),
+        head=nn.Linear(3, 2),
+    )
     X = {"ids": torch.randint(3, (N, 2)), "mask": torch.rand(N, 2, dtype=torch.float64)}
     y = torch.randint(2, (N, 2))
     y[1, 1] = y[4, 0] = -100
-    return Tokens(), nn.CrossEntropyLoss(), X, y
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(2, 2, batch_first=True)
-        self.head = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0])
+    return model, nn.CrossEntropyLoss(), X, y
 
 
 @seeded(PROBLEMS)
 def lstm():
-    return Recurrent(), nn.MSELoss(), real(N, 3, 2), real(N, 3, 2)
+    layers = {"lstm": nn.LSTM(2, 2, batch_first=True), "head": nn.Linear(2, 2)}
+    return Net(lambda net, x: net.head(net.lstm(x)[0]), **layers), nn.MSELoss(), real(N, 3, 2), real(N, 3, 2)
 
 
-class Norms(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 4)
-        self.layer = nn.LayerNorm(4)
-        self.group = nn.GroupNorm(1, 4)
-        self.batch = nn.BatchNorm1d(4)
-        self.last = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer(self.first(x)).sigmoid()
-        return self.last(self.batch(x) + self.group(x))
+def norms_forward(net: Any, x: Tensor) -> Tensor:
+    x = net.layer(net.first(x)).sigmoid()
+    return net.last(net.batch(x) + net.group(x))
 
 
 @seeded(PROBLEMS)
 def norms():
-    return Norms().eval(), nn.BCEWithLogitsLoss(), real(N, 3), torch.rand(N, 2, dtype=torch.float64)
+    layers = {"first": nn.Linear(3, 4), "layer": nn.LayerNorm(4), "group": nn.GroupNorm(1, 4)}
+    model = Net(norms_forward, **layers, batch=nn.BatchNorm1d(4), last=nn.Linear(4, 2))
+    return model.eval(), nn.BCEWithLogitsLoss(), real(N, 3), torch.rand(N, 2, dtype=torch.float64)
 
 
 class Odd(nn.Module):
@@ -176,12 +156,7 @@ def with_loss(loss: Any, y: Tensor, outputs: int = 3, **options: Any) -> tuple[A
 WEIGHT = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
 
 
-def labels() -> Tensor:
-    return torch.tensor([0, 2, 1, 2, 0, 2])
-
-
-def some_ignored() -> Tensor:
-    return torch.tensor([0, 7, 1, 2, 7, 2])
+LABELS, SOME_IGNORED = torch.tensor([0, 2, 1, 2, 0, 2]), torch.tensor([0, 7, 1, 2, 7, 2])
 
 
 def probabilities() -> Tensor:
@@ -190,11 +165,11 @@ def probabilities() -> Tensor:
 
 for _reduction in ("mean", "sum"):
     for _name, _make in {
-        "ce": lambda r: (nn.CrossEntropyLoss(reduction=r), labels()),
-        "ce_weights": lambda r: (nn.CrossEntropyLoss(WEIGHT, reduction=r), labels()),
-        "ce_smoothing": lambda r: (nn.CrossEntropyLoss(label_smoothing=0.2, reduction=r), labels()),
-        "ce_ignored": lambda r: (nn.CrossEntropyLoss(ignore_index=7, reduction=r), some_ignored()),
-        "ce_all": lambda r: (nn.CrossEntropyLoss(WEIGHT, None, 7, None, r, 0.2), some_ignored()),
+        "ce": lambda r: (nn.CrossEntropyLoss(reduction=r), LABELS.clone()),
+        "ce_weights": lambda r: (nn.CrossEntropyLoss(WEIGHT, reduction=r), LABELS.clone()),
+        "ce_smoothing": lambda r: (nn.CrossEntropyLoss(label_smoothing=0.2, reduction=r), LABELS.clone()),
+        "ce_ignored": lambda r: (nn.CrossEntropyLoss(ignore_index=7, reduction=r), SOME_IGNORED.clone()),
+        "ce_all": lambda r: (nn.CrossEntropyLoss(WEIGHT, None, 7, None, r, 0.2), SOME_IGNORED.clone()),
         "ce_soft": lambda r: (nn.CrossEntropyLoss(reduction=r), probabilities()),
         "ce_soft_all": lambda r: (nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1, reduction=r), probabilities()),
         "bce": lambda r: (nn.BCEWithLogitsLoss(reduction=r), probabilities()),
@@ -202,7 +177,7 @@ for _reduction in ("mean", "sum"):
         "bce_pos_weight": lambda r: (nn.BCEWithLogitsLoss(pos_weight=WEIGHT, reduction=r), probabilities()),
         "mse": lambda r: (nn.MSELoss(reduction=r), real(N, 3)),
         "huber": lambda r: (nn.HuberLoss(reduction=r, delta=0.5), real(N, 3)),
-        "margin": lambda r: (nn.MultiMarginLoss(2, weight=WEIGHT, reduction=r), labels()),
+        "margin": lambda r: (nn.MultiMarginLoss(2, weight=WEIGHT, reduction=r), LABELS.clone()),
     }.items():
 
         def _build(make: Any = _make, reduction: str = _reduction) -> tuple[Any, ...]:
@@ -212,13 +187,9 @@ for _reduction in ("mean", "sum"):
         seeded(LOSSES)(_build)
 
 
-def _quartic(z: Tensor, y: Tensor) -> Tensor:
-    return (z - y).pow(4).sum()
-
-
 @seeded(LOSSES)
 def function_sum():
-    return with_loss(_quartic, real(N, 3), reduction="sum")
+    return with_loss(lambda z, y: (z - y).pow(4).sum(), real(N, 3), reduction="sum")
 
 
 @seeded(LOSSES)
@@ -231,15 +202,9 @@ def one_axis_mse():
 def positions_mean():
     X, y = real(N, 2, 3), torch.randint(2, (N, 2))
     y[0, 0] = y[3, 1] = -100
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2), Movedim())
+    classes_to_axis_1 = Net(lambda _, x: x.movedim(-1, 1))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2), classes_to_axis_1)
     return model, nn.CrossEntropyLoss(WEIGHT[:2], label_smoothing=0.1), X, y
-
-
-class Movedim(nn.Module):
-    """Classes from the last axis to axis 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, 1)
 
 
 class Interrupting:

@@ -9,7 +9,7 @@ from curvops.kronecker.cotangents import LIMIT
 from curvops.kronecker.state import State
 from curvops.kronecker.sweep import Sweep
 from curvops.operators.block_diagonal import Placed
-from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.operators.blocks import Block, EigenBlock
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,10 @@ class Explanation:
 
     def __str__(self) -> str:
         table = [("parameters", "size", "block", "used by", "memory", "why")]
-        table += [
-            (", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why) for r in self.rows
-        ]
-        widths = [max(len(line[k]) for line in table) for k in range(5)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(line[:5], widths, strict=True)), line[5]]).rstrip()
-            for line in table
-        ]
+        for r in self.rows:
+            table.append((", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         return "\n".join([self.title, *lines, f"total: {byte_size(self.memory)}", *self.notes])
 
     __repr__ = __str__
@@ -77,7 +73,7 @@ SIGNED = (
 )
 
 
-def notes_of(sweep: Sweep, rows: int, further_walks: int) -> list[str]:
+def notes_of(sweep: Sweep, rows: int, further_walks: int, budget: int) -> list[str]:
     """Remarks on what was done, with the bytes of the rows that were kept."""
     notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
     return notes + [f"rows kept for the second look: {byte_size(rows)}"] * (further_walks > 0)
@@ -109,23 +105,15 @@ def plan_notes(sweep: Sweep, rows: int, further_walks: int, budget: int) -> list
 def _described(block: Block) -> str:
     """A block in words."""
     groups, left, right = block.shape
-    prefix = f"{groups} × " if groups > 1 else ""
-    if isinstance(block, EigenBlock):
-        a, b = (
-            f"{size}" if basis is not None else f"diag {size}"
-            for basis, size in ((block.left, left), (block.right, right))
-        )
-        if block.left is None and block.right is None:
-            return f"diagonal {block.size}"
-        return f"{prefix}eigen {a} ⊗ {b}" if right > 1 else f"{prefix}eigen {a}"
-    assert isinstance(block, KroneckerBlock)
-    a, b = (
-        f"{size}" if f.ndim == 3 else f"diag {size}"
-        for f, size in zip(block.tensors.values(), (left, right), strict=True)
-    )
+    many, eigen = f"{groups} × " if groups > 1 else "", isinstance(block, EigenBlock)
+    factors = (block.left, block.right) if isinstance(block, EigenBlock) else tuple(block.tensors.values())
+    dense = [factor is not None and factor.ndim == 3 for factor in factors]
+    a, b = (f"{size}" if d else f"diag {size}" for d, size in zip(dense, (left, right), strict=True))
+    if eigen and not any(dense):
+        return f"diagonal {block.size}"
     if right == 1:
-        return f"{prefix}dense {left}" if a == str(left) else f"{prefix}diagonal {left}"
-    return f"{prefix}Kronecker {a} ⊗ {b}"
+        return f"{many}{'eigen' if eigen else 'dense' if dense[0] else 'diagonal'} {left}"
+    return f"{many}{'eigen' if eigen else 'Kronecker'} {a} ⊗ {b}"
 
 
 def byte_size(number: int) -> str:

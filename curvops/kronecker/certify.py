@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,21 +32,24 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
     generator = torch.Generator().manual_seed(0)
     dtype = torch.promote_types(tape.z.dtype, torch.float32)
     cotangent = torch.empty_like(tape.z, dtype=dtype, device="cpu").normal_(generator=generator).to(tape.z)
-    every, directions = range(len(tape.uses)), _Directions()
+    every = range(len(tape.uses))
+    directions: dict[tuple[int, torch.dtype], Tensor] = {}
     plain: list[Tensor | None] = []
     if tape.size > 1:
-        plain = [directions(use, g) for use, g in zip(tape.uses, tape.gradients(cotangent, every)[0], strict=True)]
+        slopes = tape.gradients(cotangent, every)[0]
+        plain = [_projected(use, g, directions) for use, g in zip(tape.uses, slopes, strict=True)]
+        del slopes
     # an output may be as wide as a vocabulary: one cotangent at a time is held
     scaled, totals = tape.gradients(cotangent.mul_(spread), every, names)
     failed: dict[str, str] = {}
-    for k, (use, before) in enumerate(zip(tape.uses, plain, strict=False)):
-        tape.layouts[k] = _layout(before, directions(use, scaled[k]), scale, tape.precision)
-        if tape.layouts[k] is None:
-            failed.update({view.name: f"the rows of {use.kind} do not belong to one datum each" for view in views(use)})
     parts: dict[str, list[tuple[Use, View, Tensor]]] = {}
-    for use, g in zip(tape.uses, scaled, strict=True):
-        if g is not None:
-            for view in views(use):
+    for k, (use, g) in enumerate(zip(tape.uses, scaled, strict=True)):
+        if plain:
+            tape.layouts[k] = _layout(plain[k], _projected(use, g, directions), scale, tape.precision)
+        for view in views(use):
+            if tape.layouts[k] is None:
+                failed[view.name] = f"the rows of {use.kind} do not belong to one datum each"
+            if g is not None:
                 parts.setdefault(view.name, []).append((use, view, g))
     allowed = max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in scaled if g is not None)})
     for k, name in enumerate(names):
@@ -78,39 +81,26 @@ def _layout(before: Tensor | None, after: Tensor | None, scale: Tensor, precisio
     return None
 
 
-class _Directions:
+def _projected(use: Use, g: Tensor | None, directions: dict[tuple[int, torch.dtype], Tensor]) -> Tensor | None:
     """Random projections ``[*rows, PROJECTIONS]`` of a use's output rows: enough to see that they are scaled."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], Tensor] = {}
-
-    def __call__(self, use: Use, slope: Tensor | None) -> Tensor | None:
-        if slope is None:
-            return None
-        rows = use.outputs(slope).flatten(-2) if isinstance(use, LinearUse) else use.rows(slope)
-        size, dtype = rows.shape[-1], torch.promote_types(rows.dtype, torch.float32)
-        if (size, dtype) not in self._known:
-            made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
-            self._known[size, dtype] = made.to(rows.device, dtype)
-        return (rows.detach().to(dtype) @ self._known[size, dtype]).to(rows.dtype)
+    if g is None:
+        return None
+    rows = use.outputs(g).flatten(-2) if isinstance(use, LinearUse) else use.rows(g)
+    size, dtype = rows.shape[-1], torch.promote_types(rows.dtype, torch.float32)
+    if (size, dtype) not in directions:
+        made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
+        directions[size, dtype] = made.to(rows.device, dtype)
+    return (rows.detach().to(dtype) @ directions[size, dtype]).to(rows.dtype)
 
 
 def _explained(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]], total: Tensor | None, allowed: float) -> bool:
     """Whether a parameter's gradient is the sum over its uses."""
-    found: Tensor | None = None
     dtype = torch.promote_types(param.dtype, torch.float32)
+    found = torch.zeros(param.numel(), dtype=dtype, device=param.device)
     for use, view, g in parts:
         part = _summed(use, view, g).to(dtype).flatten()
-        if view.index is None:
-            found = part if found is None else found.add_(part)
-        else:
-            found = torch.zeros(param.numel(), dtype=dtype, device=param.device) if found is None else found
-            found.index_add_(0, view.index.flatten(), part)
-    if found is None:
-        return total is None or not total.any()
-    norm = 0.0 if total is None else float(torch.linalg.vector_norm(total.detach()))
-    difference = float(torch.linalg.vector_norm(found if total is None else found.sub_(total.detach().flatten())))
-    return difference <= allowed * norm if norm > 0 else difference <= allowed
+        found = found + part if view.index is None else found.index_add_(0, view.index.flatten(), part)
+    return relative_difference(found, found * 0 if total is None else total.detach().flatten()) <= allowed
 
 
 def _summed(use: Use, view: View, g: Tensor) -> Tensor:
@@ -128,26 +118,3 @@ def _summed(use: Use, view: View, g: Tensor) -> Tensor:
         return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]
     a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
     return torch.einsum("mgl,mgr->glr", *((out, a) if use.input_side == "right" else (a, out)))
-
-
-def overlapping(tape: Tape) -> dict[str, str]:
-    """Parameters whose parts in different uses overlap, so that no block-diagonal form fits."""
-    parts: dict[str, dict[tuple[object, ...], View]] = {}
-    kinds: dict[str, set[type]] = {}
-    for use in tape.uses:
-        for view in views(use):
-            parts.setdefault(view.name, {})[view.key] = view
-            kinds.setdefault(view.name, set()).add(type(use))
-    return {
-        name: "it is used in overlapping parts"
-        for name, several in parts.items()
-        if len(kinds[name]) > 1 or (len(several) > 1 and _overlap(tape.params[name], several))
-    }
-
-
-def _overlap(param: Tensor, several: Mapping[tuple[object, ...], View]) -> bool:
-    indices = [view.index for view in several.values()]
-    if any(index is None for index in indices):
-        return True  # the parameter as a whole, and a part of it
-    places = torch.cat([index.flatten() for index in indices if index is not None])
-    return places.unique().numel() < places.numel()

@@ -164,17 +164,16 @@ class KroneckerOperator(StateOperator):
         params: Mapping[str, Tensor],
         data: Iterable[tuple[Any, Any]],
         *,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         reduction: str | None = None,
         **options: Any,
     ) -> Explanation:
         """What making the operator would take, from one forward pass of the first batch: blocks, memory, cost.
 
-        The arguments are those of the constructor; determinism is not checked.
+        The arguments are those of the constructor; determinism and the number of data are not checked.
         """
+        for name in ("progressbar", "check_deterministic", "num_data"):
+            options.pop(name, None)
         risk = EmpiricalRisk(model_func, loss_func, params, data, reduction=reduction, batch_size_fn=batch_size_fn)
         operator = cls.__new__(cls)
         operator._set(risk, cls._options(**options), planned=True)
@@ -218,12 +217,8 @@ class KroneckerOperator(StateOperator):
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
         state = State(kind, risk.space, groups, reduction, count, sweep.data, options.settings)
-        rows = collection.kept_bytes
-        notes = (
-            plan_notes(sweep, rows, self.further_walks, collection.budget)
-            if planned
-            else notes_of(sweep, rows, self.further_walks)
-        )
+        about = plan_notes if planned else notes_of
+        notes = about(sweep, collection.kept_bytes, self.further_walks, collection.budget)
         super().__init__(state, {name: "; ".join(whys) for name, whys in sweep.reasons.items()}, notes)
 
     @abstractmethod

@@ -67,9 +67,7 @@ class Options:
     @property
     def settings(self) -> dict[str, object]:
         """What two operators must have in common to be added."""
-        return {
-            "fisher_type": self.fisher_type,
-            "mc_samples": self.mc_samples if self.fisher_type == "mc" else None,
-            "kfac_approx": self.kfac_approx,
-            "separate_weight_and_bias": self.separate_weight_and_bias,
-        }
+        names = ("fisher_type", "mc_samples", "kfac_approx", "separate_weight_and_bias")
+        return {name: getattr(self, name) for name in names} | (
+            {} if self.fisher_type == "mc" else {"mc_samples": None}
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.kronecker.certify import certify, overlapping
+from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.options import Options
@@ -110,12 +110,11 @@ class Sweep:
                     self._reset()
                 if place >= skip:
                     yield from self._batch(place, batch, together)
-                if self._planned or self._ended:
+                while self.grouping.again and (self._streamed or self._planned):  # this batch contradicts itself
+                    self._reset()
+                    yield from self._batch(place, batch, together)
+                if self._planned or self.grouping.again:
                     return
-
-    @property
-    def _ended(self) -> bool:
-        return self.grouping.again and not self._streamed
 
     def _batch(self, place: int, batch: Batch, together: int) -> Iterator[Pass]:
         """Record, certify and pull one batch."""
@@ -144,6 +143,10 @@ class Sweep:
             self.signed = self.signed or whole.signed
             yield from self._pull(tape.as_one(), mixed, whole, (place, 0), together)
         del tape
+        for n in range(batch.size if alone and self._streamed else 0):  # what is given cannot be taken back
+            single = record(self.risk, cut(batch.X, batch.size, [n], kept), 1)
+            self._give_up(self._failed(single, alone, "datum"))
+            self.grouping.assign(single, set(alone) - set(self.whole))
         for n in range(batch.size if alone else 0):
             single = record(self.risk, cut(batch.X, batch.size, [n], kept), 1)
             self._give_up(self._failed(single, alone, "datum"))
@@ -152,7 +155,7 @@ class Sweep:
                 self.forward_passes += batch.size - 1
                 self.backward_passes += len(columns) * (batch.size - 1)
             self.forward_passes += 1
-            if self._planned or self._ended:
+            if self._planned or self.grouping.again:
                 return
 
     def _pull(
@@ -167,7 +170,7 @@ class Sweep:
         """One backward pass for each cotangent, as many together as fit; after the ``last`` one the graph is free."""
         uses = self.grouping.assign(tape, {n for n in names if n not in self.whole})
         plain = {n: self.grouping.whole(n, self.whole[n]) for n in names if n in self.whole}
-        if self._ended:
+        if self.grouping.again:
             return
         indices = sorted({k for several in uses.values() for k, _ in several})
         keys = {*uses, *(group.key for group in plain.values())}
@@ -240,8 +243,7 @@ class Sweep:
         else:
             failed = self._prove(tape, batch, curvature)
             self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
-        refuted = self.grouping.refuted
-        found = {**refuted, **overlapping(tape), **failed}
+        found = {**self.grouping.refuted, **failed}
         return {name: found[name] for name in names if name in found}
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Whether a loss is a sum over data, in a batch and between batches, and what its mean divides by."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvops.losses.base import ClosedForm, OutputCurvature
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
 from curvops.tree import map_tensors, tensors_of
@@ -18,10 +19,7 @@ _UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Asse
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some data: outputs, targets, their number, and which tensors of the targets run over the data.
-
-    Instead of the last, `None` stands for targets that are a list with one item for each datum.
-    """
+    """Some data; `runs` says which tensors of the targets run over them, `None` that they are a list of an item each."""
 
     z: Tensor
     y: Any
@@ -29,40 +27,62 @@ class _Piece:
     runs: tuple[bool, ...] | None
 
 
-class Additivity:
-    """The checks of one pass over the data.
+class LossWalk:
+    """One pass over the data, on which the count of a mean is summed; made by `OutputLoss.walk`.
 
-    A few data of each batch are compared with the whole batch, and joined to a few of the
-    first batch. The loss's gradient at these few must not depend on what else is in the
-    batch: a mean that divides by tokens instead of data shows there, and so does any
-    mixing of data. Where it is equal for a few and the rest of each batch, and for the few
-    of any two batches, the mean weighs all data alike.
+    Where it is not known that the loss is a sum over data, a few data of each batch are compared with the whole batch,
+    and joined to a few of the first batch. The loss's gradient at these few must not depend on what else is in the
+    batch: a mean that divides by tokens instead of data shows there, and so does any mixing of data. Where it is equal
+    for a few and the rest of each batch, and for the few of any two batches, the mean weighs all data alike.
     """
 
-    def __init__(self, loss: ScalarLoss, total: Callable[[Tensor, Any, int], Tensor]) -> None:
-        self._loss = loss
-        self._total = total
+    def __init__(self, loss: ScalarLoss, curvature: Callable[[Tensor, Any, int], OutputCurvature]) -> None:
+        self._loss, self._curvature = loss, curvature
         self._reduction, self._averaging = loss.reduction()
         self._counts = loss.switchable and self._reduction == "mean"
-        self._batches = 0
+        self._count, self._batches = 0.0, 0
         self._first: _Piece | None = None
 
-    def check(self, z: Tensor, y: Any, batch_size: int) -> float:
-        """Look at the next batch, at an output without a graph; return its share of what "mean" divides by.
+    def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
+        """Look at the next batch; see `OutputLoss.curvature`.
 
         Raises:
-            ValueError: If the loss is not additive, or nothing can be seen where it has to be.
+            ValueError: If z and y do not fit the loss, or the loss of the data so far is not the sum of their losses,
+                as far as can be seen from it.
         """
-        whole = _piece(z, y, batch_size)
-        few = whole if batch_size == 1 else None
+        found = self._curvature(z, y, batch_size)
+        if not isinstance(found, ClosedForm):
+            self._count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
+        elif self._reduction == "mean":
+            self._count += found.count
+        return found
+
+    def constant(self) -> float:
+        """The factor c in front of the sum over all data of this pass.
+
+        Raises:
+            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
+        """
+        if self._reduction == "sum":
+            return 1.0
+        if self._count <= 0:
+            raise ValueError(
+                f"loss: the mean runs over {self._count:g} entries (all targets ignored, or all weights zero), so it "
+                'is undefined. Use targets that count, or reduction="sum".'
+            )
+        return 1.0 / self._count
+
+    def _share(self, whole: _Piece) -> float:
+        """Check a batch, and compute its share of what "mean" divides by."""
+        few = whole if whole.size == 1 else None
         if not self._loss.known:
-            parts = _split(whole, min(FEW, batch_size // 2))
+            parts = _split(whole, min(FEW, whole.size // 2))
             if parts:
                 few = parts[0]
                 self._expect_sum(whole, *parts)
             self._check_between(whole, few)
         if not self._counts:
-            return float(batch_size)
+            return float(whole.size)
         if not self._loss.known:
             self._ratio(few or whole, independent=True)
         count = self._ratio(whole)
@@ -89,7 +109,7 @@ class Additivity:
             )
 
     def _expect_sum(self, whole: _Piece | None, few: _Piece, rest: _Piece) -> bool:
-        """Raise where the loss of a batch, or of two pieces joined, is not the sum of its parts'; return if it was seen."""
+        """Raise where the loss of a batch, or of two pieces joined, is not the sum of its parts'; whether it was seen."""
         together = None if whole is None else self._measure(whole)  # what fails on a whole batch is the caller's to see
         try:
             joined = whole or _join(few, rest)
@@ -120,7 +140,7 @@ class Additivity:
             other, _, other_read = self._measure(rest)
         else:
             with torch.no_grad():
-                other, other_read = self._total(rest.z, rest.y, rest.size), {}
+                other, other_read = self._loss.total(rest.z, rest.y, rest.size), {}
         if not (part + other).isfinite() and whole.z.isfinite().all():
             return None  # such as the mean of data that are masked as a whole
         # a comparison with nan counts as equal: nothing can be said
@@ -141,7 +161,7 @@ class Additivity:
     def _measure(self, piece: _Piece) -> "_Measured":
         with torch.enable_grad():
             z = piece.z.detach().requires_grad_()
-            value = self._total(z, piece.y, piece.size)
+            value = self._loss.total(z, piece.y, piece.size)
             if not value.requires_grad:
                 return value, torch.zeros_like(z), {}
             read = _read(value, z)
@@ -149,7 +169,7 @@ class Additivity:
         return value.detach(), slope, dict(zip(read, slopes, strict=True))
 
     def _ratio(self, piece: _Piece, independent: bool = False) -> float | None:
-        """Compute the denominator, or `None` if it cannot be told; where asked, expect that nothing moves it."""
+        """The denominator, or `None` if it cannot be told; where asked, expect that nothing moves it."""
         double = replace(piece, z=piece.z.detach().double())
         # where the loss vanishes (a perfect fit) the ratio is sought at other outputs
         for z in (double.z, _elsewhere(double).z):
@@ -187,17 +207,15 @@ def _unequal(a: Tensor | None, *parts: Tensor | None) -> bool:
 
 def _read(value: Tensor, z: Tensor) -> list[Tensor]:
     """The tensors besides z that a value depends on and that require gradients: the leaves of its graph."""
-    found, seen, waiting = [], set(), [value.grad_fn]
+    seen: dict[Any, None] = {}
+    waiting: list[Any] = [value.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and leaf is not z:
-            found.append(leaf)
-        waiting.extend(following for following, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen[node] = None
+            waiting.extend(following for following, _ in node.next_functions)
+    leaves = (getattr(node, "variable", None) for node in seen)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not z]
 
 
 def _elsewhere(piece: _Piece) -> _Piece:
@@ -206,8 +224,12 @@ def _elsewhere(piece: _Piece) -> _Piece:
     return replace(piece, z=z.to(piece.z.dtype))
 
 
+def _runs(y: Any, z: Tensor, size: int) -> tuple[bool, ...]:
+    return tuple(t.ndim > 0 and len(t) in (size, *z.shape[:1]) for t in tensors_of(y))
+
+
 def _piece(z: Tensor, y: Any, size: int) -> _Piece:
-    runs = tuple(t.ndim > 0 and len(t) in (size, *z.shape[:1]) for t in tensors_of(y))
+    runs = _runs(y, z, size)
     return _Piece(z, y, size, None if isinstance(y, (list, tuple)) and len(y) == size and not any(runs) else runs)
 
 
@@ -216,36 +238,29 @@ def _split(piece: _Piece, few: int) -> tuple[_Piece, _Piece] | None:
     y, size, runs = piece.y, piece.size, piece.runs
     if size < 2 or not piece.z.numel() or len(piece.z) % size:
         return None
-    if runs is not None and not (
-        _is_plain(y, iter(runs), size) and (any(runs) or not any(t.ndim for t in tensors_of(y)))
-    ):
+    if runs is not None and not (_is_plain(piece, y) and (any(runs) or not any(t.ndim for t in tensors_of(y)))):
         return None
 
     def part(start: int, stop: int) -> _Piece:
-        def cut(t: Tensor, run: bool = True) -> Tensor:
-            return t[start * len(t) // size : stop * len(t) // size] if run else t
+        def cut(t: Tensor) -> Tensor:
+            return t[start * len(t) // size : stop * len(t) // size]
 
         each = iter(runs or ())
-        targets = y[start:stop] if runs is None else map_tensors(lambda t: cut(t, next(each)), y)
+        targets = y[start:stop] if runs is None else map_tensors(lambda t: cut(t) if next(each) else t, y)
         return _Piece(cut(piece.z), targets, stop - start, runs)
 
     return part(0, few), part(few, size)
 
 
-def _is_plain(y: Any, runs: Iterator[bool], size: int) -> bool:
+def _is_plain(whole: _Piece, y: Any) -> bool:
     """Whether nothing but tensors can run over the data."""
-    if isinstance(y, Tensor):
-        next(runs)
-        return True
     if isinstance(y, Mapping):
-        return all(_is_plain(part, runs, size) for part in y.values())
+        return all(_is_plain(whole, part) for part in y.values())
     if isinstance(y, (list, tuple)):
-        mine = [next(runs) for _ in tensors_of(y)]
-        if len(y) == size and not any(mine):
+        if len(y) == whole.size and not any(_runs(y, whole.z, whole.size)):
             return False  # one item for each datum, beside others
-        inner = iter(mine)
-        return all(_is_plain(part, inner, size) for part in y)
-    return y is None or isinstance(y, (bool, int, float, str))
+        return all(_is_plain(whole, part) for part in y)
+    return y is None or isinstance(y, (Tensor, bool, int, float, str))
 
 
 def _join(a: _Piece, b: _Piece) -> _Piece | None:

@@ -1,7 +1,6 @@
 """Curvature of any twice differentiable loss in the model's output, by autodiff."""
 
 import math
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvops.losses.base import OutputCurvature, TermLayout
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
 
@@ -20,28 +19,23 @@ _ONCE_DIFFERENTIABLE = ("not implemented", "once_differentiable", "double backwa
 class AutodiffCurvature(OutputCurvature):
     """The sum of a loss over data, differentiated twice where asked.
 
-    A term is a vector along the last axis of the output (for `nn.NLLLoss` along axis
-    1; of a one-axis output an entry), if the output Hessian does not couple these.
-    Otherwise it is a whole datum. `total` maps (output, target, number of data) to the sum
-    over data.
+    A term is a vector along the last axis of the output (for `nn.NLLLoss` along axis 1; of a one-axis output an
+    entry), if the output Hessian does not couple these, otherwise a whole datum.
     """
 
-    def __init__(
-        self, z: Tensor, y: Any, batch_size: int, loss: ScalarLoss, total: Callable[[Tensor, Any, int], Tensor]
-    ) -> None:
+    def __init__(self, z: Tensor, y: Any, batch_size: int, loss: ScalarLoss) -> None:
         super().__init__(z, y, batch_size)
         loss.output_weights(z.detach(), y)  # refuses weights with a batch axis
         self.psd = loss.convex
         self._loss = loss
-        self._total = total
 
     @cached_property
     def layout(self) -> TermLayout:
         """The terms, found by probing the output Hessian."""
-        fine, whole = self._loss.term_layout(self.z), TermLayout(self.z.shape, None)
-        for layout in (fine, whole):
-            counts = layout is fine or (self.z.ndim > 0 and self.z.shape[0] == self.batch_size)
-            if counts and not self._couples(layout):
+        fine = self._loss.term_layout(self.z)
+        whole = [TermLayout(self.z.shape, None)] if self.z.shape[:1] == (self.batch_size,) else []
+        for layout in (fine, *whole):
+            if not self._couples(layout):
                 return layout
         raise ValueError(
             f"{self._loss.name!r}: its output Hessian couples the data of a batch (output of shape "
@@ -52,23 +46,23 @@ class AutodiffCurvature(OutputCurvature):
     def _couples(self, layout: TermLayout) -> bool:
         """Whether the output Hessian has entries between different terms.
 
-        A random vector on one half of the terms must give zero on the other. Up to 16
-        terms the halves tell every pair apart, beyond that they are random.
+        A random vector on one half of the terms must give zero on the other. Up to 16 terms the halves tell every
+        pair apart, beyond that they are random.
         """
         count, device = layout.num_terms, self.z.device
         vector = Noise(0, 0).normal(count, 1, 1, layout.width, device=device)[:, 0].to(self.dtype)
         index = torch.arange(count, device=device)
         signs = Noise(0, 0).signs(count, 1, 4, device=device) > 0
-        for probe in range(min(4, math.ceil(math.log2(count))) if count > 1 else 0):
-            half = (index >> probe & 1).bool() if count <= 16 else signs[:, probe]
-            result = layout.rows(self._hessian_product(layout.outputs(vector * half.unsqueeze(1)))).abs()
+        for probe in range(min(4, math.ceil(math.log2(max(count, 1))))):
+            half = ((index >> probe & 1).bool() if count <= 16 else signs[:, probe]).unsqueeze(1)
+            result = layout.rows(self._hessian_product(layout.outputs(vector * half))).abs()
             tolerance = 100 * torch.finfo(self.dtype).eps * result.max()
-            if bool((result * ~half.unsqueeze(1) > tolerance).any()):
+            if bool((result * ~half > tolerance).any()):
                 return True
         return False
 
     def value(self) -> Tensor:
-        return self._total(self.z.to(self.dtype), self.y, self.batch_size)
+        return self._loss.total(self.z.to(self.dtype), self.y, self.batch_size)
 
     def gradient(self) -> Tensor:
         return self.layout.rows(self._graph[1].detach())
@@ -80,20 +74,20 @@ class AutodiffCurvature(OutputCurvature):
             return False
         u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape).to(self.dtype)
         near = self.y.to(u) if isinstance(self.y, Tensor) and self.y.shape == u.shape else torch.zeros_like(u)
-        other = AutodiffCurvature(near + 0.1 * u, self.y, self.batch_size, self._loss, self._total)
+        other = AutodiffCurvature(near + 0.1 * u, self.y, self.batch_size, self._loss)
         return not any(bool(curvature._hessian_product(u).any()) for curvature in (self, other))
 
     def _hessian_product(self, u: Tensor) -> Tensor:
         if not self._twice_differentiable:
-            raise NotImplementedError(self._no_second_derivative)
+            raise self._no_second_derivative
         return self._second_backward(self._graph[0], u)
 
     def _exact_factor(self) -> Factor:
-        return StackedFactor(self._root.to(self.dtype))
+        return stacked(self._root.to(self.dtype))
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         signs = noise.signs(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
-        return StackedFactor((self._root @ signs.mT / mc_samples**0.5).to(self.dtype))
+        return stacked((self._root @ signs.mT / mc_samples**0.5).to(self.dtype))
 
     def _empirical_factor(self) -> Factor:
         gradient = self.gradient()
@@ -101,14 +95,14 @@ class AutodiffCurvature(OutputCurvature):
         if weights is not None:
             rows = self.layout.rows(weights.expand(self.z.shape))
             gradient = torch.where(rows > 0, gradient * torch.where(rows > 0, rows, 1).rsqrt(), 0)
-        return StackedFactor(gradient.unsqueeze(-1))
+        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def _graph(self) -> tuple[Tensor, Tensor, Tensor]:
         """The output as a leaf, the loss's gradient in it with its graph, and the cotangent of the loss, 1."""
         with torch.enable_grad():
             z = self._constant.clone().requires_grad_()
-            value = self._total(z, self.y, self.batch_size)
+            value = self._loss.total(z, self.y, self.batch_size)
             if not value.requires_grad:
                 raise ValueError(f"{self._loss.name!r}: the loss does not depend differentiably on the output.")
             one = torch.ones_like(value).requires_grad_()
@@ -124,15 +118,15 @@ class AutodiffCurvature(OutputCurvature):
         except RuntimeError as error:
             if not any(reason in str(error) for reason in _ONCE_DIFFERENTIABLE):
                 raise
-            raise NotImplementedError(self._no_second_derivative) from error
+            raise self._no_second_derivative from error
         return product
 
     @cached_property
     def _twice_differentiable(self) -> bool:
         """Whether the gradient's graph is whole.
 
-        A function whose backward is hidden from autograd (`once_differentiable`) would silently pass as linear.
-        But every gradient is linear in the cotangent, unless its graph is cut.
+        A function whose backward is hidden from autograd (`once_differentiable`) would silently pass as linear. But
+        every gradient is linear in the cotangent, unless its graph is cut.
         """
         _, gradient, one = self._graph
         gradient = gradient.detach()
@@ -140,22 +134,21 @@ class AutodiffCurvature(OutputCurvature):
         return not bool((echo - expected).abs() > torch.finfo(self.dtype).eps ** 0.5 * expected)
 
     @property
-    def _no_second_derivative(self) -> str:
-        return f"{self._loss.name!r} cannot be differentiated twice in PyTorch. Write it in plain operations."
+    def _no_second_derivative(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self._loss.name!r} cannot be differentiated twice in PyTorch. Write it in plain operations."
+        )
 
     @cached_property
     def _root(self) -> Tensor:
         """The symmetric root of each term's output Hessian, `[T, C, C]` in float64.
 
-        Unlike a basis of eigenvectors it is unique, so that sampled factors do not
-        depend on how the data is cut.
+        Unlike a basis of eigenvectors it is unique, so that sampled factors do not depend on how the data is cut.
         """
-        shape = (self.num_terms, self.width)
-        hessian = torch.empty(*shape, self.width, dtype=torch.float64, device=self.z.device)
-        for k in range(self.width):
-            unit = torch.zeros(shape, dtype=self.dtype, device=self.z.device)
-            unit[:, k] = 1
-            hessian[..., k] = self.layout.rows(self._hessian_product(self.layout.outputs(unit)))
+        hessian = self._constant.new_empty(self.num_terms, self.width, self.width, dtype=torch.float64)
+        for k, unit in enumerate(torch.eye(self.width, dtype=self.dtype, device=self.z.device)):
+            units = self.layout.outputs(unit.repeat(self.num_terms, 1))
+            hessian[..., k] = self.layout.rows(self._hessian_product(units))
         values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         scale = max(values.abs().max(), self._graph[1].detach().abs().max().double()) if values.numel() else 0
         if bool((values < -10 * self.width * torch.finfo(self.dtype).eps * scale).any()):
@@ -164,5 +157,4 @@ class AutodiffCurvature(OutputCurvature):
                 f"{values.min().item():.3g}), so it has no factor: 'type-2' and 'mc' do not exist. Products with the "
                 "Hessian and the GGN still work; for a Fisher or a Kronecker approximation use 'empirical'."
             )
-        root: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-        return root
+        return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT

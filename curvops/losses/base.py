@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 KINDS = ("type-2", "mc", "empirical", "forward-only")
@@ -64,8 +64,7 @@ def class_layout(shape: torch.Size) -> TermLayout:
 class OutputCurvature(ABC):
     """The loss of one batch at the outputs z: summed over terms, without c.
 
-    Everything but `value` treats z as a constant, and is computed in z's precision or in single precision if that is
-    higher.
+    Everything but `value` treats z as a constant, and is computed in z's precision, at least in single precision.
 
     Attributes:
         z: The model's output.
@@ -77,6 +76,8 @@ class OutputCurvature(ABC):
         linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that only averages what the
             model has already computed.
         layout: How the output is cut into terms.
+        num_terms: Number of loss terms of the batch, T.
+        width: Entries of a term's vector, C.
 
     Example:
         >>> import torch
@@ -86,6 +87,9 @@ class OutputCurvature(ABC):
         >>> curvature = output_loss(nn.CrossEntropyLoss()).curvature(torch.zeros(3, 4), y, batch_size=3)
         >>> curvature.num_terms, curvature.width, curvature.psd
         (3, 4, True)
+        >>> S = curvature.factor("type-2")
+        >>> S.column(0).shape, S.product(torch.eye(4)[:3])[0]
+        (torch.Size([3, 4]), tensor([ 0.1875, -0.0625, -0.0625, -0.0625]))
     """
 
     psd: bool
@@ -109,12 +113,10 @@ class OutputCurvature(ABC):
 
     @property
     def num_terms(self) -> int:
-        """Number of loss terms of the batch, T."""
         return self.layout.num_terms
 
     @property
     def width(self) -> int:
-        """Entries of a term's vector, C."""
         return self.layout.width
 
     @property
@@ -125,12 +127,12 @@ class OutputCurvature(ABC):
         return self.num_terms // self.batch_size
 
     def rows(self, u: Tensor) -> Tensor:
-        """Bring an output-shaped tensor into rows `[T, C]`, datum by datum."""
+        """An output-shaped tensor as rows `[T, C]`, datum by datum."""
         self._expect_shape("rows", u, tuple(self.z.shape))
         return self.layout.rows(u)
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """Bring rows `[T, C]` into the output's shape, the inverse of `rows`."""
+        """Rows `[T, C]` in the output's shape, the inverse of `rows`."""
         self._expect_shape("outputs", rows, (self.num_terms, self.width))
         return self.layout.outputs(rows)
 
@@ -180,7 +182,7 @@ class OutputCurvature(ABC):
         if kind == "empirical":
             return self._empirical_factor()
         if kind == "forward-only":
-            return StackedFactor(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
+            return stacked(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
         if kind != "mc":
             raise ValueError(f"'factor': expected a kind of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         if mc_samples < 1:
@@ -213,7 +215,7 @@ class OutputCurvature(ABC):
 
 
 class ClosedForm(OutputCurvature):
-    """A loss of PyTorch's whose gradient and Hessian are formulas; its options are keywords of the constructor."""
+    """A loss of PyTorch's whose gradient and Hessian are formulas in rows; its options are keywords when it is made."""
 
     psd = True
     closed_form = True
@@ -228,8 +230,22 @@ class ClosedForm(OutputCurvature):
         """This batch's share of what "mean" divides by."""
 
     def quick_value(self) -> Tensor:
-        """`value`, as a by-product of what the gradient needs, or else anything."""
+        """`value` from what the gradient needs anyway, or anything where that is not exact."""
         return self.value()
+
+    def _hessian_product(self, u: Tensor) -> Tensor:
+        return self.layout.outputs(self.hessian_rows(self.layout.rows(u)))
+
+    def _exact_factor(self) -> Factor:
+        return Factor(self.num_terms, self.width, self.width, self.hessian_root, self.hessian_rows)
+
+    @abstractmethod
+    def hessian_rows(self, rows: Tensor) -> Tensor:
+        """Multiply each term's vector by its output Hessian."""
+
+    @abstractmethod
+    def hessian_root(self, k: int) -> Tensor:
+        """Column k of a root of each term's output Hessian, `[T, C]`."""
 
 
 class _Gradient(torch.autograd.Function):

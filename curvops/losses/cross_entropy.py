@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvops.losses.base import ClosedForm, TermLayout, class_layout
-from curvops.losses.factor import Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 
@@ -33,14 +33,7 @@ class CrossEntropyCurvature(ClosedForm):
         self._given_weight = weight
         self._ignore_index = ignore_index
         self._smoothing = label_smoothing
-        self._expect_shapes()
-        if not y.is_floating_point():
-            self._expect_labels()
-        elif bool((self.weights < 0).any()):
-            raise ValueError(
-                "'CrossEntropyLoss': the (weighted) target probabilities of a term sum "
-                f"to {self.weights.min().item()}, expected a non-negative sum."
-            )
+        self._expect_fitting()
 
     @staticmethod
     def check(weight: Tensor | None = None, label_smoothing: float = 0.0, **_: Any) -> None:
@@ -81,7 +74,7 @@ class CrossEntropyCurvature(ClosedForm):
         if not self._plain_labels:
             return self.value()
         picked = self._probabilities.gather(1, self._labels.unsqueeze(1)).squeeze(1)
-        return -(self.weights @ picked.log_())
+        return -(self.weights @ picked.log())
 
     def gradient(self) -> Tensor:
         """ω p - t w, as rows."""
@@ -91,23 +84,39 @@ class CrossEntropyCurvature(ClosedForm):
             return scaled.scatter_add_(1, self._labels.unsqueeze(1), -weights)
         return scaled.sub_(self._weighted_targets)
 
-    def _hessian_product(self, u: Tensor) -> Tensor:
-        product = _categorical_product(self._probabilities, self.layout.rows(u))
-        return self.layout.outputs(self.weights.unsqueeze(1) * product)
+    def hessian_rows(self, rows: Tensor) -> Tensor:
+        scaled = self._probabilities * rows
+        return self.weights.unsqueeze(1) * (scaled - self._probabilities * scaled.sum(-1, keepdim=True))
 
-    def _exact_factor(self) -> Factor:
-        return CategoricalFactor(self._probabilities, self.weights)
+    def hessian_root(self, k: int) -> Tensor:
+        """√(ω p_k) (e_k - p)."""
+        scale = (self.weights * self._probabilities[:, k]).sqrt()
+        column = -scale.unsqueeze(1) * self._probabilities
+        column[:, k] += scale
+        return column
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
+        """Column m is √(ω/M) (p - e_ŷ), for the m-th sample ŷ of the label."""
+        probabilities, weights = self._probabilities, self.weights.unsqueeze(1) / mc_samples
         uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, device=self.z.device)
-        labels = sample_classes(self._probabilities, uniform)
-        return SampledCategoricalFactor(self._probabilities, self.weights, labels)
+        labels = sample_classes(probabilities, uniform)
+
+        def column(k: int) -> Tensor:
+            scale = weights.sqrt()
+            return (scale * probabilities).scatter_add_(1, labels[:, k : k + 1], -scale)
+
+        def product(rows: Tensor) -> Tensor:
+            mean = (probabilities * rows).sum(-1, keepdim=True)
+            inner = (mean - rows.gather(1, labels)) * weights
+            return (probabilities * inner.sum(-1, keepdim=True)).scatter_add(1, labels, -inner)
+
+        return Factor(self.num_terms, self.width, mc_samples, column, product)
 
     def _empirical_factor(self) -> Factor:
         weights = self.weights.unsqueeze(1)
         scale = torch.where(weights > 0, weights, 1).rsqrt()
         gradient = torch.where(weights > 0, scale * self.gradient(), 0)
-        return StackedFactor(gradient.unsqueeze(-1))
+        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def weights(self) -> Tensor:
@@ -154,7 +163,7 @@ class CrossEntropyCurvature(ClosedForm):
             return self._constant.new_ones(self.width)
         return self._given_weight.to(self._constant)
 
-    def _expect_shapes(self) -> None:
+    def _expect_fitting(self) -> None:
         z, y, weight = self.z, self.y, self._given_weight
         if z.ndim == 0:
             raise ValueError("'CrossEntropyLoss': expected an output with a class axis, got a scalar.")
@@ -171,55 +180,17 @@ class CrossEntropyCurvature(ClosedForm):
                 f"'CrossEntropyLoss': expected one weight for each of the {self.width} classes, "
                 f"got shape {tuple(weight.shape)}."
             )
-
-    def _expect_labels(self) -> None:
-        wrong = ((self.y < 0) | (self.y >= self.width)) & (self.y != self._ignore_index)
-        if bool(wrong.any()):
+        if y.is_floating_point():
+            if bool((self.weights < 0).any()):
+                raise ValueError(
+                    "'CrossEntropyLoss': the (weighted) target probabilities of a term sum "
+                    f"to {self.weights.min().item()}, expected a non-negative sum."
+                )
+        elif bool((wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()):
             raise ValueError(
                 f"'CrossEntropyLoss': expected labels from 0 to {self.width - 1} or "
-                f"ignore_index={self._ignore_index}, got {self.y[wrong][0].item()}."
+                f"ignore_index={self._ignore_index}, got {y[wrong][0].item()}."
             )
-
-
-class CategoricalFactor(Factor):
-    """The exact factor: column k is √(ω p_k) (e_k - p), with p of shape `[T, C]` and ω `[T]`."""
-
-    def __init__(self, probabilities: Tensor, weights: Tensor) -> None:
-        super().__init__(len(probabilities), probabilities.shape[1], probabilities.shape[1])
-        self._probabilities = probabilities
-        self._weights = weights
-
-    def _column(self, k: int) -> Tensor:
-        scale = (self._weights * self._probabilities[:, k]).sqrt()
-        column = -scale.unsqueeze(1) * self._probabilities
-        column[:, k] += scale
-        return column
-
-    def _product(self, rows: Tensor) -> Tensor:
-        product = _categorical_product(self._probabilities, rows)
-        return self._weights.unsqueeze(1) * product
-
-
-class SampledCategoricalFactor(Factor):
-    """The sampled factor: column m is √(ω/M) (p - e_ŷ), for the m-th sample of the labels ŷ, `[T, M]`."""
-
-    def __init__(self, probabilities: Tensor, weights: Tensor, labels: Tensor) -> None:
-        super().__init__(len(probabilities), probabilities.shape[1], labels.shape[1])
-        self._probabilities = probabilities
-        self._weights = weights / labels.shape[1]
-        self._labels = labels
-
-    def _column(self, k: int) -> Tensor:
-        scale = self._weights.sqrt().unsqueeze(1)
-        column = scale * self._probabilities
-        return column.scatter_add_(1, self._labels[:, k : k + 1], -scale)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        mean = (self._probabilities * rows).sum(-1, keepdim=True)
-        inner = mean - rows.gather(1, self._labels)
-        inner = inner * self._weights.unsqueeze(1)
-        product = self._probabilities * inner.sum(-1, keepdim=True)
-        return product.scatter_add(1, self._labels, -inner)
 
 
 def sample_classes(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -227,9 +198,3 @@ def sample_classes(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     heights = uniform.to(cumulative) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, heights).clamp_(max=cumulative.shape[1] - 1)
-
-
-def _categorical_product(probabilities: Tensor, rows: Tensor) -> Tensor:
-    """Multiply by diag p - p pᵀ."""
-    scaled = probabilities * rows
-    return scaled - probabilities * scaled.sum(-1, keepdim=True)

@@ -1,5 +1,6 @@
 """Curvature of losses that are sums over the output's entries: squared error, and binary cross-entropy of logits."""
 
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any
 
@@ -8,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvops.losses.base import ClosedForm, TermLayout, entry_layout
-from curvops.losses.factor import DiagonalFactor, Factor, StackedFactor
+from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 
 
 class EntryCurvature(ClosedForm):
-    """A loss with a target for each entry; "mean" divides by the number of entries."""
+    """A loss with a target for each entry and a diagonal output Hessian; "mean" divides by the number of entries."""
 
     name: str
 
@@ -26,6 +27,7 @@ class EntryCurvature(ClosedForm):
             )
         super().__init__(z, y, batch_size)
         self._targets = y.to(self.dtype)
+        self._weight = options["weight"].to(self._targets) if "weight" in options else None
 
     @property
     def count(self) -> float:
@@ -35,12 +37,36 @@ class EntryCurvature(ClosedForm):
     def layout(self) -> TermLayout:
         return entry_layout(self.z.shape)
 
+    def gradient(self) -> Tensor:
+        return self.layout.rows(self._weighted(self._slope()))
+
+    def _empirical_factor(self) -> Factor:
+        slope = self._slope() if self._weight is None else self._weight.sqrt() * self._slope()
+        return stacked(self.layout.rows(slope).unsqueeze(-1))
+
+    def hessian_rows(self, rows: Tensor) -> Tensor:
+        return self._diagonal * rows
+
+    def hessian_root(self, k: int) -> Tensor:
+        column = self._constant.new_zeros(self.num_terms, self.width)
+        column[:, k] = self._diagonal.expand_as(column)[:, k].sqrt()
+        return column
+
+    def _weighted(self, t: Tensor) -> Tensor:
+        return t if self._weight is None else self._weight * t
+
+    @abstractmethod
+    def _slope(self) -> Tensor:
+        """The gradient without weights."""
+
+    @property
+    @abstractmethod
+    def _diagonal(self) -> Tensor:
+        """The diagonal of the output Hessian, in rows."""
+
 
 class SquaredErrorCurvature(EntryCurvature):
-    """The sum of (z - y)², whose output Hessian is 2 I.
-
-    As a likelihood it is a normal distribution of variance 1/2 around z.
-    """
+    """The sum of (z - y)², whose output Hessian is 2 I: as a likelihood a normal distribution of variance 1/2 around z."""
 
     name = "MSELoss"
 
@@ -55,28 +81,23 @@ class SquaredErrorCurvature(EntryCurvature):
     def value(self) -> Tensor:
         return (self.z.to(self.dtype) - self._targets).square().sum()
 
-    def gradient(self) -> Tensor:
-        return self.layout.rows(2 * (self._constant - self._targets))
+    def _slope(self) -> Tensor:
+        return 2 * (self._constant - self._targets)
 
-    def _hessian_product(self, u: Tensor) -> Tensor:
-        return 2 * u
-
-    def _exact_factor(self) -> Factor:
-        return DiagonalFactor(self._constant.new_tensor(2.0).expand(self.num_terms, self.width))
+    @property
+    def _diagonal(self) -> Tensor:
+        return self._constant.new_tensor(2.0)
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         normal = noise.normal(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
-        return StackedFactor((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
-
-    def _empirical_factor(self) -> Factor:
-        return StackedFactor(self.gradient().unsqueeze(-1))
+        return stacked((2 / mc_samples) ** 0.5 * normal.mT.to(self.dtype))
 
 
 class BinaryCrossEntropyCurvature(EntryCurvature):
     """The sum of ω ((1 - y) z + (1 + (π - 1) y) log(1 + exp(-z))).
 
-    Here ω is the weight and π the pos_weight, neither negative nor with a batch axis. The output Hessian is diagonal,
-    with entries ω σ (1 - σ) (1 + (π - 1) y), where σ is the sigmoid of z.
+    Here ω is the weight and π the pos_weight, neither negative nor with a batch axis. The diagonal of the output
+    Hessian is ω σ (1 - σ) (1 + (π - 1) y), where σ is the sigmoid of z.
     """
 
     name = "BCEWithLogitsLoss"
@@ -85,16 +106,14 @@ class BinaryCrossEntropyCurvature(EntryCurvature):
         super().__init__(z, y, batch_size, **options)
         for option, weights in options.items():
             expect_no_batch_axis(self.name, option, weights, y)
-        one = torch.ones((), dtype=self.dtype, device=z.device)
-        self._weight = options.get("weight", one).to(one)
-        self._slope = one
+        self._factor = torch.ones((), dtype=self.dtype, device=z.device)
         if "pos_weight" in options:
             if bool(((y < 0) | (y > 1)).any()):
                 raise ValueError(
                     "'BCEWithLogitsLoss': with pos_weight, expected targets between 0 and "
                     f"1, got values from {y.min().item()} to {y.max().item()}."
                 )
-            self._slope = 1 + (options["pos_weight"].to(one) - 1) * self._targets
+            self._factor = 1 + (options["pos_weight"].to(self._targets) - 1) * self._targets
 
     @staticmethod
     def check(**options: Any) -> None:
@@ -106,37 +125,23 @@ class BinaryCrossEntropyCurvature(EntryCurvature):
 
     def value(self) -> Tensor:
         z = self.z.to(self.dtype)
-        return (self._weight * ((1 - self._targets) * z - self._slope * F.logsigmoid(z))).sum()
+        return self._weighted((1 - self._targets) * z - self._factor * F.logsigmoid(z)).sum()
 
-    def gradient(self) -> Tensor:
-        return self.layout.rows(self._weight * self._unweighted_gradient)
+    def _slope(self) -> Tensor:
+        return (1 - self._targets) - self._factor * (-self._constant).sigmoid()
 
-    def _hessian_product(self, u: Tensor) -> Tensor:
-        return self._curvature * u
-
-    def _exact_factor(self) -> Factor:
-        return DiagonalFactor(self.layout.rows(self._curvature))
+    @cached_property
+    def _diagonal(self) -> Tensor:
+        # σ(-z), not 1 - σ(z), which rounds to zero for large z
+        variance = self._constant.sigmoid() * (-self._constant).sigmoid()
+        return self.layout.rows(self._weighted(self._factor * variance))
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
-        scale = (self._weight * self._slope / mc_samples).sqrt()
-        rows = self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1)
+        scale = self._weighted(self._factor / mc_samples).sqrt()
         probability = self.layout.rows(self._constant.sigmoid()).unsqueeze(-1)
         answers = (uniform.mT < probability).to(self.dtype)
-        return StackedFactor(rows * (probability - answers))
-
-    def _empirical_factor(self) -> Factor:
-        gradient = self._weight.sqrt() * self._unweighted_gradient
-        return StackedFactor(self.layout.rows(gradient).unsqueeze(-1))
-
-    @property
-    def _unweighted_gradient(self) -> Tensor:
-        return (1 - self._targets) - self._slope * (-self._constant).sigmoid()
-
-    @cached_property
-    def _curvature(self) -> Tensor:
-        # σ(-z), not 1 - σ(z), which rounds to zero for large z
-        return self._weight * self._slope * (self._constant.sigmoid() * (-self._constant).sigmoid())
+        return stacked(self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1) * (probability - answers))
 
 
 def expect_no_batch_axis(loss: str, option: str, weight: Tensor, y: Tensor) -> None:

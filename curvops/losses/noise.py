@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+# words of 64 bits are read as signed: the arithmetic of int64 wraps around
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _SHIFTS = (30, 27, 31)
-_WORD = (1 << 64) - 1
 _UNIFORM, _NORMAL, _SIGN = 1, 2, 3  # the distributions use separate streams
 
 
@@ -70,36 +70,24 @@ class Noise:
             # an empty batch may report no terms per datum
             count = max(terms_per_datum, 1)
             place, within = self.start + term // count, term % count
-        root = _mix_integer(_mix_integer(self.seed) ^ stream)
-        key = _absorb(_absorb(torch.full_like(term, _signed(root)), place), within)
+        seed = torch.tensor((self.seed + (1 << 63)) % (1 << 64) - (1 << 63), device=device)
+        root = _absorb(_absorb(seed, 0) ^ stream, 0)
+        key = _absorb(_absorb(root, place), within)
         key = _absorb(key.unsqueeze(-1), torch.arange(mc_samples, device=device))
         return key if width is None else _absorb(key.unsqueeze(-1), torch.arange(width, device=device))
 
 
-def _absorb(key: Tensor, index: Tensor) -> Tensor:
-    """Hash one more component into the key; int64 arithmetic wraps around."""
-    word = key + (index + 1) * _signed(_GOLDEN)
+def _absorb(key: Tensor, index: Tensor | int) -> Tensor:
+    """Hash one more component into the key."""
+    word = key + (index + 1) * _GOLDEN
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-        word = (word ^ _shift(word, shift)) * _signed(multiplier)
+        word = (word ^ _shift(word, shift)) * multiplier
     return word ^ _shift(word, _SHIFTS[-1])
-
-
-def _mix_integer(word: int) -> int:
-    """The hash of `_absorb` for a Python integer."""
-    word = (word + _GOLDEN) & _WORD
-    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-        word = (word ^ word >> shift) * multiplier & _WORD
-    return word ^ word >> _SHIFTS[-1]
 
 
 def _shift(word: Tensor, bits: int) -> Tensor:
     """Shift to the right without copying the sign bit."""
     return (word >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """An unsigned 64-bit word read as a signed one."""
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _open_unit(words: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvops.losses.additivity import Additivity
+from curvops.losses.additivity import LossWalk
 from curvops.losses.autodiff import AutodiffCurvature
 from curvops.losses.base import ClosedForm, OutputCurvature
 from curvops.losses.cross_entropy import CrossEntropyCurvature
@@ -88,9 +88,9 @@ class OutputLoss:
         """Whether the output Hessian is positive semi-definite by construction."""
         return self._closed_form() is not None or self._loss.convex
 
-    def walk(self) -> "LossWalk":
+    def walk(self) -> LossWalk:
         """Begin one pass over the data."""
-        return LossWalk(self, Additivity(self._loss, self._total))
+        return LossWalk(self._loss, self.curvature)
 
     def curvature(self, z: Tensor, y: Any, batch_size: int, checked: bool = True) -> OutputCurvature:
         """Look at the loss of one batch of data, with targets y, at the model's output z, which may carry a graph.
@@ -109,12 +109,7 @@ class OutputLoss:
             found = closed[0](z, y, batch_size, **closed[1])
             if not checked or self._agrees(found):
                 return found
-        return AutodiffCurvature(z, y, batch_size, self._loss, self._total)
-
-    def _total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
-        """The sum of the loss over data, by the loss itself."""
-        value = self._loss.evaluate(z, y, "sum")
-        return value * batch_size if self.reduction == "mean" and not self._loss.switchable else value
+        return AutodiffCurvature(z, y, batch_size, self._loss)
 
     def _closed_form(self) -> tuple[type[ClosedForm], dict[str, Any]] | None:
         """The formulas of exactly this loss, and its options."""
@@ -166,42 +161,3 @@ class OutputLoss:
 def _largest(extremes: list[float]) -> float:
     """The largest absolute value between a minimum and a maximum."""
     return max(-extremes[0], extremes[1])
-
-
-class LossWalk:
-    """One pass over the data, on which the count of a mean is summed; made by `OutputLoss.walk`."""
-
-    def __init__(self, loss: OutputLoss, additivity: Additivity) -> None:
-        self._loss = loss
-        self._mean = loss.reduction == "mean"
-        self._additivity = additivity
-        self._count = 0.0
-
-    def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
-        """Look at the next batch; see `OutputLoss.curvature`.
-
-        Raises:
-            ValueError: If z and y do not fit the loss, or the loss of the data so far is not the sum of their losses,
-                as far as can be seen from it.
-        """
-        found = self._loss.curvature(z, y, batch_size)
-        if not isinstance(found, ClosedForm):
-            self._count += self._additivity.check(z.detach().to(found.dtype), y, batch_size)
-        elif self._mean:
-            self._count += found.count
-        return found
-
-    def constant(self) -> float:
-        """The factor c in front of the sum over all data of this pass.
-
-        Raises:
-            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
-        """
-        if not self._mean:
-            return 1.0
-        if self._count <= 0:
-            raise ValueError(
-                f"loss: the mean runs over {self._count:g} entries (all targets ignored, or all weights zero), so it "
-                'is undefined. Use targets that count, or reduction="sum".'
-            )
-        return 1.0 / self._count

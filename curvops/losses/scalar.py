@@ -34,11 +34,9 @@ _REDUCING = ("size_average", "reduce", "reduction")  # the first two are superse
 
 
 class ScalarLoss:
-    """A loss module or function, which is never changed or copied, but read anew whenever it is asked.
+    """A loss module, function or partial, never changed or copied, but read anew whenever it is asked.
 
-    Args:
-        loss_func: The module, the function, or a partial of a function.
-        asked: The reduction that the caller states, if any.
+    `asked` is the reduction that the caller states, if any.
     """
 
     def __init__(self, loss_func: Any, asked: str | None) -> None:
@@ -69,18 +67,16 @@ class ScalarLoss:
     @property
     def switchable(self) -> bool:
         """Whether it can be asked for another reduction: by a module's attribute, or a function's keyword."""
-        function = self.function
-        if not isinstance(function, nn.Module):
+        if not isinstance(self.function, nn.Module):
             return self._keyword is not None
         # a `forward` of its own is bound to this very object, so that a copy's attribute would not reach it
-        bound = "forward" in vars(function) or isinstance(function, torch.jit.ScriptModule)
-        return not bound and isinstance(getattr(function, "reduction", None), str)
+        bound = "forward" in vars(self.function) or isinstance(self.function, torch.jit.ScriptModule)
+        return not bound and isinstance(getattr(self.function, "reduction", None), str)
 
     def reduction(self) -> tuple[str, str]:
-        """Read the reduction, "mean" or "sum", and what a switchable loss calls it.
+        """The reduction, "mean" or "sum", and what a switchable loss calls it.
 
-        Raises:
-            ValueError: If it is unknown, another one, or not what the caller stated.
+        A ValueError says if it is unknown, another one, or not what the caller stated.
         """
         stated, asked = self._stated_reduction(), self._asked
         meaning = "mean" if stated == "batchmean" else stated
@@ -104,7 +100,7 @@ class ScalarLoss:
         return agreed, stated or agreed
 
     def option(self, name: str) -> Any:
-        """Read an option of the module or function, `None` if it has none of this name."""
+        """An option of the module or function, `None` if it has none of this name."""
         return getattr(self.function, name, None) if isinstance(self.function, nn.Module) else self._options.get(name)
 
     @property
@@ -131,29 +127,18 @@ class ScalarLoss:
         return class_layout(z.shape) if self.form is F.nll_loss else entry_layout(z.shape)
 
     def output_weights(self, z: Tensor, y: Any) -> Tensor | None:
-        """The weights that a loss is linear in, in a shape that broadcasts to the output's, if it has any.
-
-        Raises:
-            ValueError: If they have a batch axis.
-        """
+        """The weights that a loss is linear in, broadcasting to the output; a ValueError if they have a batch axis."""
         form, weight = self.form, self.option("weight")
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or form not in (F.binary_cross_entropy, F.nll_loss):
             return None
         weight = weight.detach().to(z)
-        if form is F.binary_cross_entropy:
-            expect_no_batch_axis(self.name, "weight", weight, y)
-            return weight
         if form is F.nll_loss:
-            labels = y.long().clamp(0, weight.numel() - 1)
-            return weight[labels].unsqueeze(1 if z.ndim > 1 else 0)
-        return None
+            return weight[y.long().clamp(0, weight.numel() - 1)].unsqueeze(1 if z.ndim > 1 else 0)
+        expect_no_batch_axis(self.name, "weight", weight, y)
+        return weight
 
     def evaluate(self, z: Tensor, y: Any, reduction: str) -> Tensor:
-        """Compute the loss, its options and targets brought to z's precision, with a reduction if it is switchable.
-
-        Raises:
-            ValueError: If the loss is not a scalar.
-        """
+        """The loss, its options and targets brought to z's precision, with a reduction if it is switchable."""
         function = self.function
         keywords = {name: _moved(option, z) for name, option in self.keywords.items()}
         if isinstance(function, nn.Module):
@@ -171,8 +156,13 @@ class ScalarLoss:
             raise ValueError(f"{self.name!r}: expected a scalar loss, got {got}. Reduce it by a sum or a mean.")
         return value.reshape(())
 
+    def total(self, z: Tensor, y: Any, batch_size: int) -> Tensor:
+        """The sum of the loss over data."""
+        value = self.evaluate(z, y, "sum")
+        return value * batch_size if not self.switchable and self.reduction()[0] == "mean" else value
+
     def _stated_reduction(self) -> str | None:
-        """Read the reduction of a module, or of a function's keywords or signature, if any."""
+        """The reduction of a module, or of a function's keywords or signature, if any."""
         average, reduce = (self._options.get(name) for name in _REDUCING[:2])
         if average is not None or reduce is not None:
             # PyTorch resolves and announces its deprecated options
@@ -190,7 +180,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def _uncompiled(loss_func: Any) -> Any:
-    """Take the eager module or function out of a compiled one, unless hooks hang on the compiled one."""
+    """The eager module or function in a compiled one, unless hooks hang on the compiled one."""
     for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):
         hooked = isinstance(loss_func, nn.Module) and any(vars(loss_func).get(name) for name in _HOOKS)
         loss_func = loss_func if hooked else getattr(loss_func, attribute, loss_func)
@@ -218,8 +208,7 @@ def _moved(option: Any, z: Tensor) -> Any:
 def _brought(module: nn.Module, z: Tensor) -> nn.Module:
     """The module with its tensors on z's device and in its precision: itself, or a copy that shares all else.
 
-    Gradients flow through the copy to the module's own tensors. Buffers are always
-    copied, since a loss may update them.
+    Gradients flow through the copy to the module's own tensors. Buffers are always copied: a loss may update them.
     """
     parts: dict[str, dict[str, Any]] = {
         "_parameters": {name: _moved(t, z) for name, t in module._parameters.items()},

@@ -103,11 +103,7 @@ class BlockDiagonalOperator(LinearOperator):
         return self._eigenvalues().sort().values
 
     def eigenpairs(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest (or smallest) eigenvalues ``[k]`` in ascending order, and eigenvectors ``[D, k]``.
-
-        Raises:
-            ValueError: If there are not ``k``.
-        """
+        """The ``k`` largest or smallest eigenvalues ``[k]``, ascending, and eigenvectors ``[D, k]``; at most ``D``."""
         if not 1 <= k <= self.domain.dim:
             raise ValueError(f"k: expected a number from 1 to {self.domain.dim}, got {k}.")
         values = self._eigenvalues()
@@ -120,8 +116,7 @@ class BlockDiagonalOperator(LinearOperator):
     def power(self, exponent: float, damping: Damping = 0.0) -> StructuredOperator:
         """The matrix plus ``damping`` times the identity, to a power such as −1, ½ or −½.
 
-        Raises:
-            ValueError: If the power is negative and a block is singular.
+        A ValueError if the power is negative and a block is singular.
         """
         blocks = [placed.powered(exponent, shift) for placed, shift in self._damped(damping)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}")
@@ -160,12 +155,10 @@ class BlockDiagonalOperator(LinearOperator):
         return StructuredOperator(self.domain, blocks, f"{self.name}^-1")
 
     def sample(self, num_samples: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
-        """Samples ``[D, num_samples]`` of N(0, (F + δ I)⁻¹), for Laplace approximations.
+        """Samples ``[D, num_samples]`` of N(0, (F + δ I)⁻¹), for Laplace approximations with prior precision δ.
 
-        Args:
-            num_samples: How many.
-            damping: δ, such as a prior precision; or one for each parameter by name.
-            generator: Source of randomness, on this operator's device; the global one if not given.
+        ``damping`` is δ, or one for each parameter by name; the ``generator`` (by default the global one) is on the
+        operator's device.
         """
         root = self.power(-0.5, damping)
         noise = torch.randn(self.domain.dim, num_samples, generator=generator, dtype=self.dtype, device=self.device)

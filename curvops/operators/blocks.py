@@ -28,7 +28,7 @@ class KroneckerBlock(_Block):
     """left ⊗ right for each group, of factors ``[groups, n, n]``, or ``[groups, n]`` for the diagonal of a diagonal one.
 
     With ``right`` a one, this is a dense matrix or a diagonal. The factors are to be multiplied by ``scales``; they may
-    be large and are not copied for it.
+    be large and are not copied for it (but by `left` and `right`).
     """
 
     def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
@@ -38,19 +38,16 @@ class KroneckerBlock(_Block):
 
     @property
     def left(self) -> Tensor:
-        """The left factor, a copy where it has a scale."""
         return self._left if self._scales[0] == 1.0 else self._left * self._scales[0]
 
     @property
     def right(self) -> Tensor:
-        """The right factor, likewise."""
         return self._right if self._scales[1] == 1.0 else self._right * self._scales[1]
 
     def eigen(self, label: str) -> EigenBlock:
         """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
         if self._eigen is None:
-            left, left_basis = eigh(self.left, label)
-            right, right_basis = eigh(self.right, label)
+            (left, left_basis), (right, right_basis) = eigh(self.left, label), eigh(self.right, label)
             zero = within_rounding(left, left_basis).any() | within_rounding(right, right_basis).any()
             values = left.unsqueeze(2) * right.unsqueeze(1)
             self._eigen = EigenBlock(left_basis, right_basis, values, singular=bool(zero))

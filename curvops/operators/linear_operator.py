@@ -36,37 +36,27 @@ class LinearOperator(ABC):
     Example:
         >>> import torch
         >>> from curvops import GGNLinearOperator
-        >>> model = torch.nn.Linear(3, 2)
-        >>> data = [(torch.rand(5, 3), torch.rand(5, 2))]
+        >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
         >>> ggn = GGNLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
         >>> ggn.shape, (ggn @ torch.ones(8)).shape, (2 * ggn + ggn).psd
         ((8, 8), torch.Size([8]), True)
     """
 
-    # A NumPy array on the left must not try to multiply entry by entry
-    __array_ufunc__ = None
-
-    #: operators that this one is made of
-    _parts: tuple[LinearOperator, ...] = ()
-    #: what it is called, if not after its class
-    _name = ""
+    __array_ufunc__ = None  # a NumPy array on the left must not try to multiply entry by entry
+    _parts: tuple[LinearOperator, ...] = ()  # what this one is made of
+    _name = ""  # what it is called, if not after its class
 
     def __init__(
         self, domain: TensorSpace, codomain: TensorSpace | None = None, *, symmetric: bool = False, psd: bool = False
     ) -> None:
         self.domain, self.codomain = domain, domain if codomain is None else codomain
         self.symmetric, self.psd = symmetric or psd, psd
-        self.dtype, self.device = domain.dtype, domain.device
+        self.shape, self.dtype, self.device = (self.codomain.dim, domain.dim), domain.dtype, domain.device
 
     @property
     def name(self) -> str:
         """What the operator is called in messages and progress bars."""
         return self._name or type(self).__name__
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of rows and columns."""
-        return self.codomain.dim, self.domain.dim
 
     def __repr__(self) -> str:
         return f"<{self.name} {self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device}>"
@@ -144,10 +134,9 @@ class LinearOperator(ABC):
 
     def __rmatmul__(self, other: Vector) -> Any:
         """Product from the left: ``vᵀ A`` for ``[D]``, rows ``[K, D]``, a list or a dict."""
-        adjoint = self.adjoint()
         if isinstance(other, Tensor) and other.ndim == 2:
-            return (adjoint @ other.T).T
-        return adjoint @ other
+            return (self.adjoint() @ other.T).T
+        return self.adjoint() @ other
 
     def adjoint(self) -> LinearOperator:
         """The adjoint operator; for a symmetric one itself."""

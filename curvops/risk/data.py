@@ -11,6 +11,8 @@ from torch import Tensor
 
 from curvops.tree import map_tensors, tensors_of
 
+_SEVERAL = "curvature needs several passes. Pass a list of its batches or a DataLoader."
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,10 +37,7 @@ class Data:
         if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor)):
             raise TypeError(f"data: expected an iterable of batches (X, y), got {_kind(batches)}. Pass [(X, y)].")
         if isinstance(batches, Iterator):
-            raise TypeError(
-                f"data: got a {type(batches).__name__}, which can be walked only once; "
-                "curvature needs several passes. Pass a list of its batches or a DataLoader."
-            )
+            raise TypeError(f"data: got a {type(batches).__name__}, which can be walked only once; {_SEVERAL}")
         self.batches, self.device, self.batch_size_fn = batches, device, batch_size_fn
         self._seen = False
 
@@ -64,10 +63,7 @@ class Data:
                 yield Batch(X, y, size, start)
             start += size
         if start == 0 and self._seen:
-            raise TypeError(
-                "data: a second pass yields nothing, so the loader can be walked only once; curvature needs several "
-                "passes. Pass a list of its batches or a DataLoader."
-            )
+            raise TypeError(f"data: a second pass yields nothing, so the loader can be walked only once; {_SEVERAL}")
         if start == 0:
             raise ValueError("data: the loader is empty. Pass at least one batch (X, y) with one datum.")
         self._seen = True

@@ -13,13 +13,14 @@ def psd(dtype=torch.float64):
     return (root @ root.mT).to(dtype)
 
 
-def failing(monkeypatch, times):
+def failing(monkeypatch, times, error=None):
+    """The first decompositions fail; the list fills with the dtypes of all."""
     original, dtypes = torch.linalg.eigh, []
 
     def decompose(matrix):
         dtypes.append(matrix.dtype)
         if len(dtypes) <= times:
-            raise torch.linalg.LinAlgError("failed to converge\nwith details")
+            raise error or torch.linalg.LinAlgError("failed to converge\nwith details")
         return original(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", decompose)
@@ -37,39 +38,30 @@ def test_single_precision_is_tried_again_in_double(monkeypatch):
 
 def test_a_second_failure_names_the_block(monkeypatch):
     failing(monkeypatch, 2)
-    with pytest.raises(
-        ValueError, match=r"block of 'w': .* side 3 failed in double precision too \(failed to converge\)"
-    ):
+    with pytest.raises(ValueError, match=r"of 'w': .* side 3 failed in double precision too \(failed to converge\)"):
         eigh(psd(), "block of 'w'")
 
 
 def test_running_out_of_memory_is_not_retried(monkeypatch):
-    def decompose(_):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(torch.linalg, "eigh", decompose)
+    dtypes = failing(monkeypatch, 2, torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         eigh(psd(), "block of 'w'")
+    assert len(dtypes) == 1
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(value, diagonal):
-    factor = psd()
-    factor[0, 1, 1] = value
-    factor = factor.diagonal(dim1=1, dim2=2) if diagonal else factor
-    with pytest.raises(ValueError, match="block of 'w': the factor has entries that are not finite"):
-        eigh(factor, "block of 'w'")
-
-
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_indefinite(diagonal):
-    factor = torch.diag(torch.tensor([1.0, -0.1], dtype=torch.float64))[None]
-    factor = factor.diagonal(dim1=1, dim2=2) if diagonal else factor
-    with pytest.raises(
-        ValueError, match=r"block of 'w': expected a positive semi-definite factor, got .* from -1\.00e-01"
-    ):
-        eigh(factor, "block of 'w'")
+@pytest.mark.parametrize(
+    "entry,message",
+    [
+        (float("nan"), "the factor has entries that are not finite"),
+        (float("inf"), "the factor has entries that are not finite"),
+        (-0.1, r"expected a positive semi-definite factor, got .* from -1\.00e-01"),
+    ],
+)
+def test_bad_factors(entry, message, diagonal):
+    values = torch.tensor([[1.0, entry]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"block of 'w': {message}"):
+        eigh(values if diagonal else torch.diag_embed(values), "block of 'w'")
 
 
 def test_rounding_below_zero_is_zero():

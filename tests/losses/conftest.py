@@ -1,34 +1,18 @@
-"""Random tensors for the tests of the losses, from a generator of their own."""
+"""Random tensors for the tests of the losses, from generators of their own."""
 
 import pytest
 import torch
 
 
-@pytest.fixture
-def randn():
-    generator = torch.Generator().manual_seed(0)
+def drawing(draw, seed, **options):
+    @pytest.fixture
+    def fixture():
+        generator = torch.Generator().manual_seed(seed)
+        return lambda *args: draw(args, generator, options)
 
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    return draw
-
-
-@pytest.fixture
-def rand():
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    return draw
+    return fixture
 
 
-@pytest.fixture
-def randint():
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(high, *shape):
-        return torch.randint(high, shape, generator=generator)
-
-    return draw
+randn = drawing(lambda shape, g, o: torch.randn(shape, generator=g, **o), 0, dtype=torch.float64)
+rand = drawing(lambda shape, g, o: torch.rand(shape, generator=g, **o), 1, dtype=torch.float64)
+randint = drawing(lambda args, g, o: torch.randint(args[0], args[1:], generator=g), 2)

@@ -161,27 +161,6 @@ def test_not_convex_has_products_but_no_factor(randn):
     close(curvature.factor("empirical").dense()[..., 0], -z.sin())
 
 
-def test_sampled_factor_approaches_the_hessian(randn, randint):
-    z, y = randn(3, 4), randint(4, 3)
-    loss = output_loss(lambda z, y: F.cross_entropy(z, y), reduction="mean")
-    curvature = loss.curvature(z, y, 3)
-    samples = 20_000
-    factor = curvature.factor("mc", samples, Noise(0, 0))
-    H = hessian(lambda z: F.cross_entropy(z, y, reduction="sum"), z)
-    # an entry of ssᵀ is at most the trace of H_t: five standard errors
-    error = (factor_matrix(curvature, factor) - H).abs().max()
-    assert error < 5 / samples**0.5
-    check_factor(curvature.factor("mc", 3, Noise(0, 0)))
-
-
-def test_noise_belongs_to_the_datum(randn):
-    z, y = randn(5, 2, 3), randn(5, 2, 3)
-    loss = output_loss(nn.HuberLoss())  # degenerate eigenvalues
-    whole = loss.curvature(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
-    tail = loss.curvature(z[2:], y[2:], 3).factor("mc", 2, Noise(1, 2)).dense()
-    torch.testing.assert_close(whole[4:], tail, rtol=0, atol=1e-14)
-
-
 def test_weights_of_nll_enter_by_their_root():
     d = Data()
     module = nn.NLLLoss(weight=W)
@@ -232,21 +211,6 @@ def test_products_under_vmap_and_without_grad_mode(randn, randint):
             curvature = output_loss(loss).curvature(z, targets, 4)
             loop = torch.stack([curvature.hessian_product(u) for u in us])
             close(torch.func.vmap(curvature.hessian_product)(us), loop)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_is_computed_in_single(dtype, randn):
-    z, y = randn(4, 3).to(dtype), randn(4, 3).to(dtype)
-    for loss in (nn.HuberLoss(), nn.SoftMarginLoss(), nn.BCELoss(weight=torch.ones(3))):
-        if isinstance(loss, nn.BCELoss):
-            z, y = z.sigmoid(), y.sigmoid()
-        found = output_loss(loss)
-        assert count(found, (z, y, 4)) == pytest.approx(12, rel=1e-12)
-        curvature = found.curvature(z, y, 4)
-        assert curvature.value().dtype == curvature.gradient().dtype == torch.float32
-        assert curvature.factor("type-2").dense().dtype == torch.float32
-        assert curvature.factor("mc", 1, Noise(0, 0)).dense().dtype == torch.float32
-        assert curvature.hessian_product(z).dtype == dtype
 
 
 def test_clear_errors(randn):

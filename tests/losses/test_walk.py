@@ -1,6 +1,7 @@
 """One pass over the data: the loss as it is now, in any format, and means that do not weigh data alike."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvops.losses import output_loss
+from curvops.tree import map_tensors
 
 from .oracles import close, gradient, hessian
 
@@ -40,10 +42,26 @@ def check(loss_func, batches, whole, reduction=None):
 
 
 def cut(z, y, *sizes):
-    return [(*part, len(part[0])) for part in zip(z.split(sizes), y.split(sizes), strict=True)]
+    """Batches of some sizes, or one, with targets in any format."""
+    stops = list(itertools.accumulate(sizes or [len(z)]))
+    return [
+        (
+            z[a:b],
+            y[a:b] if isinstance(y, list) and len(y) == len(z) else map_tensors(lambda t, a=a, b=b: t[a:b], y),
+            b - a,
+        )
+        for a, b in zip([0, *stops], stops, strict=False)
+    ]
 
 
-# changes in the loss --------------------------------------------------------------------------------------------------
+def cuts(size):
+    return (size,), (1, size - 1), (1,) * size
+
+
+def refused(loss, z, y, reduction="mean", match=NOT_A_SUM):
+    for sizes in cuts(len(z)):
+        with pytest.raises(ValueError, match=match):
+            walked(output_loss(loss, reduction), cut(z, y, *sizes))
 
 
 def change(**options):
@@ -114,9 +132,6 @@ def test_an_option_that_became_wrong_is_refused(randn, randint):
         print(asked.reduction)
 
 
-# what is added to a closed form ---------------------------------------------------------------------------------------
-
-
 class OwnCall(nn.CrossEntropyLoss):
     def __call__(self, z, y):
         return 2 * super().__call__(z, y)
@@ -164,10 +179,8 @@ def test_a_closed_form_serves_its_own_type_only(loss, sizes, randn, randint):
 
 def test_a_hook_that_is_no_sum_is_refused(randn, randint):
     z, y = randn(6, 3), randint(3, 6)
-    check(hooked("forward"), cut(z[:1], y[:1], 1), (z[:1], y[:1]))
-    for sizes in ((6,), (1, 5), (1,) * 6):
-        with pytest.raises(ValueError, match=NOT_A_SUM):
-            walked(output_loss(hooked("forward")), cut(z, y, *sizes))
+    check(hooked("forward"), cut(z[:1], y[:1]), (z[:1], y[:1]))
+    refused(hooked("forward"), z, y)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +222,6 @@ def test_closed_forms_serve_where_there_is_nothing_to_compare(randn):
             assert output_loss(nn.MSELoss()).curvature(far, far.clone(), 50).closed_form
 
 
-# losses that read parameters ------------------------------------------------------------------------------------------
-
-
 def test_a_regulariser_is_exact_as_a_mean_and_refused_as_a_sum(randn, randint):
     X, y, w = randn(6, 4), randint(3, 6), randn(4, 3).requires_grad_()
 
@@ -229,9 +239,7 @@ def test_a_regulariser_is_exact_as_a_mean_and_refused_as_a_sum(randn, randint):
         def total(z, y, tiny=tiny):
             return F.cross_entropy(z, y, reduction="sum") + tiny * w.square().sum()
 
-        for sizes in ((6,), (1, 5), (1,) * 6):
-            with pytest.raises(ValueError, match=r"belongs to no datum.*reduction='mean'"):
-                walked(output_loss(total, "sum"), cut(X @ w, y, *sizes))
+        refused(total, X @ w, y, "sum", match=r"belongs to no datum.*reduction='mean'")
 
 
 def weighted(z, y, weight=None, reduction="mean"):
@@ -318,38 +326,29 @@ def test_a_mean_whose_divisor_depends_on_the_output_is_refused(randn):
         walked(output_loss(loss), [(randn(1, 3), None, 1)])
 
 
-# means over other things than data ------------------------------------------------------------------------------------
+def test_flattened_positions_of_unequal_number_are_refused(randn, randint):
+    def loss(z, y):
+        return F.cross_entropy(z, y)
+
+    batches = [(randn(3 * r, 5), randint(5, 3 * r), 3) for r in (2, 4)]
+    with pytest.raises(ValueError, match=NOT_A_SUM):
+        walked(output_loss(loss, "mean"), batches)
+    with pytest.raises(ValueError, match=UNSEEN):  # positions that are not equally many within a batch
+        walked(output_loss(loss, "mean"), [(randn(5, 5), randint(5, 5), 3)] * 2)
 
 
 def shifted(z, y):
     return F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())
 
 
-def shifted_sum(z, y):
-    return F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten(), reduction="sum")
-
-
-def test_a_language_models_mean_of_ragged_batches_is_refused(randn, randint):
+def test_a_language_models_mean_of_ragged_batches_cannot_be_seen(randn, randint):
     batches = [(randn(3, length, 5), randint(5, 3, length), 3) for length in (4, 12, 20)]
-    with pytest.raises(ValueError, match=UNSEEN):
-        walked(output_loss(shifted, "mean"), batches)
+    for ragged in (batches, [(z[:1], y[:1], 1) for z, y, _ in batches]):
+        with pytest.raises(ValueError, match=UNSEEN):
+            walked(output_loss(shifted, "mean"), ragged)
     walked(output_loss(shifted, "mean"), batches[:1])
-    _, found = walked(output_loss(shifted_sum, "sum"), batches)
-    for f, (z, y, _) in zip(found, batches, strict=True):
-        close(f.hessian_product(z), (hessian(lambda z, y=y: shifted_sum(z, y), z) @ z.flatten()).view_as(z))
     z, y = randn(6, 4, 5), randint(5, 6, 4)
     check(shifted, cut(z, y, 2, 3, 1), (z, y), "mean")
-    # one sequence a batch
-    with pytest.raises(ValueError, match=UNSEEN):
-        walked(output_loss(shifted, "mean"), [(z[:1], y[:1], 1) for z, y, _ in batches])
-
-
-def test_flattened_positions_of_unequal_number_are_refused(randn, randint):
-    batches = [(randn(3 * r, 5), randint(5, 3 * r), 3) for r in (2, 4)]
-    with pytest.raises(ValueError, match=NOT_A_SUM):
-        walked(output_loss(lambda z, y: F.cross_entropy(z, y), "mean"), batches)
-    with pytest.raises(ValueError, match=UNSEEN):  # positions that are not equally many within a batch
-        walked(output_loss(lambda z, y: F.cross_entropy(z, y), "mean"), [(randn(5, 5), randint(5, 5), 3)] * 2)
 
 
 FORMATS = {
@@ -381,10 +380,7 @@ def test_masked_means_are_refused_in_any_format(form, randn, randint, rand):
     even = torch.ones(8).double()
 
     def batches(w, *sizes):
-        return [
-            (zb, build(yb, wb), len(zb))
-            for zb, yb, wb in zip(z.split(sizes), y.split(sizes), w.split(sizes), strict=True)
-        ]
+        return cut(z, build(y, w), *sizes)
 
     for sizes in ((8,), (3, 5), (1,) * 8, (1, 7)):
         with pytest.raises(ValueError, match=NOT_A_SUM):
@@ -407,36 +403,27 @@ def test_long_batches_whose_first_data_look_alike(randn, randint):
     z, y = randn(40, 3), randint(3, 40)
     w = torch.ones(40, dtype=torch.float64)
     w[33] = 0.0
-    loss = output_loss(masked(lambda t: t), "mean")
     with pytest.raises(ValueError, match=NOT_A_SUM):
-        walked(loss, [(z[:20], (y[:20], w[:20]), 20), (z[20:], (y[20:], w[20:]), 20)])
+        walked(output_loss(masked(lambda t: t), "mean"), cut(z, (y, w), 20, 20))
 
 
 def test_equal_losses_do_not_hide_weights(randn, randint):
     """Of outputs that are all zero each datum has the same loss, of a perfect fit the same gradient."""
     weight = torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64)
     z, y = torch.zeros(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 2])
-    for sizes in ((4,), (1, 3), (1,) * 4):
-        with pytest.raises(ValueError, match=NOT_A_SUM):
-            walked(output_loss(lambda z, y: F.cross_entropy(z, y, weight), "mean"), cut(z, y, *sizes))
+    refused(lambda z, y: F.cross_entropy(z, y, weight), z, y)
     z, w = randn(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 
     def fit(z, target):
         y, w = target
         return ((z - y).square().mean(1) * w).sum() / w.sum()
 
-    for sizes in ((4,), (1, 3), (1,) * 4):
-        with pytest.raises(ValueError, match=NOT_A_SUM):
-            parts = zip(z.split(sizes), w.split(sizes), strict=True)
-            walked(output_loss(fit, "mean"), [(a, (a.clone(), b), len(a)) for a, b in parts])
+    refused(fit, z, (z.clone(), w))
 
 
 def test_mixing_between_batches_is_refused(randn):
-    z = randn(4, 3)
     for loss in (lambda z, y: (z.sum(0) ** 2).sum(), lambda z, y: (z - z.mean(0)).square().sum()):
-        for sizes in ((4,), (1, 3), (1,) * 4):
-            with pytest.raises(ValueError, match=NOT_A_SUM):
-                walked(output_loss(loss, "sum"), [(a, None, len(a)) for a in z.split(sizes)])
+        refused(loss, randn(4, 3), None, "sum")
 
 
 def test_targets_that_are_no_data_stay_whole(randn, randint):
@@ -446,13 +433,8 @@ def test_targets_that_are_no_data_stay_whole(randn, randint):
         y, weight, _ = target
         return (F.cross_entropy(z, y, reduction="none") * weight.sum()).mean()
 
-    parts = zip(z.split((3, 4)), y.split((3, 4)), strict=True)
-    check(
-        loss,
-        [(a, (b, weight.unsqueeze(0).expand(2, 3), "x"), len(a)) for a, b in parts],
-        (z, (y, weight.expand(2, 3), "x")),
-        "mean",
-    )
+    batches = [(a, (b, weight.unsqueeze(0).expand(2, 3), "x"), n) for a, b, n in cut(z, y, 3, 4)]
+    check(loss, batches, (z, (y, weight.expand(2, 3), "x")), "mean")
 
 
 def test_what_cannot_be_cut_is_refused_from_the_second_batch_on(randn):
@@ -496,9 +478,8 @@ def test_deaf_reductions_are_refused(randn, randint):
             return F.cross_entropy(z, y)
 
     z, y = randn(4, 3), randint(3, 4)
-    for sizes in ((4,), (1, 3), (1,) * 4):
-        with pytest.raises(ValueError, match=f"{NOT_A_SUM}.* lambda z, y: loss"):
-            walked(output_loss(Deaf()), cut(z, y, *sizes))
+    refused(Deaf(), z, y, None, f"{NOT_A_SUM}.* lambda z, y: loss")
+    for sizes in cuts(4):
         check(lambda z, y: Deaf()(z, y), cut(z, y, *sizes), (z, y), "mean")
 
 
@@ -507,10 +488,8 @@ def test_a_mean_that_divides_by_no_sum_is_refused(randn):
         return z.square().sum() / (len(z) ** 0.5 if reduction == "mean" else 1)
 
     z = randn(4, 3)
-    check(loss, [(z[:1], None, 1)], (z[:1], None))
-    for sizes in ((4,), (1, 3), (1,) * 4):
-        with pytest.raises(ValueError, match=NOT_A_SUM):
-            walked(output_loss(loss), [(a, None, len(a)) for a in z.split(sizes)])
+    check(loss, cut(z[:1], None), (z[:1], None))
+    refused(loss, z, None, None)
 
 
 def test_data_beyond_the_margin_do_not_hide_weights(randn):
@@ -523,13 +502,11 @@ def test_data_beyond_the_margin_do_not_hide_weights(randn):
             terms = torch.stack([F.multi_margin_loss(a, b) for a, b in zip(z, y, strict=True)])
             return (terms * w).sum() / w.sum() if weights else terms.mean()
 
-        return output_loss(loss, "mean")
+        return loss
 
-    for sizes in ((4,), (1, 3), (1,) * 4):
-        batches = [(a, (b, c), len(a)) for a, b, c in zip(z.split(sizes), y.split(sizes), w.split(sizes), strict=True)]
-        walked(margin(False), batches)
-        with pytest.raises(ValueError, match=NOT_A_SUM):
-            walked(margin(True), batches)
+    for sizes in cuts(4):
+        walked(output_loss(margin(False), "mean"), cut(z, (y, w), *sizes))
+    refused(margin(True), z, (y, w))
 
 
 def test_an_empty_mean_is_refused(randn):

@@ -1,6 +1,7 @@
 """Sums, multiples and products of operators, their derivatives in the vector, and what they refuse."""
 
 import copy
+import operator
 import pickle
 from contextlib import contextmanager
 
@@ -64,20 +65,11 @@ def test_structure_is_declared(symmetric):
     assert not (symmetric @ symmetric).symmetric
 
 
-@pytest.mark.parametrize(
-    "scalar",
-    [
-        2,
-        2.0,
-        True,
-        np.float64(2),
-        np.float32(2),
-        np.int64(2),
-        torch.tensor(2.0),
-        torch.tensor([2]),
-        torch.tensor(2.0, requires_grad=True),
-    ],
-)
+NUMBERS = [2, 2.0, True, np.float64(2), np.float32(2), np.int64(2)]
+TENSORS = [torch.tensor(2.0), torch.tensor([2]), torch.tensor(2.0, requires_grad=True)]
+
+
+@pytest.mark.parametrize("scalar", NUMBERS + TENSORS)
 def test_scalars(symmetric, scalar):
     value = 1 if scalar is True else 2
     for scaled in (scalar * symmetric, symmetric * scalar):
@@ -87,22 +79,16 @@ def test_scalars(symmetric, scalar):
 
 @pytest.mark.parametrize("other", ["2", None, 1j, torch.ones(2), torch.tensor(1j), [2.0], np.ones(3)])
 def test_no_scalars(symmetric, other):
-    with pytest.raises(TypeError):
-        symmetric * other
+    for operation in (operator.mul, operator.add, operator.sub):
+        with pytest.raises(TypeError):
+            operation(symmetric, other)
     with pytest.raises(TypeError):
         other * symmetric
-    with pytest.raises(TypeError):
-        symmetric + other
-    with pytest.raises(TypeError):
-        symmetric - other
-
-
-def test_division_by_zero(symmetric):
-    with pytest.raises(ZeroDivisionError):
-        symmetric / 0
 
 
 def test_what_does_not_fit(rectangular, symmetric):
+    with pytest.raises(ZeroDivisionError):
+        symmetric / 0
     with pytest.raises(ValueError, match=r"A \+ B: expected operators between the same spaces.*5 × 3.*3 × 3"):
         rectangular + symmetric
     with pytest.raises(ValueError, match="A @ B: expected B to give what A takes"):
@@ -129,16 +115,13 @@ def test_a_matrix_that_does_not_fit_into_memory():
         (2 * huge + huge).to_dense()
 
 
-def test_an_abstract_operator_cannot_be_made():
-    with pytest.raises(TypeError, match="abstract"):
-        LinearOperator(space(1))
-
-
-def test_an_adjoint_that_nobody_gave_is_an_error_and_not_the_operator():
+def test_what_nobody_gave_is_an_error():
     class Forward(LinearOperator):
         def _apply(self, columns):
             return draws(3, 3) @ columns
 
+    with pytest.raises(TypeError, match="abstract"):
+        LinearOperator(space(1))
     with pytest.raises(NotImplementedError, match="Forward: it is not symmetric, and gives no products with its"):
         Forward(space(3)).T @ draws(3)
 
@@ -158,8 +141,8 @@ class Counting(Matrix):
 
 
 def test_linearized_reaches_all_parts():
-    A, B, C = Counting(draws(3, 3), space(3), None), Counting(draws(2, 3), space(3), space(2)), draws(3, 3)
-    C = Matrix(C, space(3), None)
+    A, B = Counting(draws(3, 3), space(3), None), Counting(draws(2, 3), space(3), space(2))
+    C = Matrix(draws(3, 3), space(3), None)
     op = (B @ (2 * A - C)).T
     with op.linearized() as same:
         assert same is op and A.open == B.open == 1
@@ -209,10 +192,9 @@ def test_derivatives_in_all_formats(rectangular, make, needed):
     (w[:2] @ parts[0] + w[2:] @ parts[1]).backward()
     expected = (rectangular.dense.T @ w).split([1, 2])
     for tensor, gradient, need in zip(tensors, expected, needed, strict=True):
+        assert (tensor.grad is not None) == need
         if need:
             close(tensor.grad, gradient)
-        else:
-            assert tensor.grad is None
 
 
 def test_no_graph_where_none_is_wanted(symmetric):
@@ -253,9 +235,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_are_told_what_to_do_instead(rectangular, transform):
-    with pytest.raises(
-        TypeError, match=r"@ v': expected a plain tensor, got one inside .* columns \[D, K\].*linearized"
-    ):
+    with pytest.raises(TypeError, match=r"@ v': expected a plain tensor, got one inside .* \[D, K\].*linearized"):
         TRANSFORMS[transform](lambda v: rectangular @ v, draws(3))
     if transform not in ("functionalize", "vectorized"):
         with pytest.raises(TypeError, match="got one inside a transform"):

@@ -1,0 +1,153 @@
+"""The measurements behind each rule of `curvops/products/rules.py`: both ways, forced, and which one the rule takes.
+
+Usage: python benchmarks/calibrate.py [--only matrix_pays,rows_pay] [--rounds 5] [--threads 2]
+Figures are medians, alternating, in gradients of the risk. "NO" in the last column is a choice that takes more than a
+fifth longer than the other way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import models
+import torch
+from document import Section
+from problem import Problem
+from timing import medians
+from torch import Tensor, nn
+
+from curvops.products import rules
+from curvops.products.record import Recorder
+
+Case = tuple[str, Problem, bool, Callable[[], Any]]
+PAIRS = ("Hessian", "GGN")
+
+
+def mlp(inputs: int, width: int, size: int, classes: int = 10) -> Problem:
+    model = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, classes))
+    return Problem("linear layers", model, [(torch.rand(size, inputs), torch.randint(classes, (size,)))])
+
+
+def convolutions(width: int) -> Problem:
+    return Problem("convolutions", models.Residual(width), images())
+
+
+def norms(width: int) -> Problem:
+    stages = ((nn.Conv2d(i, width, 3, padding=1), nn.GroupNorm(4, width), nn.ReLU()) for i in (3, width, width))
+    model = nn.Sequential(*(layer for stage in stages for layer in stage), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Problem("group norms", nn.Sequential(model, nn.Linear(width, 10)), images())
+
+
+def images() -> models.Data:
+    return [(torch.rand(16, 3, 16, 16), torch.randint(10, (16,)))]
+
+
+def attention(width: int) -> Problem:
+    return Problem("attention", models.GPT(width=width), [(torch.randint(65, (8, 32)), torch.randint(65, (8, 32)))])
+
+
+def recorded(problem: Problem) -> Recorder:
+    """What a forward pass of the first batch does."""
+    X, y = problem.data[0]
+    with Recorder(len(y)) as record:
+        record.finish(problem.model(X))
+    return record
+
+
+def columns_of(problem: Problem, kind: str, number: int) -> Callable[[], Tensor]:
+    V = torch.randn(problem.size, number)
+    return lambda: problem.ours(kind) @ V
+
+
+def many(problem: Problem) -> None:
+    with problem.ours("GGN").linearized() as operator:
+        for _ in range(rules.MANY):
+            operator @ problem.v
+
+
+def matrix_pays() -> Iterator[Case]:
+    for width, share, kind in product((8, 32, 128), (16, 8, 4, 2, 1), PAIRS):
+        problem = mlp(10, width, 50, 5)
+        number = -(-problem.size // share)
+        chosen = rules.matrix_pays(number, problem.size)
+        yield f"{kind}, 1/{share} of {problem.size:,} columns", problem, chosen, columns_of(problem, kind, number)
+
+
+def together_pays() -> Iterator[Case]:
+    grown = [mlp(64, width, 64) for width in (16, 64, 256, 1024, 4096)]
+    grown += [*map(convolutions, (4, 8, 16)), *map(attention, (16, 32, 64))]
+    for problem, kind in product(grown, PAIRS):
+        work = recorded(problem).work
+        title = f"{kind}, 16 columns, {problem.name}, {work:,} operations"
+        yield title, problem, rules.together_pays(16, work), columns_of(problem, kind, 16)
+
+
+def rows_pay() -> Iterator[Case]:
+    for inputs, width, size, classes in ((16, 16, 32, 2), (16, 16, 32, 10), (64, 256, 64, 10), (256, 1024, 64, 10)):
+        problem = mlp(inputs, width, size, classes)
+        work, title = recorded(problem).work, f"{size} data, {classes} classes, {problem.size:,} parameters"
+        for number in (4, 16, rules.MANY):
+            chosen = rules.rows_pay(number, size * classes, problem.size, size, work)
+            yield f"GGN, {number} columns, {title}", problem, chosen, columns_of(problem, "GGN", number)
+        yield f"GGN, {rules.MANY} products inside linearized(), {title}", problem, chosen, lambda: many(problem)  # noqa: B023
+
+
+def forward_mode_pays() -> Iterator[Case]:
+    grown = [*map(convolutions, (8, 16, 32)), *map(norms, (8, 32)), *map(attention, (32, 128))]
+    for problem in (*grown, mlp(256, 64, 128), mlp(256, 1024, 128)):
+        title = f"GGN product, {problem.name}, {problem.size:,} parameters"
+        yield title, problem, rules.forward_mode_pays(recorded(problem)), columns_of(problem, "GGN", 1)
+
+
+RULES: dict[str, tuple[Callable[[], Iterator[Case]], str, str, tuple[str, ...]]] = {
+    # the cases, both ways, and the rules that would not let it come to this one
+    "matrix_pays": (matrix_pays, "dense matrix", "columns", ()),
+    "together_pays": (together_pays, "together", "one by one", ("matrix_pays", "rows_pay")),
+    "rows_pay": (rows_pay, "rows Sᵀ J", "products", ("matrix_pays",)),
+    "forward_mode_pays": (forward_mode_pays, "forward mode", "reverse over reverse", ()),
+}
+
+
+def forced(work: Callable[[], Any], answers: dict[str, bool]) -> Callable[[], None]:
+    """Work during which rules answer as told."""
+
+    def done() -> None:
+        before = {name: getattr(rules, name) for name in answers}
+        try:
+            for name, answer in answers.items():
+                setattr(rules, name, lambda *_, answer=answer: answer)
+            work()
+        finally:
+            for name, rule in before.items():
+                setattr(rules, name, rule)
+
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default=",".join(RULES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    section = Section("Rules", "Both ways of each rule, in gradients.", f"float32, medians of {options.rounds} rounds")
+    for rule in options.only.split(","):
+        torch.manual_seed(0)
+        cases, *ways, off = RULES[rule]
+        section.say("", f"### {rule}", "", (getattr(rules, rule).__doc__ or "").split("\n")[0])
+        section.table(["work", *ways, "the rule takes", "right"])
+        for title, problem, chosen, work in cases():
+            works = [forced(work, dict.fromkeys(off, False) | {rule: answer}) for answer in (True, False)]
+            *costs, gradient = medians([*works, problem.gradient], options.rounds)
+            right = "yes" if costs[not chosen] <= 1.2 * min(costs) else "NO"
+            section.row([title, *(f"{cost / gradient:.2f}" for cost in costs), ways[not chosen], right])
+
+
+if __name__ == "__main__":
+    main()

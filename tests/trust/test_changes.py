@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import IMPLICIT, Case, close, differentiable, real, slopes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvops import EmpiricalRisk
-from trust.oracle import IMPLICIT, Case, close, real
-from trust.support import labels
+from trust.support import labels, rotate, used
 
 GLOBAL = {"slope": 1.0}
 
@@ -126,6 +126,7 @@ LOSS = {
     "weight in place": "l.weight[1] = 5",
     "weight by .data": "l.weight.data[1] = 5",
     "weight replaced": "l.weight = torch.tensor([1.0, 2.0, 3.0])",
+    "weights of zero": "l.weight.copy_(torch.tensor([0.0, 0.0, 2.0]))",
     "weight by numpy": "l.weight.numpy()[0] = 4",
     "label_smoothing": "l.label_smoothing = 0.5",
     "ignore_index": "l.ignore_index = 1",
@@ -156,15 +157,49 @@ DATA = {
 }
 
 
-def follow(c, code, kind):
-    """An operator that has been used before a change gives the truth after it."""
-    op, before = c.make(kind), c.truth(kind)
-    v = real(op.shape[1], seed=4)
-    for _ in range(2):
-        close(op @ v, before @ v)
-    change(c, code)
-    c.check(kind, op)
-    return torch.equal(before, c.truth(kind))
+SET = {
+    "labels in place": "d.dataset.tensors[1].fill_(1)",
+    "tensors replaced": "t = d.dataset.tensors; d.dataset.tensors = (t[0] * 2, t[1])",
+    "inputs in place": "d.dataset.tensors[0].mul_(-1)",
+}
+OF_FUNCTIONS = {"what they refer to": "l.__closure__[0].cell_contents['t'] = 2.0"}
+
+
+def with_power():
+    return case(Power())
+
+
+def with_huber():
+    c = case(nn.HuberLoss(delta=1.0))
+    c.data.batches = [(X, real(len(X), 3, seed=5)) for X, _ in c.data.batches]
+    return c
+
+
+def with_data_set():
+    return case(data=DataLoader(TensorDataset(real(9, 3), labels(9)), 4))
+
+
+def of_functions():
+    box, c = {"t": 1.0}, case()
+    net, c.options = c.model, {"reduction": "mean"}
+    c.loss, c.model = lambda z, y: F.cross_entropy(z * box["t"], y), lambda params, X: net(X) * box["t"]
+    return c
+
+
+CHANGES = {
+    f"{make.__name__}, {part}: {what}": (make, code)
+    for make, part, table in [
+        (case, "model", MODEL),
+        (case, "loss", LOSS),
+        (with_power, "loss", POWER),
+        (with_huber, "loss", {"delta": "l.delta = 0.05", "reduction": "l.reduction = 'sum'"}),
+        (case, "data", DATA),
+        (with_data_set, "data", SET),
+        (of_functions, "loss", OF_FUNCTIONS),
+    ]
+    for what, code in table.items()
+}
+NONE = ("case, model: unfrozen", "case, model: parameter frozen")
 
 
 @pytest.fixture(autouse=True)
@@ -173,61 +208,22 @@ def _class_and_global_as_before():
     GLOBAL["slope"], Net.power = 1.0, 1.0
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
-@pytest.mark.parametrize("what", MODEL)
-def test_changes_of_the_model(what, kind):
-    assert follow(case(), MODEL[what], kind) == (what in ("unfrozen", "parameter frozen"))
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
-@pytest.mark.parametrize("what", LOSS)
-def test_changes_of_the_loss(what, kind):
-    assert not follow(case(), LOSS[what], kind) or what == "label_smoothing"
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
-@pytest.mark.parametrize("what", POWER)
-def test_changes_of_a_loss_of_ones_own(what, kind):
-    follow(case(Power()), POWER[what], kind)
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
-@pytest.mark.parametrize("code", ["l.delta = 0.05", "l.reduction = 'sum'"])
-def test_changes_of_another_loss(code, kind):
-    c = case(nn.HuberLoss(delta=1.0))
-    c.data.batches = [(X, real(len(X), 3, seed=5)) for X, _ in c.data.batches]
-    follow(c, code, kind)
-
-
-def test_changes_of_what_functions_refer_to():
-    box, c = {"t": 1.0}, case()
-    net, c.options = c.model, {"reduction": "mean"}
-    c.loss, c.model = lambda z, y: F.cross_entropy(z * box["t"], y), lambda params, X: net(X) * box["t"]
-    follow(c, "l.__closure__[0].cell_contents['t'] = 2.0", "Hessian")
-
-
-@pytest.mark.parametrize("kind", ["Hessian", "EF"])
-@pytest.mark.parametrize("what", DATA)
-def test_changes_of_the_data(what, kind):
-    assert not follow(case(), DATA[what], kind)
-
-
-@pytest.mark.parametrize("code", ["t[1].copy_(1 - t[1] % 2)", "d.dataset.tensors = (t[0] * 2, t[1])", "t[0].mul_(-1)"])
-def test_changes_of_a_data_set(code):
-    c = case(data=DataLoader(TensorDataset(real(9, 3), labels(9)), 4))
-    assert not follow(c, f"t = d.dataset.tensors; {code}", "Hessian")
-
-
-@pytest.mark.parametrize("code", [MODEL["parameter in place"], LOSS["weight in place"], *DATA.values()])
-def test_changes_of_the_risk(code):
-    c = case()
-    risk = EmpiricalRisk(c.model, c.loss, c.params, c.data)
-    for step in ("", code):
-        change(c, step)
+@pytest.mark.parametrize("name, kind", rotate(CHANGES, "Hessian", "GGN"))
+def test_operators_and_risks_follow(name, kind):
+    """Those that were used before a change give the truth after it."""
+    make, code = CHANGES[name]
+    c = make()
+    op, before = used(c, kind), c.truth(kind)
+    op @ torch.ones(op.shape[1])
+    risk = EmpiricalRisk(c.model, c.loss, c.params, c.data, **c.options)
+    close(risk.value(), c.risk(c.outputs()))
+    change(c, code)
+    c.check(kind, op=op)
+    assert torch.equal(before, c.truth(kind)) == (name in NONE)
+    with differentiable(c.params) as leaves:
         value = c.risk(c.outputs())
         close(risk.value(), value)
-        for found, slope in zip(risk.gradient(), torch.autograd.grad(value, list(c.params.values())), strict=True):
-            close(found, slope)
+        close(torch.cat([g.flatten() for g in risk.gradient()]), slopes(value, leaves))
 
 
 REPLACED = [
@@ -237,14 +233,12 @@ REPLACED = [
 ]
 
 
-@pytest.mark.parametrize("kind", IMPLICIT)
-@pytest.mark.parametrize("code", REPLACED)
+@pytest.mark.parametrize("code, kind", rotate(REPLACED, *IMPLICIT))
 def test_a_parameter_that_is_replaced(code, kind):
     """The model has lost a tensor of `params`: an error that names it, or the one that has its name now, but no zero."""
     c = case()
-    op = c.make(kind)
+    op = used(c, kind)
     v = real(op.shape[1])
-    op @ v
     change(c, code)
     try:
         found = op @ v
@@ -255,8 +249,10 @@ def test_a_parameter_that_is_replaced(code, kind):
         close(found, c.truth(kind) @ v)
 
 
-@pytest.mark.parametrize("kind", ["KFAC", "EKFAC", "GGNDiagonal"])
-@pytest.mark.parametrize("code", [MODEL["parameter in place"], LOSS["weight in place"], DATA["append"]])
+SNAPSHOT = [MODEL["parameter in place"], LOSS["weight in place"], DATA["append"]]
+
+
+@pytest.mark.parametrize("code, kind", rotate(SNAPSHOT, "KFAC", "EKFAC", "GGNDiagonal"))
 def test_a_kronecker_operator_is_a_snapshot(code, kind):
     c = case()
     op, same = c.make(kind), c.make(kind).to_dense()
@@ -266,29 +262,20 @@ def test_a_kronecker_operator_is_a_snapshot(code, kind):
         c.check(kind)
 
 
-INSIDE = [
-    "parameter in place",
-    "load_state_dict",
-    "optimizer",
-    "buffer in place",
-    "running statistics",
-    "frozen weight",
-]
+INSIDE = "parameter in place", "load_state_dict", "optimizer", "buffer in place", "running statistics", "frozen weight"
 
 
-@pytest.mark.parametrize("kind", IMPLICIT)
-@pytest.mark.parametrize("code", [*(MODEL[what] for what in INSIDE), "m.norm.train()", "m.train()"])
+@pytest.mark.parametrize("code, kind", rotate([*(MODEL[k] for k in INSIDE), "m.norm.train()", "m.train()"], *IMPLICIT))
 def test_inside_linearized_a_change_is_an_error(code, kind):
     c = case()
     op = c.make(kind)
-    v = real(op.shape[1])
     with op.linearized():
-        op @ v
+        op @ torch.ones(op.shape[1])
         change(c, code)
         with pytest.raises((RuntimeError, ValueError), match="linearized"):
-            op @ v
+            op @ torch.ones(op.shape[1])
     c.model.eval()
-    c.check(kind, op)
+    c.check(kind, op=op)
 
 
 @pytest.mark.parametrize("kind", IMPLICIT)
@@ -301,11 +288,12 @@ def test_linearized_ends(kind):
         raise KeyError
     for code in (MODEL["buffer in place"], DATA["append"], MODEL["config"]):
         change(c, code)
-        c.check(kind, op)
+        truth = c.truth(kind) @ v
+        close(op @ v, truth)
         with op.linearized(), op.linearized():
-            close(op @ v, c.truth(kind) @ v)
+            close(op @ v, truth)
         with total.linearized():
-            close(total @ v, 3 * c.truth(kind) @ v)
+            close(total @ v, 3 * truth)
 
 
 def tensors():
@@ -318,9 +306,8 @@ def test_nothing_outlives_a_call_or_the_operator(kind):
     gc.collect()
     gc.freeze()  # what was there before need not be looked at
     c = case()
-    op = c.make(kind, check_deterministic=True)
+    op = used(c, kind, check_deterministic=True)
     v = real(op.shape[1])
-    op @ v
     before = tensors()
     for _ in range(3):
         op @ v

@@ -5,16 +5,17 @@ import pickle
 import re
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import IMPLICIT, KINDS, Case, close, real
 from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from trust.oracle import IMPLICIT, KINDS, Case, close, real
-from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused
+from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused, rotate, used
 
 
 def exported(net):
@@ -43,22 +44,24 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC", "KFAC"])
-@pytest.mark.parametrize("way", MADE)
-def test_modules_of_every_make(way, kind):
+@pytest.mark.parametrize("way, kinds", rotate(MADE, ("Hessian", "EKFAC"), ("GGN", "KFAC")))
+def test_modules_of_every_make(way, kinds):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = MADE[way](Net())
         net(real(2, 3))
     case = Case(net, CE, data(), params={n: p for n, p in net.named_parameters() if p.requires_grad})
-    if kind == "KFAC":
-        assert case.make(kind).to_dense().trace() > 0
+    plain = Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params)
+    case.check(kinds[0], truth=plain.truth(kinds[0]))
+    if kinds[1] == "KFAC":
+        assert case.make("KFAC").to_dense().trace() > 0
     else:
-        case.check(kind, truth=Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params).truth(kind))
+        case.check(kinds[1], truth=plain.truth("GGN"))
 
 
 @pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_cond(closed, kind):
     def cond(n, X):
         h = n.a(X)
@@ -69,9 +72,7 @@ def test_cond(closed, kind):
     case = Case(Model(cond), CE, data())
     plain = Model(lambda n, X: n.b((torch.tanh if X.sum() > 0 else torch.sin)(n.a(X))))
     plain.load_state_dict(case.model.state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler
-        right_or_refused(case, kind, "cond", Case(plain, CE, case.data).truth(kind))
+    right_or_refused(case, kind, "cond", Case(plain, CE, case.data).truth(kind))
 
 
 FORMS = {
@@ -81,10 +82,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 3), (2, 4)], ids=str)
-def test_a_mask_as_long_as_the_batch(sizes, form, kind):
+@pytest.mark.parametrize("sizes, kind", rotate([(4, 4), (4, 3), (2, 4)], "Hessian", "GGN", "EKFAC"))
+def test_a_mask_as_long_as_the_batch(sizes, kind, form):
     pack, size, unpack = FORMS[form]
     mask = real(4, 4, seed=8).softmax(1)
     net = Model(lambda n, X: n.b((unpack(X)[1] @ n.a(unpack(X)[0]).tanh()).mean(1)))
@@ -100,9 +100,8 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("sizes", [(4, 2), (5, 5), (5, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective, kind", rotate(OBJECTIVES, "EKFAC", "GGN", "Hessian"))
 @pytest.mark.filterwarnings("ignore:Using a target size")  # of joining along the wrong axis, which is tried
 def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
     loss, options, y = OBJECTIVES[objective]
@@ -112,27 +111,20 @@ def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
     right_or_refused(Case(net, loss, batches, options), kind, "batch_size_fn|reduction")
 
 
-@pytest.mark.parametrize("kind", IMPLICIT)
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind, frozen", rotate(IMPLICIT, False, True))
 def test_eight_threads(frozen, kind):
     case = Case(Net().requires_grad_(not frozen), CE, data())
-    op, truth, errors = case.make(kind), case.truth(kind), []
+    op, truth, together = case.make(kind), case.truth(kind), threading.Barrier(8)
 
     def work(seed):
-        try:
-            v = real(op.shape[1], seed=seed)
-            for _ in range(4):
-                close(op @ v, truth @ v)
-            close(op.to_dense(), truth)
-        except BaseException as error:  # reported below
-            errors.append(error)
+        v = real(op.shape[1], seed=seed)
+        together.wait(60)
+        for _ in range(4):
+            close(op @ v, truth @ v)
+        close(op.to_dense(), truth)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not errors
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert all(p.requires_grad != frozen for p in case.params.values())
 
 
@@ -161,20 +153,18 @@ def test_training_in_another_thread_feels_nothing():
     assert not wrong
 
 
-@pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
-@pytest.mark.parametrize("how", ["pickle", "copy", "deepcopy"])
+@pytest.mark.parametrize("how", [lambda op: pickle.loads(pickle.dumps(op)), copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 def test_copies(how, kind):
     case = Case(Net(), CE, data())
-    op = case.make(kind)
-    op @ torch.ones(op.shape[1])
-    do = {"pickle": lambda o: pickle.loads(pickle.dumps(o)), "copy": copy.copy, "deepcopy": copy.deepcopy}[how]
+    op = used(case, kind)
     try:
-        twin = do(op)
+        twin = how(op)
     except CLEAR as error:
         assert op.name in str(error)
     else:
-        case.check(kind, twin)
-        case.check(kind, op)
+        case.check(kind, op=twin)
+        case.check(kind, op=op)
 
 
 def backward(f, v, w):
@@ -197,8 +187,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("kind", [*IMPLICIT, "EKFAC"])
 @pytest.mark.parametrize("way", TRANSFORMS)
 def test_inside_a_transform(way, kind):
-    case = Case(Net(), CE, data())
-    op, v = case.make(kind), real(31, seed=2)
+    op, v = Case(Net(), CE, data()).make(kind), real(31, seed=2)
     expected = op @ v
     with torch.no_grad():
         close(op @ v.clone().requires_grad_(), expected)
@@ -227,17 +216,17 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
-@pytest.mark.parametrize("around", AROUND)
-def test_inside_a_context(around, kind):
+@pytest.mark.parametrize("around, kinds", rotate(AROUND))
+def test_inside_a_context(around, kinds):
     case = Case(Net(), CE, data())
-    op, truth = case.make(kind), case.truth(kind)
-    with AROUND[around]():
-        if around != "autocast":  # whose precision is then the model's
-            case.check(kind, truth=truth)
-            case.check(kind, op, truth)
-        op @ torch.ones(31)
-    case.check(kind, op, truth)
+    for kind in kinds:
+        op, truth = case.make(kind), case.truth(kind)
+        with AROUND[around]():
+            if around != "autocast":  # whose precision is then the model's
+                case.check(kind, truth=truth)
+                case.check(kind, op=op, truth=truth)
+            op @ torch.ones(31)
+        case.check(kind, op=op, truth=truth)
 
 
 class Empty(nn.Module):
@@ -252,6 +241,5 @@ class Empty(nn.Module):
         return self.b(torch.cat([h, F.linear(h, self.none)], 1).tanh()) + F.linear(h[:, :0], self.b.weight[:, :0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_tensors_without_entries(kind):
-    Case(Empty(), CE, data()).check(kind)
+def test_tensors_without_entries():
+    Case(Empty(), CE, data()).check(*KINDS)

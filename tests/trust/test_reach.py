@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import KINDS, Case
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from trust.oracle import KINDS, Case
-from trust.support import CE, Net, data, right_or_refused
+from trust.support import CE, Net, data, right_or_refused, rotate
 
 GLOBAL = {}
 
@@ -67,11 +67,6 @@ def by_force(net):
     return force
 
 
-def hooked(net, register, hook):
-    getattr(net.b, register)(hook)
-    return net.b
-
-
 def bind(tensor, use):
     return lambda h: use(h, tensor)
 
@@ -94,10 +89,8 @@ REACH = {
     "view made before": lambda n: bind(n.b.weight.view(-1), lambda h, w: h @ w.view(3, 4).T),
     "rows made before": lambda n: bind(list(n.b.weight), row_by_row),
     "transpose made before": lambda n: bind(n.b.weight.T, torch.matmul),
-    "forward hook": lambda n: hooked(
-        n, "register_forward_hook", lambda m, args, out: out + F.linear(out, n.a.weight)[:, :3]
-    ),
-    "pre-hook": lambda n: hooked(n, "register_forward_pre_hook", lambda m, args: (args[0] * n.a.bias,)),
+    "forward hook": lambda n: n.b.register_forward_hook(lambda m, _, h: h + F.linear(h, n.a.weight)[:, :3]) and n.b,
+    "pre-hook": lambda n: n.b.register_forward_pre_hook(lambda m, args: (args[0] * n.a.bias,)) and n.b,
     "attribute set by a hook": by_setting_hook,
     "in place": lambda n: lambda h: n.b(h).mul_(2).add_(n.b.bias).tanh_(),
     "by Fourier transform": lambda n: lambda h: (torch.fft.rfft(h) @ torch.fft.rfft(n.b.weight).mH).real,
@@ -118,17 +111,15 @@ REACH = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", REACH)
-def test_in_the_model(way, kind):
-    Case(net_with(REACH[way]), CE, data()).check(kind)
+@pytest.mark.parametrize("way, kinds", rotate(REACH))
+def test_in_the_model(way, kinds):
+    Case(net_with(REACH[way]), CE, data()).check(*kinds)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_frozen_parameters(kind):
+def test_frozen_parameters():
     net = net_with(REACH["plain list"])
     net.b.requires_grad_(False)
-    Case(net, CE, data(), params={"b.weight": net.b.weight, "a.bias": net.a.bias}).check(kind)
+    Case(net, CE, data(), params={"b.weight": net.b.weight, "a.bias": net.a.bias}).check(*KINDS)
     assert not net.b.weight.requires_grad and net.a.weight.grad is None
 
 
@@ -140,13 +131,12 @@ def test_cached_parametrizations(kind):
         case.check(kind, truth=truth)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_parameters_that_are_no_part_of_the_module(kind):
+def test_parameters_that_are_no_part_of_the_module():
     """The tensors count, not the names; or the name is refused."""
     hidden = nn.Linear(4, 3)
     net = net_with(lambda n: [hidden].__getitem__(0).forward)
     params = {"hidden.w": hidden.weight, "a.weight": net.a.weight}
-    right_or_refused(Case(net, CE, data(), params=params), kind, "hidden.w")
+    right_or_refused(Case(net, CE, data(), params=params), tuple(KINDS), "hidden.w")
 
 
 COPIES = {
@@ -169,13 +159,11 @@ def test_copies_of_the_parameters(how, kind):
     right_or_refused(case, kind, "weight", Case(twin, CE, data()).truth(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_function_that_reaches_past_its_arguments(kind):
+def test_a_function_that_reaches_past_its_arguments():
     net = Net()
     params = {name: p for name, p in net.named_parameters() if name != "a.bias"}
-    Case(lambda p, X: F.linear((X @ p["a.weight"].T).tanh(), net.b.weight, p["b.bias"]), CE, data(), {}, params).check(
-        kind
-    )
+    function = lambda p, X: F.linear((X @ p["a.weight"].T).tanh(), net.b.weight, p["b.bias"])  # noqa: E731
+    Case(function, CE, data(), {}, params).check(*KINDS)
 
 
 class Regularised(nn.Module):
@@ -196,11 +184,10 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GGN", "GGNDiagonal"])
 @pytest.mark.parametrize("way", LOSSES)
-def test_in_the_loss(way, kind):
+def test_in_the_loss(way):
     net = Net()
-    Case(net, LOSSES[way](net), data(), {"reduction": "mean"}).check(kind)
+    Case(net, LOSSES[way](net), data(), {"reduction": "mean"}).check("Hessian", "GGN", "GGNDiagonal")
 
 
 def test_a_loss_with_parameters_of_its_own():

@@ -5,7 +5,7 @@ ARGS ?=
 TORCH ?= 2.6.0
 BIN := .venv/bin
 
-.PHONY: help tour test test-torch check format docs support bench bench-minilm peer others memory minilm picture clean
+.PHONY: help tour test test-torch check format docs support bench bench-minilm calibrate peer others memory minilm picture clean
 .NOTPARALLEL:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make support  write docs/support.md: what each operator does with each layer"
 	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside other libraries; and growth"
 	@echo "make bench-minilm  the same page: products and factors of a pretrained transformer, beside the peer library"
+	@echo "make calibrate  the measurements behind the rules that choose between ways of computing a product"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
@@ -59,8 +60,11 @@ bench: .venv-peer/.peer .venv-others/.others
 	.venv-peer/bin/python benchmarks/summary.py --write README.md
 
 bench-minilm: .venv-models/.peer
-	.venv-models/bin/python benchmarks/work.py --models minilm --work one,repeated,kfac --rounds 3 \
+	.venv-models/bin/python benchmarks/work.py --models minilm --work first,repeated,kfac --rounds 3 \
 	  --write docs $(ARGS)
+
+calibrate: .venv/.dev
+	$(BIN)/python benchmarks/calibrate.py $(ARGS)
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)

@@ -33,17 +33,13 @@ def mlp(inputs: int, width: int, size: int, classes: int = 10) -> Problem:
 
 
 def convolutions(width: int) -> Problem:
-    return Problem("convolutions", models.Residual(width), images())
+    return Problem("convolutions", models.Residual(width), [(torch.rand(16, 3, 16, 16), torch.randint(10, (16,)))])
 
 
 def norms(width: int) -> Problem:
     stages = ((nn.Conv2d(i, width, 3, padding=1), nn.GroupNorm(4, width), nn.ReLU()) for i in (3, width, width))
     model = nn.Sequential(*(layer for stage in stages for layer in stage), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Problem("group norms", nn.Sequential(model, nn.Linear(width, 10)), images())
-
-
-def images() -> models.Data:
-    return [(torch.rand(16, 3, 16, 16), torch.randint(10, (16,)))]
+    return Problem("group norms", nn.Sequential(model, nn.Linear(width, 10)), convolutions(4).data)
 
 
 def attention(width: int) -> Problem:

@@ -13,13 +13,7 @@ NAME = "benchmarks.md"
 
 
 class Section:
-    """Prints a benchmark's lines, and keeps them for the page.
-
-    Args:
-        title: The section's name, by which it is found again.
-        about: What was measured, in a sentence or two.
-        conditions: Rounds and whatever else a figure depends on.
-    """
+    """Prints a benchmark's lines, and keeps them for the page, where its title finds its place."""
 
     def __init__(self, title: str, about: str, conditions: str = "") -> None:
         self.title = title

@@ -70,16 +70,12 @@ def kfac_mc(problem: Problem) -> dict[str, float]:
     return {"factors": kfac.explain().memory / MIB}
 
 
-def product(kind: Callable[..., LinearOperator]) -> Callable[[Problem], None]:
+def product(kind: Callable[..., LinearOperator]) -> Callable[[Problem], object]:
     """One product with a vector, which is the caller's and was there before."""
-
-    def compute(problem: Problem) -> None:
-        kind(*problem) @ VECTOR
-
-    return compute
+    return lambda problem: kind(*problem) @ VECTOR
 
 
-WORK: dict[str, Callable[[Problem], dict[str, float] | None]] = {
+WORK: dict[str, Callable[[Problem], object]] = {
     "training step": training_step,
     "KFAC-MC": kfac_mc,
     "GGN product": product(GGNLinearOperator),
@@ -101,7 +97,12 @@ def measure(name: str, size: tuple[int, int, int, int]) -> dict[str, float]:
     if cost.peak_bytes is None:
         raise SystemExit("the high-water mark of this process' memory cannot be seen here")
     cpu = time.process_time() - cpu
-    return {"peak": cost.peak_bytes / MIB, "seconds": cost.seconds, "cpu": cpu, **(more or {})}
+    return {
+        "peak": cost.peak_bytes / MIB,
+        "seconds": cost.seconds,
+        "cpu": cpu,
+        **(more if isinstance(more, dict) else {}),
+    }
 
 
 def main() -> int:

@@ -35,21 +35,14 @@ FIGURE = "benchmarks_growth.png"
 Works = dict[str, Callable[[], Any]]
 
 
-def products(problem: Problem) -> Works:
-    return {f"{kind} product": partial(product, problem, kind) for kind in ("Hessian", "GGN")}
-
-
 def product(problem: Problem, kind: str) -> Tensor:
     return problem.ours(kind) @ problem.v
 
 
-def factors(problem: Problem, kind: str, fisher_type: str) -> Callable[[], Any]:
-    return partial(problem.ours, kind, fisher_type=fisher_type)
-
-
 def products_and_kfac(model: nn.Module, data: models.Data) -> tuple[Problem, Works]:
     problem = Problem("", model, data)
-    return problem, {**products(problem), "KFAC-mc": factors(problem, "KFAC", "mc")}
+    products = {f"{kind} product": partial(product, problem, kind) for kind in ("Hessian", "GGN")}
+    return problem, {**products, "KFAC-mc": partial(problem.ours, "KFAC", fisher_type="mc")}
 
 
 @dataclass
@@ -132,9 +125,9 @@ def classes(size: int) -> tuple[Problem, Works]:
     problem = Problem("", mlp(64, 256, 256, 16, size), batches(64, size, 64))
     return problem, {
         "GGN product": partial(product, problem, "GGN"),
-        "KFAC-mc": factors(problem, "KFAC", "mc"),
-        "EKFAC, type-2": factors(problem, "EKFAC", "type-2"),
-        "GGN diagonal": factors(problem, "GGNDiagonal", "type-2"),
+        "KFAC-mc": partial(problem.ours, "KFAC", fisher_type="mc"),
+        "EKFAC, type-2": partial(problem.ours, "EKFAC", fisher_type="type-2"),
+        "GGN diagonal": partial(problem.ours, "GGNDiagonal", fisher_type="type-2"),
     }
 
 

@@ -13,13 +13,15 @@ import itertools
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import curvlinops
 import torch
+from peers_oracle import kfac_factors
+from problem import relative
 from torch import Tensor, nn
 
 import curvops
@@ -149,7 +151,7 @@ def columns(problem: Problem, z: Tensor, fisher_type: str) -> Tensor:
     each = (
         nn.CrossEntropyLoss(ignore_index=loss.ignore_index, reduction="none", label_smoothing=loss.label_smoothing)
         if isinstance(loss, nn.CrossEntropyLoss)
-        else type(loss)(reduction="none", **_pos_weight(loss))
+        else type(loss)(reduction="none", **({"pos_weight": loss.pos_weight} if hasattr(loss, "pos_weight") else {}))
     )
     leaf = z.detach().requires_grad_()
     entries = each(leaf, y)
@@ -166,10 +168,6 @@ def columns(problem: Problem, z: Tensor, fisher_type: str) -> Tensor:
     return torch.stack([(c * w) ** 0.5 * g for w, g in zip(weights, slopes, strict=True)])
 
 
-def _pos_weight(loss: Any) -> dict[str, Any]:
-    return {"pos_weight": loss.pos_weight} if isinstance(loss, nn.BCEWithLogitsLoss) else {}
-
-
 def oracle(problem: Problem, fisher_type: str) -> Tensor:
     """The GGN, or the empirical Fisher, by autograd alone."""
     params = list(problem.model.parameters())
@@ -180,45 +178,21 @@ def oracle(problem: Problem, fisher_type: str) -> Tensor:
 
 
 def definition(problem: Problem, fisher_type: str, kfac_approx: str, separate_weight_and_bias: bool) -> Tensor:
-    """KFAC by its definition: inputs and output gradients of each layer, term by term."""
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    layers = {name: m for name, m in problem.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    hooks = [
-        m.register_forward_hook(lambda m, x, out, name=name: uses.setdefault(name, []).append((x[0], out)))
-        for name, m in layers.items()
-    ]
-    z = problem.model(problem.X)
-    for hook in hooks:
-        hook.remove()
-    cotangents = [] if fisher_type == "forward-only" else list(columns(problem, z, fisher_type))
+    """KFAC by its definition."""
+
+    def cotangents(z: Tensor) -> Iterable[Tensor]:
+        return () if fisher_type == "forward-only" else columns(problem, z, fisher_type)
+
     blocks = []
-    for name, m in layers.items():
-        a = torch.cat([_inputs(m, x) for x, _ in uses[name]], 1).detach()
-        B = torch.zeros(m.weight.shape[0], m.weight.shape[0], dtype=z.dtype)
-        for u in cotangents:
-            slopes = torch.autograd.grad(z, [out for _, out in uses[name]], u, retain_graph=True)
-            g = torch.cat([(s.flatten(2).mT if s.ndim == 4 else s.reshape(N, -1, s.shape[-1])) for s in slopes], 1)
-            g = g.flatten(0, 1) if kfac_approx == "expand" else g.sum(1)
-            B += g.T @ g
-        if not cotangents:
-            B += torch.eye(len(B))
-        if not separate_weight_and_bias:
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-        a = a.flatten(0, 1) if kfac_approx == "expand" else a.mean(1)
-        block, inner = torch.kron(B, a.T @ a / len(a)), a.shape[1]
+    for A, B in kfac_factors(problem.model, problem.X, cotangents, not separate_weight_and_bias, kfac_approx):
+        block = torch.kron(B, A)
         if separate_weight_and_bias:
             blocks += [block, B]
         else:  # from rows with the bias at their end to the weight before the bias
-            places = torch.arange(len(block)).view(-1, inner)
+            places = torch.arange(len(block)).view(-1, len(A))
             order = torch.cat([places[:, :-1].flatten(), places[:, -1]])
             blocks.append(block[order[:, None], order])
     return torch.block_diag(*blocks)
-
-
-def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(layer, nn.Conv2d):
-        return nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
-    return x.reshape(N, -1, x.shape[-1])
 
 
 def blocks(matrix: Tensor, problem: Problem, separate: bool) -> list[Tensor]:
@@ -231,11 +205,6 @@ def blocks(matrix: Tensor, problem: Problem, separate: bool) -> list[Tensor]:
         start += p.numel()
     found = [torch.cat(places) for places in owners.values()]
     return [matrix[where[:, None], where] for where in found]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Distance relative to the second matrix."""
-    return float((a - b).norm() / b.norm())
 
 
 def verdict(kind: str, problem: Problem, mine: Tensor, its: Tensor, options: dict[str, Any]) -> tuple[bool, str]:

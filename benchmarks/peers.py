@@ -22,12 +22,10 @@ import models
 import torch
 from document import Section
 from peers_libraries import LIBRARIES, Library, Work, ours
-from peers_oracle import oracle
-from problem import Problem, installed, relative
+from peers_oracle import numbers
+from problem import Problem, installed
 from timing import medians
-from torch import Tensor
 
-TOLERANCE = 1e-3
 DENSE = 1000  # parameters up to which a dense matrix is asked for
 
 
@@ -48,19 +46,6 @@ class Row:
         costs = (self.ours, self.other, self.other / self.ours)
         shown = ("—" if math.isnan(cost) else f"{cost:.2f}" for cost in costs)
         return [self.model, self.work, self.library, *shown, self.numbers]
-
-
-def numbers(problem: Problem, work: str, mine: Tensor | None, its: Tensor | None) -> tuple[str, bool]:
-    """How far apart the two are, and whom the oracle speaks for."""
-    if mine is None or its is None:
-        return "sampled", True
-    difference = relative(its, mine)
-    if difference <= TOLERANCE:
-        return f"differ by {difference:.0e}", True
-    truth = oracle(problem, work).to(mine)
-    near, far = relative(mine, truth), relative(its, truth)
-    fine = near <= TOLERANCE < far
-    return f"differ by {difference:.0e}; off the oracle: ours {near:.0e}, theirs {far:.0e}", fine
 
 
 def failure(error: Exception) -> str:

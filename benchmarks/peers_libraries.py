@@ -217,32 +217,26 @@ def laplace(backend: str) -> Callable[[Problem], dict[str, Work]]:
     return library
 
 
-def pyhessian(p: Problem) -> dict[str, Work]:
-    """PyHessian: walks a loader."""
-    from pyhessian import hessian
+def pyhessian(kept: bool) -> Callable[[Problem], dict[str, Work]]:
+    """PyHessian: walks a loader, or keeps the graph of one batch."""
 
-    model = p.apart().model
+    def library(p: Problem) -> dict[str, Work]:
+        from pyhessian import hessian
+        from pyhessian.utils import hessian_vector_product
 
-    def product(times: int) -> Tensor:
-        operator = hessian(model, LOSS, dataloader=p.data, cuda=False)
-        return repeated(lambda: flat(operator.dataloader_hv_product(p.parts)[1]), times)
+        model = p.apart().model
 
-    return {"Hessian product": lambda: product(1), f"Hessian, {PRODUCTS} products": lambda: product(PRODUCTS)}
+        def product(times: int) -> Tensor:
+            if not kept:
+                walking = hessian(model, LOSS, dataloader=p.data, cuda=False)
+                return repeated(lambda: flat(walking.dataloader_hv_product(p.parts)[1]), times)
+            model.zero_grad()
+            operator = hessian(model, LOSS, data=p.data[0], cuda=False)
+            return repeated(lambda: flat(hessian_vector_product(operator.gradsH, operator.params, p.parts)), times)
 
+        return {"Hessian product": lambda: product(1), f"Hessian, {PRODUCTS} products": lambda: product(PRODUCTS)}
 
-def pyhessian_one_batch(p: Problem) -> dict[str, Work]:
-    """PyHessian on one batch, of which it keeps the graph."""
-    from pyhessian import hessian
-    from pyhessian.utils import hessian_vector_product
-
-    model = p.apart().model
-
-    def product(times: int) -> Tensor:
-        model.zero_grad()
-        operator = hessian(model, LOSS, data=p.data[0], cuda=False)
-        return repeated(lambda: flat(hessian_vector_product(operator.gradsH, operator.params, p.parts)), times)
-
-    return {"Hessian product": lambda: product(1), f"Hessian, {PRODUCTS} products": lambda: product(PRODUCTS)}
+    return library
 
 
 def eigenthings(p: Problem) -> dict[str, Work]:
@@ -291,7 +285,7 @@ LIBRARIES = (
     Library("nngeometry", nngeometry),
     Library("laplace-torch", laplace("BackPack"), one_batch=True, title="laplace-torch (BackPACK)"),
     Library("laplace-torch", laplace("Curvlinops"), one_batch=True, title="laplace-torch (curvlinops)"),
-    Library("pyhessian", pyhessian),
-    Library("pyhessian", pyhessian_one_batch, one_batch=True, title="pyhessian, graph kept"),
+    Library("pyhessian", pyhessian(kept=False)),
+    Library("pyhessian", pyhessian(kept=True), one_batch=True, title="pyhessian, graph kept"),
     Library("hessian-eigenthings", eigenthings),
 )

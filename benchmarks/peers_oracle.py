@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from problem import LOSS, Problem, flat
+from problem import LOSS, Problem, flat, relative
 from torch import Tensor, nn
 
 
@@ -30,7 +30,7 @@ class Double:
         self.model = copy.deepcopy(problem.model).double()
         self.params = list(self.model.parameters())
         X, self.y = problem.joined().data[0]
-        self.X = X.double()
+        self.X = X.double() if X.is_floating_point() else X
         self.parts = [part.double() for part in problem.parts]
 
     def cotangents(self, kind: str, z: Tensor) -> Iterator[Tensor]:
@@ -71,36 +71,68 @@ class Double:
         return total
 
     def kfac(self, kind: str, joint: bool) -> Tensor:
-        """KFAC (expand) times the vector, by its definition: inputs and output gradients of each layer."""
-        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        uses: list[tuple[nn.Module, Tensor, Tensor]] = []
-        hooks = [m.register_forward_hook(lambda m, x, out: uses.append((m, x[0], out))) for m in layers]
-        z = self.model(self.X)
-        for hook in hooks:
-            hook.remove()
-        slopes = [torch.autograd.grad(z, [u[2] for u in uses], s, retain_graph=True) for s in self.cotangents(kind, z)]
+        """KFAC (expand) times the vector, by its definition."""
         found: list[Tensor] = []
         parts = iter(self.parts)
-        for k, (layer, x, _) in enumerate(uses):
-            a, g = rows(layer, x), torch.cat([columns(slope[k]) for slope in slopes])
+        for A, B in kfac_factors(self.model, self.X, lambda z: self.cotangents(kind, z), joint):
             V, v = next(parts), next(parts)
-            B = g.T @ g
             if joint:
-                a = torch.cat([a, torch.ones_like(a[:, :1])], 1)
-                W = B @ torch.cat([V.flatten(1), v[:, None]], 1) @ (a.T @ a / len(a))
+                W = B @ torch.cat([V.flatten(1), v[:, None]], 1) @ A
                 found += [W[:, :-1], W[:, -1]]
             else:
-                found += [B @ V.flatten(1) @ (a.T @ a / len(a)), B @ v]
+                found += [B @ V.flatten(1) @ A, B @ v]
         return flat(found)
 
 
-def rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer's inputs, ``[data × positions, inputs]``."""
+def kfac_factors(
+    model: nn.Module, X: Tensor, cotangents: Callable[[Tensor], Iterable[Tensor]], joint: bool, approx: str = "expand"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and B of each layer: inputs and output gradients, over the positions of all its uses, term by term.
+
+    Without cotangents B is the identity; ``joint`` appends a one to the inputs, for the bias.
+    """
+    uses: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [m.register_forward_hook(lambda m, x, z: uses.setdefault(m, []).append((x[0], z))) for m in layers]
+    z = model(X)
+    for hook in hooks:
+        hook.remove()
+    columns = list(cotangents(z))
+    for layer in layers:
+        a = torch.cat([inputs(layer, x) for x, _ in uses[layer]], 1).detach()
+        B = (
+            torch.zeros(len(layer.weight), len(layer.weight), dtype=z.dtype)
+            if columns
+            else torch.eye(len(layer.weight))
+        )
+        for u in columns:
+            slopes = torch.autograd.grad(z, [out for _, out in uses[layer]], u, retain_graph=True)
+            g = torch.cat([s.flatten(2).mT if s.ndim == 4 else s.reshape(len(X), -1, s.shape[-1]) for s in slopes], 1)
+            g = g.flatten(0, 1) if approx == "expand" else g.sum(1)
+            B += g.T @ g
+        if joint:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+        a = a.flatten(0, 1) if approx == "expand" else a.mean(1)
+        yield a.T @ a / len(a), B.to(z.dtype)
+
+
+def inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's inputs, ``[data, positions, inputs]``."""
     if isinstance(layer, nn.Conv2d):
-        x = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT.flatten(0, 1)
-    return x.detach()
+        return nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
-def columns(g: Tensor) -> Tensor:
-    """A layer's output gradients, ``[data × positions, outputs]``."""
-    return g.flatten(2).mT.flatten(0, 1) if g.ndim == 4 else g
+def numbers(
+    problem: Problem, work: str, mine: Tensor | None, its: Tensor | None, tolerance: float = 1e-3
+) -> tuple[str, bool]:
+    """How far apart two results are, and whether the oracle speaks for ours where that is far."""
+    if mine is None or its is None:
+        return "sampled", True
+    difference = relative(its, mine)
+    if difference <= tolerance:
+        return f"differ by {difference:.0e}", True
+    truth = oracle(problem, work).to(mine)
+    near, far = relative(mine, truth), relative(its, truth)
+    text = f"differ by {difference:.0e}; off the oracle: ours {near:.0e}, theirs {far:.0e}"
+    return text, near <= tolerance < far

@@ -13,14 +13,7 @@ WARM_UP = 2  # rounds that are not counted
 def medians(
     works: Sequence[Callable[[], Any]], rounds: int, *, warm_up: int = WARM_UP, at_most: float = float("inf")
 ) -> list[float]:
-    """Median seconds of each, alternating.
-
-    Args:
-        works: What is timed.
-        rounds: How often each of them is.
-        warm_up: Rounds before that, which are not counted.
-        at_most: Seconds after which no further round begins; the first one always counts.
-    """
+    """Median seconds of each, alternating; after ``at_most`` seconds no further round begins, but the first counts."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(warm_up):
         for work in works:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from curvops import EmpiricalRisk, GGNLinearOperator
 from curvops.tour.matrices import OPERATORS, make_operator
+from curvops.tour.meter import measured
 from curvops.tour.setups import Setup, tutorial
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -74,15 +74,6 @@ def shared(setup: Setup) -> Callable[[str, Setup], Tensor]:
     return compute
 
 
-def timed(compute: Callable[[str, Setup], Tensor], title: str, setup: Setup) -> float:
-    """Return seconds."""
-    start = time.perf_counter()
-    compute(title, setup)
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
-    return time.perf_counter() - start
-
-
 def compare_times(setup: Setup, rounds: int, section: Section) -> float:
     """Print the medians and return how many times faster all six are together, in the slowest of our ways."""
     names = ("to_dense()", "@ torch.eye", "of one risk")
@@ -91,9 +82,10 @@ def compare_times(setup: Setup, rounds: int, section: Section) -> float:
         ways = dict(zip((*names, "peer"), (ours, columns, shared(setup), peer), strict=True))
         for title in OPERATORS:
             for way in ways if number % 2 else reversed(ways):
-                taken = timed(ways[way], title, setup)
+                with measured(setup.device) as cost:
+                    ways[way](title, setup)
                 if number:  # the first round warms up
-                    seconds.setdefault((title, way), []).append(taken)
+                    seconds.setdefault((title, way), []).append(cost.seconds)
     medians = {key: statistics.median(taken) for key, taken in seconds.items()}
     medians |= {("all", way): sum(medians[title, way] for title in OPERATORS) for way in (*names, "peer")}
     section.table(["matrix", *(f"{way} (ms)" for way in (*names, "peer")), *(f"peer / {way}" for way in names)])

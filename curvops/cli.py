@@ -30,7 +30,7 @@ def _tour(given: argparse.Namespace) -> int:
         os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
         import torch
 
-        from curvops.tour.output import OutputError
+        from curvops.tour.files import OutputError
         from curvops.tour.run import Finished, run_tour
 
         kept = finished = Finished()

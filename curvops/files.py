@@ -19,13 +19,9 @@ KEY = "curvops"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], format: str) -> None:
-    """Write tensors and what is to be known about them (needs ``safetensors``).
+    """Write tensors and what is to be known about them, which JSON must hold (needs ``safetensors``).
 
-    Args:
-        path: The file; one that is there stays unless the new one is complete.
-        tensors: By name.
-        about: Anything that JSON can hold.
-        format: What kind of file it is; reading asks for the same.
+    A file that is there stays unless the new one is complete. Reading asks for the same ``format``.
 
     Raises:
         OSError: If the file cannot be written.

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
+# of each version of control groups: where they are mounted, limit, usage, and the files' pages within the usage, which
+# the kernel gives back where memory is short
+_GROUPS = {
+    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+}
 
-def free_memory(device: torch.device) -> int:
-    """Free memory of a device in bytes."""
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Free memory of a device in bytes: on the CPU what the system has, and the process's control groups leave.
+
+    Args:
+        device: The device.
+        root: Where the system's files are.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with Path("/proc/meminfo").open() as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
+    available = entry(root / "proc/meminfo", "MemAvailable:")
+    if available is not None:
+        return max(0, min([available, *_left_by_groups(root)]))
+    try:  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 8 * 2**30
+
+
+def entry(path: Path, key: str) -> int | None:
+    """The number after a key in one of the kernel's files; of an empty key the first one. None if it is not there."""
+    for words in map(str.split, _lines(path)):
+        found = words if not key else words[1:] if words[:1] == [key] else []
+        if found and found[0].isdigit():
+            return int(found[0]) * (1024 if found[1:] == ["kB"] else 1)
+    return None
 
 
 def budget(device: torch.device, memory_budget: int | None) -> int:
@@ -42,3 +60,24 @@ def check_fits(rows: int, columns: int, dtype: torch.dtype, device: torch.device
             f"{what}: a {rows} × {columns} matrix takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
             "Multiply onto the columns that you need, or take the operator of fewer parameters."
         )
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What is left of the limit of each of the process's control groups, and of those above them."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, limit, usage, pages = _GROUPS[1 if controllers else 2]
+        inside = PurePosixPath(name.lstrip("/"))
+        for folder in (root / mount / group for group in (inside, *inside.parents)):
+            most, used = entry(folder / limit, ""), entry(folder / usage, "")
+            if most is not None and used is not None:
+                yield most - used + (entry(folder / "memory.stat", pages) or 0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,12 +1,13 @@
-"""Nested inputs (tensors in tuples, lists and mappings): find, replace and slice their tensors."""
+"""Nested inputs (tensors in tuples, lists and mappings) and graphs: find, replace and slice their tensors, walk their nodes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -41,3 +42,14 @@ def tensors_of(tree: Any) -> list[Tensor]:
 def select(tree: Any, size: int, index: Any) -> Any:
     """The structure with each tensor whose first axis has ``size`` entries indexed along it."""
     return map_tensors(lambda t: t[index] if t.ndim and t.shape[0] == size else t, tree)
+
+
+def nodes_of(tensor: Tensor) -> Iterator[Node]:
+    """The nodes of a tensor's graph, each once."""
+    seen, todo = set[Node](), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [following for following, _ in node.next_functions]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from curvops.kronecker.collect import Collection
 from curvops.kronecker.cotangents import LIMIT
 from curvops.kronecker.state import State
-from curvops.kronecker.sweep import Sweep
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock
 
@@ -73,14 +73,16 @@ SIGNED = (
 )
 
 
-def notes_of(sweep: Sweep, rows: int, further_walks: int, budget: int) -> list[str]:
-    """Remarks on what was done, with the bytes of the rows that were kept."""
+def notes_of(collection: Collection, further_walks: int) -> list[str]:
+    """Remarks on what was done."""
+    sweep = collection.sweep
     notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
-    return notes + [f"rows kept for the second look: {byte_size(rows)}"] * (further_walks > 0)
+    return notes + [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
 
 
-def plan_notes(sweep: Sweep, rows: int, further_walks: int, budget: int) -> list[str]:
-    """Remarks on what a first batch would take: the passes, the bytes of its rows, and how often the data is walked."""
+def plan_notes(collection: Collection, further_walks: int) -> list[str]:
+    """Remarks on what a first batch would take."""
+    sweep = collection.sweep
     forward, backward = sweep.forward_passes, sweep.backward_passes
     notes = [
         f"batch of {sweep.size}: {forward} forward and {backward} backward passes to the layers' outputs, "
@@ -90,8 +92,8 @@ def plan_notes(sweep: Sweep, rows: int, further_walks: int, budget: int) -> list
     if further_walks:
         again = "again" if further_walks == 1 else f"up to {further_walks} times again"
         notes.append(
-            f"rows of this batch: {byte_size(rows)}; where those of all batches exceed {byte_size(budget)} "
-            f"(memory_budget=), the data is swept {again}"
+            f"rows of this batch: {byte_size(collection.kept_bytes)}; where those of all batches exceed "
+            f"{byte_size(collection.budget)} (memory_budget=), the data is swept {again}"
         )
     if backward > 10:
         notes.append("fewer backward passes: fisher_type='mc' takes mc_samples, 'empirical' one for each loss term")

@@ -24,10 +24,7 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
         tape: The forward pass; its layouts are set.
         scale: One number for each datum, all different.
         spread: The same, spread over the output: of its shape.
-        names: The parameters to look at.
-
-    Returns:
-        The parameters that are not explained, and why.
+        names: The parameters to look at; those that are not explained are returned, and why.
     """
     generator = torch.Generator().manual_seed(0)
     dtype = torch.promote_types(tape.z.dtype, torch.float32)

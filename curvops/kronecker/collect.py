@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
+from curvops.memory import budget
 
 TOGETHER = 4  # share of the budget that the output gradients of one forward pass may take together
 
@@ -30,14 +32,19 @@ SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
 class Collection:
     """Walks the data for an operator, or looks at the first batch to plan it, with shapes on the ``meta`` device."""
 
-    def __init__(self, sweep: Sweep, title: str, budget: int, planned: bool) -> None:
-        self.sweep, self.title, self.budget, self.planned = sweep, title, budget, planned
+    def __init__(self, sweep: Sweep, title: str, planned: bool) -> None:
+        self.sweep, self.title, self.planned = sweep, title, planned
         self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
         self.device = torch.device("meta") if planned else sweep.risk.space.device
         self.kept_bytes = 0
         self._kept: list[list[tuple[Key, Sequence[Rows]]]] = []
         self._open = False  # whether all batches' rows are kept
         self._planned: dict[int, Use] = {}
+
+    @cached_property
+    def budget(self) -> int:
+        """Bytes that rows may take."""
+        return budget(self.sweep.risk.space.device, self.sweep.options.memory_budget)
 
     def first(
         self, make: Callable[[], SomeConsumer], *, dense: bool = True, keep: bool = False, together: bool = False
@@ -53,7 +60,7 @@ class Collection:
         sweep, share = self.sweep, self.budget // TOGETHER if together else 0
         while True:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
-            self._kept, self.kept_bytes, self._open = [], 0, keep and self.budget > 0 and not self.planned
+            self._kept, self.kept_bytes, self._open = [], 0, keep and not self.planned and self.budget > 0
             for found in sweep.planned() if self.planned else sweep.walk(self.title, share):
                 for group, uses in found.rows():
                     consumer.add(group, uses, found)  # first: a convolution's factor may need no windows

@@ -29,8 +29,7 @@ class BasisDiagonal:
 
     def add(self, uses: Sequence[Rows]) -> None:
         """Add the rows of all uses in some backward passes of one forward pass."""
-        uses = [rows for rows in uses if rows.outputs]
-        if not uses:
+        if not (uses := [rows for rows in uses if rows.outputs]):
             return
         if all(isinstance(rows.inputs, OneHot) for rows in uses) and self.left is None:
             self._add_looked_up(uses)
@@ -82,7 +81,7 @@ class BasisDiagonal:
 
 
 def merged(uses: Sequence[Rows], dtype: torch.dtype) -> list[Pair]:
-    """The rows of all uses in a precision: unit vectors first, then those of each side one after another."""
+    """The rows of all uses in a precision, those of each side one after another; unit vectors for themselves."""
     hot = [rows for rows in uses if isinstance(rows.inputs, OneHot)]
     found: list[Pair] = [(rows.inputs, [g.to(dtype) for g in rows.outputs], rows.input_side) for rows in hot]
     for side in ("right", "left"):
@@ -104,26 +103,12 @@ def whole_gradients(pairs: Sequence[Pair], shape: Sequence[int], most: int) -> I
             stop = start + data
             total: Tensor | None = None
             for (a, _, side), stack in zip(pairs, stacks, strict=True):
-                g = stack[:, start:stop]
-                if isinstance(a, OneHot):
-                    assert side == "left"
-                    if total is None:
-                        total = like.new_zeros(*g.shape[:2], *shape)
-                    _scatter(total, a.ids[start:stop], g)
-                    continue
-                part = torch.einsum("knpgo,npgi->kngoi" if side == "right" else "knpgo,npgi->kngio", g, a[start:stop])
+                rows = OneHot(a.ids[start:stop], a.width).dense(like.dtype) if isinstance(a, OneHot) else a[start:stop]
+                order = "goi" if side == "right" else "gio"
+                part = torch.einsum(f"knpgo,npgi->kn{order}", stack[:, start:stop], rows)
                 total = part if total is None else total + part
             assert total is not None
             yield total
-
-
-def _scatter(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Add rows ``[k, n, p, 1, r]`` to ``total`` ``[k, n, 1, width, r]`` at ``ids`` ``[n, p, 1]``; −1 is dropped."""
-    n, width = len(ids), total.shape[3]
-    where = ids.clamp(min=0) + width * torch.arange(n, device=ids.device).view(-1, 1, 1)
-    rows = rows * (ids >= 0).unsqueeze(-1)
-    for flat, part in zip(total.flatten(1, 3), rows.flatten(1, 3), strict=True):
-        flat.index_add_(0, where.flatten(), part)
 
 
 def _turn(rows: Tensor, basis: Tensor) -> Tensor:

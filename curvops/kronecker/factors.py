@@ -13,7 +13,7 @@ from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
-from curvops.kronecker.uses import OneHot
+from curvops.kronecker.uses import OneHot, Windows
 
 
 @dataclass
@@ -55,10 +55,6 @@ class Factors:
 
     def entries(self, data: Mapping[str, int]) -> dict[Key, Entry]:
         """What was added, and what `data` says of each parameter under ``"reduce"``; the factors are given away."""
-        for sides in self._moments.values():
-            for moments in sides.values():
-                mirrored(moments.inputs)
-                mirrored(moments.outputs)
         found = {}
         for key, sides in self._moments.items():
             group = self._groups[key]
@@ -67,7 +63,7 @@ class Factors:
             for side, moments in sides.items():
                 # a bias that always enters with its weight has the same outputs
                 own = moments if group.weight is None else next(iter(self._moments[group.weight].values()))
-                tensors |= {f"{side}.inputs": moments.inputs, f"{side}.outputs": own.outputs}
+                tensors |= {f"{side}.inputs": mirrored(moments.inputs), f"{side}.outputs": mirrored(own.outputs)}
                 # inputs that were averaged over positions are divided by the number of data, those included that
                 # never reached the layer
                 rows[side] = moments.rows if self._expands else data[group.names[0]]
@@ -78,15 +74,12 @@ class Factors:
     def _zeros(self, group: Group, side: str, one_hot: bool) -> Moments:
         groups, left, right = group.shape
         a, g = (right, left) if side == "right" else (left, right)
-        made: list[Tensor] = []
-        for size, dense in (
-            (a, not one_hot and self._rule.factor(a, group.names)),
-            (g, self._rule.factor(g, group.names)),
-        ):
-            shape = (groups, size, size) if dense else (groups, size)
-            made.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
-        # the outputs of a bias that always enters with its weight are the weight's
-        return Moments(made[0], made[-1])
+        dense = [not one_hot and self._rule.factor(a, group.names), self._rule.factor(g, group.names)]
+        shapes = [(groups, size, size) if d else (groups, size) for d, size in zip(dense, (a, g), strict=True)]
+        if group.weight is not None:  # the outputs of a bias that always enters with its weight are the weight's
+            shapes[1] = (0, 0)
+        inputs, outputs = (torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes)
+        return Moments(inputs, outputs)
 
     def _expand(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
         for rows in uses:
@@ -97,10 +90,10 @@ class Factors:
 
     def _add_inputs(self, moments: Moments, rows: Rows) -> None:
         moments.rows += rows.count
-        windows = rows.windows
+        windows = rows.use.inputs
         if rows.role == "bias":
             moments.inputs += rows.count
-        elif windows is not None and moments.inputs.ndim == 3 and windows.correlates:
+        elif isinstance(windows, Windows) and moments.inputs.ndim == 3 and windows.correlates:
             moments.inputs[0] += windows.moment(self._dtype, rows.role == "joint")
         elif isinstance(a := rows.inputs, OneHot):
             ids = a.ids.flatten()

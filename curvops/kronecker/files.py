@@ -16,6 +16,7 @@ from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
 FORMAT = "Kronecker factors"
+FIELDS = ("kind", "reduction", "count", "data", "settings", "averaged")  # of a state, written as they are
 CONVENTIONS = (
     "a vector is the concatenation of the flattened (row-major) parameters in this order; block = c * (B kron A) for a weight "
     "out x in; A = sum a a^T / rows, B = sum g g^T, g without c; c = 1/count for the mean, 1 for the sum"
@@ -31,29 +32,14 @@ def write_state(path: Path, state: State) -> None:
         if isinstance(where, Tensor):
             tensors[f"{k}.positions"] = where
         tensors.update({f"{k}.{name}": tensor for name, tensor in entry.tensors.items()})
-        groups.append(
-            {
-                "names": group.names,
-                "kind": group.kind,
-                "shape": group.shape,
-                "operation": group.operation,
-                "range": [where.start, where.stop] if isinstance(where, slice) else None,
-                "entry": entry.kind,
-                "numbers": entry.numbers,
-            }
-        )
+        own = {name: getattr(group, name) for name in ("names", "kind", "shape", "operation")}
+        span = [where.start, where.stop] if isinstance(where, slice) else None
+        groups.append({**own, "range": span, "entry": entry.kind, "numbers": entry.numbers})
+    shapes, dtypes = state.space.shapes, state.space.dtypes
     about = {
-        "kind": state.kind,
+        **{name: getattr(state, name) for name in FIELDS},
         "conventions": CONVENTIONS,
-        "parameters": [
-            [name, list(shape), str(state.space.dtypes[name]).removeprefix("torch.")]
-            for name, shape in state.space.shapes.items()
-        ],
-        "reduction": state.reduction,
-        "count": state.count,
-        "data": state.data,
-        "averaged": state.averaged,
-        "settings": state.settings,
+        "parameters": [[name, list(shapes[name]), str(dtypes[name]).removeprefix("torch.")] for name in shapes],
         "groups": groups,
     }
     write_tensors(path, tensors, about, FORMAT)
@@ -76,20 +62,10 @@ def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
     for k, saved in enumerate(about["groups"]):
         own = {name.partition(".")[2]: t.to(device) for name, t in tensors.items() if name.partition(".")[0] == str(k)}
         where = Places(slice(*saved["range"]) if saved["range"] else own.pop("positions"), device)
-        key = ((k, *saved["names"]),)
-        shape = (saved["shape"][0], saved["shape"][1], saved["shape"][2])
-        group = Group(key, tuple(saved["names"]), saved["kind"], shape, where, saved["operation"])
+        names, shape = tuple(saved["names"]), (saved["shape"][0], saved["shape"][1], saved["shape"][2])
+        group = Group(((k, *names),), names, saved["kind"], shape, where, saved["operation"])
         groups.append((group, Entry(saved["entry"], own, saved["numbers"])))
-    return State(
-        about["kind"],
-        space,
-        groups,
-        about["reduction"],
-        about["count"],
-        about["data"],
-        about["settings"],
-        about["averaged"],
-    )
+    return State(space=space, groups=groups, **{name: about[name] for name in FIELDS})
 
 
 def _compare(path: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], params: Mapping[str, Tensor]) -> None:

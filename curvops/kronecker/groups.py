@@ -20,11 +20,10 @@ Roles = list[tuple[int, str]]  # uses of a group, each as its index and "joint",
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one block of the matrix.
+    """Parameters with one block of the matrix, the weight first.
 
     Attributes:
         key: Its identity from batch to batch.
-        names: The parameters, the weight first.
         kind: ``"linear"`` (gradients are sums of left ⊗ right), ``"vector"`` or ``"whole"`` (the parameter is known
             by its gradients only).
         shape: ``(groups, left, right)``; ``(1, size, 1)`` for the others.
@@ -61,7 +60,7 @@ class Grouping:
     def restart(self) -> None:
         """Begin anew with what was learnt."""
         self.groups: dict[Key, Group] = {}
-        self._of: dict[str, list[Key]] = {}  # the groups that a parameter is seen in
+        self.of: dict[str, list[Key]] = {}  # the groups that a parameter is seen in by the taps
         self.again = False
 
     def assign(self, tape: Tape, names: set[str]) -> dict[Key, Roles]:
@@ -80,14 +79,10 @@ class Grouping:
         key, places = (("whole", name),), Places(self.space.slice(name), self.space.device)
         return self.groups.setdefault(key, Group(key, (name,), "whole", (1, len(places), 1), places, reason))
 
-    def holds(self, name: str) -> bool:
-        """Whether a parameter was seen through the taps."""
-        return bool(self._of.get(name))
-
     def _add(self, group: Group, kind: str) -> None:
         known = self.groups.get(group.key)
         if known is None:
-            for several in (self._of.setdefault(name, []) for name in group.names):
+            for several in (self.of.setdefault(name, []) for name in group.names):
                 if any(_overlap(self.groups[other], group) for other in several):
                     self._refute(group)
                 several.append(group.key)

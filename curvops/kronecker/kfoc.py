@@ -72,8 +72,7 @@ class NearestProduct:
 
     def add(self, uses: Sequence[Rows]) -> None:
         """Add Σ G R Gᵀ, or Σ Gᵀ L G, over the data of some backward passes."""
-        uses = [rows for rows in uses if rows.outputs]
-        if not uses:
+        if not (uses := [rows for rows in uses if rows.outputs]):
             return
         for found in whole_gradients(merged(uses, self.left.dtype), self.shape, self._bytes):
             g = found.flatten(0, 1)
@@ -91,13 +90,9 @@ class NearestProduct:
         other = self.right if self._update_left else self.left
         scale = other.flatten(1).square().sum(1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        solution = self._sum / scale.view(-1, *[1] * (self._sum.ndim - 1))
-        if self._update_left:
-            self.left = solution
-        else:
-            self.right = solution
+        setattr(self, "left" if self._update_left else "right", self._sum / scale.view(-1, *[1] * (self._sum.ndim - 1)))
         self._update_left = not self._update_left
-        self._sum = torch.zeros_like(self.left if self._update_left else self.right)
+        self._sum = torch.zeros_like(other)
         self._sizes.append((self.left.flatten(1).norm(dim=1) * self.right.flatten(1).norm(dim=1)).norm())
         if len(self._sizes) > 2:
             least = CONVERGED * torch.finfo(self._sizes[-1].dtype).eps * self._sizes[-1]

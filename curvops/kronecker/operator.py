@@ -20,7 +20,6 @@ from curvops.kronecker.options import BlockRule, Options
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.state import Entry, State
 from curvops.kronecker.sweep import Sweep
-from curvops.memory import budget
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -30,13 +29,7 @@ SomeOperator = TypeVar("SomeOperator", bound="KroneckerOperator")
 
 
 class StateOperator(BlockDiagonalOperator):
-    """Blocks from a state, which can be merged, averaged, saved and loaded.
-
-    Args:
-        state: The state.
-        reasons: Why each parameter is treated as it is.
-        notes: Remarks for `explain`.
-    """
+    """Blocks from a state, which can be merged, averaged, saved and loaded."""
 
     def __init__(self, state: State, reasons: Mapping[str, str] | None = None, notes: Sequence[str] = ()) -> None:
         super().__init__(state.space, psd=True)
@@ -130,15 +123,9 @@ class KroneckerOperator(StateOperator):
             memory_budget=memory_budget,
             rule=rule,
         )
+        problem = model_func, loss_func, params, data
         risk = EmpiricalRisk(
-            model_func,
-            loss_func,
-            params,
-            data,
-            reduction=reduction,
-            progressbar=progressbar,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
+            *problem, reduction=reduction, progressbar=progressbar, num_data=num_data, batch_size_fn=batch_size_fn
         )
         if check_deterministic:
             check(risk)
@@ -146,12 +133,7 @@ class KroneckerOperator(StateOperator):
 
     @classmethod
     def of(cls: type[SomeOperator], risk: EmpiricalRisk, **options: Any) -> SomeOperator:
-        """The operator of an existing risk, whose determinism is not checked.
-
-        Args:
-            risk: The empirical risk.
-            options: The options that only Kronecker operators have, and ``memory_budget``.
-        """
+        """The operator of an existing risk, whose determinism is not checked; options as for the constructor."""
         operator = cls.__new__(cls)
         operator._set(risk, cls._options(**options))
         return operator
@@ -210,15 +192,14 @@ class KroneckerOperator(StateOperator):
     def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False) -> None:
         self.risk, self.options = risk, options
         sweep = Sweep(risk, options)
-        collection = Collection(sweep, type(self).__name__, budget(risk.space.device, options.memory_budget), planned)
+        collection = Collection(sweep, type(self).__name__, planned)
         with torch.inference_mode(False), risk.evaluation():
             entries = self._compute(collection)
         groups = [(group, entries[key]) for key, group in sweep.grouping.groups.items() if key in entries]
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
         state = State(kind, risk.space, groups, reduction, count, sweep.data, options.settings)
-        about = plan_notes if planned else notes_of
-        notes = about(sweep, collection.kept_bytes, self.further_walks, collection.budget)
+        notes = (plan_notes if planned else notes_of)(collection, self.further_walks)
         super().__init__(state, {name: "; ".join(whys) for name, whys in sweep.reasons.items()}, notes)
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.kronecker.groups import Group, Key, Roles
 from curvops.kronecker.tape import Tape
-from curvops.kronecker.uses import LinearUse, OneHot, VectorUse, Windows
+from curvops.kronecker.uses import LinearUse, OneHot, VectorUse
 
 Slopes = Mapping[int, Tensor | None]  # gradients at the outputs of uses, by their index
 
@@ -55,12 +55,6 @@ class Rows:
         rows = [self._layout.arrange(self.use.outputs(g), 2, self.size) for g in self._slopes]
         return [r.flatten(2).unsqueeze(2) for r in rows] if self.role == "bias" else rows
 
-    @property
-    def windows(self) -> Windows | None:
-        """A convolution's inputs, unless they were formed already."""
-        windows = None if self.role == "bias" or "inputs" in vars(self) else self.use.inputs
-        return windows if isinstance(windows, Windows) else None
-
     def formed(self) -> Rows:
         """Form both sides, and let go of what they are made of."""
         _ = self.inputs, self.outputs
@@ -80,15 +74,12 @@ class Pass:
     """One forward pass, and some of its backward passes.
 
     Attributes:
-        tape: The forward pass.
         groups: The groups that it reached, and those of whole gradients.
         roles: The uses of each group.
         columns: Gradients at the outputs of the uses in each backward pass.
         totals: Whole gradients of parameters that are not tapped in each backward pass, ``[size]``.
-        first: Place of the first backward pass among all of this forward pass.
-        count: Number of all backward passes of this forward pass.
-        batch: Place of the batch in the data.
-        datum: Place in the batch of the first datum.
+        first: Place of the first backward pass among the ``count`` of this forward pass.
+        batch: Place of the batch in the data, and ``datum`` that of the first datum in the batch.
     """
 
     tape: Tape
@@ -117,15 +108,13 @@ class Pass:
                 found = [self._gradient(uses, slopes) for slopes in self.columns]
                 yield self.groups[key], [g for g in found if g is not None]
 
-    def _gradient(self, uses: Roles, slopes: Slopes) -> Tensor | None:
-        total: Tensor | None = None
-        for k, _ in uses:
-            use, g, layout = self.tape.uses[k], slopes.get(k), self.tape.layouts[k]
-            assert isinstance(use, VectorUse) and layout is not None
-            if g is not None:
-                part = layout.arrange(use.rows(g), 1, self.tape.size).sum(1)
-                total = part if total is None else total + part
-        return total
+    def _gradient(self, roles: Roles, slopes: Slopes) -> Tensor | None:
+        found = [
+            layout.arrange(use.rows(g), 1, self.tape.size).sum(1)
+            for use, layout, g in ((self.tape.uses[k], self.tape.layouts[k], slopes.get(k)) for k, _ in roles)
+            if isinstance(use, VectorUse) and layout is not None and g is not None
+        ]
+        return torch.stack(found).sum(0) if found else None
 
 
 @dataclass(frozen=True)

@@ -73,32 +73,23 @@ class Entry:
             return self
         if self.kind not in ("moments", "inputs"):
             return Entry(self.kind, {name: tensor * constant for name, tensor in self.tensors.items()})
-        c, tensors = constant if self.kind == "moments" else 1.0, {}
-        rows = {s: number for s, number in self.numbers["rows"].items() if number and f"{s}.inputs" in self.tensors}
-        for side, number in rows.items():
-            tensors[f"{side}.inputs"] = self.tensors[f"{side}.inputs"] / number
-            tensors[f"{side}.outputs"] = self.tensors[f"{side}.outputs"] * c
-        return Entry(self.kind, tensors, {"rows": dict.fromkeys(rows, 1)})
-
-    def nothing(self, rows: float) -> Entry:
-        """What data that never reach the group know of it: no tensors, but ``rows`` on each side."""
-        if self.kind in ("eigen", "product", "identity"):
-            return self
-        return Entry(self.kind, {}, {"rows": dict.fromkeys(self.numbers["rows"], rows)} if self.numbers else {})
+        c, old = constant if self.kind == "moments" else 1.0, self.tensors
+        new: dict[str, Tensor] = {}
+        rows = {s: number for s, number in self.numbers["rows"].items() if number and f"{s}.inputs" in old}
+        for s, number in rows.items():
+            new |= {f"{s}.inputs": old[f"{s}.inputs"] / number, f"{s}.outputs": old[f"{s}.outputs"] * c}
+        return Entry(self.kind, new, {"rows": dict.fromkeys(rows, 1)})
 
     def _kronecker(self, constant: float) -> Block | None:
         """c · B ⊗ A in the order of the weight; for one that is used in both directions, the product nearest to the sum."""
         found = []
         for side, rows in self.numbers["rows"].items():
-            inputs, outputs = self.tensors[f"{side}.inputs"], self.tensors[f"{side}.outputs"]
-            if not rows:
-                continue
-            scale = constant
-            if self.kind == "inputs":
-                outputs, scale = _identity(outputs), 1.0
-            pair = ((outputs, scale), (inputs, 1 / rows))
-            (left, a), (right, b) = pair if side == "right" else pair[::-1]
-            found.append(KroneckerBlock(left, right, (a, b)))
+            if rows:
+                outputs = self.tensors[f"{side}.outputs"]
+                known = (outputs, constant) if self.kind == "moments" else (_identity(outputs), 1.0)
+                pair = (known, (self.tensors[f"{side}.inputs"], 1 / rows))
+                (left, a), (right, b) = pair if side == "right" else pair[::-1]
+                found.append(KroneckerBlock(left, right, (a, b)))
         if len(found) < 2:
             return found[0] if found else None
         return KroneckerBlock(*nearest_product([(block.left, block.right) for block in found]))
@@ -110,9 +101,7 @@ class State:
 
     Attributes:
         kind: Name of the operator's class.
-        space: The space of the parameters.
         groups: The groups, and what is known of each.
-        reduction: ``"mean"`` or ``"sum"``.
         count: Denominator of the mean, so that c = 1/count.
         data: For each parameter the number of data, of batches where the model mixes their data.
         settings: Options that the state was computed with.
@@ -185,17 +174,20 @@ class State:
                 )
         groups, rest = [], {_mark(group): (group, entry) for group, entry in other.groups}
         for group, entry in self.groups:
-            pair = rest.pop(_mark(group), None)
-            if pair is not None and pair[1].kind != entry.kind:
+            its = rest.pop(_mark(group), (group, other._nothing(group, entry)))[1]
+            if its.kind != entry.kind:
                 raise ValueError(
                     f"{title}: {describe(group.names)} has blocks of different kinds in the two operators."
                 )
-            groups.append((group, combine(entry, pair[1] if pair else other._nothing(group, entry))))
+            groups.append((group, combine(entry, its)))
         return groups + [(group, combine(self._nothing(group, entry), entry)) for group, entry in rest.values()]
 
     def _nothing(self, group: Group, entry: Entry) -> Entry:
-        """What this state knows of a group that another one has."""
-        return entry.nothing(self.data[group.names[0]] if self.settings.get("kfac_approx") == "reduce" else 0)
+        """What data that never reach a group, which other data reached, know of it."""
+        if entry.kind in ("eigen", "product", "identity"):
+            return entry
+        rows = self.data[group.names[0]] if self.settings.get("kfac_approx") == "reduce" else 0
+        return Entry(entry.kind, {}, {name: dict.fromkeys(sides, rows) for name, sides in entry.numbers.items()})
 
 
 def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

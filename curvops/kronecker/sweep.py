@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ SOME = 4  # data that a large batch is certified on
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """What was certified of a pass, for passes of the same operations: layouts of the rows, and what failed."""
 
     way: str
@@ -122,10 +121,8 @@ class Sweep:
         curvature = self._steps.curvature(tape.z.detach(), batch)
         expected, seen = self.options.num_per_example_loss_terms, curvature.terms_per_datum
         if expected is not None and seen != expected:
-            raise ValueError(
-                f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}. "
-                "Leave it out: it is inferred."
-            )
+            what = f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}."
+            raise ValueError(f"{what} Leave it out: it is inferred.")
         ways, kept = self._certify(batch, tape, curvature)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
         for name, way in ways.items():
@@ -198,11 +195,10 @@ class Sweep:
         """The way that each parameter is seen, and which tensors of X all data have in common."""
         names = self.risk.space.names
         if batch.size > 1 and curvature.terms_per_datum is None:
-            why = "the number of loss terms is not a multiple of the number of data"
-            failed = dict.fromkeys(names, why)
+            failed = dict.fromkeys(names, "the number of loss terms is not a multiple of the number of data")
         else:
             failed = self._failed(tape, names, "batch", batch, curvature)
-        failed.update({name: why for name, why in self.whole.items() if name not in failed})
+        failed = {**self.whole, **failed}
         ways, kept = dict.fromkeys(names, "batch"), None
         if failed and batch.size > 1:
             kept = self._alone(batch, tape)
@@ -223,7 +219,7 @@ class Sweep:
         for name, why in failed.items():
             if name not in self.whole:
                 self.whole[name] = why
-                self.grouping.again = self.grouping.again or self.grouping.holds(name)
+                self.grouping.again = self.grouping.again or name in self.grouping.of
 
     def _failed(
         self,
@@ -237,7 +233,7 @@ class Sweep:
         for proof in () if tape.taps.data_dependent else self._proofs:
             known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
             # the same operations may mix the data only now, as behind a gate that depends on values
-            if known and (batch is None or self._some(batch, tape, self._output) is not None):
+            if known and (batch is None or self._some(batch, tape, taped=False) is not None):
                 tape.layouts, failed = list(proof.layouts), proof.failed
                 break
         else:
@@ -249,7 +245,7 @@ class Sweep:
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
         large = sum(_work(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
-        some = self._some(batch, tape, lambda X: record(self.risk, X, SOME)) if batch is not None and large else None
+        some = self._some(batch, tape, taped=True) if batch is not None and large else None
         if isinstance(some, Tape) and some.signature.covers(tape.signature):
             scale = _scale(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
@@ -264,33 +260,37 @@ class Sweep:
         spread = curvature.outputs(rows[:, None].expand(-1, curvature.width).to(curvature.dtype).contiguous())
         return certify(tape, scale, spread, names)
 
-    def _some(self, batch: Batch, tape: Tape, run: Callable[[Any], Tape | Tensor]) -> Tape | Tensor | None:
+    def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:
         """What a few data give, if their output is what they have in their batch."""
         size = batch.size
         if size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors_of(batch.X)):
             return None
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
-        some = attempt(lambda: run(cut(batch.X, size, places)))
-        z = some.z if isinstance(some, Tape) else some
-        return some if z is not None and _agree(z, tape, places) else None
-
-    def _output(self, X: Any) -> Tensor:
-        with torch.no_grad():
-            return self.risk.forward(X)
+        some = self._run(batch, places, taped=taped)
+        return some if _agree(some.z if isinstance(some, Tape) else some, tape, places) else None
 
     def _alone(self, batch: Batch, tape: Tape) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch."""
-        n = batch.size
-        mine = [k for k, t in enumerate(tensors_of(batch.X)) if t.ndim and t.shape[0] == n]
-
-        def agrees(place: int, kept: Collection[int]) -> bool:
-            z = attempt(lambda: self._output(cut(batch.X, n, [place], kept)))
-            return z is not None and _agree(z, tape, [place])
-
+        mine = [k for k, t in enumerate(tensors_of(batch.X)) if t.ndim and t.shape[0] == batch.size]
         # a mask, say, has an axis of the same length by chance
-        choices = [(), *((k,) for k in mine if len(mine) > 1)] if mine else []
-        return next((kept for kept in choices if all(agrees(place, kept) for place in range(n))), None)
+        for kept in [(), *((k,) for k in mine if len(mine) > 1)] if mine else []:
+            if all(_agree(self._run(batch, [n], kept), tape, [n]) for n in range(batch.size)):
+                return kept
+        return None
+
+    def _run(self, batch: Batch, places: Sequence[int], kept: Collection[int] = (), taped: bool = False) -> Any:
+        """Some data of a batch alone; ``None`` where the model refuses, as batch norm does of a single datum."""
+        try:
+            X = cut(batch.X, batch.size, places, kept)
+            if taped:
+                return record(self.risk, X, len(places))
+            with torch.no_grad():
+                return self.risk.forward(X)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None
 
 
 def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) -> Any:
@@ -304,19 +304,9 @@ def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) ->
     return map_tensors(some, X)
 
 
-def attempt(work: Callable[[], Any]) -> Any:
-    """What some work gives, ``None`` where the model refuses, as batch norm does of a single datum."""
-    try:
-        return work()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return None
-
-
-def _agree(z: Tensor, tape: Tape, places: Sequence[int]) -> bool:
+def _agree(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
     """Whether some data's output is what they have in their batch."""
-    if tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
+    if z is None or tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
         return False
     expected = tape.z.detach().unflatten(0, (tape.size, -1))[list(places)]
     allowed = max(tolerance(expected.dtype), tolerance(tape.precision))

@@ -18,12 +18,10 @@ from curvops.risk.empirical_risk import EmpiricalRisk
 
 @dataclass(frozen=True)
 class Layout:
-    """How the axes of rows hold the data.
+    """How the axes of rows hold the data: along which (``None`` if all are seen as one datum's), and in which order.
 
-    Attributes:
-        axis: The axis that holds them; ``None`` if all rows are seen as one datum's.
-        order: ``"only"`` if the axis holds nothing else, ``"major"`` if the rows of a datum follow each
-            other along it, ``"minor"`` if the data do.
+    The order is ``"only"`` if the axis holds nothing else, ``"major"`` if the rows of a datum follow each other along it,
+    ``"minor"`` if the data do.
     """
 
     axis: int | None

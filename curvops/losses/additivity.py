@@ -46,9 +46,7 @@ class LossWalk:
     def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
         """Look at the next batch; see `OutputLoss.curvature`.
 
-        Raises:
-            ValueError: If z and y do not fit the loss, or the loss of the data so far is not the sum of their losses,
-                as far as can be seen from it.
+        A ValueError says also if the loss of the data so far is not the sum of their losses, as far as can be seen.
         """
         found = self._curvature(z, y, batch_size)
         if not isinstance(found, ClosedForm):
@@ -58,11 +56,7 @@ class LossWalk:
         return found
 
     def constant(self) -> float:
-        """The factor c in front of the sum over all data of this pass.
-
-        Raises:
-            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
-        """
+        """The factor c in front of the sum over all data of this pass; a ValueError where PyTorch's mean is 0/0."""
         if self._reduction == "sum":
             return 1.0
         if self._count <= 0:
@@ -76,8 +70,7 @@ class LossWalk:
         """Check a batch, and compute its share of what "mean" divides by."""
         few = whole if whole.size == 1 else None
         if not self._loss.known:
-            parts = _split(whole, min(FEW, whole.size // 2))
-            if parts:
+            if parts := _split(whole, min(FEW, whole.size // 2)):
                 few = parts[0]
                 self._expect_sum(whole, *parts)
             self._check_between(whole, few)
@@ -85,8 +78,7 @@ class LossWalk:
             return float(whole.size)
         if not self._loss.known:
             self._ratio(few or whole, independent=True)
-        count = self._ratio(whole)
-        if count is None:
+        if (count := self._ratio(whole)) is None:
             raise ValueError(
                 f"{self._loss.name!r}: its sum and its mean over a batch do not tell what it divides by. "
                 "Pass a function with reduction='sum'."
@@ -236,9 +228,8 @@ def _piece(z: Tensor, y: Any, size: int) -> _Piece:
 def _split(piece: _Piece, few: int) -> tuple[_Piece, _Piece] | None:
     """A few data and the rest, if it can be seen how outputs and targets are cut."""
     y, size, runs = piece.y, piece.size, piece.runs
-    if size < 2 or not piece.z.numel() or len(piece.z) % size:
-        return None
-    if runs is not None and not (_is_plain(piece, y) and (any(runs) or not any(t.ndim for t in tensors_of(y)))):
+    seen = runs is None or (_is_plain(piece, y) and (any(runs) or not any(t.ndim for t in tensors_of(y))))
+    if not seen or size < 2 or not piece.z.numel() or len(piece.z) % size:
         return None
 
     def part(start: int, stop: int) -> _Piece:

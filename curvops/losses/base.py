@@ -18,10 +18,9 @@ KINDS = ("type-2", "mc", "empirical", "forward-only")
 
 @dataclass(frozen=True)
 class TermLayout:
-    """Correspondence between an output-shaped tensor and its rows, one per loss term.
+    """Which rows, one per loss term, datum by datum, an output-shaped tensor is.
 
-    Rows are in datum-major order: all terms of the first datum come first. A term's vector runs along `axis`, or, for
-    `None`, along everything behind the first axis.
+    A term's vector runs along `axis`, or, for `None`, along everything behind the first axis.
     """
 
     shape: torch.Size
@@ -98,9 +97,7 @@ class OutputCurvature(ABC):
     def __init__(self, z: Tensor, y: Any, batch_size: int) -> None:
         if not z.is_floating_point():
             raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
-        self.z = z
-        self.y = y
-        self.batch_size = batch_size
+        self.z, self.y, self.batch_size = z, y, batch_size
         self.dtype = torch.promote_types(z.dtype, torch.float32)
 
     @property
@@ -122,9 +119,8 @@ class OutputCurvature(ABC):
     @property
     def terms_per_datum(self) -> int | None:
         """Terms of each datum, or None if the data cannot have equally many."""
-        if self.batch_size < 1 or self.num_terms % self.batch_size:
-            return None
-        return self.num_terms // self.batch_size
+        terms, size = self.num_terms, self.batch_size
+        return None if size < 1 or terms % size else terms // size
 
     def rows(self, u: Tensor) -> Tensor:
         """An output-shaped tensor as rows `[T, C]`, datum by datum."""
@@ -155,8 +151,7 @@ class OutputCurvature(ABC):
     def gradient_at(self, z: Tensor) -> Tensor:
         """The gradient in the output's shape, as a function of the z that this was made at, with its graph.
 
-        Its derivative in z is `hessian_product`: nothing of the loss is differentiated twice, however wide the
-        output. A loss without a closed form raises a ValueError.
+        Its derivative in z is `hessian_product`: nothing is differentiated twice. Needs a closed form, else ValueError.
         """
         if not self.closed_form:
             raise ValueError("'gradient_at': the loss has no closed form. Differentiate 'value' twice.")
@@ -219,6 +214,11 @@ class ClosedForm(OutputCurvature):
 
     psd = True
     closed_form = True
+
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Any) -> None:
+        self.check(**options)
+        super().__init__(z, y, batch_size)
+        self._options = options
 
     @staticmethod
     def check(*_: Any, **__: Any) -> None:

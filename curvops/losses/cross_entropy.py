@@ -19,24 +19,15 @@ class CrossEntropyCurvature(ClosedForm):
     the number of terms if the targets are probabilities.
     """
 
-    def __init__(
-        self,
-        z: Tensor,
-        y: Tensor,
-        batch_size: int,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        self.check(weight, label_smoothing)
-        super().__init__(z, y, batch_size)
-        self._given_weight = weight
-        self._ignore_index = ignore_index
-        self._smoothing = label_smoothing
+    def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Any) -> None:
+        super().__init__(z, y, batch_size, **options)
+        self._given_weight: Tensor | None = options.get("weight")
+        self._ignore_index: int = options.get("ignore_index", -100)
+        self._smoothing: float = options.get("label_smoothing", 0.0)
         self._expect_fitting()
 
     @staticmethod
-    def check(weight: Tensor | None = None, label_smoothing: float = 0.0, **_: Any) -> None:
+    def check(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
         if weight is not None and bool((weight < 0).any()):
             raise ValueError(
                 f"'CrossEntropyLoss': expected non-negative class weights, got a minimum of {weight.min().item()}."
@@ -59,15 +50,11 @@ class CrossEntropyCurvature(ClosedForm):
 
     def value(self) -> Tensor:
         rows = self.layout.rows(self.z.to(self.dtype)).log_softmax(-1)
-        if self._plain_labels:
-            # without a dense target: vocabularies may be large
-            picked = rows.gather(1, self._labels.unsqueeze(1)).squeeze(1)
-            terms = torch.where(self.weights > 0, self.weights * picked, 0)
-        else:
-            # a class without weight contributes nothing, even if its logit is -inf
-            targets = self._weighted_targets
-            terms = torch.where(targets != 0, targets * rows, 0)
-        return -terms.sum()
+        targets = self.weights.unsqueeze(1) if self._plain_labels else self._weighted_targets
+        if self._plain_labels:  # without a dense target: vocabularies may be large
+            rows = rows.gather(1, self._labels.unsqueeze(1))
+        # a class without weight contributes nothing, even if its logit is -inf
+        return -torch.where(targets != 0, targets * rows, 0).sum()
 
     def quick_value(self) -> Tensor:
         """From the probabilities: not finite, or inexact, where one is too small."""
@@ -181,10 +168,10 @@ class CrossEntropyCurvature(ClosedForm):
                 f"got shape {tuple(weight.shape)}."
             )
         if y.is_floating_point():
-            if bool((self.weights < 0).any()):
+            if bool(((sums := self.weights) < 0).any()):
                 raise ValueError(
-                    "'CrossEntropyLoss': the (weighted) target probabilities of a term sum "
-                    f"to {self.weights.min().item()}, expected a non-negative sum."
+                    f"'CrossEntropyLoss': the (weighted) target probabilities of a term sum to {sums.min().item()}, "
+                    "expected a non-negative sum."
                 )
         elif bool((wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()):
             raise ValueError(

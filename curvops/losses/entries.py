@@ -19,13 +19,12 @@ class EntryCurvature(ClosedForm):
     name: str
 
     def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Tensor) -> None:
-        self.check(**options)
+        super().__init__(z, y, batch_size, **options)
         if z.shape != y.shape:  # which PyTorch would broadcast
             raise ValueError(
                 f"'{self.name}': expected targets of the output's shape {tuple(z.shape)}, got {tuple(y.shape)}. "
                 "Reshape one of them: broadcasting is almost always a mistake here."
             )
-        super().__init__(z, y, batch_size)
         self._targets = y.to(self.dtype)
         self._weight = options["weight"].to(self._targets) if "weight" in options else None
 

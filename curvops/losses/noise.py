@@ -23,8 +23,8 @@ class Noise:
 
     `uniform`, `normal` and `signs` take the number of terms T; the terms of each datum (`None` where the data do not
     have equally many: then the key is the term's place in its batch, and the noise does depend on the batches); the
-    number of samples M; and, where asked for, the channels of a term C (`width`), a device and a dtype. They return
-    `[T, M]`, or `[T, M, C]`.
+    number of samples M; and, where asked for, the channels of a term C (`width`) and a device. They return `[T, M]`, or
+    `[T, M, C]`, in float64.
 
     Attributes:
         seed: Any integer.
@@ -41,17 +41,17 @@ class Noise:
     seed: int
     start: int
 
-    def uniform(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-        """Draw uniformly from the open interval (0, 1), in single or double precision, else a ValueError."""
-        return _open_unit(self._words(_UNIFORM, *key, **options), dtype)
+    def uniform(self, *key: Any, **options: Any) -> Tensor:
+        """Draw uniformly from the open interval (0, 1)."""
+        return _open_unit(self._words(_UNIFORM, *key, **options))
 
-    def normal(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-        """Draw from the standard normal distribution, in single or double precision, else a ValueError."""
-        return torch.special.ndtri(_open_unit(self._words(_NORMAL, *key, **options), dtype))
+    def normal(self, *key: Any, **options: Any) -> Tensor:
+        """Draw from the standard normal distribution."""
+        return torch.special.ndtri(_open_unit(self._words(_NORMAL, *key, **options)))
 
-    def signs(self, *key: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-        """Draw from {-1, +1}, each with probability 1/2, in any precision."""
-        return torch.where(self._words(_SIGN, *key, **options) < 0, -1.0, 1.0).to(dtype)
+    def signs(self, *key: Any, **options: Any) -> Tensor:
+        """Draw from {-1, +1}, each with probability 1/2."""
+        return torch.where(self._words(_SIGN, *key, **options) < 0, -1.0, 1.0).double()
 
     def _words(
         self,
@@ -90,12 +90,6 @@ def _shift(word: Tensor, bits: int) -> Tensor:
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _open_unit(words: Tensor, dtype: torch.dtype) -> Tensor:
+def _open_unit(words: Tensor) -> Tensor:
     """Map words to the middles of equal cells of (0, 1)."""
-    bits = {torch.float64: 52, torch.float32: 23}.get(dtype)
-    if bits is None:
-        raise ValueError(
-            f"'Noise': expected dtype torch.float64 or torch.float32, got {dtype}. "
-            "Draw in one of these and convert the result."
-        )
-    return (_shift(words, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
+    return (_shift(words, 12).double() + 0.5) * 2.0**-52

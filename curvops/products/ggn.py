@@ -62,7 +62,7 @@ class OutputFactorOperator(RiskOperator):
 
     def _rows_pay(self, product: BatchProduct, columns: int) -> bool:
         curvature, data = product.curvature, product.batch.size
-        if curvature.terms_per_datum is None:
+        if columns < 2 or curvature.terms_per_datum is None:
             return False
         try:
             width = self._factor(curvature, product.batch.start).num_columns

@@ -7,7 +7,7 @@ steps agree with each other (at kinks such as ReLU's they do not).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import floating_to
 from curvops.space import TensorSpace
 from curvops.substitutions import gradients
-from curvops.tree import map_tensors, select, tensors_of
+from curvops.tree import map_tensors, nodes_of, select, tensors_of
 
 STEPS = (1e-4, 1e-5, 1e-6)
 STEADY = 1e-4  # relative difference between steps up to which they agree
@@ -51,10 +51,8 @@ class Verdict:
     def account(self) -> tuple[str, str]:
         """What `explain()` says."""
         if self.error is None:
-            return (
-                "no verdict",
-                "central differences do not agree with each other, would take long, or the model is tied to its precision, batch size or tensors",
-            )
+            why = "central differences disagree, would take long, or the model is tied to its precision, batch size or tensors"
+            return "no verdict", why
         return "wrong" if self.wrong else "right", f"within {self.error:.1e} of central differences on a few data"
 
 
@@ -136,7 +134,8 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     with risk.evaluation(), closing(risk.data.walk()) as batches:
         batch = next(batches)
     # about a gradient of the whole batch, where it has many data
-    few = max(1, min(DATA, batch.size // 8)) if _sliceable(batch) else batch.size
+    cut = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
+    few = max(1, min(DATA, batch.size // 8)) if cut else batch.size
     if risk.space.dim > SMALL and 4 * few > batch.size:
         return None
     X, y = (select(part, batch.size, slice(0, few)) for part in (batch.X, batch.y))
@@ -173,10 +172,6 @@ def _reached(risk: EmpiricalRisk, X: Any) -> bool:
     return relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype)
 
 
-def _sliceable(batch: Batch) -> bool:
-    return all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
-
-
 def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float) -> dict[str, Tensor]:
     """Leaves at θ + step · v."""
     flat = space.join(params.values()) + step * v
@@ -199,18 +194,15 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+        self.calls: dict[str, tuple[Any, list[Any], dict[str, Any]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        detached = (
-            map_tensors(lambda t: t.detach().clone(), list(args)),
-            map_tensors(lambda t: t.detach().clone(), kwargs),
-        )
+        kept = map_tensors(lambda t: t.detach().clone(), [list(args), kwargs])
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.requires_grad:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
-            self.calls.setdefault(name, (func, tuple(detached[0]), detached[1]))
+            self.calls.setdefault(name, (func, *kept))
         return out
 
 
@@ -222,25 +214,13 @@ def suspects(run: Callable[[], Tensor]) -> list[str]:
     """
     with _Recorder() as recorder:
         out = run()
-    return [name for name, call in recorder.calls.items() if _is_wrong(*call)] or _custom_functions(out)
+    own = {
+        type(node).__name__.removesuffix("Backward") for node in nodes_of(out) if isinstance(node, BackwardCFunction)
+    }
+    return [name for name, call in recorder.calls.items() if _is_wrong(*call)] or sorted(own)
 
 
-def _custom_functions(out: Tensor) -> list[str]:
-    """Names of the `torch.autograd.Function`s in a tensor's graph."""
-    names: set[str] = set()
-    seen, todo = set(), [out.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            names.add(type(node).__name__.removesuffix("Backward"))
-        todo += [following for following, _ in node.next_functions]
-    return sorted(names)
-
-
-def _is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def _is_wrong(func: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
     inputs = {str(k): t for k, t in enumerate(tensors_of((args, kwargs))) if t.is_floating_point()}
     if not inputs:
         return False
@@ -249,7 +229,7 @@ def _is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
     def scalar(xs: dict[str, Tensor]) -> Tensor:
         values = iter(xs.values())
-        given, named = map_tensors(lambda t: next(values).clone() if t.is_floating_point() else t, [list(args), kwargs])
+        given, named = map_tensors(lambda t: next(values).clone() if t.is_floating_point() else t, [args, kwargs])
         out: Tensor = func(*given, **named)
         ramp = torch.arange(1, out.numel() + 1, device=out.device, dtype=out.dtype)
         return (out.flatten() * ramp.cos()).tanh().sum()  # any smooth scalar of the output

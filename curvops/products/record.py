@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from curvops.substitutions import Substitutions
+from curvops.tree import nodes_of
 
 CONVOLUTIONS = {
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -61,14 +62,9 @@ class Recorder(Substitutions):
 
     def finish(self, z: Tensor) -> Tensor:
         """Note what the graph of the output holds besides, such as a model's own `torch.autograd.Function`s."""
-        seen, todo = set(), [z.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                self._nodes.append(node.name())
-                self.fresh = self.fresh and node._sequence_nr() >= self._begun
-                todo += [following for following, _ in node.next_functions]
+        for node in nodes_of(z):
+            self._nodes.append(node.name())
+            self.fresh = self.fresh and node._sequence_nr() >= self._begun
         return z
 
     def covers(self, other: Recorder) -> bool:

@@ -1,12 +1,10 @@
 """The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
 
-from curvops.tour.figure import color_domain, log_abs, plot_matrices, save_figure, unchanged
-from curvops.tour.files import MatrixFile, load_matrices, save_matrices
+from curvops.tour.figure import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
+from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, make_operator
-from curvops.tour.output import OutputError
 from curvops.tour.run import Finished, run_tour
 from curvops.tour.setups import Setup, digits, tutorial
-from curvops.tour.style import figure_style
 
 __all__ = [
     "OPERATORS",

@@ -1,7 +1,10 @@
-"""The tour's files: matrices in one open format without pickle (safetensors), each file written whole or not at all."""
+"""The tour's files: the folder that takes them, and matrices in one open format without pickle (safetensors)."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +17,16 @@ from curvops.files import read_tensors, write_tensors
 _FORMAT = "curvature matrices"
 
 
+class OutputError(Exception):
+    """The output folder cannot take the tour's files; the message is one line that says why."""
+
+
 @dataclass(frozen=True)
 class MatrixFile:
-    """Matrices with what is needed to read them.
+    """Matrices `[D, D]` by title, in the order in which they were computed, with what is needed to read them.
 
-    Attributes:
-        matrices: From title to matrix `[D, D]`, in the order in which they were computed.
-        parameters: From parameter name to shape, in the order of the rows.
-        groups: From layer to its number of parameters, in the order of the rows.
-        settings: What the matrices were computed with, such as the setup, seed and device.
-        versions: Of the libraries that wrote the file.
+    In the order of the rows: from parameter name to shape, and from layer to number of parameters. The settings are those
+    of the computation, such as setup, seed and device; the versions those of the libraries that wrote the file.
     """
 
     matrices: dict[str, Tensor]
@@ -41,17 +44,9 @@ def save_matrices(
     groups: Mapping[str, int] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write matrices to a safetensors file, which takes the place of `path` once it is complete.
+    """Write matrices `[D, D]` by title to a safetensors file, which takes the place of `path` once it is complete.
 
-    Args:
-        path: The file to write.
-        matrices: From title to matrix `[D, D]`.
-        parameters: From parameter name to shape.
-        groups: From layer to its number of parameters.
-        settings: Anything else worth keeping, as far as JSON can hold it.
-
-    Returns:
-        The path.
+    The rest is as in `MatrixFile`, as far as JSON can hold it. Returns the path.
 
     Example:
         >>> import tempfile
@@ -61,12 +56,8 @@ def save_matrices(
         ...     load_matrices(path).groups
         {'1': 2}
     """
-    about = {
-        "titles": list(matrices),
-        "parameters": {name: list(shape) for name, shape in (parameters or {}).items()},
-        "groups": dict(groups or {}),
-        "settings": dict(settings or {}),
-    }
+    given = {"parameters": parameters, "groups": groups, "settings": settings}
+    about = {"titles": list(matrices)} | {key: dict(value or {}) for key, value in given.items()}
     write_tensors(Path(path), matrices, about, _FORMAT)
     return Path(path)
 
@@ -79,10 +70,38 @@ def load_matrices(path: str | Path) -> MatrixFile:
         ValueError: If the file is truncated, is not a safetensors file, or holds something else.
     """
     tensors, about = read_tensors(Path(path), _FORMAT)
-    return MatrixFile(
-        {title: tensors[title] for title in about["titles"]},
-        {name: tuple(shape) for name, shape in about["parameters"].items()},
-        about["groups"],
-        about["settings"],
-        about["versions"],
-    )
+    matrices = {title: tensors[title] for title in about["titles"]}
+    parameters = {name: tuple(shape) for name, shape in about["parameters"].items()}
+    return MatrixFile(matrices, parameters, about["groups"], about["settings"], about["versions"])
+
+
+def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
+    """Make the folder, find out by writing that many bytes that they fit into it, and return its path.
+
+    Folders that were made are removed again if the answer is no.
+
+    Raises:
+        OutputError: If the folder cannot be made or written, or is too full.
+    """
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    trial = folder / f".space.{os.getpid()}.part"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with trial.open("wb") as file:
+                for start in range(0, expected_bytes, 2**20):
+                    file.write(bytes(min(2**20, expected_bytes - start)))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
+        reason = error.strerror or error
+        raise OutputError(f"cannot write {expected_bytes / 1e6:.0f} MB to '{folder}': {reason}") from None
+    return folder

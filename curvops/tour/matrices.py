@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvops import (
-    EFLinearOperator,
-    EKFACLinearOperator,
-    GGNLinearOperator,
-    HessianLinearOperator,
-    KFACLinearOperator,
-)
+from curvops import EFLinearOperator, EKFACLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops.risk.determinism import check_deterministic as check
+from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.meter import Cost, measured
 from curvops.tour.setups import Setup, tiny
-
-Maker: TypeAlias = Callable[..., Any]
 
 # The Kronecker operators use the exact output factor and treat a layer's weight and bias as one,
 # so that what sets their panels apart from the GGN's is their structure alone.
 _KRONECKER = {"fisher_type": "type-2", "separate_weight_and_bias": False}
-
-OPERATORS: dict[str, tuple[Maker, dict[str, Any]]] = {
+# from title to operator class and options, in the order of the panels
+OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Hessian": (HessianLinearOperator, {}),
     "Generalized Gauss-Newton": (GGNLinearOperator, {}),
     "Empirical Fisher": (EFLinearOperator, {}),
@@ -33,9 +27,6 @@ OPERATORS: dict[str, tuple[Maker, dict[str, Any]]] = {
     "Monte-Carlo Fisher": (GGNLinearOperator, {"mc_samples": 1}),
     "KFAC": (KFACLinearOperator, _KRONECKER),
 }
-"""From title to operator class and options, in the order of the panels."""
-
-_SEEDED = ("Monte-Carlo Fisher",)
 
 
 @dataclass(frozen=True)
@@ -58,28 +49,30 @@ def make_operator(title: str, setup: Setup, *, seed: int = 0, check_deterministi
         >>> tuple(make_operator("KFAC", tutorial()).shape)
         (683, 683)
     """
-    maker, options = OPERATORS[title]
-    if title in _SEEDED:
-        options = {**options, "seed": seed}
-    return maker(setup.model, setup.loss, setup.params, setup.data, check_deterministic=check_deterministic, **options)
+    risk = setup.risk()
+    if check_deterministic:
+        check(risk)
+    return _operator(title, risk, seed)
 
 
-def each_matrix(setup: Setup, *, titles: Sequence[str] = tuple(OPERATORS), seed: int = 0) -> Iterator[Measured]:
-    """Yield the setup's curvature matrices `[D, D]`, each as soon as it is finished.
+def each_matrix(risk: EmpiricalRisk, *, titles: Sequence[str] = tuple(OPERATORS), seed: int = 0) -> Iterator[Measured]:
+    """Yield the curvature matrices `[D, D]` of a risk, such as `Setup.risk()`, each as soon as it is finished.
 
-    Args:
-        setup: Model, loss and data.
-        titles: Which of `OPERATORS`, in this order.
-        seed: Of the Monte-Carlo operators.
+    Determinism is not checked. The titles are some of `OPERATORS`; the seed is that of the Monte-Carlo operators.
     """
     for title in titles:
-        with measured(setup.device) as cost:
-            matrix = make_operator(title, setup, seed=seed).to_dense()
+        with measured(risk.space.device) as cost:
+            matrix = _operator(title, risk, seed).to_dense()
         yield Measured(title, matrix.detach(), cost)
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Use each operator once, on a tiny network: torch's first use of its machinery costs seconds
-    and memory that belong to none of the matrices."""
-    for _ in each_matrix(tiny(device=device, dtype=dtype)):
-        pass
+    """Use everything once, on a tiny net: torch's first use of it costs time and memory that belong to no matrix."""
+    risk = tiny(device=device, dtype=dtype).risk()
+    check(risk)
+    list(each_matrix(risk))
+
+
+def _operator(title: str, risk: EmpiricalRisk, seed: int) -> Any:
+    operator, options = OPERATORS[title]
+    return operator.of(risk, **options, **({"seed": seed} if "mc_samples" in options else {}))

@@ -30,14 +30,11 @@ def count(loss, *batches):
 
 def factor_matrix(curvature, factor):
     """The block-diagonal matrix of all S_t S_tᵀ over the flattened output."""
-    size = curvature.z.numel()
-    matrix = torch.zeros(size, size, dtype=torch.float64)
     # position of every entry of the rows within the flattened output
-    places = curvature.rows(torch.arange(size).reshape(curvature.z.shape))
+    places = curvature.rows(torch.arange(curvature.z.numel()).reshape(curvature.z.shape)).flatten()
     dense = factor.dense()
-    for t in range(curvature.num_terms):
-        block = dense[t] @ dense[t].mT
-        matrix[places[t][:, None], places[t][None, :]] = block
+    matrix = torch.zeros(len(places), len(places), dtype=torch.float64)
+    matrix[places[:, None], places] = torch.block_diag(*(dense @ dense.mT))
     return matrix
 
 

@@ -1,7 +1,6 @@
 """The fallback: against closed forms, against dense autograd, and at its limits."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -125,17 +124,6 @@ def test_many_terms_are_probed(randn):
         curvature.factor("type-2")
     H = hessian(lambda z: neighbours(z, ()), z)
     close(curvature.hessian_product(z).flatten(), H @ z.flatten())
-
-
-def test_mixing_data_is_refused(randn, randint):
-    z, y = randn(4, 3), randint(3, 4)
-    weight = torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64)
-    weighted = functools.partial(F.cross_entropy, weight=weight)
-    for loss in (lambda z, y: weighted(z, y), lambda z, y: (z - z.mean(0)).square().mean()):
-        with pytest.raises(ValueError, match="mixes data, or divides by something else"):
-            output_loss(loss, reduction="mean").walk().curvature(z, torch.tensor([0, 1, 1, 2]), 4)
-    with pytest.raises(ValueError, match="is not the sum of the losses of its data"):
-        output_loss(lambda z, y: F.cross_entropy(z, y), reduction="sum").walk().curvature(z, y, 4)
 
 
 def test_flattened_positions_are_data_of_equal_size(randn, randint):

@@ -43,28 +43,26 @@ def test_moments(seed):
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
 
 
+def excess(cells):
+    """Standard errors by which the counts of 64 cells differ from equal ones."""
+    expected = cells.numel() / 64
+    chi2 = ((torch.bincount(cells.long().flatten(), minlength=64) - expected) ** 2 / expected).sum()
+    return abs(chi2 - 63) / (2 * 63) ** 0.5
+
+
 def test_uniform_cells_are_equally_full():
     sample = Noise(0, 0).uniform(100_000, 10, 2)
     for scale in (1, 2**20):  # the leading and some later digits
-        counts = torch.histc((sample * scale).frac(), 64, 0, 1)
-        expected = sample.numel() / 64
-        chi2 = ((counts - expected) ** 2 / expected).sum()
-        assert abs(chi2 - 63) / (2 * 63) ** 0.5 < LIMIT
+        assert excess((sample * scale).frac() * 64) < LIMIT
 
 
 def test_pairs_of_neighbours_are_equally_full():
     """Joint histogram of neighbours along each component of the key."""
-    sample = Noise(0, 0).uniform(4 * 2000, 4, 4, 4).reshape(2000, 4, 4, 4)
+    sample = (8 * Noise(0, 0).uniform(4 * 2000, 4, 4, 4)).floor().reshape(2000, 4, 4, 4)
     for axis in range(4):
         size = sample.shape[axis]
-        a = sample.narrow(axis, 0, size - 1).reshape(-1)
-        b = sample.narrow(axis, 1, size - 1).reshape(-1)
-        cells = (8 * a).floor() * 8 + (8 * b).floor()
-        counts = torch.bincount(cells.long(), minlength=64)
-        expected = a.numel() / 64
-        chi2 = ((counts - expected) ** 2 / expected).sum()
         # overlapping pairs inflate the variance somewhat
-        assert abs(chi2 - 63) / (2 * 63) ** 0.5 < 2 * LIMIT
+        assert excess(sample.narrow(axis, 0, size - 1) * 8 + sample.narrow(axis, 1, size - 1)) < 2 * LIMIT
 
 
 def correlation(a, b):
@@ -110,21 +108,9 @@ def test_unequal_data_use_the_place_in_the_batch():
     assert not torch.equal(Noise(0, 3).uniform(5, None, 2), Noise(0, 4).uniform(5, None, 2))
 
 
-def test_single_precision():
-    sample = Noise(0, 0).uniform(10_000, 1, 4, dtype=torch.float32)
-    assert sample.dtype == torch.float32
-    assert sample.min() > 0 and sample.max() < 1
-    assert z_score(sample.double(), 1 / 2, 1 / 12) < LIMIT
-    assert Noise(0, 0).signs(2, 1, 1, dtype=torch.float16).dtype == torch.float16
-    with pytest.raises(ValueError, match=r"torch.float64 or torch.float32"):
-        Noise(0, 0).uniform(1, 1, 1, dtype=torch.float16)
-
-
 def test_frozen_values():
     """The noise is part of what a seed means: it may not change between versions."""
-    sample = Noise(0, 0).uniform(2, 1, 2)
-    expected = torch.tensor(FROZEN, dtype=torch.float64)
-    torch.testing.assert_close(sample, expected, rtol=0, atol=0)
+    assert Noise(0, 0).uniform(2, 1, 2).tolist() == FROZEN
 
 
 FROZEN = [[0.9752873302169826, 0.8122692366755756], [0.9364038021624114, 0.39550009528522845]]

@@ -24,15 +24,20 @@ def walked(loss, batches):
     return walk.constant(), found
 
 
+def check_first_order(c, found, loss_func, z, y):
+    """Return c Σ of the value."""
+    value = c * sum(f.value() for f in found)
+    close(value, loss_func(z, y).detach())
+    slopes = torch.cat([c * f.outputs(f.gradient()).flatten() for f in found])
+    close(slopes, gradient(lambda z: loss_func(z, y), z).flatten())
+    return value
+
+
 def check(loss_func, batches, whole, reduction=None):
     """c Σ of value, gradient and Hessian over batches are those of the loss itself on all data."""
     c, found = walked(output_loss(loss_func, reduction), batches)
     z, y = whole
-    close(c * sum(f.value() for f in found), loss_func(z, y).detach())
-    close(
-        torch.cat([c * f.outputs(f.gradient()).flatten() for f in found]),
-        gradient(lambda z: loss_func(z, y), z).flatten(),
-    )
+    check_first_order(c, found, loss_func, z, y)
     H = hessian(lambda z: loss_func(z, y), z)
     u = torch.randn(z.shape, generator=torch.Generator().manual_seed(9), dtype=z.dtype)
     parts = u.split([len(f.z) for f in found]) if z.ndim else [u]
@@ -58,49 +63,38 @@ def cuts(size):
     return (size,), (1, size - 1), (1,) * size
 
 
-def refused(loss, z, y, reduction="mean", match=NOT_A_SUM):
+def refused(loss, z, y, reduction, match):
     for sizes in cuts(len(z)):
         with pytest.raises(ValueError, match=match):
             walked(output_loss(loss, reduction), cut(z, y, *sizes))
 
 
-def change(**options):
-    def apply(loss):
-        for name, option in options.items():
-            if isinstance(option, float):
-                setattr(loss, name, option)
-            else:
-                getattr(loss, name).copy_(torch.tensor(option))
-
-    return apply
-
-
 @pytest.mark.parametrize(
-    "loss,apply",
+    "loss,name,option",
     [
-        (nn.CrossEntropyLoss(weight=torch.ones(3).double()), change(weight=[0.1, 2.0, 5.0])),
-        (nn.CrossEntropyLoss(), change(label_smoothing=0.4)),
-        (nn.HuberLoss(delta=0.3), change(delta=1.5)),
-        (nn.SmoothL1Loss(beta=0.3), change(beta=1.5)),
-        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3).double()), change(pos_weight=[0.1, 2.0, 5.0])),
-        (nn.MSELoss(), lambda loss: setattr(loss, "reduction", "sum")),
-        (nn.MSELoss(), lambda loss: loss.register_forward_hook(lambda m, i, o: 3 * o)),
-        (nn.MSELoss(), lambda loss: setattr(loss, "forward", lambda z, y: (z - y).cosh().mean())),
-        (nn.MSELoss(), lambda loss: setattr(loss, "__class__", nn.L1Loss)),
+        (nn.CrossEntropyLoss(weight=torch.ones(3).double()), "weight", torch.tensor([0.1, 2.0, 5.0])),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3).double()), "pos_weight", torch.tensor([0.1, 2.0, 5.0])),
+        (nn.CrossEntropyLoss(), "label_smoothing", 0.4),
+        (nn.HuberLoss(delta=0.3), "delta", 1.5),
+        (nn.SmoothL1Loss(beta=0.3), "beta", 1.5),
+        (nn.MSELoss(), "reduction", "sum"),
+        (nn.MSELoss(), "forward", lambda z, y: (z - y).cosh().mean()),
+        (nn.MSELoss(), "__class__", nn.L1Loss),
     ],
 )
-def test_changes_in_place_are_seen(loss, apply, randn, rand, randint):
+def test_changes_are_seen(loss, name, option, randn, rand, randint):
     z = randn(5, 3)
     y = randint(3, 5) if isinstance(loss, nn.CrossEntropyLoss) else rand(5, 3)
     asked = output_loss(loss)
-    c, (found,) = walked(asked, [(z, y, 5)])
+    c, (found,) = walked(asked, cut(z, y))
     before = c * found.value()
-    apply(loss)
+    if isinstance(option, torch.Tensor):
+        getattr(loss, name).copy_(option)
+    else:
+        setattr(loss, name, option)
     c, found = walked(asked, cut(z, y, 2, 3))
-    close(c * sum(f.value() for f in found), loss(z, y))
-    close(torch.cat([c * f.outputs(f.gradient()) for f in found]), gradient(lambda z: loss(z, y), z))
+    assert (check_first_order(c, found, loss, z, y) - before).abs() > 1e-3
     assert asked.reduction == loss.reduction
-    assert (c * sum(f.value() for f in found) - before).abs() > 1e-3
 
 
 def test_options_of_a_partial_are_read_anew(randn, randint):
@@ -175,12 +169,6 @@ def test_a_closed_form_serves_its_own_type_only(loss, sizes, randn, randint):
     z, y = randn(6, 3), randint(3, 6)
     for found in check(loss, cut(z, y, *sizes), (z, y)):
         assert not found.closed_form
-
-
-def test_a_hook_that_is_no_sum_is_refused(randn, randint):
-    z, y = randn(6, 3), randint(3, 6)
-    check(hooked("forward"), cut(z[:1], y[:1]), (z[:1], y[:1]))
-    refused(hooked("forward"), z, y)
 
 
 @pytest.mark.parametrize(
@@ -407,23 +395,56 @@ def test_long_batches_whose_first_data_look_alike(randn, randint):
         walked(output_loss(masked(lambda t: t), "mean"), cut(z, (y, w), 20, 20))
 
 
-def test_equal_losses_do_not_hide_weights(randn, randint):
-    """Of outputs that are all zero each datum has the same loss, of a perfect fit the same gradient."""
-    weight = torch.tensor([1.0, 5.0, 0.1], dtype=torch.float64)
-    z, y = torch.zeros(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 2])
-    refused(lambda z, y: F.cross_entropy(z, y, weight), z, y)
-    z, w = randn(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-
-    def fit(z, target):
-        y, w = target
-        return ((z - y).square().mean(1) * w).sum() / w.sum()
-
-    refused(fit, z, (z.clone(), w))
+def weighted_fit(z, target):
+    y, w = target
+    return ((z - y).square().mean(1) * w).sum() / w.sum()
 
 
-def test_mixing_between_batches_is_refused(randn):
-    for loss in (lambda z, y: (z.sum(0) ** 2).sum(), lambda z, y: (z - z.mean(0)).square().sum()):
-        refused(loss, randn(4, 3), None, "sum")
+def weighted_margin(z, target):
+    y, w = target
+    return (torch.stack([F.multi_margin_loss(a, b) for a, b in zip(z, y, strict=True)]) * w).sum() / w.sum()
+
+
+def root(z, y, reduction="mean"):
+    return z.square().sum() / (len(z) ** 0.5 if reduction == "mean" else 1)
+
+
+class Deaf(nn.Module):
+    reduction = "mean"
+
+    def forward(self, z, y):
+        return F.cross_entropy(z, y)
+
+
+Z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+LABELS, FAR, RISING = torch.tensor([0, 1, 1, 2]), torch.eye(4).double() * 9, torch.arange(1.0, 5).double()
+REFUSED = {
+    # each datum has the same loss at outputs that are all zero, the same gradient at a perfect fit
+    "weights, equal losses": (lambda z, y: F.cross_entropy(z, y, RISING[:3]), 0 * Z, LABELS, "mean"),
+    "weights, perfect fit": (weighted_fit, Z, (Z.clone(), RISING), "mean"),
+    # neither gradient nor curvature is there: other outputs tell
+    "weights beyond the margin": (weighted_margin, FAR, (torch.arange(4), RISING), "mean"),
+    "squared sum": (lambda z, y: z.sum(0).square().sum(), Z, None, "sum"),
+    "centred": (lambda z, y: (z - z.mean(0)).square().sum(), Z, None, "sum"),
+    "variance": (lambda z, y: (z - z.mean(0)).square().mean(), Z, None, "mean"),
+    "mean that is called a sum": (lambda z, y: F.cross_entropy(z, y), Z, LABELS, "sum"),
+    "divided by no sum": (root, Z, None, None),
+    "squaring hook": (hooked("forward"), Z, LABELS, None),
+    "deaf to its reduction": (Deaf(), Z, LABELS, None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_sum_is_refused_however_it_is_cut(name):
+    refused(*REFUSED[name], match=f"{NOT_A_SUM}.* mixes data, or divides by .* lambda z, y: loss")
+
+
+def test_what_looks_like_these_is_accepted():
+    for loss in (root, hooked("forward")):
+        check(loss, cut(Z[:1], LABELS[:1]), (Z[:1], LABELS[:1]))
+    for sizes in cuts(4):
+        check(lambda z, y: Deaf()(z, y), cut(Z, LABELS, *sizes), (Z, LABELS), "mean")
+        walked(output_loss(weighted_margin, "mean"), cut(FAR, (torch.arange(4), torch.ones(4).double()), *sizes))
 
 
 def test_targets_that_are_no_data_stay_whole(randn, randint):
@@ -468,45 +489,6 @@ def test_a_loader_may_overwrite_its_batches(randn, rand):
 
     with pytest.raises(ValueError, match="two batches joined"):
         walked(output_loss(loss, "mean"), batches())
-
-
-def test_deaf_reductions_are_refused(randn, randint):
-    class Deaf(nn.Module):
-        reduction = "mean"
-
-        def forward(self, z, y):
-            return F.cross_entropy(z, y)
-
-    z, y = randn(4, 3), randint(3, 4)
-    refused(Deaf(), z, y, None, f"{NOT_A_SUM}.* lambda z, y: loss")
-    for sizes in cuts(4):
-        check(lambda z, y: Deaf()(z, y), cut(z, y, *sizes), (z, y), "mean")
-
-
-def test_a_mean_that_divides_by_no_sum_is_refused(randn):
-    def loss(z, y, reduction="mean"):
-        return z.square().sum() / (len(z) ** 0.5 if reduction == "mean" else 1)
-
-    z = randn(4, 3)
-    check(loss, cut(z[:1], None), (z[:1], None))
-    refused(loss, z, None, None)
-
-
-def test_data_beyond_the_margin_do_not_hide_weights(randn):
-    """Where neither gradient nor curvature is there, other outputs tell."""
-    z, y, w = torch.eye(4).double() * 9, torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-
-    def margin(weights):
-        def loss(z, target):
-            y, w = target
-            terms = torch.stack([F.multi_margin_loss(a, b) for a, b in zip(z, y, strict=True)])
-            return (terms * w).sum() / w.sum() if weights else terms.mean()
-
-        return loss
-
-    for sizes in cuts(4):
-        walked(output_loss(margin(False), "mean"), cut(z, (y, w), *sizes))
-    refused(margin(True), z, (y, w))
 
 
 def test_an_empty_mean_is_refused(randn):

@@ -26,23 +26,16 @@ def six(size: int = 12) -> dict[str, Tensor]:
     return {title: symmetric(size) for title in "ABCDEF"}
 
 
-def test_panels_are_square_and_equal_and_the_bar_is_as_tall_as_they_are():
-    fig, axes = plot_matrices(six(), groups=GROUPS)
+@pytest.mark.parametrize("groups", [GROUPS, {"a long layer name": 3, "unused": 0, "b": 5, "c": 4}])
+def test_panels_are_square_the_bar_as_tall_and_nothing_overlaps_or_leaves_the_filled_paper(groups):
+    fig, axes = plot_matrices(six(), groups=groups, axis_label="Block")
     fig.canvas.draw()
-    boxes = [ax.get_window_extent() for ax in axes.flat]
-    bar = fig.axes[-1].get_window_extent()
+    boxes, bar = [ax.get_window_extent() for ax in axes.flat], fig.axes[-1].get_window_extent()
     assert axes.shape == (2, 3)
     assert [b.width for b in boxes] == pytest.approx([boxes[0].height] * 6, abs=0.05)
-    assert bar.y1 == pytest.approx(boxes[0].y1, abs=0.05)
-    assert bar.y0 == pytest.approx(boxes[-1].y0, abs=0.05)
-
-
-def test_nothing_overlaps_or_leaves_the_paper_and_the_width_is_filled():
-    fig, _ = plot_matrices(six(), groups={"a long layer name": 3, "unused": 0, "b": 5, "c": 4}, axis_label="Block")
-    fig.canvas.draw()
+    assert (bar.y1, bar.y0) == pytest.approx((boxes[0].y1, boxes[-1].y0), abs=0.05)
+    tight, texts = [ax.get_tightbbox() for ax in fig.axes], [text.get_window_extent() for text in fig.texts]
     paper = fig.bbox
-    tight = [ax.get_tightbbox() for ax in fig.axes]
-    texts = [text.get_window_extent() for text in fig.texts]
     for box in [*tight, *texts]:
         assert box.x0 >= paper.x0 and box.y0 >= paper.y0 and box.x1 <= paper.x1 and box.y1 <= paper.y1
     for k, first in enumerate(tight):
@@ -59,8 +52,8 @@ def test_boundaries_lie_between_entries_and_labels_in_the_middle_of_groups():
         assert horizontal == vertical == [2.5, 7.5]
         assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [1.0, 5.0, 9.5]
         assert ax.images[0].get_extent() == [-0.5, 11.5, 11.5, -0.5]
-    assert [label.get_text() for label in axes[1, 0].get_xticklabels()] == ["1", "2", "3"]
-    assert [label.get_text() for label in axes[1, 0].get_yticklabels()] == ["1", "2", "3"]
+    for labels in (axes[1, 0].get_xticklabels(), axes[1, 0].get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["1", "2", "3"]
 
 
 def test_each_entry_has_its_pixel_in_a_pdf_sized_image_and_the_first_row_is_on_top(tmp_path):
@@ -79,13 +72,17 @@ def test_each_entry_has_its_pixel_in_a_pdf_sized_image_and_the_first_row_is_on_t
     assert at(3, 0) == at(1, 1) == pytest.approx([247, 247, 247], abs=3)
 
 
-def test_domain_is_shared_and_sequential_for_log_abs():
+def test_domain_is_shared_and_for_log_abs_becomes_darker_in_grey_with_every_step():
     matrices = {"small": 1e-3 * torch.eye(3), "large": torch.full((3, 3), -100.0)}
     _, axes = plot_matrices(matrices)
     for ax in axes.flat:
         assert ax.images[0].get_clim() == (-6.0, 2.0)
         assert ax.images[0].get_cmap().name.startswith("magma_r")
     assert axes[0, 1].images[0].get_array().tolist() == [[2.0] * 3] * 3
+    grey = axes[0, 0].images[0].cmap(np.linspace(0, 1, 128))[:, :3] @ [0.299, 0.587, 0.114]
+    assert (np.diff(grey) < 0).all() and grey[0] > 0.9 and grey[-1] < 0.1
+    assert log_abs(torch.tensor([[-10.0, 0.0]])).tolist() == [[1.0, -6.0]]
+    assert log_abs(torch.tensor([[1e-9]]), epsilon=1e-8).item() == pytest.approx(-8.0)
 
 
 def test_odd_transformations_are_centred_on_zero():
@@ -94,26 +91,14 @@ def test_odd_transformations_are_centred_on_zero():
         _, axes = plot_matrices(matrices, transform=transform)
         lower, upper = axes[0, 0].images[0].get_clim()
         assert lower == -upper == -transform(matrices["A"]).max()
-        assert axes[0, 0].images[0].get_cmap().name.startswith("RdBu_r")
+        image = axes[0, 0].images[0]
+        assert image.get_cmap().name.startswith("RdBu_r")
+        assert image.cmap(image.norm(0.0))[:3] == pytest.approx(to_rgb("#f7f7f7"), abs=0.01), "zero is in the middle"
     _, axes = plot_matrices(matrices, transform=unchanged, signed=False, cmap="cividis")
     assert axes[0, 0].images[0].get_clim() == (-1.0, 4.0)
 
 
-def test_the_colour_of_zero_is_the_middle_of_the_diverging_map():
-    _, axes = plot_matrices({"A": torch.diag(torch.tensor([1.0, -1.0, 0.0]))}, transform=unchanged)
-    image = axes[0, 0].images[0]
-    assert image.cmap(image.norm(0.0))[:3] == pytest.approx(to_rgb("#f7f7f7"), abs=0.01)
-
-
-def test_sequential_colours_become_darker_in_grey_with_every_step():
-    _, axes = plot_matrices({"A": symmetric()})
-    colors = axes[0, 0].images[0].cmap(np.linspace(0, 1, 128))[:, :3]
-    grey = colors @ [0.299, 0.587, 0.114]
-    assert (np.diff(grey) < 0).all()
-    assert grey[0] > 0.9 and grey[-1] < 0.1
-
-
-def test_clip_keeps_a_share_inside_and_the_bar_shows_that_there_is_more():
+def test_clip_keeps_a_share_inside_and_domains_of_constant_zero_and_infinite_entries():
     matrix = torch.eye(10)
     matrix[0, 0] = 1000.0
     _, axes = plot_matrices({"A": matrix}, transform=unchanged, clip=0.98)
@@ -121,9 +106,6 @@ def test_clip_keeps_a_share_inside_and_the_bar_shows_that_there_is_more():
     assert axes[0, 0].images[0].colorbar.extend == "max"
     with pytest.raises(ValueError, match=re.escape("clip must be in (0, 1], got 0")):
         color_domain([matrix], signed=True, clip=0)
-
-
-def test_colour_domain_of_constant_zero_and_infinite_entries():
     assert color_domain([torch.ones(2, 2)], signed=False) == (0.5, 1.5)
     assert color_domain([torch.zeros(2, 2)], signed=True) == (-0.5, 0.5)
     assert color_domain([torch.tensor([[float("-inf"), 2.0], [0.0, 1.0]])], signed=False) == (0.0, 2.0)
@@ -142,7 +124,7 @@ def test_operators_titles_and_a_free_number_of_panels():
     assert plot_matrices(six(), columns=6)[1].shape == (1, 6)
 
 
-def test_titles_labels_and_fonts_are_set_without_latex(caplog):
+def test_titles_labels_and_fonts_are_set_without_latex_and_a_style_of_ones_own_is_used(caplog):
     fig, axes = plot_matrices(six(), groups=GROUPS, transform_title="magnitude")
     fig.canvas.draw()
     assert fig.axes[-1].get_ylabel() == "magnitude"
@@ -151,18 +133,17 @@ def test_titles_labels_and_fonts_are_set_without_latex(caplog):
     assert not any(text.get_usetex() for text in fig.findobj(Text))
     assert not caplog.records, "matplotlib looked for fonts that are not there"
     assert figure_style(usetex=True)["text.usetex"] is True
-
-
-def test_a_style_of_ones_own_is_used():
     fig, axes = plot_matrices(six(), config={"figure.figsize": (4.0, 1.0), "axes.titlesize": 5})
-    assert fig.get_figwidth() == 4.0
-    assert axes[0, 0].title.get_fontsize() == 5
+    assert (fig.get_figwidth(), axes[0, 0].title.get_fontsize()) == (4.0, 5)
 
 
 def test_pdf_is_small_embeds_fonts_and_every_entry(tmp_path):
     noise = {title: torch.randn(683, 683) for title in "ABCDEF"}
-    path = save_figure(plot_matrices(noise, groups=[112, 0, 404, 0, 37, 0, 130])[0], tmp_path / "a.pdf")
-    content = path.read_bytes()
+    content, again = (
+        save_figure(plot_matrices(noise, groups=[112, 0, 404, 0, 37, 0, 130])[0], tmp_path / f"{k}.pdf").read_bytes()
+        for k in range(2)
+    )
+    assert content == again, "the same figure gives the same file"
     assert len(content) < 2_000_000
     assert content.count(b"/Width 683") == 6
     assert b"/FontFile2" in content and b"/Type3" not in content
@@ -176,17 +157,6 @@ def test_large_matrices_are_averaged_to_what_print_can_show(tmp_path):
     assert (shown[:300, :300] == 1).all() and (shown[300:] == 0).all()
     assert axes[0, 0].images[0].get_extent() == [-0.5, 1199.5, 1199.5, -0.5]
     assert save_figure(fig, tmp_path / "a.pdf").stat().st_size < 2_000_000
-
-
-def test_the_same_figure_gives_the_same_file(tmp_path):
-    matrices = six()
-    files = [save_figure(plot_matrices(matrices)[0], tmp_path / f"{k}.pdf").read_bytes() for k in range(2)]
-    assert files[0] == files[1]
-
-
-def test_log_abs_clamps_from_below():
-    assert log_abs(torch.tensor([[-10.0, 0.0]])).tolist() == [[1.0, -6.0]]
-    assert log_abs(torch.tensor([[1e-9]]), epsilon=1e-8).item() == pytest.approx(-8.0)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,8 @@ from curvops.tour.files import load_matrices, save_matrices
 
 
 def write(path, **matrices):
-    return save_matrices(
-        path,
-        matrices,
-        parameters={"weight": (1, 2), "bias": (1,)},
-        groups={"1": 3},
-        settings={"seed": 7},
-    )
+    parameters = {"weight": (1, 2), "bias": (1,)}
+    return save_matrices(path, matrices, parameters=parameters, groups={"1": 3}, settings={"seed": 7})
 
 
 def test_round_trip_keeps_order_values_and_description(tmp_path):
@@ -32,7 +27,7 @@ def test_round_trip_keeps_order_values_and_description(tmp_path):
     assert found.versions["torch"].startswith(torch.__version__.split("+")[0])
 
 
-def test_truncated_files_are_refused_in_one_line(tmp_path):
+def test_truncated_and_other_files_are_refused_in_one_line(tmp_path):
     path = write(tmp_path / "m.safetensors", a=torch.randn(50, 50))
     content = path.read_bytes()
     for keep in (0, 4, 100, len(content) // 2, len(content) - 1):
@@ -40,9 +35,6 @@ def test_truncated_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match="is truncated or not a safetensors file") as caught:
             load_matrices(path)
         assert "\n" not in str(caught.value)
-
-
-def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.eye(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="but not one of curvature matrices"):
         load_matrices(tmp_path / "other.safetensors")

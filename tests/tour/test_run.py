@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from curvops import cli
 from curvops.tour import OPERATORS, Finished, OutputError, load_matrices, run_tour, tutorial
+from curvops.tour.files import prepare_output
 from curvops.tour.matrices import each_matrix
-from curvops.tour.output import prepare_output
 from curvops.tour.run import MATRICES
 from curvops.tour.setups import SIZES
 
@@ -38,8 +39,8 @@ def test_the_whole_tour(tmp_path, capsys):
         assert all(matrix.shape == (size, size) and matrix.isfinite().all() for matrix in found.matrices.values())
         assert sum(found.groups.values()) == size
         assert sum(torch.Size(shape).numel() for shape in found.parameters.values()) == size
-    for title in OPERATORS:
-        rows = re.findall(rf"^{title} +(\d+\.\d+) +(\d+\.\d|unknown) ", printed, re.MULTILINE)
+    for title in ("(determinism check)", *OPERATORS):
+        rows = re.findall(rf"^{re.escape(title)} +(\d+\.\d+) +(\d+\.\d|unknown)\b", printed, re.MULTILINE)
         assert len(rows) == 3, f"one row of {title!r} for each setup"
     before, after = (load_matrices(folder / MATRICES).matrices for folder in folders[1:])
     gap = [(m["Hessian"] - m["Generalized Gauss-Newton"]).norm() / m["Hessian"].norm() for m in (before, after)]
@@ -48,8 +49,8 @@ def test_the_whole_tour(tmp_path, capsys):
 
 def test_matrices_are_those_of_the_risk():
     setup = tutorial(dtype=torch.float64)
-    found = {result.title: result for result in each_matrix(setup, titles=["Hessian", "KFAC", "EKFAC"])}
-    images, labels = (torch.cat(parts) for parts in zip(*setup.data, strict=True))
+    found = {result.title: result for result in each_matrix(setup.risk(), titles=["Hessian", "KFAC", "EKFAC"])}
+    images, labels = map(torch.cat, zip(*setup.data, strict=True))
 
     def risk(last: torch.Tensor) -> torch.Tensor:
         params = {**setup.params, "6.bias": last}
@@ -64,7 +65,7 @@ def test_matrices_are_those_of_the_risk():
 
 
 def test_a_seed_repeats_the_tour_and_names_are_checked(tmp_path):
-    runs = [each_matrix(tutorial(seed=s), titles=["Monte-Carlo Fisher"], seed=s) for s in (0, 0, 1)]
+    runs = [each_matrix(tutorial(seed=s).risk(), titles=["Monte-Carlo Fisher"], seed=s) for s in (0, 0, 1)]
     first, again, other = (next(run).matrix for run in runs)
     assert torch.equal(first, again) and not torch.allclose(first, other)
     with pytest.raises(ValueError, match=re.escape("must be some of ['tutorial', 'digits'], got ['mnist']")):
@@ -115,62 +116,39 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path):
 
 
 def test_interrupted_before_anything_is_finished(monkeypatch, tmp_path, capsys):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("curvops.tour.run.each_matrix", interrupt)
+    monkeypatch.setattr("curvops.tour.run.each_matrix", Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["tour", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "curvops tour: interrupted; kept nothing\n"
-
-
-def test_what_is_kept_is_listed():
-    assert str(Finished()) == "nothing"
     assert str(Finished({Path("a/b"): ["H", "F"]}, [Path("c"), Path("d")])) == "H, F in a/b; 2 figures"
 
 
-def refusal(folder: Path, setup: str = "") -> str:
-    """The one line that the command prints about a folder, in a process of its own without a superuser's rights."""
-    code = f"""
-import os, resource, sys
-import curvops.tour
-from curvops.cli import main
-{setup}
-sys.exit(main(["tour", "--output", {str(folder)!r}]))
-"""
+@pytest.mark.parametrize(
+    ("mode", "setup", "reason"),
+    [
+        (0o555, "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)", "Permission denied"),
+        # the system itself refuses to write more than a megabyte, as a full disk would
+        (0o777, "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))", "File too large"),
+    ],
+)
+def test_a_closed_or_full_folder_is_refused_before_any_work(mode, setup, reason, tmp_path):
+    """In a process of its own, without a superuser's rights, the command prints one line."""
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=mode)
+    call = f"sys.exit(main(['tour', '--output', {str(folder)!r}]))"
+    code = f"import os, resource, sys\nimport curvops.tour\nfrom curvops.cli import main\n{setup}\n{call}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == "", done
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+    assert re.fullmatch(rf"curvops tour: cannot write \d+ MB to '{folder}': {reason}\n", done.stderr), done.stderr
+    assert list(folder.iterdir()) == []
 
 
-def test_a_folder_without_permission_is_refused_before_any_work(tmp_path):
-    folder = tmp_path / "closed"
-    folder.mkdir(mode=0o555)
-    as_nobody = "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)"
-    error = refusal(folder, as_nobody)
-    assert re.fullmatch(rf"curvops tour: cannot write \d+ MB to '{folder}': Permission denied\n", error)
-
-
-def test_a_full_folder_is_refused_before_any_work(tmp_path):
-    # the system itself refuses to write more than a megabyte, as a full disk would
-    error = refusal(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))")
-    assert re.fullmatch(rf"curvops tour: cannot write \d+ MB to '{tmp_path}': File too large\n", error)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_refused_and_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("something")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match=re.escape(f"cannot write 0 MB to '{folder}': Not a directory")):
             prepare_output(folder, 10)
     assert (tmp_path / "file").read_text() == "something"
-
-
-def test_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, os.strerror(28))))
     with pytest.raises(OutputError, match="No space left on device"):
         prepare_output(tmp_path / "a" / "b", 10)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -78,9 +78,9 @@ def used(case: Case, kind: str, **options: Any) -> Any:
     return op
 
 
-def right_or_refused(case: Case, kinds: str | tuple[str, ...], names: str, truth: Tensor | None = None) -> None:
+def right_or_refused(case: Case, kinds: Iterable[str], names: str, truth: Tensor | None = None) -> None:
     """The operators are right, or refuse with a message that matches."""
-    for kind in (kinds,) if isinstance(kinds, str) else kinds:
+    for kind in kinds:
         try:
             op = used(case, kind)
         except CLEAR as error:

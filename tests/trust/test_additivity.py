@@ -168,7 +168,7 @@ FORMS = {
 def test_a_loss_is_what_its_call_gives(form, how, kind):
     loss, y = FORMS[form][0](), FORMS[form][1]
     CALLS[how](loss)
-    right_or_refused(Case(Net(), loss, data(y)), kind, REFUSAL if how == "own forward" else "never")
+    right_or_refused(Case(Net(), loss, data(y)), [kind], REFUSAL if how == "own forward" else "never")
 
 
 def test_a_hook_on_every_module():

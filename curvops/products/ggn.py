@@ -22,7 +22,6 @@ from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.risk_operator import Fast, RiskOperator
 from curvops.products.rows import pulled_rows, term_cotangents
 from curvops.risk.data import Batch, joined_batch
-from curvops.risk.empirical_risk import Walk
 
 
 class OutputFactorOperator(RiskOperator):
@@ -40,9 +39,7 @@ class OutputFactorOperator(RiskOperator):
         factor = self._factor(curvature, start)
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
-    def _linearize(
-        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
-    ) -> FactorProduct:
+    def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> FactorProduct:
         push, why = None, "about 2.3 gradients, 1.3 inside linearized()"
         if rules.forward_mode_pays(record):
             proof = proved(self.risk, batch, record)
@@ -73,8 +70,7 @@ class OutputFactorOperator(RiskOperator):
         fits = max(rows * self.domain.dim, spread) * self.dtype.itemsize <= self._budget()
         return fits and rules.rows_pay(columns, rows, self.domain.dim, data, product.record.work)
 
-    def _keep(self, batch: Batch, walk: Walk) -> BatchProduct:
-        product = super()._keep(batch, walk)
+    def _hold(self, product: BatchProduct) -> BatchProduct:
         if not self._rows_pay(product, rules.MANY):
             return product
         expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)

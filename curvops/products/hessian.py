@@ -37,9 +37,7 @@ class HessianLinearOperator(RiskOperator):
     def _judge(self) -> tuple[str, str]:
         return judge_hessian(self.risk).account
 
-    def _linearize(
-        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
-    ) -> BatchProduct:
+    def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> BatchProduct:
         gradient = GradientLinearization.of_loss(z, curvature, self.risk.params, self.domain)
         self.account.note("products", "reverse over reverse", "about 3 gradients, 2 inside linearized()")
         return HessianProduct(batch, curvature, record, gradient)

@@ -23,6 +23,7 @@ class Kept:
         risk: The empirical risk.
         title: For the progress bar.
         linearize: Makes the products of a batch.
+        hold: Gives what is kept of them for many products: themselves, or something smaller.
         budget: Gives the bytes that may be kept.
         account: Where it is recorded what is kept.
     """
@@ -32,10 +33,11 @@ class Kept:
         risk: EmpiricalRisk,
         title: str,
         linearize: Callable[[Batch, Walk], BatchProduct],
+        hold: Callable[[BatchProduct], BatchProduct],
         budget: Callable[[], int],
         account: Account,
     ) -> None:
-        self._risk, self._title, self._linearize = risk, title, linearize
+        self._risk, self._title, self._linearize, self._hold = risk, title, linearize, hold
         self._budget, self._account = budget, account
         self._products: dict[int, BatchProduct] = {}
         self._size = 0
@@ -101,9 +103,13 @@ class Kept:
             product = self._linearize(batch, walk)
             product.add_to(total, rows)
             return product, None
+        # made outside the hooks, which refuse `torch.func`
+        if (held := self._hold(product)) is not product:
+            held.add_to(total, rows)
+            return held, held.held_bytes
         with hooks():  # products build what they need besides
             product.add_to(total, rows)
-        return product, product.held_bytes or sum(sizes.values())
+        return product, sum(sizes.values())
 
     def _look(self) -> State:
         model = self._risk.model

@@ -130,7 +130,7 @@ class RiskOperator(LinearOperator):
         """
         outer = self._kept
         if outer is None:
-            self._kept = Kept(self.risk, self.name, self._keep, self._budget, self.account)
+            self._kept = Kept(self.risk, self.name, self._begin, self._hold, self._budget, self.account)
         try:
             yield self
         finally:
@@ -147,10 +147,8 @@ class RiskOperator(LinearOperator):
         return "not judged", ""
 
     @abstractmethod
-    def _linearize(
-        self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder, columns: int
-    ) -> BatchProduct:
-        """The products of one batch, of whose forward pass ``z`` carries the graph; so many columns are to come, 0 for any number."""
+    def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> BatchProduct:
+        """The products of one batch, of whose forward pass ``z`` carries the graph."""
 
     @abstractmethod
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
@@ -161,9 +159,9 @@ class RiskOperator(LinearOperator):
             rows: The vectors ``[K, D]``, for products with them ``[K, D]``; ``None`` for the matrix ``[D, D]``.
         """
 
-    def _keep(self, batch: Batch, walk: Walk) -> BatchProduct:
-        """What is kept of a batch for many products: its graph, or something smaller."""
-        return self._begin(batch, walk, 0)
+    def _hold(self, product: BatchProduct) -> BatchProduct:
+        """What is kept for many products with a batch: its graph, or something smaller."""
+        return product
 
     def _apply(self, columns: Tensor) -> Tensor:
         if self._kept is None and rules.matrix_pays(columns.shape[1], self.domain.dim):
@@ -179,10 +177,10 @@ class RiskOperator(LinearOperator):
             return super()._dense()
         return self._sum(None).to(self.dtype)
 
-    def _begin(self, batch: Batch, walk: Walk, columns: int) -> BatchProduct:
+    def _begin(self, batch: Batch, walk: Walk) -> BatchProduct:
         record = Recorder(batch.size)
         z = record.finish(self.risk.forward(batch.X, record))
-        return self._linearize(batch, walk.curvature(z, batch), z, record, columns)
+        return self._linearize(batch, walk.curvature(z, batch), z, record)
 
     def _sum(self, rows: Tensor | None) -> Tensor:
         """Products with vectors ``[K, D]``, or the matrix, summed over the data: together by a fast way, or one by one."""
@@ -200,7 +198,7 @@ class RiskOperator(LinearOperator):
             waiting.clear()
 
         def add(batch: Batch, walk: Walk) -> None:
-            product = self._begin(batch, walk, K)
+            product = self._begin(batch, walk)
             if refuted or self._fast(product, rows) is None:
                 self._one_by_one(total, [product], rows)
                 return

@@ -1,0 +1,55 @@
+"""Data flows one way: each floor imports only floors below it, at the top of its files, and no file is long."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "curvops"
+FLOORS = ["", "losses", "risk", "operators", "products", "kronecker", "tour", "cli"]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(name):
+    """The package itself, that is its list of names, stands with the command line on top."""
+    parts = name.split(".")
+    if name == "curvops" or parts[1] == "cli":
+        return FLOORS.index("cli")
+    return FLOORS.index(parts[1]) if parts[1] in FLOORS else 0
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    found = [(node, node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {module(other) for other in FILES}
+    top = set(map(id, tree.body))
+    for node, name in found:
+        if name.split(".")[0] == "curvops":
+            # the command line says what to install where the tour's libraries are missing
+            assert id(node) in top or module(path) == "curvops.cli", f"{module(path)} imports {name} inside something"
+            for alias in node.names:
+                yield f"{name}.{alias.name}" if f"{name}.{alias.name}" in names else name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_each_file_knows_its_place(path):
+    own = module(path)
+    assert len(path.read_text().splitlines()) <= 400
+    for name in imports(path):
+        assert floor(name) <= floor(own) or (name == "curvops" and own.startswith("curvops.tour")), (
+            f"{own} imports {name}"
+        )
+
+
+def test_no_circle():
+    graph = {module(path): {n for n in imports(path) if n != "curvops"} for path in FILES}
+    while graph:
+        free = [name for name, needed in graph.items() if not needed & graph.keys() - {name}]
+        assert free, f"a circle among {sorted(graph)}"
+        for name in free:
+            del graph[name]

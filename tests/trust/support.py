@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import cycle
 from typing import Any
 
+import pytest
 import torch
+from oracles import Case, real
 from torch import Tensor, nn
-
-from trust.oracle import Case, real
 
 CLEAR = (TypeError, ValueError, RuntimeError, NotImplementedError, pickle.PicklingError)
 CE = nn.CrossEntropyLoss()
+PAIRS = ("Hessian", "EKFAC"), ("GGN", "GGNDiagonal"), ("EF", "EKFAC"), ("Hessian", "GGNDiagonal")
+
+
+def rotate(variants: Iterable[Any], *choices: Any) -> list[Any]:
+    """Each variant with one of the choices, in turn; else with two kinds of operators."""
+    pairs = zip(variants, cycle(choices or PAIRS))
+    return [pytest.param(*pair, id=" - ".join(map(str, pair)).replace("'", "")) for pair in pairs]
 
 
 class Net(nn.Module):
@@ -63,12 +71,19 @@ def picture(model: nn.Module) -> list[Any]:
     return seen
 
 
-def right_or_refused(case: Case, kind: str, names: str, truth: Tensor | None = None) -> None:
-    """The operator is right, or refuses with a message that matches."""
-    try:
-        op = case.make(kind)
-        op @ torch.ones(op.shape[1])
-    except CLEAR as error:
-        assert re.search(names, str(error)), str(error)
-    else:
-        case.check(kind, op, truth)
+def used(case: Case, kind: str, **options: Any) -> Any:
+    """An operator after its first product."""
+    op = case.make(kind, **options)
+    op @ torch.ones(op.shape[1])
+    return op
+
+
+def right_or_refused(case: Case, kinds: Iterable[str], names: str, truth: Tensor | None = None) -> None:
+    """The operators are right, or refuse with a message that matches."""
+    for kind in kinds:
+        try:
+            op = used(case, kind)
+        except CLEAR as error:
+            assert re.search(names, str(error)), str(error)
+        else:
+            case.check(kind, op=op, truth=truth)

@@ -2,17 +2,16 @@
 
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import IMPLICIT, Case, real
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trust.oracle import IMPLICIT, Case, real
 from trust.support import CE, labels
 
 
@@ -52,37 +51,36 @@ def results():
                 found += [op @ v[:, k % 16] for k in range(8)] + [op @ v]
             for k, result in enumerate(found):
                 ramp = torch.arange(result.numel(), dtype=torch.float64).cos()
-                yield f"{name} {kind} {k} {float((result.flatten() * ramp).sum()).hex()} {float(result.abs().max()).hex()}"
+                total, largest = float((result.flatten() * ramp).sum()), float(result.abs().max())
+                yield f"{name} {kind} {k} {total.hex()} {largest.hex()}"
 
 
-def main(loaded):
-    """What the subprocess does: print all results, with or without a thread beside it that keeps a core busy."""
-    torch.set_default_dtype(torch.float64)
-    stop = threading.Event()
+SCRIPT = """
+import sys, threading, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from trust import test_bits
+torch.set_default_dtype(torch.float64)
 
-    def burn():
-        a = torch.randn(300, 300)
-        while not stop.is_set():
-            a = (a @ a).tanh()
+def burn():
+    a = torch.randn(300, 300)
+    while not stop.is_set():
+        a = (a @ a).tanh()
 
-    if loaded:
-        threading.Thread(target=burn).start()
-    print(*results(), sep="\n")
-    stop.set()
-
-
-def run(loaded):
-    here = Path(__file__).resolve().parents[2]
-    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here / 'tests')!r}]; from trust import test_bits; test_bits.main({loaded})"
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    ).stdout
+stop = threading.Event()
+threading.Thread(target=burn).start()
+print(*test_bits.results(), sep="\\n")
+stop.set()
+"""
 
 
 def test_two_runs_of_one_script_give_the_same_bits():
-    idle, loaded = run(False).splitlines(), run(True).splitlines()
+    """Here, and in a process of which another thread keeps a core busy."""
+    tests = Path(__file__).resolve().parents[1]
+    script = SCRIPT.format(root=str(tests.parent), tests=str(tests))
+    loaded = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    idle = list(results())
     assert len(idle) == 4 * 4 * 15
-    assert [a for a, b in zip(idle, loaded, strict=True) if a != b] == []
+    assert [a for a, b in zip(idle, loaded.stdout.splitlines(), strict=True) if a != b] == []
 
 
 class Count(TorchDispatchMode):
@@ -95,8 +93,8 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", IMPLICIT)
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+@pytest.mark.parametrize("kind", IMPLICIT)
 def test_each_product_makes_the_same_passes(name, kind):
     c = case(name)
     op, v = c.make(kind), real(sum(p.numel() for p in c.params.values()))

@@ -6,7 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.entries import CE, Net, entry, free, images, sequences, tokens, vectors
+from zoo.entries import (
+    CE,
+    Net,
+    embeddings,
+    entry,
+    free,
+    frees,
+    images,
+    linears,
+    net,
+    sequences,
+    shifted,
+    tokens,
+    vectors,
+)
+
+WORDS = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _heads(x, count):
@@ -21,56 +37,33 @@ def _rotated(x):
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
 
 
-@entry()
-def vit_by_hand():
-    def run(m, x):
-        x = m.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.position
-        for layer in m.layers:
-            x = layer(x)
-        return m.head(m.norm(x)[:, 0])
-
-    layers = nn.ModuleList(
-        nn.TransformerEncoderLayer(8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2)
-    )
-    return (
-        Net(
-            run,
-            patch=nn.Conv2d(2, 8, 2, 2),
-            token=free(1, 1, 8),
-            position=free(1, 10, 8),
-            layers=layers,
-            norm=nn.LayerNorm(8),
-            head=nn.Linear(8, 3),
-        ),
-        *images(),
-        CE,
-    )
+@net(
+    images,
+    patch=nn.Conv2d(2, 8, 2, 2),
+    layer=nn.TransformerEncoderLayer(8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True),
+    other=nn.TransformerEncoderLayer(8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True),
+    **{"norm": nn.LayerNorm(8), "head": nn.Linear(8, 3), **frees(token=(1, 1, 8), position=(1, 10, 8))},
+)
+def vit_by_hand(m, x):
+    x = m.patch(x).flatten(2).transpose(1, 2)
+    x = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.position
+    return m.head(m.norm(m.other(m.layer(x)))[:, 0])
 
 
-@entry()
-def gpt_with_positions():
-    def run(m, x):
-        h = m.token(x) + m.position(torch.arange(x.shape[1]))
-        q, k, v = (_heads(part, 2) for part in m.qkv(m.norm(h)).split(8, -1))
-        scores = (q @ k.mT / 2).masked_fill(m.future, float("-inf"))
-        h = h + m.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return m.head(h + m.down(F.gelu(m.up(h)))).transpose(1, 2)
-
-    X = torch.randint(9, (3, 5))
-    model = Net(
-        run,
-        token=nn.Embedding(9, 8),
-        position=nn.Embedding(5, 8),
-        norm=nn.LayerNorm(8),
-        qkv=nn.Linear(8, 24),
-        out=nn.Linear(8, 8),
-        up=nn.Linear(8, 12),
-        down=nn.Linear(12, 8),
-        head=nn.Linear(8, 9, bias=False),
-        future=torch.ones(5, 5).triu(1).bool(),
-    )
-    return model, X, X.roll(-1, 1), CE
+@net(
+    lambda: shifted(3, 5, 9),
+    **embeddings(token=(9, 8), position=(5, 8)),
+    **linears(qkv=(8, 24), out=(8, 8), up=(8, 12), down=(12, 8)),
+    norm=nn.LayerNorm(8),
+    head=nn.Linear(8, 9, bias=False),
+    future=torch.ones(5, 5).triu(1).bool(),
+)
+def gpt_with_positions(m, x):
+    h = m.token(x) + m.position(torch.arange(x.shape[1]))
+    q, k, v = (_heads(part, 2) for part in m.qkv(m.norm(h)).split(8, -1))
+    scores = (q @ k.mT / 2).masked_fill(m.future, float("-inf"))
+    h = h + m.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    return m.head(h + m.down(F.gelu(m.up(h)))).transpose(1, 2)
 
 
 @entry()
@@ -104,36 +97,16 @@ def llama_by_hand():
 def huggingface_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=9,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    X = torch.randint(9, (3, 5))
-    return Net(lambda m, x: m.m(input_ids=x).logits.transpose(1, 2), m=LlamaForCausalLM(config)), X, X.roll(-1, 1), CE
+    model = LlamaForCausalLM(LlamaConfig(**WORDS, intermediate_size=12, num_attention_heads=4, num_key_value_heads=2))
+    return Net(lambda m, x: m.m(input_ids=x).logits.transpose(1, 2), m=model), *shifted(3, 5, 9), CE
 
 
 @entry(rounds=True)
 def huggingface_mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=9,
-        hidden_size=8,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(**WORDS, **heads, intermediate_size=4, num_local_experts=3, num_experts_per_tok=2)
     model = MixtralForCausalLM(config).eval()
     model.set_experts_implementation("eager")
     return Net(lambda m, x: m.m(input_ids=x).logits[:, -1], m=model), *tokens(k=9), CE
@@ -143,17 +116,9 @@ def huggingface_mixtral():
 def huggingface_t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
+    sizes = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 10, "num_layers": 1, "num_heads": 2}
     config = T5Config(
-        vocab_size=9,
-        d_model=8,
-        d_kv=4,
-        d_ff=10,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        relative_attention_num_buckets=4,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
+        **sizes, relative_attention_num_buckets=4, decoder_start_token_id=0, feed_forward_proj="gated-gelu"
     )
     X, y = torch.randint(9, (3, 4)), torch.randint(9, (3, 4))
 
@@ -167,10 +132,8 @@ def huggingface_t5():
 def huggingface_distilbert():
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    config = DistilBertConfig(
-        vocab_size=9, dim=8, hidden_dim=12, n_layers=1, n_heads=2, max_position_embeddings=6, num_labels=3
-    )
-    model = DistilBertForSequenceClassification(config).eval()
+    sizes = {"dim": 8, "hidden_dim": 12, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 6}
+    model = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=9, num_labels=3, **sizes)).eval()
     ids = torch.randint(1, 9, (3, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     X = {"input_ids": ids, "attention_mask": mask}
@@ -181,16 +144,8 @@ def huggingface_distilbert():
 def huggingface_vit():
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        image_size=6,
-        patch_size=3,
-        num_channels=2,
-        num_labels=3,
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, image_size=6, patch_size=3, num_channels=2, num_labels=3)
     return Net(lambda m, x: m.m(pixel_values=x).logits, m=ViTForImageClassification(config).eval()), *images(), CE
 
 
@@ -199,14 +154,8 @@ def encoder_decoder_with_masks():
     def run(m, x):
         source, target, padding = x
         causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
-        h = m.t(
-            source,
-            target,
-            tgt_mask=causal,
-            src_key_padding_mask=padding,
-            memory_key_padding_mask=padding,
-            tgt_is_causal=True,
-        )
+        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding, "tgt_mask": causal}
+        h = m.t(source, target, tgt_is_causal=True, **masks)
         return m.head(h).transpose(1, 2)
 
     padding = torch.zeros(3, 4).bool()
@@ -216,33 +165,29 @@ def encoder_decoder_with_masks():
     return Net(run, t=t, head=nn.Linear(8, 3)), X, torch.randint(3, (3, 3)), CE
 
 
-@entry()
-def decoder_layer_sequence_first():
-    def run(m, x):
-        h = x.transpose(0, 1)
-        return m.head(m.d(h[:2], m.memory(h))).mean(0)
-
-    d = nn.TransformerDecoderLayer(6, 2, 10, dropout=0.0)
-    return Net(run, d=d, memory=nn.Linear(6, 6), head=nn.Linear(6, 3)), *sequences(), CE
+@net(sequences, d=nn.TransformerDecoderLayer(6, 2, 10, dropout=0.0), **linears(memory=(6, 6), head=(6, 3)))
+def decoder_layer_sequence_first(m, x):
+    h = x.transpose(0, 1)
+    return m.head(m.d(h[:2], m.memory(h))).mean(0)
 
 
-@entry()
-def attention_with_own_key_and_value_widths():
-    def run(m, x):
-        return m.head(m.a(x, m.k(x), m.v(x), need_weights=False)[0].mean(1))
+@net(
+    sequences,
+    a=nn.MultiheadAttention(6, 2, kdim=4, vdim=5, batch_first=True),
+    **linears(k=(6, 4), v=(6, 5), head=(6, 3)),
+)
+def attention_with_own_key_and_value_widths(m, x):
+    return m.head(m.a(x, m.k(x), m.v(x), need_weights=False)[0].mean(1))
 
-    a = nn.MultiheadAttention(6, 2, kdim=4, vdim=5, batch_first=True)
-    return Net(run, a=a, k=nn.Linear(6, 4), v=nn.Linear(6, 5), head=nn.Linear(6, 3)), *sequences(), CE
 
-
-@entry()
-def attention_with_bias_rows_and_zero_row():
-    def run(m, x):
-        h, weights = m.a(x, x, x, average_attn_weights=True)
-        return m.head(h.mean(1)) + weights.mean(1)[:, :3]
-
-    a = nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True)
-    return Net(run, a=a, head=nn.Linear(6, 3)), *sequences(), CE
+@net(
+    sequences,
+    a=nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+    head=nn.Linear(6, 3),
+)
+def attention_with_bias_rows_and_zero_row(m, x):
+    h, weights = m.a(x, x, x, average_attn_weights=True)
+    return m.head(h.mean(1)) + weights.mean(1)[:, :3]
 
 
 @entry()
@@ -259,54 +204,38 @@ def encoder_in_eval_mode_with_padding():
     return model, X, torch.randint(3, (3,)), CE
 
 
-@entry()
-def relative_position_bias():
+@net(sequences, qkv=nn.Linear(6, 12), bias=nn.Embedding(9, 2), head=nn.Linear(4, 3))
+def relative_position_bias(m, x):
     """One table of biases is looked up once and broadcast over the batch."""
-
-    def run(m, x):
-        t = x.shape[1]
-        q, k, v = (_heads(part, 2) for part in m.qkv(x).chunk(3, -1))
-        steps = torch.arange(t)
-        bias = m.bias(steps[None] - steps[:, None] + t - 1).permute(2, 0, 1)
-        return m.head(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2).mean(1))
-
-    return Net(run, qkv=nn.Linear(6, 12), bias=nn.Embedding(9, 2), head=nn.Linear(4, 3)), *sequences(), CE
+    t = x.shape[1]
+    q, k, v = (_heads(part, 2) for part in m.qkv(x).chunk(3, -1))
+    steps = torch.arange(t)
+    bias = m.bias(steps[None] - steps[:, None] + t - 1).permute(2, 0, 1)
+    return m.head(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2).mean(1))
 
 
-@entry()
-def cross_attention_to_learned_queries():
+@net(sequences, latents=free(2, 6), head=nn.Linear(12, 3), **{name: nn.Linear(6, 6) for name in "qkv"})
+def cross_attention_to_learned_queries(m, x):
     """Perceiver: queries that do not depend on the data."""
-
-    def run(m, x):
-        q = m.q(m.latents).expand(len(x), -1, -1)
-        h = F.scaled_dot_product_attention(q, m.k(x), m.v(x))
-        return m.head(h.flatten(1))
-
-    parts = {name: nn.Linear(6, 6) for name in "qkv"}
-    return Net(run, latents=free(2, 6), head=nn.Linear(12, 3), **parts), *sequences(), CE
+    q = m.q(m.latents).expand(len(x), -1, -1)
+    h = F.scaled_dot_product_attention(q, m.k(x), m.v(x))
+    return m.head(h.flatten(1))
 
 
-@entry()
-def linear_attention_by_einsum():
-    def run(m, x):
-        q, k, v = (torch.einsum("ntd,dhe->nhte", x, w) for w in (m.q, m.k, m.v))
-        state = torch.einsum("nhte,nhtf->nhef", F.elu(k) + 1, v)
-        h = torch.einsum("nhte,nhef->nthf", F.elu(q) + 1, state)
-        return torch.einsum("nthf,hfc->nc", h, m.out) / 10
-
-    return Net(run, **{name: free(6, 2, 3) for name in "qkv"}, out=free(2, 3, 3)), *sequences(), CE
+@net(sequences, **{name: free(6, 2, 3) for name in "qkv"}, out=free(2, 3, 3))
+def linear_attention_by_einsum(m, x):
+    q, k, v = (torch.einsum("ntd,dhe->nhte", x, w) for w in (m.q, m.k, m.v))
+    state = torch.einsum("nhte,nhtf->nhef", F.elu(k) + 1, v)
+    h = torch.einsum("nhte,nhef->nthf", F.elu(q) + 1, state)
+    return torch.einsum("nthf,hfc->nc", h, m.out) / 10
 
 
-@entry()
-def alibi_with_learned_slopes():
-    def run(m, x):
-        q, k, v = (_heads(part, 2) for part in m.qkv(x).chunk(3, -1))
-        steps = torch.arange(x.shape[1], dtype=x.dtype)
-        bias = -(steps[None] - steps[:, None]).abs() * m.slopes.exp()[:, None, None]
-        return m.head((((q @ k.mT) * m.temperature + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)[:, -1])
-
-    model = Net(run, qkv=nn.Linear(6, 12), slopes=free(2), temperature=free(), head=nn.Linear(4, 3))
-    return model, *sequences(), CE
+@net(sequences, slopes=free(2), temperature=free(), **linears(qkv=(6, 12), head=(4, 3)))
+def alibi_with_learned_slopes(m, x):
+    q, k, v = (_heads(part, 2) for part in m.qkv(x).chunk(3, -1))
+    steps = torch.arange(x.shape[1], dtype=x.dtype)
+    bias = -(steps[None] - steps[:, None]).abs() * m.slopes.exp()[:, None, None]
+    return m.head((((q @ k.mT) * m.temperature + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)[:, -1])
 
 
 @entry()

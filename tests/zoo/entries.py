@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+torch.manual_seed(1)
 CE = nn.CrossEntropyLoss()
 
 
@@ -67,9 +70,36 @@ class Net(nn.Module):
         return self.function(self, X)
 
 
+def net(data: Callable[[], Any], loss: Any = CE, **given: Any) -> Callable[[Any], Any]:
+    """Register a function ``(parts, X)`` as the model that it is with copies of its parts; the rest are facts."""
+    facts = {name: given.pop(name) for name in ("exists", *Entry.__annotations__) if name in given}
+    torch.manual_seed(1)  # the next one's parts do not depend on how many come before
+
+    def register(function: Any) -> Any:
+        @functools.wraps(function)
+        def build() -> tuple[Any, ...]:
+            return Net(function, **copy.deepcopy(given)).to(torch.get_default_dtype()), *data(), loss
+
+        return entry(**facts)(build)
+
+    return register
+
+
 def free(*shape: int, scale: float = 0.5) -> nn.Parameter:
     """A free parameter."""
     return nn.Parameter(scale * torch.randn(shape))
+
+
+def frees(**shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
+    return {name: free(*shape) for name, shape in shapes.items()}
+
+
+def linears(**widths: tuple[int, int]) -> dict[str, nn.Linear]:
+    return {name: nn.Linear(*pair) for name, pair in widths.items()}
+
+
+def embeddings(**sizes: tuple[int, int]) -> dict[str, nn.Embedding]:
+    return {name: nn.Embedding(*pair) for name, pair in sizes.items()}
 
 
 def vectors(n: int = 5, d: int = 6, k: int = 3) -> tuple[Tensor, Tensor]:
@@ -90,3 +120,9 @@ def tokens(n: int = 3, t: int = 5, v: int = 9, k: int = 3) -> tuple[Tensor, Tens
 def images(n: int = 3, c: int = 2, s: int = 6, k: int = 3) -> tuple[Tensor, Tensor]:
     """Inputs ``[n, c, s, s]`` and labels."""
     return torch.rand(n, c, s, s), torch.randint(k, (n,))
+
+
+def shifted(n: int, t: int, v: int) -> tuple[Tensor, Tensor]:
+    """Token ids ``[n, t]`` and the ids that follow."""
+    X = torch.randint(v, (n, t))
+    return X, X.roll(-1, 1)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from zoo.entries import CE, Net, entry, free, sequences, tokens, vectors
+from zoo.entries import CE, Net, entry, free, frees, linears, net, sequences, shifted, tokens, vectors
 
 
 @entry()
@@ -17,17 +17,12 @@ def bidirectional_gru():
     return Net(lambda m, x: m.head(m.gru(x)[0].mean(1)), gru=gru, head=nn.Linear(6, 3)), *sequences(), CE
 
 
-@entry()
-def lstm_with_projection():
+@net(sequences, lstm=nn.LSTM(6, 4, proj_size=2), h=free(1, 1, 2), c=free(1, 1, 4), head=nn.Linear(2, 3))
+def lstm_with_projection(m, x):
     """Sequence first inside, and a state that is learned."""
-
-    def run(m, x):
-        h = x.transpose(0, 1)
-        state = (m.h.expand(-1, len(x), -1).contiguous(), m.c.expand(-1, len(x), -1).contiguous())
-        return m.head(m.lstm(h, state)[1][0][0])
-
-    lstm = nn.LSTM(6, 4, proj_size=2)
-    return Net(run, lstm=lstm, h=free(1, 1, 2), c=free(1, 1, 4), head=nn.Linear(2, 3)), *sequences(), CE
+    h = x.transpose(0, 1)
+    state = (m.h.expand(-1, len(x), -1).contiguous(), m.c.expand(-1, len(x), -1).contiguous())
+    return m.head(m.lstm(h, state)[1][0][0])
 
 
 @entry()
@@ -52,101 +47,72 @@ def packed_lstm():
     return model, X, torch.randint(3, (4,)), CE
 
 
-@entry()
-def cells_in_a_loop():
-    def run(m, x):
-        h = x.new_zeros(len(x), 4)
-        for step in x.unbind(1):
-            h = m.cell(step, h)
-        return m.head(h)
-
-    return Net(run, cell=nn.GRUCell(6, 4), head=nn.Linear(4, 3)), *sequences(), CE
+@net(sequences, cell=nn.GRUCell(6, 4), head=nn.Linear(4, 3))
+def cells_in_a_loop(m, x):
+    h = x.new_zeros(len(x), 4)
+    for step in x.unbind(1):
+        h = m.cell(step, h)
+    return m.head(h)
 
 
-@entry(class_axis=1)
-def language_model_of_lstm_cells():
-    def run(m, x):
-        h, c = (x.new_zeros(len(x), 4, dtype=torch.float64) for _ in range(2))
-        logits = []
-        for ids in x.unbind(1):
-            h, c = m.cell(m.embed(ids), (h, c))
-            logits.append(F.linear(h, m.embed.weight, m.bias))
-        return torch.stack(logits, -1)
-
-    X = torch.randint(7, (3, 4))
-    return Net(run, embed=nn.Embedding(7, 4), cell=nn.LSTMCell(4, 4), bias=free(7)), X, X.roll(-1, 1), CE
+@net(lambda: shifted(3, 4, 7), class_axis=1, embed=nn.Embedding(7, 4), cell=nn.LSTMCell(4, 4), bias=free(7))
+def language_model_of_lstm_cells(m, x):
+    h, c = (x.new_zeros(len(x), 4, dtype=torch.float64) for _ in range(2))
+    logits = []
+    for ids in x.unbind(1):
+        h, c = m.cell(m.embed(ids), (h, c))
+        logits.append(F.linear(h, m.embed.weight, m.bias))
+    return torch.stack(logits, -1)
 
 
-@entry()
-def recurrence_by_hand():
-    def run(m, x):
-        h = torch.zeros(len(x), 4)
-        for step in x.unbind(1):
-            h = torch.tanh(step @ m.W + h @ m.U + m.b)
-        return h @ m.V
-
-    return Net(run, W=free(6, 4), U=free(4, 4), b=free(4), V=free(4, 3)), *sequences(), CE
+@net(sequences, W=free(6, 4), U=free(4, 4), b=free(4), V=free(4, 3))
+def recurrence_by_hand(m, x):
+    h = torch.zeros(len(x), 4)
+    for step in x.unbind(1):
+        h = torch.tanh(step @ m.W + h @ m.U + m.b)
+    return h @ m.V
 
 
-@entry()
-def state_space():
+@net(sequences, rate=free(4), frequency=free(4), **linears(enter=(6, 4), leave=(4, 3)))
+def state_space(m, x):
     """A diagonal complex recurrence, with a parameter in the exponent."""
-
-    def run(m, x):
-        decay = torch.exp(torch.complex(-m.rate.exp(), m.frequency))
-        h = torch.zeros(len(x), 4, dtype=torch.complex128)
-        for step in m.enter(x).unbind(1):
-            h = decay * h + step
-        return m.leave(h.real)
-
-    parts = {"enter": nn.Linear(6, 4), "leave": nn.Linear(4, 3)}
-    return Net(run, rate=free(4), frequency=free(4), **parts), *sequences(), CE
+    decay = torch.exp(torch.complex(-m.rate.exp(), m.frequency))
+    h = torch.zeros(len(x), 4, dtype=torch.complex128)
+    for step in m.enter(x).unbind(1):
+        h = decay * h + step
+    return m.leave(h.real)
 
 
-@entry()
-def siamese():
-    def run(m, x):
-        a, b = (torch.tanh(m.encode(part)) for part in x.chunk(2, 1))
-        return m.head(torch.cat([(a - b).abs(), a * b], 1))
-
-    return Net(run, encode=nn.Linear(3, 4), head=nn.Linear(8, 3)), *vectors(), CE
+@net(vectors, encode=nn.Linear(3, 4), head=nn.Linear(8, 3))
+def siamese(m, x):
+    a, b = (torch.tanh(m.encode(part)) for part in x.chunk(2, 1))
+    return m.head(torch.cat([(a - b).abs(), a * b], 1))
 
 
-@entry()
-def equilibrium():
-    def run(m, x):
-        z = torch.zeros(len(x), 5)
-        for _ in range(12):
-            z = torch.tanh(m.A(z) / 4 + m.B(x))
-        return m.head(z)
-
-    return Net(run, A=nn.Linear(5, 5), B=nn.Linear(6, 5, bias=False), head=nn.Linear(5, 3)), *vectors(), CE
+@net(vectors, B=nn.Linear(6, 5, bias=False), **linears(A=(5, 5), head=(5, 3)))
+def equilibrium(m, x):
+    z = torch.zeros(len(x), 5)
+    for _ in range(12):
+        z = torch.tanh(m.A(z) / 4 + m.B(x))
+    return m.head(z)
 
 
-@entry()
-def neural_ode():
-    def run(m, x):
-        for k in range(4):
-            t = torch.full((len(x), 1), k / 4)
-            x = x + 0.25 * m.down(torch.tanh(m.up(torch.cat([x, t], 1))))
-        return m.head(x)
-
-    return Net(run, up=nn.Linear(7, 5), down=nn.Linear(5, 6), head=nn.Linear(6, 3)), *vectors(), CE
+@net(vectors, up=nn.Linear(7, 5), down=nn.Linear(5, 6), head=nn.Linear(6, 3))
+def neural_ode(m, x):
+    for k in range(4):
+        t = torch.full((len(x), 1), k / 4)
+        x = x + 0.25 * m.down(torch.tanh(m.up(torch.cat([x, t], 1))))
+    return m.head(x)
 
 
-@entry()
-def unrolled_sparse_coding():
+@net(vectors, W=free(6, 7), steps=free(2, scale=0.1), thresholds=free(2), head=nn.Linear(7, 3))
+def unrolled_sparse_coding(m, x):
     """ISTA: the dictionary is used as W and as its transpose, with learned steps and thresholds."""
-
-    def run(m, x):
-        code = torch.zeros(len(x), 7)
-        for step, threshold in zip(m.steps, m.thresholds, strict=True):
-            code = F.softshrink(code - step * (code @ m.W.T - x) @ m.W, 0.0)
-            code = torch.sign(code) * (code.abs() - threshold.exp() / 10).relu()
-        return m.head(code)
-
-    model = Net(run, W=free(6, 7), steps=free(2, scale=0.1), thresholds=free(2), head=nn.Linear(7, 3))
-    return model, *vectors(), CE
+    code = torch.zeros(len(x), 7)
+    for step, threshold in zip(m.steps, m.thresholds, strict=True):
+        code = F.softshrink(code - step * (code @ m.W.T - x) @ m.W, 0.0)
+        code = torch.sign(code) * (code.abs() - threshold.exp() / 10).relu()
+    return m.head(code)
 
 
 @entry(class_axis=-1)
@@ -159,15 +125,15 @@ def tied_autoencoder():
     return Net(run, W=free(4, 6), b=free(4), c=free(6)), X, X.clone(), nn.MSELoss()
 
 
-@entry()
-def checkpointed_blocks():
-    def run(m, x):
-        for layer in m.layers:
-            x = x + checkpoint(layer, x, use_reentrant=False)
-        return m.head(x)
-
-    layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(2))
-    return Net(run, layers=layers, head=nn.Linear(6, 3)), *vectors(), CE
+@net(
+    vectors,
+    layers=nn.Sequential(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(2))),
+    head=nn.Linear(6, 3),
+)
+def checkpointed_blocks(m, x):
+    for layer in m.layers:
+        x = x + checkpoint(layer, x, use_reentrant=False)
+    return m.head(x)
 
 
 @entry(axis=1)
@@ -183,31 +149,28 @@ def sequence_first_language_model():
     return model, X, X.T.roll(-1, 1), CE
 
 
-@entry()
-def batch_as_the_minor_axis():
+@net(sequences, a=nn.Linear(6, 4), b=nn.Linear(4, 3))
+def batch_as_the_minor_axis(m, x):
     """Rows of the linear layers come position by position, the data within each."""
-
-    def run(m, x):
-        n, t, d = x.shape
-        rows = x.transpose(0, 1).reshape(t * n, d)
-        h = torch.tanh(m.a(rows))
-        return m.b(h).view(t, n, 3).sum(0)
-
-    return Net(run, a=nn.Linear(6, 4), b=nn.Linear(4, 3)), *sequences(), CE
+    n, t, d = x.shape
+    rows = x.transpose(0, 1).reshape(t * n, d)
+    h = torch.tanh(m.a(rows))
+    return m.b(h).view(t, n, 3).sum(0)
 
 
-@entry()
-def embedding_bags():
-    def run(m, x):
-        bags = m.mean(x) + m.sum(x, per_sample_weights=m.weights.expand(len(x), -1)) * m.max(x)
-        flat = F.embedding_bag(x.flatten(), m.table, torch.arange(0, x.numel(), x.shape[1]), mode="sum")
-        return m.head(torch.cat([bags, flat], 1))
-
-    bag = {
-        mode: nn.EmbeddingBag(9, 4, mode=mode, padding_idx=0 if mode == "mean" else None)
-        for mode in ("mean", "sum", "max")
-    }
-    return Net(run, **bag, weights=free(5), table=free(9, 3), head=nn.Linear(7, 3)), *tokens(), CE
+@net(
+    tokens,
+    **{
+        mode: nn.EmbeddingBag(9, 4, mode=mode, padding_idx=padding)
+        for mode, padding in (("mean", 0), ("sum", None), ("max", None))
+    },
+    **frees(weights=(5,), table=(9, 3)),
+    head=nn.Linear(7, 3),
+)
+def embedding_bags(m, x):
+    bags = m.mean(x) + m.sum(x, per_sample_weights=m.weights.expand(len(x), -1)) * m.max(x)
+    flat = F.embedding_bag(x.flatten(), m.table, torch.arange(0, x.numel(), x.shape[1]), mode="sum")
+    return m.head(torch.cat([bags, flat], 1))
 
 
 @entry()
@@ -224,10 +187,10 @@ def packed_bidirectional_layers():
     return Net(run, gru=gru, head=nn.Linear(4, 3), last=nn.Linear(2, 3)), X, torch.randint(3, (4,)), CE
 
 
-@entry()
-def checkpointed_reentrantly():
-    def run(m, x):
-        return m.head(checkpoint(m.body, m.enter(x), use_reentrant=True))
-
-    body = nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU())
-    return Net(run, enter=nn.Linear(6, 5), body=body, head=nn.Linear(5, 3)), *vectors(), CE
+@net(
+    vectors,
+    body=nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()),
+    **linears(enter=(6, 5), head=(5, 3)),
+)
+def checkpointed_reentrantly(m, x):
+    return m.head(checkpoint(m.body, m.enter(x), use_reentrant=True))

@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from oracles import Problem, relative
 
 import curvops
 from zoo.models import ZOO
-from zoo.oracles import Problem, relative
 
 NAMES = sorted(ZOO)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from zoo.entries import CE, Net, entry, free, images, vectors
+from zoo.entries import CE, ZOO, Entry, Net, entry, free, images, linears, net, vectors
 
 
 def _residual_net(norm):
@@ -18,21 +18,12 @@ def _residual_net(norm):
         h = F.relu(m.n2(m.c2(h)) + m.n3(m.short(h)))
         return m.head(F.adaptive_avg_pool2d(h, 1).flatten(1))
 
-    return Net(
-        run,
-        c1=nn.Conv2d(2, 4, 3, padding=1, bias=False),
-        n1=norm(4),
-        c2=nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
-        n2=norm(6),
-        short=nn.Conv2d(4, 6, 1, stride=2, bias=False),
-        n3=norm(6),
-        head=nn.Linear(6, 3),
-    )
+    c1, c2 = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
+    parts = {"c1": c1, "c2": c2, "short": nn.Conv2d(4, 6, 1, stride=2, bias=False), "head": nn.Linear(6, 3)}
+    return Net(run, n1=norm(4), n2=norm(6), n3=norm(6), **parts)
 
 
-@entry(mixes=True)
-def resnet_in_train_mode():
-    return _residual_net(nn.BatchNorm2d), *images(4), CE
+ZOO["resnet_in_train_mode"] = Entry(lambda: (_residual_net(nn.BatchNorm2d), *images(4), CE), mixes=True)
 
 
 @entry()
@@ -58,9 +49,7 @@ def depthwise_separable():
         nn.GroupNorm(2, 4),
         nn.SiLU(),
         nn.Conv2d(4, 6, 1),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 3),
+        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
     )
     return model, *images(), CE
 
@@ -73,9 +62,7 @@ def temporal_convolutions():
         nn.Conv1d(6, 4, 4, padding="same", padding_mode="replicate"),
         nn.Tanh(),
         nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
-        nn.AvgPool1d(2),
-        nn.Flatten(),
-        nn.LazyLinear(3),
+        *(nn.AvgPool1d(2), nn.Flatten(), nn.LazyLinear(3)),
     )
     X = torch.randn(3, 4, 7)
     model(X)
@@ -103,16 +90,10 @@ def unet_segmentation():
         up = m.up(b) + F.interpolate(b[:, :3], scale_factor=2, mode="bilinear")
         return m.head(torch.cat([a, up], 1))
 
-    model = Net(
-        run,
-        down1=nn.Conv2d(2, 3, 3, padding=1),
-        down2=nn.Conv2d(3, 4, 3, padding=1),
-        up=nn.ConvTranspose2d(4, 3, 2, stride=2),
-        head=nn.Conv2d(6, 3, 1),
-    )
+    down = {"down1": nn.Conv2d(2, 3, 3, padding=1), "down2": nn.Conv2d(3, 4, 3, padding=1)}
+    model = Net(run, **down, up=nn.ConvTranspose2d(4, 3, 2, stride=2), head=nn.Conv2d(6, 3, 1))
     y = torch.randint(3, (3, 4, 4))
-    y[0, :2] = -1
-    y[2, 3] = -1
+    y[0, :2] = y[2, 3] = -1
     return model, torch.rand(3, 2, 4, 4), y, nn.CrossEntropyLoss(ignore_index=-1, weight=torch.tensor([1.0, 0.3, 2.0]))
 
 
@@ -122,30 +103,20 @@ def local_response_norm():
     return model, *images(), CE
 
 
-@entry()
-def channel_norm_and_layer_scale():
+@net(
+    images,
+    stem=nn.Conv2d(2, 4, 2, 2),
+    mix=nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    norm=nn.LayerNorm(4),
+    gamma=free(4),
+    **linears(up=(4, 8), down=(8, 4), head=(4, 3)),
+)
+def channel_norm_and_layer_scale(m, x):
     """ConvNeXt's block: depthwise convolution, channels last, a scale for each channel."""
-
-    def run(m, x):
-        x = m.stem(x)
-        h = m.norm(m.mix(x).permute(0, 2, 3, 1))
-        x = x + (m.gamma * m.down(F.gelu(m.up(h)))).permute(0, 3, 1, 2)
-        return m.head(x.mean((2, 3)))
-
-    return (
-        Net(
-            run,
-            stem=nn.Conv2d(2, 4, 2, 2),
-            mix=nn.Conv2d(4, 4, 3, padding=1, groups=4),
-            norm=nn.LayerNorm(4),
-            up=nn.Linear(4, 8),
-            down=nn.Linear(8, 4),
-            gamma=free(4),
-            head=nn.Linear(4, 3),
-        ),
-        *images(),
-        CE,
-    )
+    x = m.stem(x)
+    h = m.norm(m.mix(x).permute(0, 2, 3, 1))
+    x = x + (m.gamma * m.down(F.gelu(m.up(h)))).permute(0, 3, 1, 2)
+    return m.head(x.mean((2, 3)))
 
 
 @entry()
@@ -183,31 +154,25 @@ def orthogonal():
 
 
 class Symmetric(nn.Module):
+    """Of a matrix its upper triangle counts, twice; a vector is doubled."""
+
     def forward(self, W):
-        return W.triu() + W.triu(1).mT
-
-
-class Doubled(nn.Module):
-    def forward(self, b):
-        return 2 * b
+        return W.triu() + W.triu(1).mT if W.ndim == 2 else 2 * W
 
 
 @entry()
 def own_parametrization():
     layer = nn.Linear(6, 6)
     parametrize.register_parametrization(layer, "weight", Symmetric())
-    parametrize.register_parametrization(layer, "bias", Doubled())
+    parametrize.register_parametrization(layer, "bias", Symmetric())
     return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
 
 
-@entry()
-def weight_standardisation():
-    def run(m, x):
-        W = m.conv.weight
-        W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
-        return m.head(F.conv2d(x, W, m.conv.bias).relu().flatten(1))
-
-    return Net(run, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(48, 3)), *images(), CE
+@net(images, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(48, 3))
+def weight_standardisation(m, x):
+    W = m.conv.weight
+    W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
+    return m.head(F.conv2d(x, W, m.conv.bias).relu().flatten(1))
 
 
 @entry(mixes=True)
@@ -225,49 +190,32 @@ def frozen_batch_norm_under_training():
 
 
 # in PyTorch 2.6 sampling has no second derivative, and our operators raise its error
-@entry(exists=torch.__version__ >= (2, 7))
-def spatial_transformer():
-    def run(m, x):
-        theta = m.pose(x.flatten(1)).view(-1, 2, 3) / 10 + torch.eye(2, 3)
-        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-        return m.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
-
-    return Net(run, pose=nn.Linear(72, 6), head=nn.Linear(72, 3)), *images(), CE
+@net(images, exists=torch.__version__ >= (2, 7), pose=nn.Linear(72, 6), head=nn.Linear(72, 3))
+def spatial_transformer(m, x):
+    theta = m.pose(x.flatten(1)).view(-1, 2, 3) / 10 + torch.eye(2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return m.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
 
 
-@entry()
-def dynamic_convolution():
+@net(images, hyper=nn.Linear(2, 54), bias=free(3), head=nn.Linear(48, 3))
+def dynamic_convolution(m, x):
     """A hypernetwork makes one kernel for each image."""
-
-    def run(m, x):
-        n = len(x)
-        kernels = m.hyper(x.mean((2, 3))).view(n * 3, 2, 3, 3)
-        h = F.conv2d(x.flatten(0, 1)[None], kernels, groups=n).view(n, 3, 4, 4)
-        return m.head((h + m.bias.view(1, 3, 1, 1)).tanh().flatten(1))
-
-    return Net(run, hyper=nn.Linear(2, 54), bias=free(3), head=nn.Linear(48, 3)), *images(), CE
+    n = len(x)
+    kernels = m.hyper(x.mean((2, 3))).view(n * 3, 2, 3, 3)
+    h = F.conv2d(x.flatten(0, 1)[None], kernels, groups=n).view(n, 3, 4, 4)
+    return m.head((h + m.bias.view(1, 3, 1, 1)).tanh().flatten(1))
 
 
-@entry()
-def squeeze_and_excite():
-    def run(m, x):
-        h = m.conv(x)
-        gate = m.up(F.relu(m.down(h.mean((2, 3), keepdim=True)))).sigmoid()
-        return m.head((h * gate).flatten(1))
-
-    return (
-        Net(run, conv=nn.Conv2d(2, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1), head=nn.Linear(64, 3)),
-        *images(),
-        CE,
-    )
+@net(images, conv=nn.Conv2d(2, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1), head=nn.Linear(64, 3))
+def squeeze_and_excite(m, x):
+    h = m.conv(x)
+    gate = m.up(F.relu(m.down(h.mean((2, 3), keepdim=True)))).sigmoid()
+    return m.head((h * gate).flatten(1))
 
 
-@entry()
-def convolution_of_one_image_at_a_time():
-    def run(m, x):
-        return torch.stack([m.head(m.conv(image).tanh().mean((1, 2))) for image in x])
-
-    return Net(run, conv=nn.Conv2d(2, 4, 3), head=nn.Linear(4, 3)), *images(), CE
+@net(images, conv=nn.Conv2d(2, 4, 3), head=nn.Linear(4, 3))
+def convolution_of_one_image_at_a_time(m, x):
+    return torch.stack([m.head(m.conv(image).tanh().mean((1, 2))) for image in x])
 
 
 @entry(class_axis=-1)

@@ -1,0 +1,393 @@
+"""A weight is a weight by whatever path the model or the loss reaches it, in modules of every make and in any context."""
+
+import copy
+import functools
+import pickle
+import re
+import threading
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import IMPLICIT, KINDS, Case, close, real
+from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused, rotate, used
+
+GLOBAL = {}
+
+
+def net_with(reach):
+    """A net that reaches the weight of its second layer in a way of its own."""
+    net = Net()
+    second = reach(net)
+    net.forward = lambda X: second(net.a(X).tanh())
+    return net
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+class Exp(nn.Module):
+    def forward(self, w):
+        return w.exp()
+
+
+def by_setting_hook(net):
+    """As the old `weight_norm` does: a hook sets a plain attribute."""
+    net.c = nn.Identity()
+    net.c.register_forward_pre_hook(lambda m, _: m.__dict__.update(w=net.b.weight.exp()))
+    return lambda h: F.linear(net.c(h), net.c.w)
+
+
+def by_shallow_copy(net):
+    net.c = copy.copy(net.b)
+    return lambda h: net.c(h) + net.b(h)
+
+
+def by_force(net):
+    """The output is itself a derivative."""
+
+    def force(h):
+        with torch.enable_grad():
+            x = h if h.requires_grad else h.detach().requires_grad_()
+            return torch.autograd.grad(net.b(x).tanh().square().sum(), x, create_graph=True)[0][:, :3]
+
+    return force
+
+
+def without_entries(net):
+    """As in MobileBERT: a tensor that holds nothing."""
+    net.none = nn.Parameter(torch.ones(0, 4))
+    return lambda h: net.b(torch.cat([h, F.linear(h, net.none)], 1)) + F.linear(h[:, :0], net.b.weight[:, :0])
+
+
+def bind(tensor, use):
+    return lambda h: use(h, tensor)
+
+
+REACH = {
+    "plain list": lambda n: bind([n.b.weight], lambda h, w: F.linear(h, w[0])),
+    "closure": lambda n: bind(n.b.weight, F.linear),
+    "partial": lambda n: functools.partial(F.linear, weight=n.b.weight, bias=n.b.bias),
+    "bound method": lambda n: n.b.forward,
+    "weak reference": lambda n: bind(weakref.ref(n.b.weight), lambda h, w: F.linear(h, w())),
+    "global": lambda n: GLOBAL.update(w=n.b.weight) or (lambda h: F.linear(h, GLOBAL["w"])),
+    "__dict__": lambda n: n.__dict__.update(w=n.b.weight) or (lambda h: F.linear(h, n.w, n.b.bias)),
+    "view made before": lambda n: bind(n.b.weight.view(-1), lambda h, w: h @ w.view(3, 4).T),
+    "rows made before": lambda n: bind(list(n.b.weight), lambda h, rows: torch.stack([h @ row for row in rows], 1)),
+    "transpose made before": lambda n: bind(n.b.weight.T, torch.matmul),
+    "forward hook": lambda n: n.b.register_forward_hook(lambda m, _, h: h + F.linear(h, n.a.weight)[:, :3]) and n.b,
+    "pre-hook": lambda n: n.b.register_forward_pre_hook(lambda m, args: (args[0] * n.a.bias,)) and n.b,
+    "attribute set by a hook": by_setting_hook,
+    "in place": lambda n: lambda h: n.b(h).mul_(2).add_(n.b.bias).tanh_(),
+    "by Fourier transform": lambda n: lambda h: (torch.fft.rfft(h) @ torch.fft.rfft(n.b.weight).mH).real,
+    "autograd.Function": lambda n: lambda h: Times.apply(h, n.b.weight) + n.b.bias,
+    "autograd.Function and list": lambda n: bind([n.b.weight], lambda h, w: Times.apply(h, w[0])),
+    "shallow copy of a module": by_shallow_copy,
+    "checkpoint": lambda n: lambda h: checkpoint(n.b, h, use_reentrant=False),
+    "checkpoint of a closure": lambda n: lambda h: checkpoint(lambda t: n.b(t.sin()), h, use_reentrant=False),
+    "vmap inside": lambda n: lambda h: vmap(lambda w, b: h @ w + b, out_dims=1)(n.b.weight, n.b.bias),
+    "functional_call inside": lambda n: lambda h: functional_call(n.b, {"weight": n.b.weight * n.a.bias}, (h,)),
+    "gradient inside": by_force,
+    "penalty on all": lambda n: lambda h: n.b(h) * sum(p.square().sum() for p in n.parameters()),
+    "detached scale": lambda n: lambda h: n.b(h) / n.b.weight.detach().norm(),
+    "straight-through": lambda n: lambda h: F.linear(h, n.b.weight + (n.b.weight.sign() - n.b.weight).detach()),
+    "parametrized": lambda n: parametrize.register_parametrization(n.b, "weight", Exp()),
+    "orthogonal": lambda n: parametrizations.orthogonal(n.b),
+    "spectral norm": lambda n: parametrizations.spectral_norm(n.b).eval(),
+    "without entries": without_entries,
+}
+
+
+@pytest.mark.parametrize("way, kinds", rotate(REACH))
+def test_in_the_model(way, kinds):
+    Case(net_with(REACH[way]), CE, data()).check(*kinds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_parametrizations(kind):
+    case = Case(net_with(REACH["parametrized"]), CE, data())
+    truth = case.truth(kind)
+    with parametrize.cached():
+        case.check(kind, truth=truth)
+
+
+def test_other_parameters():
+    """Frozen ones; some that a function reaches past its arguments; some that are no part of the module."""
+    net, hidden = net_with(REACH["plain list"]), nn.Linear(4, 3)
+    net.b.requires_grad_(False)
+    Case(net, CE, data(), params={"b.weight": net.b.weight, "a.bias": net.a.bias}).check(*KINDS)
+    assert not net.b.weight.requires_grad and net.a.weight.grad is None
+    params = {"a.weight": net.a.weight, "b.weight": net.b.weight, "b.bias": net.b.bias}
+    past = Case(lambda p, X: F.linear((X @ p["a.weight"].T).tanh(), net.b.weight, p["b.bias"]), CE, data(), {}, params)
+    past.check(*KINDS)
+    net = net_with(lambda n: hidden.forward)
+    right_or_refused(Case(net, CE, data(), params={"hidden.w": hidden.weight, "a.bias": net.a.bias}), KINDS, "hidden.w")
+
+
+COPIES = {
+    "detached": lambda net: {n: p.detach() for n, p in net.named_parameters()},
+    "state_dict": lambda net: dict(net.state_dict()),
+    "clones": lambda net: {n: p.clone() for n, p in net.named_parameters()},
+    "other values": lambda net: {n: (p + 0.3).detach() for n, p in net.named_parameters()},
+    "rows": lambda net: {"a.weight": net.a.weight[:2]},
+}
+
+
+@pytest.mark.parametrize("how, kinds", rotate(COPIES))
+def test_copies_of_the_parameters(how, kinds):
+    """They stand in for the parameters of their name, or are refused; never constants."""
+    net = Net()
+    case, twin = Case(net, CE, data(), params=COPIES[how](net)), copy.deepcopy(net)
+    if how != "rows":
+        twin.load_state_dict(case.params)
+    for kind in kinds:
+        right_or_refused(case, [kind], "weight", Case(twin, CE, data()).truth(kind))
+
+
+class Regularised(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.of = [net]
+
+    def forward(self, z, y):
+        return F.cross_entropy(z, y) + 0.1 * sum(p.square().sum() + p.sum().sin() for p in self.of[0].parameters())
+
+
+LOSSES = {
+    "module with a regulariser": Regularised,
+    "closure with a regulariser": lambda n: lambda z, y: F.cross_entropy(z, y) + n.a.weight.pow(4).sum(),
+    "temperature": lambda n: lambda z, y: F.cross_entropy(z * n.a.bias.exp().sum(), y),
+    "partial": lambda n: functools.partial(lambda z, y, w: F.cross_entropy(z + w, y), w=n.b.bias),
+    "margin by a weight": lambda n: lambda z, y: (z.gather(1, y[:, None]) - n.b.weight.norm()).cosh().mean(),
+}
+
+
+@pytest.mark.parametrize("way", LOSSES)
+def test_in_the_loss(way):
+    net = Net()
+    Case(net, LOSSES[way](net), data(), {"reduction": "mean"}).check("Hessian", "GGN", "GGNDiagonal")
+
+
+def test_a_loss_with_parameters_of_its_own():
+    log_t = nn.Parameter(torch.tensor(0.3))
+    case = Case(Net(), lambda z, y: F.cross_entropy(z * log_t.exp(), y), data(), {"reduction": "mean"})
+    case.check("Hessian")
+    case.params["log_t"] = log_t
+    right_or_refused(case, ["Hessian"], "log_t")
+
+
+def test_reentrant_checkpoints():
+    """`autograd.grad` refuses them: so may we."""
+    net = Net()
+    truth = Case(net, CE, data()).truth("Hessian")
+    net.forward = lambda X: checkpoint(lambda h: net.b(h.tanh()), net.a(X), use_reentrant=True)
+    right_or_refused(Case(net, CE, data()), ["Hessian"], "reentrant", truth)
+
+
+def compiled(net):
+    """As AOT autograd compiles: with buffers that its backward pass gives away, so that it never runs with a graph."""
+    net = torch.compile(net, backend="aot_eager", dynamic=True)
+    net(real(5, 3)).sum().backward()
+    return net
+
+
+SIZES = ({0: torch.export.Dim("n", min=2, max=64)},)
+MADE = {
+    "fx": torch.fx.symbolic_trace,
+    "export": lambda net: torch.export.export(net, (real(5, 3),), dynamic_shapes=SIZES).module(),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "data parallel": nn.DataParallel,
+    "deep copy": copy.deepcopy,
+    "unpickled": lambda net: pickle.loads(pickle.dumps(net)),
+    "lazy": lambda net: nn.Sequential(nn.LazyLinear(4), nn.Tanh(), net.b),
+    "scripted": torch.jit.script,
+    "traced": lambda net: torch.jit.trace(net, real(5, 3)),
+    "compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("way, kinds", rotate(MADE, ("Hessian", "EKFAC"), ("GGN", "EKFAC")))
+def test_modules_of_every_make(way, kinds):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = MADE[way](Net())
+        net(real(2, 3))
+    case = Case(net, CE, data(), params={n: p for n, p in net.named_parameters() if p.requires_grad})
+    for kind in kinds:
+        case.check(kind, truth=Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params).truth(kind))
+    assert case.make("KFAC").to_dense().trace() > 0
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_cond(closed):
+    def cond(n, X):
+        if closed:
+            return torch.cond(X.sum() > 0, lambda t: n.b(t.tanh()), lambda t: n.b(t.sin()), (n.a(X),))
+        return n.b(torch.cond(X.sum() > 0, lambda t: t.tanh(), lambda t: t.sin(), (n.a(X),)))
+
+    case = Case(Model(cond), CE, data())
+    plain = Model(lambda n, X: n.b((torch.tanh if X.sum() > 0 else torch.sin)(n.a(X))))
+    plain.load_state_dict(case.model.state_dict())
+    for kind in ("Hessian", "GGN", "EKFAC"):
+        right_or_refused(case, [kind], "cond", Case(plain, CE, case.data).truth(kind))
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
+@pytest.mark.parametrize("first, sizes", rotate(["x", "mask"], (4, 4), (2, 4)))
+def test_a_mask_as_long_as_the_batch(first, sizes, kind):
+    def run(n, X):
+        mask, x = X if first == "mask" else X[::-1]
+        return n.b((mask @ n.a(x).tanh()).mean(1))
+
+    mask, at = real(4, 4, seed=8).softmax(1), int(first == "mask")
+    batches = [((mask, real(n, 4, 3, seed=n))[:: 1 if at else -1], labels(n)) for n in sizes]
+    Case(Model(run), CE, batches, {"batch_size_fn": lambda X: len(X[at])}).check(kind)
+    right_or_refused(Case(Model(run), CE, batches), [kind], "batch_size_fn")
+
+
+OBJECTIVES = {
+    "own mean": (lambda z, y: F.cross_entropy(z, y), {"reduction": "mean"}, labels),
+    "cross-entropy": (CE, {}, labels),
+    "huber": (nn.HuberLoss(), {}, lambda n: real(n, 3, seed=4)),
+}
+
+
+@pytest.mark.parametrize("sizes, kind", rotate([(4, 2), (5, 5), (5, 2), (1, 4)], "EKFAC", "GGN", "Hessian"))
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of joining along the wrong axis, which is tried
+def test_sequence_first_without_batch_size_fn(objective, sizes, kind):
+    loss, options, y = OBJECTIVES[objective]
+    net = Model(lambda n, X: n.b(n.a(X).tanh().mean(0)))
+    batches = [(real(5, n, 3, seed=n), y(n)) for n in sizes]
+    Case(net, loss, batches, {**options, "batch_size_fn": lambda X: X.shape[1]}).check(kind)
+    right_or_refused(Case(net, loss, batches, options), [kind], "batch_size_fn|reduction")
+
+
+@pytest.mark.parametrize("kind, frozen", rotate(IMPLICIT, False, True))
+def test_eight_threads(frozen, kind):
+    case = Case(Net().requires_grad_(not frozen), CE, data())
+    op, truth, together = case.make(kind), case.truth(kind), threading.Barrier(8)
+
+    def work(seed):
+        v = real(op.shape[1], seed=seed)
+        together.wait(60)
+        for _ in range(4):
+            close(op @ v, truth @ v)
+        close(op.to_dense(), truth)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert all(p.requires_grad != frozen for p in case.params.values())
+
+
+def test_training_in_another_thread_feels_nothing():
+    """Checkpoints, substitutions and modes are those of our own thread."""
+    case, other, stop = Case(Net(), CE, data()), Net(), threading.Event()
+    calls, plain = [], other.b.forward
+    other.b.forward = lambda h: (calls.append(torch.is_grad_enabled()), plain(h))[1]
+
+    def gradient():
+        calls.clear()
+        out = checkpoint(other, real(5, 3), use_reentrant=False).square().sum()
+        return torch.autograd.grad(out, other.a.weight)[0].tolist(), list(calls)
+
+    def train():
+        found = []
+        while not stop.is_set():
+            found.append(gradient())
+        return found
+
+    expected = gradient()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        for kind in ("Hessian", "GGN", "EKFAC") * 3:
+            used(case, kind)
+        stop.set()
+    assert all(found == expected for found in training.result())
+
+
+def backward(f, v, w):
+    """Half the gradient of wᵀ f(v): where v = w, half of it is v's."""
+    v = v.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(((v if w is None else w) * f(v)).sum(), v)
+    return slope / 2 if w is None else slope
+
+
+TRANSFORMS = {
+    "copy": lambda f, v: copy.copy(f)(v),
+    "deepcopy": lambda f, v: copy.deepcopy(f)(v),
+    "pickle": lambda f, v: pickle.loads(pickle.dumps(f))(v),
+    "vmap": lambda f, v: vmap(f)(torch.stack([v, 2 * v]))[1] / 2,
+    "jvp": lambda f, v: jvp(f, (v,), (v,))[1],
+    "grad": lambda f, v: grad(lambda t: t @ f(t))(v) / 2,
+    "jacrev": lambda f, v: jacrev(f)(v) @ v,
+    "backward": lambda f, v: backward(f, v, None),
+    "backward of a constant": lambda f, v: backward(f, v, v.clone()),
+}
+MESSAGE = r"copy|pickle|detach|no_grad|torch\.func|vmap|transform|differentia"
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
+def test_inside_a_transform(kind):
+    case = Case(Net(), CE, data())
+    op, v = used(case, kind), real(31, seed=2)
+    expected = op @ v
+    with torch.no_grad():
+        close(op @ v.clone().requires_grad_(), expected)
+    for way in TRANSFORMS.values():
+        try:
+            found = way(op.__matmul__, v)
+        except CLEAR as error:
+            assert op.name in str(error) and re.search(MESSAGE, str(error))
+        else:
+            close(found, expected)
+    case.check(kind, op=op)
+
+
+class Own(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+AROUND = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("cpu"),
+    "function mode": Own,
+    "saved tensors elsewhere": torch.autograd.graph.save_on_cpu,
+    "one thread": lambda: torch.autograd.set_multithreading_enabled(False),
+    "attention's backend": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+}
+
+
+@pytest.mark.parametrize("around, kinds", rotate(AROUND))
+def test_inside_a_context(around, kinds):
+    case = Case(Net(), CE, data())
+    for kind in kinds:
+        op, truth = case.make(kind), case.truth(kind)
+        with AROUND[around]():
+            if around != "autocast":  # whose precision is then the model's
+                case.check(kind, truth=truth)
+                case.check(kind, op=op, truth=truth)
+            op @ torch.ones(31)
+        case.check(kind, op=op, truth=truth)

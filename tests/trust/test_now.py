@@ -1,0 +1,349 @@
+"""An operator means the model, the loss and the data as they are now, and leaves each of the caller's things as it was."""
+
+import copy
+import gc
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import IMPLICIT, KINDS, Case, close, differentiable, real, slopes
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvops import EmpiricalRisk
+from trust.support import CE, PAIRS, data, labels, picture, rotate, used
+
+GLOBAL = {"slope": 1.0}
+
+
+class Net(nn.Module):
+    """A model with every kind of state that a forward pass may read."""
+
+    power = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("scale", torch.ones(4))
+        self.config, self.steps, self.plain = {"act": {"slope": 1.0}}, [torch.tanh], torch.ones(4)
+        self.array, self.pair, self.space = np.ones(4), (nn.Identity(), 1.0), types.SimpleNamespace(shift=0.0)
+        self.cell = (lambda box: lambda h: h * box[0])([1.0])
+        self.eval()
+
+    def forward(self, X):
+        h = self.norm(self.a(X)) * self.config["act"]["slope"] * self.plain * self.scale * torch.as_tensor(self.array)
+        for step in self.steps:
+            h = step(h)
+        h = self.pair[0](self.cell(h + self.space.shift)) * self.pair[1] * GLOBAL["slope"]
+        return self.b(h + self.frozen(h) ** 2 * self.power)
+
+
+class Twice(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+class Power(nn.Module):
+    """A loss with options of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.parts, self.w = 2.0, {"smooth": 0.1}, torch.ones(3)
+
+    def forward(self, z, y):
+        t = F.one_hot(y, 3) * (1 - self.parts["smooth"])
+        return (((z - t).square() + 1).pow(self.gamma / 2) * self.w).sum(1).mean()
+
+
+class Loader:
+    """Batches that can be changed in any way, with a transform of their own."""
+
+    def __init__(self, real_targets=False):
+        X, y = real(9, 3), real(9, 3, seed=5) if real_targets else labels(9)
+        self.batches, self.gain = [(X[:5].clone(), y[:5].clone()), (X[5:].clone(), y[5:].clone())], 1.0
+
+    def __iter__(self):
+        return ((X * self.gain, y) for X, y in self.batches)
+
+
+def case(loss=None, data=None, **options):
+    net = Net()
+    params = {n: p for n, p in net.named_parameters() if not n.startswith("frozen")}
+    return Case(net, loss or nn.CrossEntropyLoss(torch.ones(3), label_smoothing=0.1), data or Loader(), options, params)
+
+
+def with_functions():
+    box, c = {"t": 1.0}, case(reduction="mean")
+    net = c.model
+    c.loss, c.model = lambda z, y: F.cross_entropy(z * box["t"], y), lambda params, X: net(X) * box["t"]
+    return c
+
+
+MAKE = {
+    "own loss": lambda: case(Power(), reduction="mean"),
+    "huber": lambda: case(nn.HuberLoss(delta=1.0), Loader(True)),
+    "data set": lambda: case(data=DataLoader(TensorDataset(real(9, 3), labels(9)), 4)),
+    "functions": with_functions,
+}
+
+
+def change(c, code):
+    """Run statements on m(odel), p(arameters), l(oss) and d(ata)."""
+    with torch.no_grad():
+        exec(code, {**globals(), "m": c.model, "p": c.params, "l": c.loss, "d": c.data})
+
+
+# changes that are made one after the other
+CHANGES = {
+    "parameter": ["p['a.weight'].mul_(-1)", "p['a.weight'].view(-1)[:2].neg_()", "w = p['a.weight']; w.copy_(w[[1, 0, 2, 3]])"],
+    "parameter by .data": ["p['b.weight'].data.mul_(2)", "p['a.weight'].data = p['a.weight'].data.roll(1, 0)"],
+    "parameter by numpy": ["p['a.weight'].detach().numpy()[0] += 1", "np.random.RandomState(0).shuffle(p['a.weight'].detach().numpy())"],
+    "load_state_dict": ["torch.manual_seed(5); m.load_state_dict(Net().state_dict())"],
+    "optimizer": ["[setattr(q, 'grad', torch.ones_like(q)) for q in p.values()]; torch.optim.SGD(p.values(), 0.3).step()"],
+    "buffers": ["m.scale.mul_(2)", "m.scale = torch.arange(4.0)", "m.norm.running_var.add_(1)", "m.norm.eps = 0.5"],
+    "train mode": ["m.norm.train(); m.norm.track_running_stats = False; m.norm.running_mean = m.norm.running_var = None"],
+    "tensor or array": ["m.plain.mul_(2)", "m.plain = torch.arange(4.0) + 1", "m.array[0] = 3"],
+    "config": ["m.config['act']['slope'] = 2.0", "m.pair = (nn.Tanh(), 2.0)", "m.space.shift = 1.0"],
+    "list of functions": ["m.steps[0] = torch.sin", "m.steps.append(torch.sin)"],
+    "closure": ["m.cell.__closure__[0].cell_contents[0] = 2.0", "m.cell = torch.sin"],
+    "class or global": ["Net.power = 0.5", "GLOBAL['slope'] = 1.5"],
+    "class": ["m.__class__ = type('Other', (Net,), {'forward': lambda self, X: 2 * Net.forward(self, X).sin()})"],
+    "forward of an instance": ["f = m.a.forward; m.a.forward = lambda x: f(x).sin()"],
+    "submodule": ["torch.manual_seed(5); m.frozen = nn.Linear(4, 4).requires_grad_(False)"],
+    "frozen weight": ["m.frozen.weight.mul_(2)", "m.frozen.weight = nn.Parameter(m.frozen.weight * 2, requires_grad=False)"],
+    "frozen by assignment": ["m.frozen.load_state_dict({k: 2 * v for k, v in m.frozen.state_dict().items()}, assign=True)"],
+    "unfrozen": ["m.frozen.requires_grad_(True); m.frozen.weight.add_(1)", "p['a.weight'].requires_grad_(False).mul_(2)"],
+    "hook": ["m.a.register_forward_hook(lambda m, a, out: out * 2)", "m.b.register_forward_pre_hook(lambda m, a: (a[0].sin(),))"],
+    "hook of the same id": ["m.a.register_forward_hook(lambda m, a, h: h).remove(); m.a.register_forward_hook(lambda m, a, h: 2 * h)"],
+    "parametrized": ["nn.utils.parametrize.register_parametrization(m.a, 'weight', Twice())"],
+    "loss's weight": ["l.weight[1] = 5", "l.weight.numpy()[0] = 4", "l.weight = torch.tensor([1.0, 2.0, 3.0])"],
+    "loss's weight by .data": ["l.weight.data[1] = 5", "l.weight.copy_(torch.tensor([0.0, 0.0, 2.0]))"],
+    "loss's options": ["l.label_smoothing = 0.5", "l.ignore_index = 1", "l.reduction = 'sum'"],
+    "loss's hook": ["l.register_forward_hook(lambda m, a, out: 3 * out)"],
+    "loss's class": ["l.__class__ = type('Other', (nn.CrossEntropyLoss,), {'forward': lambda s, z, y: 2 * F.cross_entropy(z.sin(), y, reduction=s.reduction)})"],
+    "own loss, options": ["l.gamma = 3.0", "l.parts['smooth'] = 0.5", "l.w[0] = 4"],
+    "own loss, class": ["l.__class__ = type('Other', (Power,), {'forward': lambda s, z, y: (z - F.one_hot(y, 3)).cosh().mean()})"],
+    "huber, options": ["l.delta = 0.05", "l.reduction = 'sum'"],
+    "functions, what they refer to": ["l.__closure__[0].cell_contents['t'] = 2.0"],
+}  # fmt: skip
+DATA = {
+    "labels": ["d.batches[0][1].copy_((d.batches[0][1] + 1) % 3)", "d.batches[1][1].numpy()[:] = 1"],
+    "labels shuffled": ["np.random.RandomState(1).shuffle(d.batches[0][1].numpy())"],
+    "batches": ["d.batches.append((real(2, 3, seed=7), labels(2)))", "d.batches[0] = (real(3, 3, seed=7), labels(3))", "d.batches.pop()"],
+    "inputs": ["d.batches[0][0].mul_(2)", "d.batches[0][0].view(-1)[:2].neg_()", "d.gain = 2.0"],
+    "inputs exchanged": ["a, b = d.batches[0][0], d.batches[1][0]; t = a[0].clone(); a[0] = b[0]; b[0] = t"],
+    "inputs shuffled": ["np.random.RandomState(1).shuffle(d.batches[0][0].numpy())"],
+    "bigger": ["d.batches[0] = tuple(torch.cat([t, t]) for t in d.batches[0])"],
+    "loader's class": ["d.__class__ = type('Other', (Loader,), {'__iter__': lambda s: iter([s.batches[1]])})"],
+    "data set, tensors": ["d.dataset.tensors[1].fill_(1)", "t = d.dataset.tensors; d.dataset.tensors = (t[0] * 2, t[1])", "d.dataset.tensors[0].mul_(-1)"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _class_and_global_as_before():
+    yield
+    GLOBAL["slope"], Net.power = 1.0, 1.0
+
+
+@pytest.mark.parametrize("what, kind", [*rotate(CHANGES, "Hessian", "GGN"), *rotate(DATA, "Hessian", "EF")])
+def test_operators_and_risks_follow(what, kind):
+    """Those that were used before a change give the truth after it."""
+    c = MAKE.get(what.split(",")[0], case)()
+    op, risk, truth = c.make(kind), EmpiricalRisk(c.model, c.loss, c.params, c.data, **c.options), c.truth(kind)
+    v = real(op.shape[1])
+    for code in ["", *(CHANGES | DATA)[what]]:
+        change(c, code)
+        before, truth = truth, c.truth(kind)
+        assert torch.equal(before, truth) == (code == "") or "smoothing" in code
+        for _ in range(2):
+            close(op @ v, truth @ v)
+        with differentiable(c.params) as leaves:
+            value = c.risk(c.outputs())
+            close(risk.value(), value)
+            close(torch.cat([g.flatten() for g in risk.gradient()]), slopes(value, leaves))
+    c.check(kind, op=op, truth=truth)
+
+
+REPLACED = [
+    "torch.manual_seed(5); m.a = nn.Linear(3, 4)",
+    "m.a.weight = nn.Parameter(m.a.weight * 2)",
+    "m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}, assign=True)",
+]
+
+
+@pytest.mark.parametrize("code, kind", rotate(REPLACED, *IMPLICIT))
+def test_a_parameter_that_is_replaced(code, kind):
+    """The model has lost a tensor of `params`: an error that names it, or the one that has its name now, but no zero."""
+    c = case()
+    op = used(c, kind)
+    v = real(op.shape[1])
+    change(c, code)
+    try:
+        found = op @ v
+    except (ValueError, RuntimeError) as error:
+        assert "a.weight" in str(error)
+    else:
+        c.params = {name: p for name, p in c.model.named_parameters() if name in c.params}
+        close(found, c.truth(kind) @ v)
+
+
+INSIDE = [
+    *(
+        "p['a.weight'].mul_(-1)",
+        "m.load_state_dict(Net().state_dict())",
+        "m.scale.mul_(2)",
+        "m.norm.running_var.add_(1)",
+    ),
+    *("m.frozen.weight.mul_(2)", "m.norm.train()", "m.train()", *CHANGES["optimizer"]),
+]
+
+
+@pytest.mark.parametrize("code, kind", rotate(INSIDE, *IMPLICIT))
+def test_inside_linearized_a_change_is_an_error(code, kind):
+    c = case()
+    op = c.make(kind)
+    with op.linearized(), op.linearized():
+        op @ torch.ones(op.shape[1])
+        change(c, code)
+        with pytest.raises((RuntimeError, ValueError), match="linearized"):
+            op @ torch.ones(op.shape[1])
+    c.model.eval()
+    c.check(kind, op=op)
+
+
+def tensors():
+    gc.collect()
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("kind", [*IMPLICIT, "KFAC"])
+def test_nothing_outlives_a_call_or_the_operator(kind):
+    gc.collect()
+    gc.freeze()  # what was there before need not be looked at
+    c = case()
+    op = used(c, kind, check_deterministic=True)
+    v = real(op.shape[1])
+    before = tensors()
+    for _ in range(3):
+        op @ v
+        with op.linearized():
+            op @ v
+    assert tensors() == before
+    parts = [weakref.ref(part) for part in (c.model, c.loss, c.data)]
+    del op, c
+    gc.collect()
+    gc.unfreeze()
+    assert [part() for part in parts] == [None] * 3
+
+
+class Shared(nn.Module):
+    """Modules, tensors and buffers under several names."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.a, self.c = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.register_buffer("scale", torch.ones(3))
+        share(self)
+
+    def forward(self, X):
+        return self.c((self.b if hasattr(self, "b") else self.a)(self.a(X).tanh()).tanh()) * self.scale
+
+
+def tied(net):
+    net.b = nn.Linear(3, 3)
+    net.b.weight, net.c.bias = net.a.weight, net.a.bias
+    net.b.register_buffer("scale", net.scale)
+
+
+def by_attribute(net):
+    net.b = net.a
+
+
+def by_list(net):
+    net.blocks = nn.ModuleList([net.a, nn.Sequential(net.a, net.c)])
+    net.plain, net.table = [net.a], {"a": net.a.weight}
+
+
+def by_copy(net):
+    net.b = copy.copy(net.a)
+
+
+def by_parameter(net):
+    net.weights = nn.ParameterList([net.a.weight, net.a.weight])
+    net.alias = net.c.bias
+
+
+def by_self(net):
+    net.__dict__["me"] = net
+    net.b = nn.Sequential(net.a, net.c)
+    net.b.add_module("again", net.a)
+
+
+def shared(share):
+    net = Shared(share)
+    net.c.weight.requires_grad_(False)
+    net.a.weight.grad = torch.ones(3, 3)
+    return Case(net, CE, data())
+
+
+SHARES = [tied, by_attribute, by_list, by_copy, by_parameter, by_self]
+
+
+@pytest.mark.parametrize("share, kinds", rotate(SHARES, *PAIRS, ("EF", "KFOC"), ("GGN", "KFAC")))
+def test_nothing_is_swapped(share, kinds):
+    c = shared(share)
+    optimizer, before = torch.optim.SGD(c.model.parameters(), lr=0.1), picture(c.model)
+    for kind in kinds:
+        op = used(c, kind, check_deterministic=True)
+        op @ torch.ones(op.shape[1], 40)
+        c.check(*{kind} & {*KINDS}, op=op)
+    risk = EmpiricalRisk(c.model, c.loss, c.params, c.data)
+    assert torch.allclose(risk.value(), c.risk(c.outputs()))
+    risk.gradient()
+    assert picture(c.model) == before
+    z = c.model(real(5, 3))
+    optimizer.step()
+    assert not torch.equal(c.model(real(5, 3)), z)
+    c.check(kinds[0])
+
+
+PLACES = ["module", "hook", "loss", "data", "backward"]
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
+@pytest.mark.parametrize("where, error", rotate(PLACES, KeyboardInterrupt, torch.OutOfMemoryError))
+def test_after_failures(kind, error, where):
+    """Each of the caller's tensors is the very object that it was."""
+    c, left = shared(by_attribute), [0]
+    net, batches = c.model, c.data
+
+    def fail(value=None, at=where):
+        left[0] -= at == where
+        if left[0] == 0 and at == where:
+            raise error("stop")
+        return value
+
+    class Failing:
+        def __iter__(self):
+            return (fail(batch, "data") for batch in batches)
+
+    c.loss, c.data, c.options = lambda z, y: fail(CE(z, y), "loss"), Failing(), {"reduction": "mean"}
+    net.c.register_forward_pre_hook(lambda m, args: fail(args, "module"))
+    net.c.register_forward_hook(lambda m, args, out: fail(out, "hook"))
+    if where == "backward":
+        net.a.register_forward_hook(lambda m, _, out: (out.requires_grad and out.register_hook(fail), out)[1])
+    before, grads = picture(net), torch.is_grad_enabled()
+    for at in (1, 2, 4):
+        left[0] = at
+        try:
+            used(c, kind, check_deterministic=at == 4)
+        except error:
+            assert left[0] == 0
+        assert picture(net) == before and torch.is_grad_enabled() == grads
+        assert not torch.overrides._get_current_function_mode_stack()
+    left[0] = 0
+    c.check(kind)

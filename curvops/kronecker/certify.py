@@ -12,6 +12,7 @@ from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
 from curvops.products.account import tolerance
 
 PROJECTIONS = 8  # random numbers that stand for a row when its scale is looked at
+FEW = 2**15  # entries of rows that are looked at as they are
 
 
 def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> dict[str, str]:
@@ -77,10 +78,12 @@ def _layout(before: Tensor | None, after: Tensor | None, scale: Tensor, precisio
 
 
 def _projected(use: Use, g: Tensor | None, directions: dict[tuple[int, torch.dtype], Tensor]) -> Tensor | None:
-    """Random projections ``[*rows, PROJECTIONS]`` of a use's output rows: enough to see that they are scaled."""
+    """Random projections ``[*rows, PROJECTIONS]`` of a use's output rows, or these: enough to see that they are scaled."""
     if g is None:
         return None
     rows = use.outputs(g).flatten(-2) if isinstance(use, LinearUse) else use.rows(g)
+    if rows.numel() <= FEW:
+        return rows.detach().clone()  # the cotangent itself may be among them, and is scaled in place
     size, dtype = rows.shape[-1], torch.promote_types(rows.dtype, torch.float32)
     if (size, dtype) not in directions:
         made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))

@@ -143,3 +143,23 @@ def masked(matrix: Tensor, op: Any) -> Tensor:
         for where in placed.positions.view(placed.block.shape[0], -1):  # one block a group
             result[where[:, None], where] = matrix[where[:, None], where]
     return result
+
+
+def ggn_of_batches(model, batches):
+    """The GGN of a mean cross-entropy, batch by batch, with zeros for parameters that a batch does not use."""
+    zero = 0.0 * sum(p.sum() for p in model.parameters())
+    whole = lambda x: model(x) + zero  # noqa: E731
+    whole.named_parameters = model.named_parameters
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return sum(dense_ggn((whole, loss, x, y)) for x, y in batches) / sum(len(x) for x, _ in batches)
+
+
+def check(kind, op, matrix):
+    """What an operator has in common with the GGN; and no block is zero that is not."""
+    if kind == "diagonal":
+        close(op.diagonal(), matrix.diagonal())
+    elif kind == "ekfac":
+        close(op.trace(), matrix.trace())
+    for name in op.domain.names:
+        where = op.domain.slice(name)
+        assert bool(op.diagonal()[where].any()) == bool(matrix.diagonal()[where].any())

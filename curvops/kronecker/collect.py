@@ -16,7 +16,7 @@ from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
 from curvops.memory import budget
 
-TOGETHER = 4  # share of the budget that the output gradients of one forward pass may take together
+TOGETHER = 32 * 2**20  # bytes of output gradients of one forward pass that are taken together, within the budget
 
 
 class Consumer(Protocol):
@@ -57,7 +57,7 @@ class Collection:
             keep: Whether to keep the rows for `again`.
             together: Whether the backward passes of a forward pass are better taken together.
         """
-        sweep, share = self.sweep, self.budget // TOGETHER if together else 0
+        sweep, share = self.sweep, min(self.budget // 4, TOGETHER) if together else 0
         while True:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
             self._kept, self.kept_bytes, self._open = [], 0, keep and not self.planned and self.budget > 0
@@ -76,7 +76,7 @@ class Collection:
         for batch in self._kept:
             yield from batch
         if not (self._open or self.planned):
-            share = self.budget // TOGETHER
+            share = min(self.budget // 4, TOGETHER)
             for found in self.sweep.further(f"{self.title} {title}", len(self._kept), share):
                 for group, uses in found.rows():
                     yield group.key, [rows.formed() for rows in uses]

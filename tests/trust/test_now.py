@@ -1,5 +1,6 @@
 """An operator means the model, the loss and the data as they are now, and leaves each of the caller's things as it was."""
 
+import copy
 import gc
 import types
 import weakref
@@ -263,7 +264,7 @@ SHARES = {
 
 def shared(share):
     net = Shared()
-    exec(SHARES[share], {**globals(), "n": net})
+    exec(SHARES[share], {"nn": nn, "copy": copy, "n": net})
     net.c.weight.requires_grad_(False)
     net.a.weight.grad = torch.ones(3, 3)
     return Case(net, CE, data())

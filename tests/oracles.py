@@ -46,7 +46,7 @@ class Case:
 
     def risk(self, outputs: list[Tensor]) -> Tensor:
         targets = [y for _, y in self.data]
-        return self.total(outputs, targets) if self.total else self.loss(torch.cat(outputs), torch.cat(targets))
+        return self.total(outputs, targets) if self.total else self.loss(torch.cat(outputs), joined(targets))
 
     def truth(self, kind: str) -> Tensor:
         """The matrix; for Kronecker approximations the GGN, whose diagonal or traces they keep."""
@@ -248,6 +248,13 @@ def tree(function: Callable[[Tensor], Any], part: Any) -> Any:
     if isinstance(part, dict):
         return {key: tree(function, value) for key, value in part.items()}
     return tuple(tree(function, value) for value in part) if isinstance(part, tuple) else function(part)
+
+
+def joined(parts: Any) -> Any:
+    """The targets of batches, or what stands in their place, as those of one batch."""
+    if isinstance(parts[0], tuple):
+        return tuple(map(joined, zip(*parts, strict=True)))
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] and [t for part in parts for t in part]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

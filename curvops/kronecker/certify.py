@@ -26,10 +26,7 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
         spread: The same, spread over the output: of its shape.
         names: The parameters to look at; those that are not explained are returned, and why.
     """
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.promote_types(tape.z.dtype, torch.float32)
-    cotangent = torch.empty_like(tape.z, dtype=dtype, device="cpu").normal_(generator=generator).to(tape.z)
-    every = range(len(tape.uses))
+    cotangent, every = tape.random_cotangent(), range(len(tape.uses))
     directions: dict[tuple[int, torch.dtype], Tensor] = {}
     plain: list[Tensor | None] = []
     if tape.size > 1:

@@ -201,7 +201,7 @@ class Sweep:
         failed = {**self.whole, **failed}
         ways, kept = dict.fromkeys(names, "batch"), None
         if failed and batch.size > 1:
-            kept = self._alone(batch, tape)
+            kept = self._alone(batch, tape, list(failed))
             way = "one" if kept is None else "datum"
             ways.update(dict.fromkeys(failed, way))
             again = tape.as_one() if kept is None else record(self.risk, cut(batch.X, batch.size, [0], kept), 1)
@@ -270,13 +270,28 @@ class Sweep:
         some = self._run(batch, places, taped=taped)
         return some if _agree(some.z if isinstance(some, Tape) else some, tape, places) else None
 
-    def _alone(self, batch: Batch, tape: Tape) -> Collection[int] | None:
-        """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch."""
+    def _alone(self, batch: Batch, tape: Tape, names: list[str]) -> Collection[int] | None:
+        """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch.
+
+        That is its output, and its part of the gradients: a model may detach a datum by its place in the batch.
+        """
         mine = [k for k, t in enumerate(tensors_of(batch.X)) if t.ndim and t.shape[0] == batch.size]
+        if not mine or tape.z.ndim == 0 or tape.z.shape[0] % batch.size:
+            return None
+        cotangent = tape.random_cotangent()
+        expected = tape.gradients(cotangent, (), names)[1]
         # a mask, say, has an axis of the same length by chance
-        for kept in [(), *((k,) for k in mine if len(mine) > 1)] if mine else []:
-            if all(_agree(self._run(batch, [n], kept), tape, [n]) for n in range(batch.size)):
-                return kept
+        for kept in [(), *((k,) for k in mine if len(mine) > 1)]:
+            totals = [torch.zeros_like(tape.params[name]) for name in names]
+            for n, part in enumerate(cotangent.unflatten(0, (batch.size, -1))):
+                single = self._run(batch, [n], kept, taped=True)
+                if not _agree(single and single.z, tape, [n]):
+                    break
+                for total, g in zip(totals, single.gradients(part, (), names, last=True)[1], strict=True):
+                    total += 0 if g is None else g
+            else:
+                same = (_same(a, b, tape) for a, b in zip(totals, expected, strict=True))
+                return kept if all(same) else None
         return None
 
     def _run(self, batch: Batch, places: Sequence[int], kept: Collection[int] = (), taped: bool = False) -> Any:
@@ -309,8 +324,12 @@ def _agree(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
     if z is None or tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
         return False
     expected = tape.z.detach().unflatten(0, (tape.size, -1))[list(places)]
-    allowed = max(tolerance(expected.dtype), tolerance(tape.precision))
-    return z.numel() == expected.numel() and relative_difference(z.detach().view_as(expected), expected) <= allowed
+    return z.numel() == expected.numel() and _same(z.detach().view_as(expected), expected, tape)
+
+
+def _same(found: Tensor, expected: Tensor | None, tape: Tape) -> bool:
+    expected = found * 0 if expected is None else expected
+    return relative_difference(found, expected) <= max(tolerance(found.dtype), tolerance(tape.precision))
 
 
 def _scale(tape: Tape) -> Tensor:

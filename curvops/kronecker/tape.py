@@ -87,6 +87,11 @@ class Tape:
         )
         return list(found[: len(uses)]), list(found[len(uses) :])
 
+    def random_cotangent(self) -> Tensor:
+        """The same for each pass with such an output."""
+        dtype, generator = torch.promote_types(self.z.dtype, torch.float32), torch.Generator().manual_seed(0)
+        return torch.empty_like(self.z, dtype=dtype, device="cpu").normal_(generator=generator).to(self.z)
+
     def fits(self, layouts: Sequence[Layout | None]) -> bool:
         """Whether the rows can be arranged in these ways."""
         return len(layouts) == len(self.uses) and all(

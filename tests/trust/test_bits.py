@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trust.support import CE, Model, labels
 
+MODELS = ["linear", "mlp", "cnn", "attention"]
+
 
 def attended(net, X):
     q, k, v = net.qkv(X).chunk(3, -1)
@@ -24,7 +26,7 @@ def case(name):
     torch.manual_seed(0)
     net = Model(attended)
     net.qkv, net.norm, net.head = nn.Linear(8, 24), nn.LayerNorm(8), nn.Linear(8, 3)
-    mlp = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+    mlp = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
     cnn = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
     models = {"linear": (nn.Linear(8, 3), 8), "mlp": (mlp, 8), "cnn": (cnn, 2, 6, 6), "attention": (net, 5, 8)}
     model, *shape = models[name]
@@ -33,8 +35,8 @@ def case(name):
 
 def results():
     """Lines of a name and the bits of numbers that sum up a result."""
-    for name in ("linear", "mlp", "cnn", "attention"):
-        for kind in ("Hessian", "GGN", "KFAC", "EKFAC"):
+    for name in MODELS:
+        for kind in ("Hessian", "GGN", "EKFAC" if name in ("linear", "cnn") else "KFAC"):
             op = case(name).make(kind)
             v = real(op.shape[1], 6, seed=3)
             found = [op @ v[:, k] for k in range(6)] + [op @ v, op.to_dense() @ v]
@@ -68,7 +70,7 @@ def test_two_runs_of_one_script_give_the_same_bits():
     script = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tests.parent), str(tests)]
     loaded = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
     idle = list(results())
-    assert len(idle) == 4 * 4 * 15
+    assert len(idle) == 4 * 3 * 15
     assert [a for a, b in zip(idle, loaded, strict=True) if a != b] == []
 
 
@@ -82,7 +84,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+@pytest.mark.parametrize("name", MODELS[1:])
 @pytest.mark.parametrize("kind", IMPLICIT)
 def test_each_product_makes_the_same_passes(name, kind):
     c = case(name)

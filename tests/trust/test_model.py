@@ -120,12 +120,12 @@ def test_in_the_model(way, kinds):
     Case(net_with(REACH[way]), CE, data()).check(*kinds)
 
 
-def test_cached_parametrizations():
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_parametrizations(kind):
     case = Case(net_with(REACH["parametrized"]), CE, data())
-    truths = {kind: case.truth(kind) for kind in KINDS}
+    truth = case.truth(kind)
     with parametrize.cached():
-        for kind, truth in truths.items():
-            case.check(kind, truth=truth)
+        case.check(kind, truth=truth)
 
 
 def test_other_parameters():

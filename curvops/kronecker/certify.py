@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvops.kronecker.tape import TOGETHER, Layout, Tape, views
 from curvops.kronecker.uses import LinearUse, OneHot, Use, VectorUse, View
-from curvops.products.account import relative_difference, tolerance
+from curvops.products.account import tolerance
 
 PROJECTIONS = 8  # random numbers that stand for a row when its scale is looked at
 
@@ -46,11 +46,15 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
             if g is not None:
                 parts.setdefault(view.name, []).append((use, view, g))
     allowed = max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in scaled if g is not None)})
+    norms: dict[str, Tensor] = {}
     for k, name in enumerate(names):
         total, totals[k] = totals[k], None
         if name in tape.taps.unknowns and total is not None:
             failed[name] = f"it enters {tape.taps.unknowns[name]}"
-        elif name not in failed and not _explained(tape.params[name], parts.get(name, ()), total, allowed):
+        elif name not in failed:
+            norms[name] = _norms(_over_uses(tape.params[name], parts.get(name, ())), total)
+    for name, pair in zip(norms, torch.stack([*norms.values()]).tolist() if norms else (), strict=True):
+        if not _small(pair, allowed):
             failed[name] = "its gradient is not the sum over the operations that were seen"
     return failed
 
@@ -70,7 +74,8 @@ def _layout(before: Tensor | None, after: Tensor | None, scale: Tensor, precisio
         return Layout(0)
     for layout in candidates(before.shape[:-1], len(scale)):
         a, b = (layout.arrange(t, 1, len(scale)) for t in (before, after))
-        if relative_difference(b, a * scale.to(a).view(-1, 1, 1)) <= max(tolerance(a.dtype), tolerance(precision)):
+        pair = _norms(b, a * scale.to(a).view(-1, 1, 1)).tolist()
+        if _small(pair, max(tolerance(a.dtype), tolerance(precision))):
             return layout
     return None
 
@@ -87,14 +92,26 @@ def _projected(use: Use, g: Tensor | None, directions: dict[tuple[int, torch.dty
     return (rows.detach().to(dtype) @ directions[size, dtype]).to(rows.dtype)
 
 
-def _explained(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]], total: Tensor | None, allowed: float) -> bool:
-    """Whether a parameter's gradient is the sum over its uses."""
+def _norms(found: Tensor, expected: Tensor | None) -> Tensor:
+    """Norms of a difference, and of what was expected."""
+    expected = torch.zeros_like(found) if expected is None else expected.detach().reshape(found.shape)
+    return torch.stack([torch.linalg.vector_norm(t) for t in (found - expected, expected)])
+
+
+def _small(norms: Sequence[float], allowed: float) -> bool:
+    difference, norm = norms
+    return difference <= allowed * (norm if norm > 0 else 1.0)
+
+
+def _over_uses(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]]) -> Tensor:
+    """A parameter's gradient as the sum over its uses, flat."""
     dtype = torch.promote_types(param.dtype, torch.float32)
-    found = torch.zeros(param.numel(), dtype=dtype, device=param.device)
+    plain = [_summed(use, view, g).to(dtype).flatten() for use, view, g in parts if view.index is None]
+    found = sum(plain[1:], plain[0]) if plain else torch.zeros(param.numel(), dtype=dtype, device=param.device)
     for use, view, g in parts:
-        part = _summed(use, view, g).to(dtype).flatten()
-        found = found + part if view.index is None else found.index_add_(0, view.index.flatten(), part)
-    return relative_difference(found, found * 0 if total is None else total.detach().flatten()) <= allowed
+        if view.index is not None:
+            found = found.index_add(0, view.index.flatten(), _summed(use, view, g).to(dtype).flatten())
+    return found
 
 
 def _summed(use: Use, view: View, g: Tensor) -> Tensor:
@@ -111,4 +128,5 @@ def _summed(use: Use, view: View, g: Tensor) -> Tensor:
         total = torch.zeros(a.width + 1, out.shape[-1], dtype=out.dtype, device=out.device)
         return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]
     a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
-    return torch.einsum("mgl,mgr->glr", *((out, a) if use.input_side == "right" else (a, out)))
+    left, right = (out, a) if use.input_side == "right" else (a, out)
+    return left.permute(1, 2, 0) @ right.movedim(0, 1)

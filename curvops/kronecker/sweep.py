@@ -287,7 +287,7 @@ class Sweep:
                 single = self._run(batch, [n], kept, taped=True)
                 if not _agree(single and single.z, tape, [n]):
                     break
-                for total, g in zip(totals, single.gradients(part, (), names, last=True)[1], strict=True):
+                for total, g in zip(totals, single.gradients(part, (), names)[1], strict=True):
                     total += 0 if g is None else g
             else:
                 same = (_same(a, b, tape) for a, b in zip(totals, expected, strict=True))

@@ -141,8 +141,9 @@ class Taps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = self._run(func, args, kwargs)
-        if self._active and (isinstance(out, Tensor) or not is_query(func)):
+        query = is_query(func)
+        out = func(*args, **kwargs) if query else self._run(func, args, kwargs)
+        if self._active and (isinstance(out, Tensor) or not query):
             self._note(func, args, kwargs, out)
         return out
 
@@ -152,7 +153,7 @@ class Taps(TorchFunctionMode):
         rows = [t for t in tensors if t in self.lookups] if self._active else []
         first: Any = args[0] if args else None
         arranged = func in VIEWS and [id(t) for t in parameters + rows] == [id(first)]
-        if rows and not (arranged or func in ADDS or func in CASTS or is_query(func)):
+        if rows and not (arranged or func in ADDS or func in CASTS):
             self.lookups.use(rows)
         if func is COND:
             with self:
@@ -174,7 +175,7 @@ class Taps(TorchFunctionMode):
                 self._remember(out, self._views[id(first)])
             elif first in self.lookups:
                 self.lookups.cast(first, out)
-        elif not is_query(func):
+        else:
             self.unknown(*parameters)
         return out
 

@@ -64,28 +64,32 @@ class Noise:
     ) -> Tensor:
         """Random words of 64 bits."""
         term = torch.arange(num_terms, device=device)
-        if terms_per_datum is None:
-            place, within = torch.full_like(term, self.start), term
-        else:
+        place: Tensor | int = self.start
+        within: Tensor | int = term
+        if terms_per_datum is not None:
             # an empty batch may report no terms per datum
             count = max(terms_per_datum, 1)
-            place, within = self.start + term // count, term % count
-        seed = torch.tensor((self.seed + (1 << 63)) % (1 << 64) - (1 << 63), device=device)
-        root = _absorb(_absorb(seed, 0) ^ stream, 0)
+            place, within = (self.start + term, 0) if count == 1 else (self.start + term // count, term % count)
+        root = _absorb(_absorb(self.seed, 0) ^ stream, 0)
         key = _absorb(_absorb(root, place), within)
-        key = _absorb(key.unsqueeze(-1), torch.arange(mc_samples, device=device))
+        key = _absorb(key.unsqueeze(-1), torch.arange(mc_samples, device=device) if mc_samples > 1 else 0)
         return key if width is None else _absorb(key.unsqueeze(-1), torch.arange(width, device=device))
 
 
-def _absorb(key: Tensor, index: Tensor | int) -> Tensor:
-    """Hash one more component into the key."""
-    word = key + (index + 1) * _GOLDEN
+def _absorb(key: Any, index: Any) -> Any:
+    """Hash one more component into the key; both are words as tensors, or integers."""
+    word = _wrapped(_wrapped(key) + _wrapped((index + 1) * _GOLDEN))
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-        word = (word ^ _shift(word, shift)) * multiplier
+        word = _wrapped((word ^ _shift(word, shift)) * multiplier)
     return word ^ _shift(word, _SHIFTS[-1])
 
 
-def _shift(word: Tensor, bits: int) -> Tensor:
+def _wrapped(word: Any) -> Any:
+    """An integer as a signed word of 64 bits, as tensors are."""
+    return (word + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(word, int) else word
+
+
+def _shift(word: Any, bits: int) -> Any:
     """Shift to the right without copying the sign bit."""
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 

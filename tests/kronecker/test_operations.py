@@ -259,6 +259,24 @@ def test_an_unused_parameter_is_an_exact_zero():
     close(op.inverse(0.5).to_dense()[where, where], 2 * torch.eye(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "use", [lambda e: 0, lambda e: e.sum(), lambda e: (e * 2).sin().sum()], ids=["not", "sum", "sin"]
+)
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_without_entries_has_no_block(kind, mixing, use):
+    """Also where the model mixes the data of a batch, so that parameters are known by their whole gradients."""
+    problem = overdetermined()
+    problem[0].register_parameter("empty", nn.Parameter(torch.ones(0, 4, dtype=torch.float64)))
+    problem[0].register_forward_hook(lambda m, args, z: z - mixing * z.mean(0) / 2 + use(m.empty))
+    op = build(kind, problem)
+    assert all(placed.names != ("empty",) and len(placed.positions) for placed in op.blocks)
+    dense = op.to_dense() + torch.eye(len(op.to_dense()), dtype=torch.float64)
+    close(op.inverse(1.0).to_dense(), torch.linalg.inv(dense), 1e-8)
+    close(op.logdet(1.0), torch.logdet(dense), 1e-9)
+    assert op.eigenpairs(2)[0].shape == (2,) and op.sample(3, 1.0).shape == (len(dense), 3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_have_the_inverse_as_covariance(kind):
     op = build(kind, overdetermined())

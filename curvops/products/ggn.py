@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from curvops.context import quietly
 from curvops.gram import add_gram, mirrored
 from curvops.losses import Factor, Noise, OutputCurvature
 from curvops.products import rules
@@ -81,7 +82,8 @@ class OutputFactorOperator(RiskOperator):
         noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
         product.add_to(expected, noise)
         try:
-            held = HeldRows(product, torch.cat(list(self._rows([product]))))
+            with quietly():
+                held = HeldRows(product, torch.cat(list(self._rows([product]))))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):

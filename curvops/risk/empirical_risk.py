@@ -147,7 +147,8 @@ class EmpiricalRisk:
 
         def add(batch: Batch, walk: Walk) -> None:
             with torch.set_grad_enabled(gradient):
-                value = walk.curvature(self.forward(batch.X), batch).value()
+                z = self.forward(batch.X)
+            value = walk.curvature(z, batch).value()
             total[0] += value.detach()
             if gradient and value.requires_grad:
                 found = gradients(value, list(self.params.values()), allow_unused=True)

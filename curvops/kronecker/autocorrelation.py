@@ -27,15 +27,8 @@ def worthwhile(x: Tensor, kernel: tuple[int, ...]) -> bool:
 def window_moment(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
     """Σ a aᵀ over all windows of stride 1.
 
-    This is an identity, which the tests show for shapes of all kinds: no model needs to prove it.
-
-    Args:
-        x: The map, ``[N, C, H, W]``.
-        kernel: Height and width of the windows; the padded map has at least as many windows each way.
-        padding: Zeros around the map.
-
-    Returns:
-        ``[C · height · width, C · height · width]``.
+    This is an identity, which the tests show for shapes of all kinds: no model needs to prove it. The map is
+    ``[N, C, H, W]`` and has, once padded, as many windows each way as a window has places; each side is C · height · width.
     """
     _, channels, height, width = x.shape
     some = max(1, STRIPS // (kernel[1] * channels * height * width * x.itemsize))

@@ -19,12 +19,8 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
 
     Each datum's cotangent is scaled by a number of its own. A row that belongs to one datum comes back
     scaled by that number; and a parameter is explained if its gradient is the sum over its uses' rows.
-
-    Args:
-        tape: The forward pass; its layouts are set.
-        scale: One number for each datum, all different.
-        spread: The same, spread over the output: of its shape.
-        names: The parameters to look at; those that are not explained are returned, and why.
+    ``spread`` is the ``scale`` of each datum in the shape of the output. The tape's layouts are set; the parameters
+    that are not explained are returned, and why.
     """
     cotangent, every = tape.random_cotangent(), range(len(tape.uses))
     directions: dict[tuple[int, torch.dtype], Tensor] = {}

@@ -49,13 +49,10 @@ class Collection:
     def first(
         self, make: Callable[[], SomeConsumer], *, dense: bool = True, keep: bool = False, together: bool = False
     ) -> tuple[SomeConsumer, dict[Key, Entry]]:
-        """A consumer that took the rows of all passes, and the blocks of whole gradients.
+        """A consumer that took the rows of all passes, and the blocks of whole gradients, ``dense`` or diagonals.
 
-        Args:
-            make: Makes the consumer; again where a batch contradicts an earlier one, so that all begins anew.
-            dense: Whether blocks of whole gradients are more than diagonals.
-            keep: Whether to keep the rows for `again`.
-            together: Whether the backward passes of a forward pass are better taken together.
+        It is made anew where a batch contradicts an earlier one. Rows are kept for `again` if asked to; ``together``
+        says whether the backward passes of a forward pass are better taken together.
         """
         sweep, share = self.sweep, min(self.budget // 4, TOGETHER) if together else 0
         while True:

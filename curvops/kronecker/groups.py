@@ -22,36 +22,25 @@ Roles = list[tuple[int, str]]  # uses of a group, each as its index and "joint",
 class Group:
     """Parameters with one block of the matrix, the weight first.
 
-    Attributes:
-        key: Its identity from batch to batch.
-        kind: ``"linear"`` (gradients are sums of left ⊗ right), ``"vector"`` or ``"whole"`` (the parameter is known
-            by its gradients only).
-        shape: ``(groups, left, right)``; ``(1, size, 1)`` for the others.
-        places: Where the entries of the block sit in the flat vector of all parameters.
-        operation: What the parameters are used by.
-        weight: For a bias that enters with one weight and nowhere else, the weight's group: Σ g gᵀ is the same.
+    Of kind ``"linear"`` gradients are sums of left ⊗ right; a ``"whole"`` parameter is known by its gradients only;
+    the other kind is ``"vector"``. For a bias that enters with one weight and nowhere else, Σ g gᵀ is the weight's.
     """
 
-    key: Key
+    key: Key  # the same from batch to batch
     names: tuple[str, ...]
     kind: str
-    shape: tuple[int, int, int]
-    places: Places
-    operation: str
-    weight: Key | None = None
+    shape: tuple[int, int, int]  # (groups, left, right), or (1, size, 1)
+    places: Places  # of its entries in the flat vector of all parameters
+    operation: str  # what the parameters are used by
+    weight: Key | None = None  # the group of a bias's weight
 
 
 class Grouping:
-    """Assigns uses to groups, the same way in every batch; where a batch does not allow it, `again` is set.
-
-    Attributes:
-        groups: The groups so far.
-        again: Whether a batch contradicts an earlier one, so that the data must be walked again.
-        refuted: Parameters that enter different batches in ways that no block-diagonal form fits, and why.
-    """
+    """Assigns uses to groups, the same way in every batch; where a batch does not allow it, `again` is set."""
 
     def __init__(self, space: TensorSpace, joint: bool) -> None:
         self.space, self.joint = space, joint
+        # parameters that enter different batches in ways that no block-diagonal form fits, and why
         self.refuted: dict[str, str] = {}
         # of weights and biases, what they always come together with, and the side of the inputs; None if there is none
         self._partners: dict[Key, tuple[Key, str] | None] = {}
@@ -61,7 +50,7 @@ class Grouping:
         """Begin anew with what was learnt."""
         self.groups: dict[Key, Group] = {}
         self.of: dict[str, list[Key]] = {}  # the groups that a parameter is seen in by the taps
-        self.again = False
+        self.again = False  # whether the data must be walked again
 
     def assign(self, tape: Tape, names: set[str]) -> dict[Key, Roles]:
         """For each group the uses of a tape that belong to it, of the parameters with these names."""

@@ -71,26 +71,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass, and some of its backward passes.
-
-    Attributes:
-        groups: The groups that it reached, and those of whole gradients.
-        roles: The uses of each group.
-        columns: Gradients at the outputs of the uses in each backward pass.
-        totals: Whole gradients of parameters that are not tapped in each backward pass, ``[size]``.
-        first: Place of the first backward pass among the ``count`` of this forward pass.
-        batch: Place of the batch in the data, and ``datum`` that of the first datum in the batch.
-    """
+    """One forward pass, and some of its backward passes."""
 
     tape: Tape
-    groups: Mapping[Key, Group]
+    groups: Mapping[Key, Group]  # that it reached, and those of whole gradients
     roles: Mapping[Key, Roles]
-    columns: Sequence[Slopes]
-    totals: Sequence[Mapping[Key, Tensor]]
-    first: int
+    columns: Sequence[Slopes]  # of each backward pass
+    totals: Sequence[Mapping[Key, Tensor]]  # whole gradients [size] in each, of parameters that are not tapped
+    first: int  # place of the first backward pass among the ``count`` of this forward pass
     count: int
-    batch: int
-    datum: int
+    batch: int  # its place in the data
+    datum: int  # place of the first datum in the batch
 
     def rows(self) -> Iterator[tuple[Group, list[Rows]]]:
         """The rows of each linear group, a group at a time."""

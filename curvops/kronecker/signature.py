@@ -17,15 +17,10 @@ PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device}
 
 @dataclass(frozen=True)
 class Signature:
-    """The operations of a forward pass: functions, which tensors they take and give, settings, and shapes.
+    """The operations of a forward pass: functions, which tensors they take and give, settings, and shapes."""
 
-    Attributes:
-        size: Number of data.
-        entries: All of it in the order of the calls; tensors by their number, as text.
-    """
-
-    size: int
-    entries: tuple[Any, ...]
+    size: int  # number of data
+    entries: tuple[Any, ...]  # in the order of the calls; tensors by their number, as text
 
     def covers(self, later: Signature) -> bool:
         """Whether another pass makes the same operations, on other data and maybe on another number of them.
@@ -44,15 +39,11 @@ class Signature:
 
 
 class Recording:
-    """Takes down the calls of a forward pass.
+    """Takes down the calls of a forward pass of ``size`` data.
 
-    Args:
-        parameters: Tensors that all passes have in common; others get numbers in the order in which they appear.
-        size: Number of data.
-
-    Attributes:
-        mixes: Whether a result that depends on the data has no axis for them, such as a mean over the batch. How much
-            it mixes them may depend on their values, and no signature shows that.
+    Tensors other than the parameters get numbers in the order in which they appear. It ``mixes`` if a result that
+    depends on the data has no axis for them, such as a mean over the batch: how much it mixes them may depend on their
+    values, and no signature shows that.
     """
 
     def __init__(self, parameters: Iterable[Tensor], size: int) -> None:
@@ -86,11 +77,7 @@ class Recording:
         return born
 
     def add(self, value: Any) -> bool:
-        """Take down an argument, a tensor by its number, and by its shape when it is first seen.
-
-        Returns:
-            Whether it depends on the data.
-        """
+        """Take down an argument, a tensor by its number, at first by its shape too; whether it depends on the data."""
         kind = type(value)
         if kind in PLAIN:
             self._entries.append(value)

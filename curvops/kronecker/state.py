@@ -47,11 +47,7 @@ class Entry:
         raise ValueError(f"expected an entry of a known kind, got {self.kind!r}.")
 
     def combined(self, other: Entry, mine: float, its: float) -> Entry:
-        """``mine`` · this + ``its`` · the other.
-
-        Raises:
-            ValueError: If such entries cannot be combined exactly.
-        """
+        """``mine`` · this + ``its`` · the other; an error if such entries cannot be combined exactly."""
         if self.kind in ("eigen", "product"):
             raise ValueError(
                 "eigenvalues in two different eigenbases, or nearest products, do not add. "
@@ -97,25 +93,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class State:
-    """What a Kronecker operator is made of.
+    """What a Kronecker operator is made of."""
 
-    Attributes:
-        kind: Name of the operator's class.
-        groups: The groups, and what is known of each.
-        count: Denominator of the mean, so that c = 1/count.
-        data: For each parameter the number of data, of batches where the model mixes their data.
-        settings: Options that the state was computed with.
-        averaged: Whether the constant is inside already, after a moving average.
-    """
-
-    kind: str
+    kind: str  # name of the operator's class
     space: TensorSpace
     groups: list[tuple[Group, Entry]]
     reduction: str
-    count: float
-    data: dict[str, int]
-    settings: dict[str, Any] = field(default_factory=dict)
-    averaged: bool = False
+    count: float  # denominator of the mean, so that c = 1/count
+    data: dict[str, int]  # for each parameter the number of data, of batches where the model mixes their data
+    settings: dict[str, Any] = field(default_factory=dict)  # the options
+    averaged: bool = False  # whether the constant is inside already, after a moving average
 
     @property
     def constant(self) -> float:
@@ -143,11 +130,7 @@ class State:
         return placed
 
     def merged(self, other: State) -> State:
-        """The state of both data sets together, exactly.
-
-        Raises:
-            ValueError: If the states are of different kinds, parameters or options, or do not add.
-        """
+        """The state of both data sets together, exactly."""
         if self.averaged or other.averaged:
             raise ValueError(
                 "merge: a moving average no longer knows how many data it stands for. Use moving_average, or merge first."

@@ -42,22 +42,14 @@ class Sweep:
     """Walks the data and yields what the backward passes give.
 
     Each batch is certified. A parameter's rows belong to the data of the ``"batch"``, or each ``"datum"`` is run alone,
-    or the batch is seen as ``"one"`` datum because the model mixes its data.
-
-    Attributes:
-        whole: Parameters that are known by their whole gradients only, and why.
-        reasons: Why each parameter is treated as it is.
-        data: For each parameter the number of data, of batches where these are seen as one.
-        constant: The risk's constant c, after the last batch.
-        size: Number of data so far.
-        forward_passes: Number of forward passes.
-        backward_passes: Number of backward passes to the layers' outputs.
+    or the batch is seen as ``"one"`` datum because the model mixes its data. After the last batch ``constant`` is the
+    risk's c; ``data`` is for each parameter the number of data, of batches where these are seen as one.
     """
 
     def __init__(self, risk: EmpiricalRisk, options: Options) -> None:
         self.risk, self.options = risk, options
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
-        self.whole: dict[str, str] = {}
+        self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
         self.size = self.forward_passes = self.backward_passes = 0
         self.signed = self._planned = self._streamed = False
         self._proofs: list[Proof] = []
@@ -65,9 +57,7 @@ class Sweep:
     def walk(self, title: str, together: int) -> Iterator[Pass]:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
 
-        Args:
-            title: For the progress bar.
-            together: Bytes of output gradients up to which backward passes of one forward pass come together.
+        Backward passes of one forward pass come together up to so many bytes of output gradients.
         """
         self._reset()
         yield from self._passes(title, together)

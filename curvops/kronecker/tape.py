@@ -54,23 +54,16 @@ TOGETHER = Layout(None)
 
 @dataclass
 class Tape:
-    """One forward pass.
+    """One forward pass."""
 
-    Attributes:
-        z: The output, carrying the graph.
-        size: Number of data that rows are attributed to; 1 where a batch that mixes its data is seen as one.
-        precision: The lowest that the model computes in.
-        layouts: For each use the layout of its rows; ``None`` where they could not be attributed.
-    """
-
-    z: Tensor
+    z: Tensor  # the output, carrying the graph
     params: Mapping[str, Tensor]
     taps: Taps
     uses: Sequence[Use]
     signature: Signature
-    size: int
-    precision: torch.dtype
-    layouts: list[Layout | None]
+    size: int  # number of data that rows are attributed to; 1 where a batch that mixes its data is seen as one
+    precision: torch.dtype  # the lowest that the model computes in
+    layouts: list[Layout | None]  # of each use's rows; `None` where they could not be attributed
 
     def gradients(
         self, cotangent: Tensor, uses: Sequence[int], names: Sequence[str] = (), last: bool = False

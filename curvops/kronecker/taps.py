@@ -22,28 +22,16 @@ Rule = Callable[..., Any]  # (taps, function, *args, **kwargs) -> output
 
 
 class Taps(TorchFunctionMode):
-    """Records how each parameter enters a forward pass.
-
-    Args:
-        params: The parameters that the model is run with, by name.
-        rules: How to apply the operations that take parameters, and what to record of it.
-        size: Number of data of the pass.
-
-    Attributes:
-        lookups: Rows of tables that are followed.
-        unknowns: Names of parameters that also enter operations without a rule, and one such operation.
-        data_dependent: Whether which datum a row belongs to may depend on the data's values.
-        precision: The lowest that was computed in.
-    """
+    """Records how each parameter enters a forward pass of ``size`` data; rules say how to apply what takes them."""
 
     def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule], size: int = 1) -> None:
         super().__init__()
         self._rules = rules
         self._uses: list[Use] = []
         self.lookups = Lookups()
-        self.unknowns: dict[str, str] = {}
-        self.data_dependent = False
-        self.precision: torch.dtype | None = None
+        self.unknowns: dict[str, str] = {}  # parameters that also enter operations without a rule, and one such
+        self.data_dependent = False  # whether which datum a row belongs to may depend on the data's values
+        self.precision: torch.dtype | None = None  # the lowest that was computed in
         # a parameter without entries has no gradient to follow
         self._views = {id(p): View(name, (), None, p.shape) for name, p in params.items() if p.numel()}
         self._sizes = {name: p.numel() for name, p in params.items()}

@@ -15,21 +15,13 @@ from curvops.kronecker.autocorrelation import window_moment, window_sum, worthwh
 
 @dataclass(frozen=True)
 class View:
-    """A parameter, or a part or rearrangement of it, as an operation saw it.
-
-    Attributes:
-        name: The parameter.
-        key: Tells views of one parameter apart.
-        index: Place of each entry in the flattened parameter, of the view's shape; ``None`` for the
-            parameter as it is.
-        repeats: Whether it holds an entry several times.
-    """
+    """A parameter, or a part or rearrangement of it, as an operation saw it."""
 
     name: str
-    key: tuple[object, ...]
-    index: Tensor | None
+    key: tuple[object, ...]  # tells views of one parameter apart
+    index: Tensor | None  # place of each entry in the flattened parameter; `None` for the parameter as it is
     shape: torch.Size
-    repeats: bool = False
+    repeats: bool = False  # whether it holds an entry several times
 
 
 @dataclass(frozen=True)
@@ -55,30 +47,18 @@ class LinearUse:
 
     The gradient in the weight, arranged as ``[groups, left, right]``, is Σ_rows left ⊗ right, where one side
     holds the inputs a and the other the gradients g at the outputs.
-
-    Attributes:
-        weight: The weight, or ``None`` for a bias alone.
-        bias: The bias that is added to the same rows, if it is a parameter.
-        edge: Where the gradient at the output is read.
-        inputs: Gives a, ``[*rows, groups, in]``.
-        outputs: Gives g from the gradient at the output, ``[*rows, groups, out]``.
-        input_side: ``"right"`` for a weight stored as out × in, ``"left"`` for in × out.
-        joint: Whether the bias can join the weight by a one that is appended to a.
-        kind: The operation's name.
-        shape: Shape of the output.
-        one_hot: Whether the inputs are unit vectors.
     """
 
     weight: View | None
-    bias: View | None
-    edge: GradientEdge
-    inputs: Callable[[], Rows]
-    outputs: Callable[[Tensor], Tensor]
-    input_side: str
-    joint: bool
-    kind: str
-    shape: torch.Size
-    one_hot: bool = False
+    bias: View | None  # added to the same rows
+    edge: GradientEdge  # where the gradient at the output is read
+    inputs: Callable[[], Rows]  # gives a, [*rows, groups, in]
+    outputs: Callable[[Tensor], Tensor]  # gives g from the gradient at the output, [*rows, groups, out]
+    input_side: str  # "right" for a weight stored as out × in, "left" for in × out
+    joint: bool  # whether the bias can join the weight by a one that is appended to a
+    kind: str  # the operation's name
+    shape: torch.Size  # of the output
+    one_hot: bool = False  # whether the inputs are unit vectors
 
     @cached_property
     def _output_shape(self) -> torch.Size:
@@ -98,21 +78,13 @@ class LinearUse:
 
 @dataclass(frozen=True)
 class VectorUse:
-    """One application of a vector entry by entry, such as a norm's scale.
-
-    Attributes:
-        vector: The parameter.
-        edge: Where the gradient at the output is read.
-        rows: Gives the vector's gradient row by row from the gradient at the output, ``[*rows, size]``.
-        kind: The operation's name.
-        lead: The axes of the rows.
-    """
+    """One application of a vector entry by entry, such as a norm's scale."""
 
     vector: View
     edge: GradientEdge
-    rows: Callable[[Tensor], Tensor]
+    rows: Callable[[Tensor], Tensor]  # gives the vector's gradient from that at the output, [*rows, size]
     kind: str
-    lead: torch.Size
+    lead: torch.Size  # the axes of the rows
 
 
 Use = LinearUse | VectorUse
@@ -144,13 +116,9 @@ def patches(
 
 @dataclass(frozen=True)
 class Windows:
-    """The inputs of a convolution: called, its windows as rows; or their second moment without forming them.
+    """The inputs of a convolution: called, its windows as rows; or their second moment without forming them."""
 
-    Attributes:
-        input: The map, ``[N, C, *space]``.
-    """
-
-    input: Tensor
+    input: Tensor  # the map, [N, C, *space]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]

@@ -12,13 +12,9 @@ from curvops.kronecker.taps import Rule, Taps
 
 
 def _norm(kind: str, weight: int, channels: bool = False, bias: bool = True) -> Rule:
-    """The rule of a norm.
+    """The rule of a norm: the ``weight``-th argument is the scale, the next one the shift (``bias``), if there is one.
 
-    Args:
-        kind: Its name.
-        weight: Place of the scale among the arguments; the shift is the next one.
-        channels: Whether scale and shift run along axis 1, and not along the last axes.
-        bias: Whether there is a shift.
+    They run along axis 1 (``channels``) or along the last axes.
     """
 
     def run(taps: Taps, func: Any, *args: Any, **kwargs: Any) -> Tensor:

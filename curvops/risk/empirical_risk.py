@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from curvops.space import Vector
 from curvops.substitutions import Substitutions, gradients, plain_kernels
 
 _AUTOCAST: ContextVar[Autocast | None] = ContextVar("the caller's autocast state during an evaluation", default=None)
+
+
+class RiskOptions(TypedDict, total=False):
+    """Options of an `EmpiricalRisk`, which every operator takes as well."""
+
+    reduction: str | None
+    progressbar: bool
+    num_data: int | None
+    batch_size_fn: Callable[[Any], int] | None
 
 
 class EmpiricalRisk:

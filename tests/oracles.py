@@ -46,7 +46,7 @@ class Case:
 
     def risk(self, outputs: list[Tensor]) -> Tensor:
         targets = [y for _, y in self.data]
-        return self.total(outputs, targets) if self.total else self.loss(torch.cat(outputs), torch.cat(targets))
+        return self.total(outputs, targets) if self.total else self.loss(torch.cat(outputs), joined(targets))
 
     def truth(self, kind: str) -> Tensor:
         """The matrix; for Kronecker approximations the GGN, whose diagonal or traces they keep."""
@@ -64,8 +64,12 @@ class Case:
 
     def check(self, *kinds: str, op: Any = None, truth: Tensor | None = None) -> None:
         """All that can be asked of operators, or of the one given, against the truth as it is now."""
+        truths = {} if truth is None else dict.fromkeys(("Hessian", "EF", "GGN"), truth)
         for kind in kinds:
-            self._check(kind, self.make(kind) if op is None else op, self.truth(kind) if truth is None else truth)
+            matrix = kind if kind in ("Hessian", "EF") else "GGN"
+            if matrix not in truths:
+                truths[matrix] = self.truth(matrix)
+            self._check(kind, self.make(kind) if op is None else op, truths[matrix])
 
     def _check(self, kind: str, op: Any, truth: Tensor) -> None:
         if kind in KRONECKER:
@@ -73,10 +77,9 @@ class Case:
             close(*(map(self.traces, both) if kind == "EKFAC" else both))
             return
         V = real(len(truth), 3, seed=1)
-        for _ in range(2):
-            close(op @ V[:, 0], truth @ V[:, 0])
         close(op.to_dense(), truth)
-        close(op @ V, truth @ V)
+        for v in (V[:, 0], V):
+            close(op @ v, truth @ v)
         with op.linearized():
             for v in (V[:, 0], V[:, 1], V):
                 close(op @ v, truth @ v)
@@ -248,6 +251,13 @@ def tree(function: Callable[[Tensor], Any], part: Any) -> Any:
     if isinstance(part, dict):
         return {key: tree(function, value) for key, value in part.items()}
     return tuple(tree(function, value) for value in part) if isinstance(part, tuple) else function(part)
+
+
+def joined(parts: Any) -> Any:
+    """The targets of batches, or what stands in their place, as those of one batch."""
+    if isinstance(parts[0], tuple):
+        return tuple(map(joined, zip(*parts, strict=True)))
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] and [t for part in parts for t in part]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -173,7 +173,7 @@ class LossWalk:
                 if independent and total.requires_grad and mean.requires_grad:
                     tensors = [z, *_read(total, z)]
                     slopes = torch.autograd.grad(total, tensors, retain_graph=True, materialize_grads=True)
-                    scaled = torch.autograd.grad(mean * count, tensors, retain_graph=True, materialize_grads=True)
+                    scaled = torch.autograd.grad(mean, tensors, count, retain_graph=True, materialize_grads=True)
                     if any(_unequal(a, b) for a, b in zip(slopes, scaled, strict=True)):
                         raise ValueError(
                             f"{self._loss.name!r}: what its mean divides by depends on the model's output or on tensors "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from curvops.context import quietly
 from curvops.gram import add_gram, mirrored
 from curvops.losses import Factor, Noise, OutputCurvature
 from curvops.products import rules
@@ -53,13 +54,14 @@ class OutputFactorOperator(RiskOperator):
         if self._rows_pay(product, columns):
             name = "rows Sᵀ J by vmap over the data"
             return name, (self._matrix if rows is None else lambda products: self._by_rows(products, rows))
-        if rows is not None and rules.together_pays(columns, product.record.work):
+        if rows is not None and rules.together_pays(columns, product.record.work, product.record.dear):
             return "J v and Jᵀ u by vmap", lambda products: self._columns(products, rows)
         return None
 
     def _rows_pay(self, product: BatchProduct, columns: int) -> bool:
-        curvature, data = product.curvature, product.batch.size
-        if columns < 2 or curvature.terms_per_datum is None:
+        """Whether the rows Sᵀ J pay for so many columns; for 0 of them, whether they are kept for any number."""
+        curvature, data, work = product.curvature, product.batch.size, product.record.work
+        if columns == 1 or curvature.terms_per_datum is None:
             return False
         try:
             width = self._factor(curvature, product.batch.start).num_columns
@@ -67,17 +69,21 @@ class OutputFactorOperator(RiskOperator):
             return False  # a loss that is not convex in the output has products, but no factor
         rows = data * curvature.terms_per_datum * width
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
-        fits = max(rows * self.domain.dim, spread) * self.dtype.itemsize <= self._budget()
-        return fits and rules.rows_pay(columns, rows, self.domain.dim, data, product.record.work)
+        if max(rows * self.domain.dim, spread) * self.dtype.itemsize > self._budget():
+            return False
+        if not columns:
+            return rules.kept_rows_pay(rows, self.domain.dim, work)
+        return rules.rows_pay(columns, rows, self.domain.dim, data, work)
 
     def _hold(self, product: BatchProduct) -> BatchProduct:
-        if not self._rows_pay(product, rules.MANY):
+        if not self._rows_pay(product, 0):
             return product
         expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
         product.add_to(expected, noise)
         try:
-            held = HeldRows(product, torch.cat(list(self._rows([product]))))
+            with quietly():
+                held = HeldRows(product, torch.cat(list(self._rows([product]))))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):

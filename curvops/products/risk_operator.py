@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import Unpack
 
 from curvops.context import quietly
 from curvops.losses import OutputCurvature
@@ -22,7 +23,7 @@ from curvops.products.kept import Kept
 from curvops.products.record import Recorder
 from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
 from curvops.risk.model import ModelFunction
 
 Fast = Callable[[Sequence[BatchProduct]], Tensor]
@@ -37,14 +38,13 @@ class RiskOperator(LinearOperator):
         loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
         params: Parameters by name: the module's own tensors, any subset of them.
         data: Iterable of ``(X, y)`` that can be walked again.
-        progressbar: Show a progress bar over the batches (needs ``tqdm``).
         check_deterministic: Compare two passes over the data, and the derivatives of second order with
             central differences on a few data, before anything is computed.
-        num_data: Number of data, if known; it is compared with what the loader yields.
-        batch_size_fn: Number of data in ``X`` where it cannot be seen.
-        reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
         memory_budget: Bytes that intermediate results may take, and graphs inside `linearized`; a quarter of the
             free memory if not given.
+        options: ``reduction`` (``"mean"`` or ``"sum"``, for losses that do not say it themselves), ``progressbar``
+            (over the batches; needs ``tqdm``), ``num_data`` (compared with what the loader yields),
+            ``batch_size_fn`` (number of data in ``X`` where it cannot be seen).
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -58,23 +58,11 @@ class RiskOperator(LinearOperator):
         params: Mapping[str, Tensor],
         data: Iterable[tuple[Any, Any]],
         *,
-        progressbar: bool = False,
         check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        reduction: str | None = None,
         memory_budget: int | None = None,
+        **options: Unpack[RiskOptions],
     ) -> None:
-        risk = EmpiricalRisk(
-            model_func,
-            loss_func,
-            params,
-            data,
-            reduction=reduction,
-            progressbar=progressbar,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
-        )
+        risk = EmpiricalRisk(model_func, loss_func, params, data, **options)
         self._set(risk, memory_budget)
         if check_deterministic:
             check(risk)

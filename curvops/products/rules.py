@@ -11,7 +11,7 @@ CHUNK = 64  # columns that go together at most
 SMALL = 4_000_000  # multiplications and additions of a batch below which the operations' overhead rules
 LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many columns
 LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
-MANY = 64  # products that whoever opens `linearized` is taken to want
+FEW_ROWS = 2**20  # entries of rows that are read in no time
 
 
 def matrix_pays(columns: int, parameters: int) -> bool:
@@ -19,9 +19,12 @@ def matrix_pays(columns: int, parameters: int) -> bool:
     return columns >= TOGETHER and 4 * columns >= parameters and parameters <= LARGEST_MATRIX
 
 
-def together_pays(columns: int, work: int) -> bool:
-    """Whether columns go together, rather than one by one over a batch's graph."""
-    return columns >= TOGETHER and work <= SMALL
+def together_pays(columns: int, work: int, dear: bool = False) -> bool:
+    """Whether columns go together, rather than one by one over a batch's graph.
+
+    Products with J and Jᵀ do so in larger batches, too, if these have operations that are ``dear`` one by one.
+    """
+    return columns >= TOGETHER and work <= (16 * SMALL if dear else SMALL)
 
 
 def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> bool:
@@ -36,6 +39,15 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> 
         # overhead rules: a batched backward pass against one for each column
         return rows <= 2 * data * columns
     return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
+
+
+def kept_rows_pay(rows: int, parameters: int, work: int) -> bool:
+    """Whether the rows Sᵀ J of a batch are kept for many products instead of its graph.
+
+    A product with one vector reads them twice, which takes as long as about five times as many operations of a graph.
+    """
+    size = rows * parameters
+    return size <= LARGEST_ROWS and (size <= FEW_ROWS or 5 * size < work)
 
 
 def forward_mode_pays(record: Recorder) -> bool:

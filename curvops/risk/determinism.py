@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,6 @@ from curvops.space import describe
 from curvops.substitutions import gradients
 from curvops.tree import tensors_of
 
-CHUNK, PROJECTIONS = 2**16, 8  # entries of a gradient that are projected together, and onto how many numbers
-
 
 @dataclass
 class Pass:
@@ -28,7 +26,7 @@ class Pass:
     Attributes:
         fingerprints: Of each batch.
         value: The sum of the loss terms.
-        gradient: Random projections of their gradient.
+        gradient: Their gradient, ``[D]``.
         linear: Whether the loss of each batch is linear in the output.
     """
 
@@ -57,32 +55,19 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:
-    zero = torch.tensor(0.0, device=risk.space.device)
-    seen = Pass([], zero, zero, [])
-    shape, generator = (min(CHUNK, max(risk.space.dim, 1)), PROJECTIONS), torch.Generator().manual_seed(0)
-    directions = torch.randn(shape, generator=generator).to(risk.space.device, risk.space.sum_dtype)
-    leaves = list(risk.params.values())
+    zero = torch.zeros(1 + risk.space.dim, dtype=risk.space.sum_dtype, device=risk.space.device)
+    seen = Pass([], zero[0], zero[1:], [])
     with risk.walk("Determinism check") as walk:
         for batch in walk:
             seen.fingerprints.append(_fingerprint(batch))
             curvature = walk.curvature(risk.forward(batch.X), batch)
             value = curvature.value()
-            seen.value = seen.value + value.detach()
+            seen.value += value.detach()
             seen.linear.append(curvature.linear)
             if value.requires_grad:
-                found = gradients(value, leaves, allow_unused=True)
-                seen.gradient = seen.gradient + _projected(found, leaves, directions)
+                risk.space.join(gradients(value, list(risk.params.values()), allow_unused=True), seen.gradient)
         _ = walk.constant
     return seen
-
-
-def _projected(found: Sequence[Tensor | None], leaves: Sequence[Tensor], directions: Tensor) -> Tensor:
-    """Random projections ``[pieces, PROJECTIONS]`` of a gradient."""
-    rows = []
-    for slope, leaf in zip(found, leaves, strict=True):
-        for part in (torch.zeros_like(leaf) if slope is None else slope).detach().flatten().split(len(directions)):
-            rows.append(part.to(directions.dtype) @ directions[: len(part)])
-    return torch.stack(rows)
 
 
 def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[str]:

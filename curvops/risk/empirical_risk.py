@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from curvops.space import Vector
 from curvops.substitutions import Substitutions, gradients, plain_kernels
 
 _AUTOCAST: ContextVar[Autocast | None] = ContextVar("the caller's autocast state during an evaluation", default=None)
+
+
+class RiskOptions(TypedDict, total=False):
+    """Options of an `EmpiricalRisk`, which every operator takes as well."""
+
+    reduction: str | None
+    progressbar: bool
+    num_data: int | None
+    batch_size_fn: Callable[[Any], int] | None
 
 
 class EmpiricalRisk:
@@ -147,7 +156,8 @@ class EmpiricalRisk:
 
         def add(batch: Batch, walk: Walk) -> None:
             with torch.set_grad_enabled(gradient):
-                value = walk.curvature(self.forward(batch.X), batch).value()
+                z = self.forward(batch.X)
+            value = walk.curvature(z, batch).value()
             total[0] += value.detach()
             if gradient and value.requires_grad:
                 found = gradients(value, list(self.params.values()), allow_unused=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
 from curvops.products import rules
+from curvops.products.batch import HeldRows
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
 
@@ -36,7 +37,7 @@ def make(cls, budget=None, sizes=(2, 4)):
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("cls", KINDS)
 def test_the_model_runs_once_for_each_batch(cls, rows, monkeypatch):
-    monkeypatch.setattr(rules, "rows_pay", lambda *_: rows)
+    monkeypatch.setattr(rules, "kept_rows_pay", lambda *_: rows)
     model, op, p = make(cls)
     v, V = draws(p.dim), draws(p.dim, 3)
     expected, columns = op @ v, op @ V
@@ -49,13 +50,15 @@ def test_the_model_runs_once_for_each_batch(cls, rows, monkeypatch):
             close(op @ V, columns)
         close(op.to_dense() @ v, expected)
         assert model.calls == 0 and "2 of 2 batches kept" in op.explain()
+        held = rows and cls is not HessianLinearOperator
+        assert all(isinstance(product, HeldRows) == held for product in op._kept._products.values())
     op @ v
     assert model.calls >= 2
 
 
 @pytest.mark.parametrize("cls", KINDS)
 def test_what_exceeds_the_budget_is_computed_anew(cls, monkeypatch):
-    monkeypatch.setattr(rules, "rows_pay", lambda *_: False)
+    monkeypatch.setattr(rules, "kept_rows_pay", lambda *_: False)
     model, op, p = make(cls, sizes=(2, 2, 2))
     v = draws(p.dim)
     expected = op @ v

@@ -36,13 +36,13 @@ def by_autograd(p):
 @pytest.fixture
 def always(monkeypatch):
     """All fast ways, whatever the rules say."""
-    for name in ("matrix_pays", "together_pays", "rows_pay", "forward_mode_pays"):
+    for name in ("matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"):
         monkeypatch.setattr(rules, name, lambda *_: True)
     monkeypatch.setattr(rules, "FEW", 2)
 
 
 def never(monkeypatch):
-    for name in ("matrix_pays", "together_pays", "rows_pay", "forward_mode_pays"):
+    for name in ("matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"):
         monkeypatch.setattr(rules, name, lambda *_: False)
     monkeypatch.setattr(rules, "LARGEST_MATRIX", 0)
 
@@ -59,7 +59,7 @@ def test_all_ways_give_the_same(cls, problem, monkeypatch):
         assert "vmap" not in text and "by layer" not in text
     if cls is HessianLinearOperator:
         close(expected, by_autograd(p))
-    for name in ("matrix_pays", "together_pays", "rows_pay", "forward_mode_pays"):
+    for name in ("matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"):
         with monkeypatch.context() as patch:
             never(patch)
             patch.setattr(rules, "LARGEST_MATRIX", 4096)

@@ -50,10 +50,16 @@ MIXING = {
 
 
 @pytest.mark.parametrize("way", MIXING)
-def test_the_second_operator_of_a_model(way):
+def test_the_second_operator_of_a_model_and_of_a_risk(way):
     case = Case(Model(MIXING[way]), CE, data(6))
     case.make("KFAC").to_dense()
     case.check("EKFAC", "GGNDiagonal", "EKFAC", "GGN")
+    case.data = data()
+    risk = EmpiricalRisk(case.model, case.loss, case.params, case.data)
+    EKFACLinearOperator.of(risk, fisher_type="mc").to_dense()
+    case.check("EKFAC", op=EKFACLinearOperator.of(risk, fisher_type="type-2"))
+    case.check("GGNDiagonal", op=GGNDiagonalLinearOperator.of(risk, fisher_type="type-2"))
+    case.check("Hessian", op=HessianLinearOperator.of(risk))
 
 
 @pytest.mark.parametrize("i, j", list(itertools.combinations(range(6), 2)))
@@ -63,16 +69,6 @@ def test_one_datum_in_the_output_of_another(i, j):
         mix = torch.eye(6)
         mix[pair] = 0.5
         Case(Model(lambda n, X, mix=mix: n.b(mix @ n.a(X).tanh())), CE, data(6, 6)).check("EKFAC")
-
-
-@pytest.mark.parametrize("way", MIXING)
-def test_operators_of_one_risk(way):
-    case = Case(Model(MIXING[way]), CE, data())
-    risk = EmpiricalRisk(case.model, case.loss, case.params, case.data)
-    EKFACLinearOperator.of(risk, fisher_type="mc").to_dense()
-    case.check("EKFAC", op=EKFACLinearOperator.of(risk, fisher_type="type-2"))
-    case.check("GGNDiagonal", op=GGNDiagonalLinearOperator.of(risk, fisher_type="type-2"))
-    case.check("Hessian", op=HessianLinearOperator.of(risk))
 
 
 CIRCULANT = (torch.arange(4)[:, None] - torch.arange(3)) % 4
@@ -119,6 +115,7 @@ INDEXED = {
 
 
 @pytest.mark.parametrize("way, kind", rotate(INDEXED, *IMPLICIT))
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of `take` under vmap
 def test_weights_with_repeats(way, kind):
     shape, forward = INDEXED[way]
     Case(Model(forward, w=real(*shape, seed=3)), CE, data()).check(*KRONECKER, kind)

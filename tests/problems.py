@@ -1,7 +1,5 @@
 """Small problems in double precision: models, losses and data that every operator must handle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,8 +121,6 @@ def norms():
 
 
 class Odd(nn.Module):
-    """Tied, frozen, unused, scalar, reused and free parameters, and a weight under a parametrization."""
-
     def __init__(self) -> None:
         super().__init__()
         self.tied = nn.Linear(3, 3, bias=False)
@@ -208,8 +204,6 @@ def positions_mean():
 
 
 class Interrupting:
-    """A loader that raises in the middle of a pass while an error is set."""
-
     def __init__(self, batches: list[tuple[Any, Any]]) -> None:
         self.batches, self.error = batches, None
 

@@ -27,7 +27,6 @@ PLAIN = ["mlp", "cnn", "ce_all_mean", "ce_soft_all_mean", "bce_weight_sum", "mse
 
 
 def flat(problem):
-    """Parameters as one vector, and back."""
     params = problem.params
     start = torch.cat([p.detach().flatten() for p in params.values()])
 
@@ -39,7 +38,6 @@ def flat(problem):
 
 
 def outputs(problem, plain=False):
-    """The model's output, and its Jacobian in all parameters."""
     start, named = flat(problem)
     with nullcontext() if plain else substitutions():
         J = jacobian(lambda vector: functional_call(problem.model, named(vector), (problem.X,)), start)

@@ -30,8 +30,6 @@ class Cubed(Function):
 
 
 class Doubled(Function):
-    """x², whose gradient is wrong by a factor."""
-
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -100,7 +98,6 @@ def test_right_derivatives_pass(function):
 
 
 def test_no_verdict_at_kinks():
-    """A jump of the gradient between the steps makes them disagree."""
     at = torch.tensor([0.0, 1.0]).double()
     assert compare(torch.zeros(2).double(), lambda step: (at + step).sign()).error is None
     assert compare(at, lambda step: at * step + (abs(step) ** 0.5)).error is not None  # even parts cancel

@@ -24,7 +24,6 @@ GLOBAL = {}
 
 
 def net_with(reach):
-    """A net that reaches the weight of its second layer in a way of its own."""
     net = Net()
     second = reach(net)
     net.forward = lambda X: second(net.a(X).tanh())
@@ -129,7 +128,6 @@ def test_cached_parametrizations(kind):
 
 
 def test_other_parameters():
-    """Frozen ones; some that a function reaches past its arguments; some that are no part of the module."""
     net, hidden = net_with(REACH["plain list"]), nn.Linear(4, 3)
     net.b.requires_grad_(False)
     Case(net, CE, data(), params={"b.weight": net.b.weight, "a.bias": net.a.bias}).check(*KINDS)

@@ -103,7 +103,6 @@ def normed(norm):
 
 @pytest.mark.parametrize("kind", [*KINDS, "KFAC"])
 def test_batch_norm(kind):
-    """In train mode it is warned of; the usual is passed over in silence."""
     for stats in (True, False):
         case = normed(nn.BatchNorm1d(4, track_running_stats=stats))
         with pytest.warns(Warning, match="(?i)batch.?norm"):

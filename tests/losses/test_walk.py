@@ -235,25 +235,6 @@ def test_a_loss_that_updates_its_buffers_keeps_them(randn):
     assert not loss.centre.any() and loss.calls == 0
 
 
-def test_a_mean_whose_divisor_depends_on_the_output_is_refused(randn):
-    def loss(z, y, reduction="mean"):
-        return z.square().sum() / (1 if reduction == "sum" else z.exp().sum())
-
-    with pytest.raises(ValueError, match="divides by depends on the model's output"):
-        walked(output_loss(loss), [(randn(1, 3), None, 1)])
-
-
-def test_flattened_positions_of_unequal_number_are_refused(randn, randint):
-    def loss(z, y):
-        return F.cross_entropy(z, y)
-
-    batches = [(randn(3 * r, 5), randint(5, 3 * r), 3) for r in (2, 4)]
-    with pytest.raises(ValueError, match=NOT_A_SUM):
-        walked(output_loss(loss, "mean"), batches)
-    with pytest.raises(ValueError, match=UNSEEN):  # positions that are not equally many within a batch
-        walked(output_loss(loss, "mean"), [(randn(5, 5), randint(5, 5), 3)] * 2)
-
-
 FORMATS = {
     "tuple": (lambda y, w: (y, w), lambda t: t),
     "list": (lambda y, w: [y, w], lambda t: t),
@@ -301,14 +282,6 @@ def test_masked_means_are_refused_in_any_format(form, randn, randint, rand):
         walked(output_loss(masked(read), "mean"), batches(between, 4, 4))
 
 
-def test_long_batches_whose_first_data_look_alike(randn, randint):
-    z, y = randn(40, 3), randint(3, 40)
-    w = torch.ones(40, dtype=torch.float64)
-    w[33] = 0.0
-    with pytest.raises(ValueError, match=NOT_A_SUM):
-        walked(output_loss(masked(lambda t: t), "mean"), cut(z, (y, w), 20, 20))
-
-
 def weighted_fit(z, target):
     y, w = target
     return ((z - y).square().mean(1) * w).sum() / w.sum()
@@ -338,10 +311,8 @@ REFUSED = {
     "weights, perfect fit": (weighted_fit, Z, (Z.clone(), RISING), "mean"),
     # neither gradient nor curvature is there: other outputs tell
     "weights beyond the margin": (weighted_margin, FAR, (torch.arange(4), RISING), "mean"),
-    "squared sum": (lambda z, y: z.sum(0).square().sum(), Z, None, "sum"),
     "centred": (lambda z, y: (z - z.mean(0)).square().sum(), Z, None, "sum"),
     "variance": (lambda z, y: (z - z.mean(0)).square().mean(), Z, None, "mean"),
-    "mean that is called a sum": (lambda z, y: F.cross_entropy(z, y), Z, LABELS, "sum"),
     "divided by no sum": (root, Z, None, None),
     "squaring hook": (hooked("forward"), Z, LABELS, None),
     "deaf to its reduction": (Deaf(), Z, LABELS, None),
@@ -351,6 +322,32 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_sum_is_refused_however_it_is_cut(name):
     refused(*REFUSED[name], match=f"{NOT_A_SUM}.* mixes data, or divides by .* lambda z, y: loss")
+
+
+def own_mean(z, y):
+    return F.cross_entropy(z, y)
+
+
+def divided(z, y, reduction="mean"):
+    return z.square().sum() / (1 if reduction == "sum" else z.exp().sum())
+
+
+WEIGHTS = torch.ones(40).double().index_fill(0, torch.tensor(33), 0)
+SPARSE = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(40) % 3
+UNEQUAL = {
+    "a divisor of the output": (divided, None, [(Z[:1], None, 1)], "divides by depends on the model's output"),
+    "flattened positions, 1 and 2": (own_mean, "mean", [(Z[:2], LABELS[:2], 2), (Z, LABELS, 2)], NOT_A_SUM),
+    "flattened positions, 2 and 1": (own_mean, "mean", [(Z[:3], LABELS[:3], 2)] * 2, UNSEEN),
+    # the few that stand for a batch are compared with the rest of it, too
+    "long and alike at first": (masked(lambda t: t), "mean", cut(SPARSE[0], (SPARSE[1], WEIGHTS), 20, 20), NOT_A_SUM),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_unequal_batches_are_refused(name):
+    loss, reduction, batches, match = UNEQUAL[name]
+    with pytest.raises(ValueError, match=match):
+        walked(output_loss(loss, reduction), batches)
 
 
 def test_what_looks_like_these_is_accepted():

@@ -48,18 +48,20 @@ def test_outputs_that_are_no_tensor(model, cls, wrap, kind, hint):
 
 def test_wrong_parameters(model, cls):
     params = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"has no parameter 'other'; it has '0\.weight'"):
-        make(cls, model, {**params, "other": torch.zeros(3).double()})
-    with pytest.raises(ValueError, match=r"'0\.bias' and 'other' are one tensor"):
-        make(cls, model, {**params, "other": params["0.bias"]})
-    with pytest.raises(ValueError, match=r"'0\.weight', .* are not the tensors of the module Sequential"):
-        make(cls, model, {name: p.detach().clone() for name, p in params.items()})
-    with pytest.raises(TypeError, match="expected a dict of named tensors, got list"):
-        make(cls, model, list(params.values()))
-    with pytest.raises(TypeError, match="expected a dict of named tensors, got generator"):
-        make(cls, model, model.parameters())
-    with pytest.raises(ValueError, match="empty dict"):
-        make(cls, model, {})
+    for wrong, error, message in (
+        ({**params, "other": torch.zeros(3).double()}, ValueError, r"has no parameter 'other'; it has '0\.weight'"),
+        ({**params, "other": params["0.bias"]}, ValueError, r"'0\.bias' and 'other' are one tensor"),
+        (
+            {n: p.detach().clone() for n, p in params.items()},
+            ValueError,
+            r"'0\.weight', .* are not the tensors of the module Sequential",
+        ),
+        (list(params.values()), TypeError, "expected a dict of named tensors, got list"),
+        (model.parameters(), TypeError, "expected a dict of named tensors, got generator"),
+        ({}, ValueError, "empty dict"),
+    ):
+        with pytest.raises(error, match=message):
+            make(cls, model, wrong)
     with pytest.raises(TypeError, match=r"expected a module or a function \(params, X\), got int"):
         make(cls, 3, params)
 

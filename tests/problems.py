@@ -1,7 +1,5 @@
 """Small problems in double precision: models, losses and data that every operator must handle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,8 +121,6 @@ def norms():
 
 
 class Odd(nn.Module):
-    """Tied, frozen, unused, scalar, reused and free parameters, and a weight under a parametrization."""
-
     def __init__(self) -> None:
         super().__init__()
         self.tied = nn.Linear(3, 3, bias=False)
@@ -207,9 +203,18 @@ def positions_mean():
     return model, nn.CrossEntropyLoss(WEIGHT[:2], label_smoothing=0.1), X, y
 
 
-class Interrupting:
-    """A loader that raises in the middle of a pass while an error is set."""
+def custom(name, forward, backward):
+    """An `autograd.Function` of that name, whose backward is given the gradient and the inputs."""
 
+    def save(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return forward(*inputs)
+
+    methods = {"forward": save, "backward": lambda ctx, g: backward(g, *ctx.saved_tensors)}
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()}).apply
+
+
+class Interrupting:
     def __init__(self, batches: list[tuple[Any, Any]]) -> None:
         self.batches, self.error = batches, None
 

@@ -1,7 +1,5 @@
 """Every operator on every problem passes the conformance suite."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np
@@ -11,6 +9,11 @@ from conformance import ALGEBRA, KRONECKER, OPERATORS, RISK, SOME, Untouched, cl
 from problems import LOSSES, PROBLEMS, Interrupting, N
 
 CUTS = [(N,), (1, 3, 2), (1,) * N]
+
+
+@pytest.fixture(params=SOME)
+def operator(request):
+    return request.param
 
 
 def make(name, problem, *sizes, **options):
@@ -37,36 +40,25 @@ PAIRS = [
     for loss in LOSSES
     for operator in [*RISK, *KRONECKER]
     if operator in RISK or loss in FEW_LOSSES or (operator in SOME and "mean" in loss)
-]
+] + [(operator, problem) for operator in SOME if operator not in ALGEBRA for problem in PROBLEMS]
 
 
-def tolerance(operator):
+def tolerance(operator, problem):
     """KFOC iterates until it changes little, so that rounding may cost or save it a step."""
-    return 1e-6 if operator.startswith("kfoc") else 1e-10
+    return 1e-6 if operator.startswith("kfoc") else 1e-9 if problem in PROBLEMS else 1e-10
 
 
-@pytest.mark.parametrize("operator,loss", PAIRS)
-def test_batches_do_not_matter(operator, loss):
-    p = LOSSES[loss]()
+@pytest.mark.parametrize("operator,problem", PAIRS)
+def test_batches_do_not_matter(operator, problem):
+    p = (LOSSES | PROBLEMS)[problem]()
     one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
     v = draws(p.dim, 2)
     for op in others:
-        close(op @ v, one @ v, tolerance(operator))
-    close(others[0].to_dense(), one.to_dense(), tolerance(operator))
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("operator", [name for name in SOME if name not in ALGEBRA])
-def test_batches_do_not_matter_for_any_model(operator, problem):
-    p = PROBLEMS[problem]()
-    one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
-    v = draws(p.dim, 2)
-    for op in others:
-        close(op @ v, one @ v, max(1e-9, tolerance(operator)))
+        close(op @ v, one @ v, tolerance(operator, problem))
+    close(others[0].to_dense(), one.to_dense(), tolerance(operator, problem))
 
 
 @pytest.mark.parametrize("problem", [*PROBLEMS, "train"])
-@pytest.mark.parametrize("operator", SOME)
 def test_the_caller_is_untouched(operator, problem):
     p = PROBLEMS["norms" if problem == "train" else problem]()
     if problem == "train":
@@ -85,7 +77,6 @@ def test_the_caller_is_untouched(operator, problem):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()])
-@pytest.mark.parametrize("operator", SOME)
 def test_a_failure_in_the_middle_leaves_nothing_behind(operator, error):
     p = PROBLEMS["mlp"]()
     loader = Interrupting(p.data(2, 2, 2))
@@ -103,19 +94,6 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(operator, error):
     close(op.to_dense() @ v, op @ v)
 
 
-@pytest.mark.parametrize("operator", SOME)
-def test_a_failure_in_the_model_leaves_nothing_behind(operator):
-    p = PROBLEMS["mlp"]()
-    op = None if operator in KRONECKER else make(operator, p, 2, 4)
-    fail = p.model[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("out of range")))
-    with Untouched(p.model), pytest.raises(ValueError, match="out of range"):
-        (make(operator, p, 2, 4) if op is None else op) @ draws(p.dim)
-    fail.remove()
-    op = make(operator, p, 2, 4) if op is None else op
-    close(op @ draws(p.dim), make(operator, p, 2, 4) @ draws(p.dim))
-
-
-@pytest.mark.parametrize("operator", SOME)
 def test_callers_without_gradients(operator):
     p = PROBLEMS["mlp"]()
     expected = make(operator, p, 2, 4) @ draws(p.dim)

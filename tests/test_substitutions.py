@@ -31,7 +31,6 @@ def real(*shape, seed=0):
 
 
 def bag(mode, *inputs, weights=False, **options):
-    """Embedding bags as a function of the table, and of the weights of the samples."""
     leaves = (real(5, 3), real(*inputs[0].shape, seed=1))[: 1 + weights]
     bags, *offsets = inputs
     return lambda w, s=None: F.embedding_bag(bags, w, *offsets, mode=mode, per_sample_weights=s, **options), leaves
@@ -157,7 +156,6 @@ def test_second_derivative(name):
     flat = torch.cat([t.flatten() for t in inputs])
 
     def value(*leaves):
-        """A smooth scalar of what the function gives."""
         out = function(*leaves)
         return (out * weights(out)).tanh().sum()
 

@@ -10,7 +10,6 @@ def gradient(total, z):
 
 
 def hessian(total, z):
-    """The Hessian as a matrix over the flattened output."""
     columns = torch.autograd.functional.hessian(total, z.detach(), vectorize=True)
     return columns.reshape(z.numel(), z.numel())
 
@@ -51,8 +50,6 @@ def check_factor(factor):
 
 
 def check_closed_form(loss, torch_loss, z, y, batch_size):
-    """Value, gradient, Hessian product and exact factor against autograd."""
-
     def total(z):
         return torch_loss(z, y)
 

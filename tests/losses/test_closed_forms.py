@@ -160,22 +160,6 @@ def test_sampled_factor_approaches_the_hessian(name, randn, rand, randint):
     check_factor(curvature.factor("mc", 3, Noise(0, 0)))
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss(), nn.HuberLoss()],  # the last has equal eigenvalues
-    ids=lambda loss: type(loss).__name__,
-)
-def test_noise_belongs_to_the_datum(loss, randn, rand, randint):
-    z, y = randn(5, 4, 3), randint(4, 5, 3) if isinstance(loss, nn.CrossEntropyLoss) else rand(5, 4, 3)
-    asked = output_loss(loss)
-    whole = asked.curvature(z, y, 5).factor("mc", 2, Noise(1, 0)).dense()
-    parts = [
-        asked.curvature(z[a:b], y[a:b], b - a).factor("mc", 2, Noise(1, a)).dense() for a, b in ((0, 2), (2, 3), (3, 5))
-    ]
-    tolerance = 1e-14 if isinstance(loss, nn.HuberLoss) else 0
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=tolerance)
-
-
 def test_sampled_factor_is_the_gradient_at_sampled_labels(randn, randint):
     z, y = randn(3, 4, 2), randint(4, 3, 2)
     y[1, 1] = -100
@@ -255,53 +239,30 @@ def test_vocabulary_stays_linear():
     assert curvature.factor("mc", 2, Noise(0, 0)).product(z).shape == z.shape
 
 
-@pytest.mark.parametrize(
-    "z_shape,y,message",
-    [
-        ((3, 4), torch.tensor([0, 4, 1]), "labels from 0 to 3 or ignore_index=-100, got 4"),
-        ((3, 4), torch.tensor([0, -1, 1]), "got -1"),
-        ((3, 4), torch.zeros(2, dtype=torch.long), r"labels of shape \(3,\)"),
-        ((3, 4), torch.zeros(3, 4, dtype=torch.long), "integer labels"),
-        ((3, 4), torch.zeros(3, 5), "probabilities of shape"),
-        ((3, 4), torch.zeros(3, dtype=torch.bool), "got torch.bool"),
-        ((3, 4), -torch.ones(3, 4), "non-negative sum"),
-        ((), torch.tensor(0), "class axis"),
-    ],
-)
-def test_rejects_classes_that_do_not_fit(z_shape, y, message):
-    with pytest.raises(ValueError, match=message):
-        output_loss(nn.CrossEntropyLoss()).curvature(torch.zeros(z_shape), y, 3)
-
-
-@pytest.mark.parametrize("option", ["weight", "pos_weight"])
-def test_rejects_a_batch_axis(option, rand):
-    for shape, weight, message in (
-        ((4, 3), (4, 3), f"the {option} of shape .* batch axis"),
-        ((4, 3), (4, 1), f"the {option} of shape .* batch axis"),
-        ((4,), (4,), "batch axis"),
-        ((4, 3), (4,), f"a {option} that broadcasts"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            output_loss(nn.BCEWithLogitsLoss(**{option: rand(*weight)})).curvature(rand(*shape), rand(*shape), 4)
-
-
-@pytest.mark.parametrize(
-    "make,message",
-    [
-        (lambda: nn.CrossEntropyLoss(weight=-CLASSES), "non-negative class weights"),
-        (lambda: nn.CrossEntropyLoss(label_smoothing=1.5), "label_smoothing between 0 and 1"),
-        (lambda: nn.BCEWithLogitsLoss(weight=-WEIGHT), "non-negative weight"),
-        (lambda: nn.BCEWithLogitsLoss(pos_weight=-WEIGHT), "non-negative pos_weight"),
-    ],
-)
-def test_rejects_options_at_the_door(make, message):
-    with pytest.raises(ValueError, match=message):
-        output_loss(make())
+LABELLED = nn.CrossEntropyLoss()
 
 
 @pytest.mark.parametrize(
     "loss,z,y,message",
     [
+        (LABELLED, torch.zeros(3, 4), torch.tensor([0, 4, 1]), "labels from 0 to 3 or ignore_index=-100, got 4"),
+        (LABELLED, torch.zeros(3, 4), torch.tensor([0, -1, 1]), "got -1"),
+        (LABELLED, torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), r"labels of shape \(3,\)"),
+        (LABELLED, torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.long), "integer labels"),
+        (LABELLED, torch.zeros(3, 4), torch.zeros(3, 5), "probabilities of shape"),
+        (LABELLED, torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), "got torch.bool"),
+        (LABELLED, torch.zeros(3, 4), -torch.ones(3, 4), "non-negative sum"),
+        (LABELLED, torch.zeros(()), torch.tensor(0), "class axis"),
+        *(
+            (nn.BCEWithLogitsLoss(**{option: torch.ones(weight)}), torch.zeros(z), torch.ones(z), message)
+            for option in ("weight", "pos_weight")
+            for z, weight, message in (
+                ((4, 3), (4, 3), f"the {option} of shape .* batch axis"),
+                ((4, 3), (4, 1), f"the {option} of shape .* batch axis"),
+                ((4,), (4,), "batch axis"),
+                ((4, 3), (4,), f"a {option} that broadcasts"),
+            )
+        ),
         (nn.CrossEntropyLoss(CLASSES), torch.zeros(2, 3), torch.tensor([0, 0]), "one weight for each of the 3 classes"),
         (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), torch.zeros(2, 3), torch.full((2, 3), 2.0), "between 0 and 1"),
         (nn.BCEWithLogitsLoss(), torch.zeros(2, 3), torch.ones(2), "output's shape"),
@@ -311,7 +272,21 @@ def test_rejects_options_at_the_door(make, message):
 )
 def test_rejects_what_does_not_fit(loss, z, y, message):
     with pytest.raises(ValueError, match=message):
-        output_loss(loss).curvature(z, y, len(z))
+        output_loss(loss).curvature(z, y, len(z) if z.ndim else 1)
+
+
+@pytest.mark.parametrize(
+    "loss,option,value,message",
+    [
+        (nn.CrossEntropyLoss, "weight", -CLASSES, "non-negative class weights"),
+        (nn.CrossEntropyLoss, "label_smoothing", 1.5, "label_smoothing between 0 and 1"),
+        (nn.BCEWithLogitsLoss, "weight", -WEIGHT, "non-negative weight"),
+        (nn.BCEWithLogitsLoss, "pos_weight", -WEIGHT, "non-negative pos_weight"),
+    ],
+)
+def test_rejects_options_at_the_door(loss, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        output_loss(loss(**{option: value}))
 
 
 def test_factor_arguments(randn, randint):

@@ -5,74 +5,29 @@ import warnings
 import pytest
 import torch
 from conformance import Untouched, draws
+from kronecker.cases import Net
+from problems import custom
 from torch import nn
-from torch.autograd import Function
 
 from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
 from curvops.products import judge
 from curvops.products.judge import compare, judge_hessian, judge_jacobian, suspects
 
 X, Y = draws(6, 3), draws(6, 2, seed=1)
-
-
-class Cubed(Function):
-    """x³, whose backward has a wrong derivative: 2x in place of 6x."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return g * (x**2 + 2 * x.detach() ** 2)
-
-
-class Doubled(Function):
-    """x², whose gradient is wrong by a factor."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g * ctx.saved_tensors[0]
-
-
-class Applies(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
+# backwards with a wrong derivative, 2x in place of 6x, and with a wrong factor
+cubed = custom("Cubed", lambda x: x**3, lambda g, x: g * (x**2 + 2 * x.detach() ** 2))
+doubled = custom("Doubled", lambda x: x**2, lambda g, x: 3 * g * x)
 
 
 def problem(function, X=X):
-    model = nn.Sequential(nn.Linear(3, 2), Applies(function), nn.Linear(2, 2)).double()
+    model = nn.Sequential(nn.Linear(3, 2), Net(lambda _, x: function(x)), nn.Linear(2, 2)).double()
     return model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)]
-
-
-def test_a_wrong_second_derivative_is_told():
-    args = problem(Cubed.apply)
-    with (
-        Untouched(args[0]),
-        pytest.warns(RuntimeWarning, match=r"^Hessian: .*differs from central differences .*Cubed"),
-    ):
-        HessianLinearOperator(*args)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        GGNLinearOperator(*args)  # the Jacobian is right
-        HessianLinearOperator(*args, check_deterministic=False)
 
 
 @pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator])
 def test_a_wrong_jacobian_is_told(cls):
     with pytest.warns(RuntimeWarning, match="^Jacobian: .*Doubled"):
-        cls(*problem(Doubled.apply))
+        cls(*problem(doubled))
 
 
 def test_an_operation_of_pytorch_is_named(monkeypatch):
@@ -85,10 +40,15 @@ def test_an_operation_of_pytorch_is_named(monkeypatch):
         HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
 
 
-def test_the_warning_points_at_the_caller():
-    with pytest.warns(RuntimeWarning) as caught:
-        HessianLinearOperator(*problem(Cubed.apply))
+def test_a_wrong_second_derivative_is_told_at_the_caller():
+    args, message = problem(cubed), r"^Hessian: .*differs from central differences .*Cubed"
+    with Untouched(args[0]), pytest.warns(RuntimeWarning, match=message) as caught:
+        HessianLinearOperator(*args)
     assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GGNLinearOperator(*args)  # the Jacobian is right
+        HessianLinearOperator(*args, check_deterministic=False)
 
 
 @pytest.mark.parametrize("function", [torch.tanh, torch.sin, lambda x: x**3, nn.functional.gelu])
@@ -100,7 +60,6 @@ def test_right_derivatives_pass(function):
 
 
 def test_no_verdict_at_kinks():
-    """A jump of the gradient between the steps makes them disagree."""
     at = torch.tensor([0.0, 1.0]).double()
     assert compare(torch.zeros(2).double(), lambda step: (at + step).sign()).error is None
     assert compare(at, lambda step: at * step + (abs(step) ** 0.5)).error is not None  # even parts cancel

@@ -1,53 +1,36 @@
-"""Each fast way is compared with the reference: refuted or unsupported, the reference serves and the account says so."""
+"""A fast way that is refuted or unsupported gives way to the reference, with a word; `linearized` keeps what was computed."""
 
 import pytest
 import torch
 from conformance import close, draws
-from problems import PROBLEMS
+from kronecker.cases import Net
+from problems import PROBLEMS, Interrupting, custom
 from torch import nn
-from torch.func import functional_call
 
 from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
 from curvops.products import ggn, hessian, proofs, rules
+from curvops.products.batch import HeldRows
 from curvops.products.record import Recorder
 from curvops.products.risk_operator import RiskOperator
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
-COLUMNS = draws(31, 5)
-
-
-def by_autograd(p):
-    """The Hessian of PyTorch's loss on all data."""
-    named = {name: q.detach() for name, q in p.params.items()}
-    sizes = [q.numel() for q in named.values()]
-
-    def value(flat):
-        parts = flat.split(sizes)
-        return p.loss(
-            functional_call(
-                p.model, {n: part.view_as(q) for (n, q), part in zip(named.items(), parts, strict=True)}, (p.X,)
-            ),
-            p.y,
-        )
-
-    return torch.autograd.functional.hessian(value, torch.cat([q.flatten() for q in named.values()]))
+RULES = ["matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"]
 
 
 @pytest.fixture
 def always(monkeypatch):
     """All fast ways, whatever the rules say."""
-    for name in ("matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"):
+    for name in RULES:
         monkeypatch.setattr(rules, name, lambda *_: True)
     monkeypatch.setattr(rules, "FEW", 2)
 
 
 def never(monkeypatch):
-    for name in ("matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"):
+    for name in RULES:
         monkeypatch.setattr(rules, name, lambda *_: False)
     monkeypatch.setattr(rules, "LARGEST_MATRIX", 0)
 
 
-@pytest.mark.parametrize("cls", KINDS)
 @pytest.mark.parametrize("problem", ["mlp", "cnn"])
 def test_all_ways_give_the_same(cls, problem, monkeypatch):
     p = PROBLEMS[problem]()
@@ -57,9 +40,7 @@ def test_all_ways_give_the_same(cls, problem, monkeypatch):
         op = cls(*p.args(2, 4))
         expected, text = op.to_dense(), op.explain()
         assert "vmap" not in text and "by layer" not in text
-    if cls is HessianLinearOperator:
-        close(expected, by_autograd(p))
-    for name in ("matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"):
+    for name in RULES:
         with monkeypatch.context() as patch:
             never(patch)
             patch.setattr(rules, "LARGEST_MATRIX", 4096)
@@ -111,37 +92,18 @@ def test_a_refuted_way_is_not_taken(cls, module, function, work, name, lie, alwa
     assert name in text and ("unsupported here" if lie == "fails" else "differs from the reference by") in text
 
 
-class Convolutions(nn.Module):
+# a product with a parameter that no mode sees and that has no forward mode
+hidden_product = custom("Hidden", torch.mul, lambda g, x, w: (g * w, (g * x).sum_to_size(w.shape)))
+
+
+def convolutional(way=lambda conv, h: conv(h)):
     """A net for which forward mode pays."""
 
-    def __init__(self, second=None):
-        super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3)
-        self.way = second
+    def forward(net, x):
+        return net.head(net.way(net.second, net.first(x).tanh()).mean((2, 3)))
 
-    def forward(self, x):
-        h = self.first(x).tanh()
-        h = self.second(h) if self.way is None else self.way(self.second, h)
-        return self.head(h.mean((2, 3)))
-
-
-class Hidden(torch.autograd.Function):
-    """A product with a parameter that no mode sees and that has no forward mode."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return g * w, (g * x).sum_to_size(w.shape)
-
-
-def convolutional(second=None):
     torch.manual_seed(3)
-    model = Convolutions(second).double()
+    model = Net(forward, first=nn.Conv2d(1, 3, 3), second=nn.Conv2d(3, 3, 3), head=nn.Linear(3, 3), way=way).double()
     X, y = draws(24, 64).view(24, 1, 8, 8), torch.arange(24) % 3
     return model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X[:12], y[:12]), (X[12:], y[12:])]
 
@@ -214,7 +176,7 @@ def test_passes_are_told_apart():
     few, many = record(2, plain, torch.ones(2, 3)), record(6, plain, torch.ones(6, 3))
     assert few.covers(many) and many.covers(few) and few.fresh
     assert not few.covers(record(6, lambda h: h.sin().sum(1), torch.ones(6, 3)))
-    assert not few.covers(record(6, lambda h: Hidden.apply(h, h).tanh().sum(1), torch.ones(6, 3)))
+    assert not few.covers(record(6, lambda h: hidden_product(h, h).tanh().sum(1), torch.ones(6, 3)))
     assert not few.covers(record(6, lambda h: h.tanh().sum(0), torch.ones(6, 3)))
     assert not few.covers(record(6, lambda h: h[:, :2].tanh().sum(1), torch.ones(6, 3)))
     shared = torch.ones(3, requires_grad=True).exp()
@@ -227,3 +189,70 @@ def test_rules_are_of_counts_alone():
     assert rules.together_pays(4, 10) and not rules.together_pays(3, 10) and not rules.together_pays(4, 10**9)
     assert rules.rows_pay(16, 100, 683, 20, 500_000) and not rules.rows_pay(16, 10**6, 10**6, 100, 500_000)
     assert RiskOperator._fast.__isabstractmethod__
+
+
+@pytest.fixture(params=KINDS)
+def cls(request):
+    return request.param
+
+
+def counted(cls, budget=None, sizes=(2, 4)):
+    """An operator, and a list that grows with each run of its model."""
+    p, calls = PROBLEMS["mlp"](), []
+    p.model.register_forward_hook(lambda *_: calls.append(1))
+    return calls, cls(*p.args(*sizes), check_deterministic=False, memory_budget=budget), p
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_the_model_runs_once_for_each_batch(cls, rows, monkeypatch):
+    monkeypatch.setattr(rules, "kept_rows_pay", lambda *_: rows)
+    calls, op, p = counted(cls)
+    v, V = draws(p.dim), draws(p.dim, 3)
+    expected, columns = op @ v, op @ V
+    with op.linearized() as same, op.linearized():
+        assert same is op
+        close(op @ v, expected)
+        calls.clear()
+        for _ in range(3):
+            close(op @ v, expected)
+            close(op @ V, columns)
+        close(op.to_dense() @ v, expected)
+        assert not calls and "2 of 2 batches kept" in op.explain()
+        held = rows and cls is not HessianLinearOperator
+        assert all(isinstance(product, HeldRows) == held for product in op._kept._products.values())
+    op @ v
+    assert len(calls) >= 2
+
+
+def test_what_exceeds_the_budget_is_computed_anew(cls, monkeypatch):
+    monkeypatch.setattr(rules, "kept_rows_pay", lambda *_: False)
+    calls, op, p = counted(cls, sizes=(2, 2, 2))
+    v = draws(p.dim)
+    expected = op @ v
+    with op.linearized():
+        op @ v
+        each = op._kept._size // 3 * 11 // 10
+    for budget, runs in ((0, 3), (each, 2), (2 * each, 1), (3 * each, 0)):
+        calls, op, p = counted(cls, budget, sizes=(2, 2, 2))
+        with op.linearized():
+            close(op @ v, expected)
+            calls.clear()
+            for k in range(1, 4):
+                close(op @ v, expected)
+                assert len(calls) == k * runs
+            assert op._kept._size <= budget and f"{3 - runs} of 3 batches kept" in op.explain()
+
+
+def test_a_failure_inside_leaves_a_context_that_works(cls):
+    p = PROBLEMS["mlp"]()
+    loader = Interrupting(p.data(2, 4))
+    op = cls(p.model, p.loss, p.params, loader)
+    v = draws(p.dim)
+    expected = op @ v
+    with op.linearized():
+        loader.error = RuntimeError("disk")
+        with pytest.raises(RuntimeError, match="disk"):
+            op @ v
+        loader.error = None
+        for _ in range(2):
+            close(op @ v, expected)

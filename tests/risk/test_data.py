@@ -18,6 +18,11 @@ X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
 LOSS = nn.CrossEntropyLoss()
 
 
+@pytest.fixture(params=OPERATORS)
+def cls(request):
+    return request.param
+
+
 @pytest.fixture
 def model():
     return nn.Linear(3, 2).double()
@@ -32,9 +37,11 @@ def expected(model):
     return op(model, [(X, Y)]).to_dense()
 
 
-class Once:
-    """An iterable that is not an iterator, and still can be walked only once."""
+def shuffling(size, **options):
+    return DataLoader(TensorDataset(X, Y), size, shuffle=True, **options)
 
+
+class Once:
     def __init__(self, batches):
         self.iterator = iter(batches)
 
@@ -42,7 +49,6 @@ class Once:
         return self.iterator
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize(
     "data,error,message",
     [
@@ -58,13 +64,9 @@ class Once:
         (lambda: [X], TypeError, r"expected batches \(X, y\), got a tensor of shape \(6, 3\)"),
         (lambda: [(X, Y, Y)], TypeError, "got a tuple of 3"),
         (lambda: [{"x": X, "y": Y}], TypeError, r"a dict with keys \['x', 'y'\]"),
-        (lambda: DataLoader(TensorDataset(X, Y), 2, shuffle=True), RuntimeError, "The loader shuffles"),
-        (lambda: DataLoader(TensorDataset(X, Y), 6, shuffle=True), RuntimeError, "The loader shuffles"),
-        (
-            lambda: DataLoader(TensorDataset(X, Y), 2, shuffle=True, generator=torch.Generator().manual_seed(0)),
-            RuntimeError,
-            "The loader shuffles",
-        ),
+        (lambda: shuffling(2), RuntimeError, "The loader shuffles"),
+        (lambda: shuffling(6), RuntimeError, "The loader shuffles"),
+        (lambda: shuffling(2, generator=torch.Generator().manual_seed(0)), RuntimeError, "The loader shuffles"),
         (lambda: DataLoader(Augmented(), 2), RuntimeError, "changes the data at each pass"),
         (lambda: DataLoader(NumPyAugmented(), 2), RuntimeError, "changes the data at each pass"),
     ],
@@ -100,7 +102,6 @@ def test_without_the_check_the_random_state_is_still_the_callers(model):
 
 
 @pytest.mark.parametrize("num_data,right", [(6, True), (5, False)])
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_num_data_is_compared(model, cls, num_data, right):
     data = [(X[:4], Y[:4]), (X[4:], Y[4:])]
     for check in (True, False):
@@ -165,8 +166,6 @@ Pair = namedtuple("Pair", ["a", "b"])
 
 
 class Adds(nn.Module):
-    """Adds whatever tensors an input holds."""
-
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 2).double()
@@ -179,7 +178,6 @@ class Adds(nn.Module):
         return self.linear(a + b)
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize(
     "make",
     [

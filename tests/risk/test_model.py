@@ -1,8 +1,11 @@
 """Models: modules and functions, any subset of parameters, and what is refused with a reason."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conformance import Untouched, close, draws
+from kronecker.cases import Net
 from problems import Odd
 from torch import nn
 from torch.func import functional_call
@@ -12,6 +15,11 @@ from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianL
 OPERATORS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator, KFACLinearOperator]
 X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
 LOSS = nn.CrossEntropyLoss()
+
+
+@pytest.fixture(params=OPERATORS)
+def cls(request):
+    return request.param
 
 
 @pytest.fixture
@@ -25,56 +33,39 @@ def make(cls, model, params=None, data=((X, Y),), loss=LOSS, **options):
     return cls(model, loss, dict(model.named_parameters()) if params is None else params, list(data), **options)
 
 
-class Output(nn.Module):
-    """A model whose output is no tensor."""
-
-    def __init__(self, inner, wrap):
-        super().__init__()
-        self.inner, self.wrap = inner, wrap
-
-    def forward(self, x):
-        return self.wrap(self.inner(x))
-
-
-class Logits:
-    def __init__(self, logits):
-        self.logits = logits
-
-
-@pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize(
     "wrap,kind,hint",
     [
-        (Logits, "Logits", r"return self\.model\(X\)\.logits"),
+        (lambda z: SimpleNamespace(logits=z), "SimpleNamespace", r"return self\.model\(X\)\.logits"),
         (lambda z: {"out": z}, "dict", r"return self\.model\(X\)\['name'\]"),
         (lambda z: (z, z), "tuple", r"return self\.model\(X\)\[0\]"),
     ],
 )
 def test_outputs_that_are_no_tensor(model, cls, wrap, kind, hint):
     with pytest.raises(TypeError, match=f"(?s)expected a tensor as output, got {kind}.*class Wrapped.*{hint}"):
-        make(cls, Output(model, wrap))
+        make(cls, Net(lambda net, x: wrap(net.inner(x)), inner=model))
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_wrong_parameters(model, cls):
     params = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"has no parameter 'other'; it has '0\.weight'"):
-        make(cls, model, {**params, "other": torch.zeros(3).double()})
-    with pytest.raises(ValueError, match=r"'0\.bias' and 'other' are one tensor"):
-        make(cls, model, {**params, "other": params["0.bias"]})
-    with pytest.raises(ValueError, match=r"'0\.weight', .* are not the tensors of the module Sequential"):
-        make(cls, model, {name: p.detach().clone() for name, p in params.items()})
-    with pytest.raises(TypeError, match="expected a dict of named tensors, got list"):
-        make(cls, model, list(params.values()))
-    with pytest.raises(TypeError, match="expected a dict of named tensors, got generator"):
-        make(cls, model, model.parameters())
-    with pytest.raises(ValueError, match="empty dict"):
-        make(cls, model, {})
+    for wrong, error, message in (
+        ({**params, "other": torch.zeros(3).double()}, ValueError, r"has no parameter 'other'; it has '0\.weight'"),
+        ({**params, "other": params["0.bias"]}, ValueError, r"'0\.bias' and 'other' are one tensor"),
+        (
+            {n: p.detach().clone() for n, p in params.items()},
+            ValueError,
+            r"'0\.weight', .* are not the tensors of the module Sequential",
+        ),
+        (list(params.values()), TypeError, "expected a dict of named tensors, got list"),
+        (model.parameters(), TypeError, "expected a dict of named tensors, got generator"),
+        ({}, ValueError, "empty dict"),
+    ):
+        with pytest.raises(error, match=message):
+            make(cls, model, wrong)
     with pytest.raises(TypeError, match=r"expected a module or a function \(params, X\), got int"):
         make(cls, 3, params)
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_the_order_and_values_of_the_dict_count(model, cls):
     """Parameters in another order and under other names, and a function for copies with other values than the module's."""
     whole = make(cls, model)
@@ -93,62 +84,19 @@ def test_the_order_and_values_of_the_dict_count(model, cls):
     assert (make(cls, model).to_dense() - dense).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
-def test_a_function_is_a_model_too(model, cls):
-    def function(params, x):
-        return torch.tanh(x @ params["a"].T + params["b"]) @ params["c"].T + params["d"]
-
-    params = dict(zip("abcd", model.parameters(), strict=True))
-    close(make(cls, function, params).to_dense(), make(cls, model).to_dense())
-    close(make(cls, function, {k: p.detach() for k, p in params.items()}).to_dense(), make(cls, model).to_dense())
-
-
-@pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_models(model, cls, backend):
+def test_wrappers_are_seen_through(model, cls, backend):
     compiled = torch.compile(model, backend=backend)
     expected = make(cls, model).to_dense()
     close(make(cls, compiled).to_dense(), expected)  # names with the prefix `_orig_mod.`
     close(make(cls, compiled, dict(model.named_parameters())).to_dense(), expected)
     inner = nn.Sequential(torch.compile(model[0], backend=backend), model[1], model[2])
     close(make(cls, inner).to_dense(), expected)
+    close(make(cls, nn.DataParallel(model)).to_dense(), expected)
     model.compile(backend=backend)
     close(make(cls, model).to_dense(), expected)
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
-def test_data_parallel_wrappers_are_seen_through(model, cls):
-    close(make(cls, nn.DataParallel(model)).to_dense(), make(cls, model).to_dense())
-
-
-class Repeated(nn.Module):
-    """The same module several times, over axes of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.layer(torch.tanh(self.layer(torch.tanh(self.layer(x)))))[:, :2]
-
-
-@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
-def test_a_module_called_several_times(cls):
-    model = Repeated().double()
-    copies = [nn.Linear(3, 3).double() for _ in range(3)]
-    for layer in copies:
-        layer.load_state_dict(model.layer.state_dict())
-    unrolled = nn.Sequential(copies[0], nn.Tanh(), copies[1], nn.Tanh(), copies[2], Columns())
-    dense = make(cls, unrolled).to_dense().reshape(3, 12, 3, 12).sum((0, 2))
-    close(make(cls, model).to_dense(), dense)
-
-
-class Columns(nn.Module):
-    def forward(self, x):
-        return x[:, :2]
-
-
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_frozen_and_unused_parameters(cls):
     model = Odd().double()
     params = {n: p for n, p in model.named_parameters() if "parametrizations" not in n}
@@ -167,41 +115,26 @@ def test_both_names_of_a_tied_parameter():
     expected = make(HessianLinearOperator, model, {"tied.weight": model.tied.weight}, data, nn.MSELoss())
     again = make(HessianLinearOperator, model, {"head.weight": model.tied.weight}, data, nn.MSELoss())
     close(again.to_dense(), expected.to_dense())
-    both = {"tied.weight": model.tied.weight, "head.weight": model.tied.weight}
-    with pytest.raises(ValueError, match=r"'tied\.weight' and 'head\.weight' are one tensor"):
-        make(HessianLinearOperator, model, both, data, nn.MSELoss())
 
 
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
 def test_empty_and_scalar_parameters(cls):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.empty = nn.Parameter(torch.zeros(0, 3))
-            self.scale = nn.Parameter(torch.tensor(0.5))
-            self.linear = nn.Linear(3, 2)
+    def forward(net, x):
+        return net.linear(x * net.scale).tanh() + net.empty.sum()
 
-        def forward(self, x):
-            return self.linear(x * self.scale).tanh() + self.empty.sum()
-
-    model = Model().double()
+    tensors = {"empty": nn.Parameter(torch.zeros(0, 3)), "scale": nn.Parameter(torch.tensor(0.5))}
+    model = Net(forward, **tensors, linear=nn.Linear(3, 2)).double()
     op = make(cls, model)
     close(op.to_dense(), op @ torch.eye(9).double())
     v = op.domain.split(draws(9, 2))
     assert [tuple(t.shape) for t in op @ v] == [(0, 3, 2), (2,), (2, 3, 2), (2, 2)]
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_mixed_precisions_of_parameters(cls):
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2).double()
+    def forward(net, x):
+        return net.last(torch.tanh(net.first(x.float())).double())
 
-        def forward(self, x):
-            return self.last(torch.tanh(self.first(x.float())).double())
-
-    model = Mixed()
+    model = Net(forward, first=nn.Linear(3, 3), last=nn.Linear(3, 2).double())
     op = make(cls, model)
     assert op.dtype == torch.float64
     reference = make(cls, nn.Sequential(model.first, nn.Tanh(), model.last).double())
@@ -213,7 +146,6 @@ def test_mixed_precisions_of_parameters(cls):
     close(torch.cat([t.flatten().double() for t in op @ tensors]), dense.sum(1), 1e-4)
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_lower_precisions(model, cls, dtype, tolerance):
     expected = make(cls, model).to_dense()
@@ -224,7 +156,6 @@ def test_lower_precisions(model, cls, dtype, tolerance):
     close((op @ torch.eye(20, dtype=dtype)).double(), expected, tolerance)
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_autocast_of_the_caller(cls):
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
     seen = []
@@ -246,27 +177,16 @@ def test_autocast_of_the_caller(cls):
 def test_outputs_without_an_axis_of_data(cls):
     """A scalar output with squared error, and one vector of logits for one datum."""
 
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 1)
-
-        def forward(self, x):
-            return self.linear(x).tanh().sum()
-
-    model = Sum().double()
-    op = make(
-        cls, model, data=[(X[:1], torch.tensor(0.3).double()), (X[1:2], torch.tensor(0.1).double())], loss=nn.MSELoss()
-    )
-    rows = nn.Sequential(model.linear, nn.Tanh(), nn.Flatten(0))
+    model = Net(lambda net, x: net.linear(x).tanh().sum(), linear=nn.Linear(3, 1)).double()
     y = torch.tensor([0.3, 0.1]).double()
+    op = make(cls, model, data=[(X[:1], y[0]), (X[1:2], y[1])], loss=nn.MSELoss())
+    rows = nn.Sequential(model.linear, nn.Tanh(), nn.Flatten(0))
     close(op.to_dense(), make(cls, rows, data=[(X[:2], y)], loss=nn.MSELoss()).to_dense())
     logits = nn.Sequential(nn.Linear(3, 2), nn.Flatten(0)).double()
     single = make(cls, logits, data=[(X[:1], Y[0])])
     close(single.to_dense(), make(cls, logits[0], data=[(X[:1], Y[:1])]).to_dense())
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_models_made_in_inference_mode(cls):
     with torch.inference_mode():
         model = nn.Linear(3, 2).double()
@@ -274,7 +194,6 @@ def test_models_made_in_inference_mode(cls):
         make(cls, model)
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_buffers_that_change_are_put_back(cls):
     class Counting(nn.Module):
         def __init__(self):
@@ -289,14 +208,12 @@ def test_buffers_that_change_are_put_back(cls):
 
     model = Counting().double()
     model.linear.eval()
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    op = make(cls, model)
-    op @ draws(8)
-    op.to_dense()
-    assert all(now is b and torch.equal(b, was) for now, (b, was) in zip(model.buffers(), buffers, strict=True))
+    with Untouched(model):
+        op = make(cls, model)
+        op @ draws(8)
+        op.to_dense()
 
 
-@pytest.mark.parametrize("cls", OPERATORS)
 def test_a_bound_on_embedding_norms_does_not_change_the_callers_table(cls):
     model = nn.Sequential(nn.Embedding(4, 3, max_norm=0.3), nn.Flatten(), nn.Linear(6, 2)).double()
     ids = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 1], [2, 0], [3, 3]])
@@ -312,17 +229,6 @@ def test_a_bound_on_embedding_norms_does_not_change_the_callers_table(cls):
     # KFAC gives such a table a dense block, since it enters more than a lookup
     table = 12 if cls is KFACLinearOperator else 0
     close(found[table:, table:], again[table:, table:])
-
-
-def test_parameters_that_move_are_followed(model):
-    """Risk operators read the parameters at each product, as the caller has them then."""
-    op = make(HessianLinearOperator, model)
-    before = op.to_dense()
-    with torch.no_grad():
-        model[0].weight.mul_(2.0)
-    close(op.to_dense(), make(HessianLinearOperator, model).to_dense())
-    close(op @ draws(20), make(HessianLinearOperator, model) @ draws(20))
-    assert (op.to_dense() - before).abs().max() > 1e-3
 
 
 def test_vector_of_the_risk(model):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from curvops.files import replace_atomically
 from curvops.tour.files import load_matrices, save_matrices
 
 
@@ -40,18 +39,3 @@ def test_truncated_and_other_files_are_refused_in_one_line(tmp_path):
         load_matrices(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match=re.escape("missing.safetensors' is not a file")):
         load_matrices(tmp_path / "missing.safetensors")
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(partial):
-        partial.write_text("half of the n")
-        raise error
-
-    with pytest.raises(type(error)):
-        replace_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

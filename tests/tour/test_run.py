@@ -131,7 +131,6 @@ def test_interrupted_before_anything_is_finished(monkeypatch, tmp_path, capsys):
     ],
 )
 def test_a_closed_or_full_folder_is_refused_before_any_work(mode, setup, reason, tmp_path):
-    """In a process of its own, without a superuser's rights, the command prints one line."""
     folder = tmp_path / "folder"
     folder.mkdir(mode=mode)
     call = f"sys.exit(main(['tour', '--output', {str(folder)!r}]))"

@@ -1,7 +1,5 @@
 """Small models and data that the tests share."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -72,14 +70,12 @@ def picture(model: nn.Module) -> list[Any]:
 
 
 def used(case: Case, kind: str, **options: Any) -> Any:
-    """An operator after its first product."""
     op = case.make(kind, **options)
     op @ torch.ones(op.shape[1])
     return op
 
 
 def right_or_refused(case: Case, kinds: Iterable[str], names: str, truth: Tensor | None = None) -> None:
-    """The operators are right, or refuse with a message that matches."""
     for kind in kinds:
         try:
             op = used(case, kind)

@@ -34,7 +34,6 @@ def case(name):
 
 
 def results():
-    """Lines of a name and the bits of numbers that sum up a result."""
     for name in MODELS:
         for kind in ("Hessian", "GGN", "EKFAC" if name in ("linear", "cnn") else "KFAC"):
             op = case(name).make(kind)
@@ -65,7 +64,6 @@ running.clear()
 
 
 def test_two_runs_of_one_script_give_the_same_bits():
-    """Here, and in a process of which another thread keeps a core busy."""
     tests = Path(__file__).resolve().parents[1]
     script = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tests.parent), str(tests)]
     loaded = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import IMPLICIT, KINDS, Case, close, real
+from problems import custom
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrizations, parametrize
@@ -21,26 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused, rotate, used
 
 GLOBAL = {}
+times = custom("Times", lambda x, w: x @ w.T, lambda g, x, w: (g @ w, g.T @ x))
 
 
 def net_with(reach):
-    """A net that reaches the weight of its second layer in a way of its own."""
     net = Net()
     second = reach(net)
     net.forward = lambda X: second(net.a(X).tanh())
     return net
-
-
-class Times(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return g @ w, g.T @ x
 
 
 class Exp(nn.Module):
@@ -97,8 +86,8 @@ REACH = {
     "attribute set by a hook": by_setting_hook,
     "in place": lambda n: lambda h: n.b(h).mul_(2).add_(n.b.bias).tanh_(),
     "by Fourier transform": lambda n: lambda h: (torch.fft.rfft(h) @ torch.fft.rfft(n.b.weight).mH).real,
-    "autograd.Function": lambda n: lambda h: Times.apply(h, n.b.weight) + n.b.bias,
-    "autograd.Function and list": lambda n: bind([n.b.weight], lambda h, w: Times.apply(h, w[0])),
+    "autograd.Function": lambda n: lambda h: times(h, n.b.weight) + n.b.bias,
+    "autograd.Function and list": lambda n: bind([n.b.weight], lambda h, w: times(h, w[0])),
     "shallow copy of a module": by_shallow_copy,
     "checkpoint": lambda n: lambda h: checkpoint(n.b, h, use_reentrant=False),
     "checkpoint of a closure": lambda n: lambda h: checkpoint(lambda t: n.b(t.sin()), h, use_reentrant=False),
@@ -129,7 +118,6 @@ def test_cached_parametrizations(kind):
 
 
 def test_other_parameters():
-    """Frozen ones; some that a function reaches past its arguments; some that are no part of the module."""
     net, hidden = net_with(REACH["plain list"]), nn.Linear(4, 3)
     net.b.requires_grad_(False)
     Case(net, CE, data(), params={"b.weight": net.b.weight, "a.bias": net.a.bias}).check(*KINDS)

@@ -1,6 +1,7 @@
 """An operator means the model, the loss and the data as they are now, and leaves each of the caller's things as it was."""
 
 import copy
+import functools
 import gc
 import types
 import weakref
@@ -20,8 +21,6 @@ GLOBAL = {"slope": 1.0}
 
 
 class Net(nn.Module):
-    """A model with every kind of state that a forward pass may read."""
-
     power = 1.0
 
     def __init__(self):
@@ -48,8 +47,6 @@ class Twice(nn.Module):
 
 
 class Power(nn.Module):
-    """A loss with options of its own."""
-
     def __init__(self):
         super().__init__()
         self.gamma, self.parts, self.w = 2.0, {"smooth": 0.1}, torch.ones(3)
@@ -86,6 +83,9 @@ def with_functions():
 MAKE = {
     "own loss": lambda: case(Power(), reduction="mean"),
     "huber": lambda: case(nn.HuberLoss(delta=1.0), Loader(True)),
+    "smooth": lambda: case(nn.SmoothL1Loss(beta=1.0), Loader(True)),
+    "binary": lambda: case(nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), [(X, y.sigmoid()) for X, y in Loader(True)]),
+    "partial": lambda: case(functools.partial(F.cross_entropy, label_smoothing=0.1)),
     "data set": lambda: case(data=DataLoader(TensorDataset(real(9, 3), labels(9)), 4)),
     "functions": with_functions,
 }
@@ -128,6 +128,9 @@ CHANGES = {
     "own loss, options": ["l.gamma = 3.0", "l.parts['smooth'] = 0.5", "l.w[0] = 4"],
     "own loss, class": ["l.__class__ = type('Other', (Power,), {'forward': lambda s, z, y: (z - F.one_hot(y, 3)).cosh().mean()})"],
     "huber, options": ["l.delta = 0.05", "l.reduction = 'sum'"],
+    "smooth, options": ["l.beta = 0.05", "l.forward = lambda z, y: (z - y).cosh().mean()"],
+    "binary, options": ["l.pos_weight.copy_(torch.tensor([0.1, 2, 5]))", "l.reduction = 'sum'"],
+    "partial, options": ["l.keywords['label_smoothing'] = 0.5"],
     "functions, what they refer to": ["l.__closure__[0].cell_contents['t'] = 2.0"],
 }  # fmt: skip
 DATA = {
@@ -151,7 +154,6 @@ def _class_and_global_as_before():
 
 @pytest.mark.parametrize("what, kind", [*rotate(CHANGES, "Hessian", "GGN"), *rotate(DATA, "Hessian", "EF")])
 def test_operators_and_risks_follow(what, kind):
-    """Those that were used before a change give the truth after it."""
     c = MAKE.get(what.split(",")[0], case)()
     op, risk, truth = c.make(kind), EmpiricalRisk(c.model, c.loss, c.params, c.data, **c.options), c.truth(kind)
     v = real(op.shape[1])
@@ -243,8 +245,6 @@ def test_nothing_outlives_a_call_or_the_operator(kind):
 
 
 class Shared(nn.Module):
-    """Modules, tensors and buffers under several names."""
-
     def __init__(self):
         super().__init__()
         self.a, self.c = nn.Linear(3, 3), nn.Linear(3, 3)
@@ -296,7 +296,6 @@ PLACES = ["module", "hook", "loss", "data", "backward"]
 @pytest.mark.parametrize("kind", ["Hessian", "GGN", "EKFAC"])
 @pytest.mark.parametrize("where, error", rotate(PLACES, KeyboardInterrupt, torch.OutOfMemoryError))
 def test_after_failures(kind, error, where):
-    """Each of the caller's tensors is the very object that it was."""
     c, left = shared("attribute"), [0]
     net, batches = c.model, c.data
 

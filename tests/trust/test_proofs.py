@@ -64,7 +64,6 @@ def test_the_second_operator_of_a_model_and_of_a_risk(way):
 
 @pytest.mark.parametrize("i, j", list(itertools.combinations(range(6), 2)))
 def test_one_datum_in_the_output_of_another(i, j):
-    """Seen for each pair, not only where a random half of the data tells the two apart."""
     for pair in ((i, j), (j, i)):
         mix = torch.eye(6)
         mix[pair] = 0.5
@@ -165,7 +164,6 @@ def test_later_batches_do_something_else(way, kind):
 
 
 def test_lengths_that_change_between_batches():
-    """A table of positions of which later batches see more rows."""
     net = Model(lambda n, X: n.b((n.a(X) + n.w[: X.shape[1]]).tanh()), w=real(6, 4))
     batches = [(real(3, T, 3, seed=T), real(3, T, 3, seed=9)) for T in (2, 6, 4)]
     loss = nn.MSELoss(reduction="sum")

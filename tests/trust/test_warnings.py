@@ -5,9 +5,12 @@ import re
 import pytest
 import torch
 from oracles import IMPLICIT, KINDS, Case
+from problems import custom
 from torch import nn
 
 from trust.support import CE, Model, Net, data, used
+
+backwards = custom("Reversed", torch.clone, lambda g, x: -g)
 
 
 def half(h):
@@ -20,16 +23,6 @@ def half_at_node(h):
     if h.grad_fn is not None:
         h.grad_fn.register_hook(lambda inputs, outputs: tuple(g if g is None else g / 2 for g in inputs))
     return h
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return -g
 
 
 def hooked(way):
@@ -47,7 +40,7 @@ ALTERED = {
     "hook on a node": lambda: Model(lambda n, X: n.b(half_at_node(n.a(X).tanh()))),
     "hook on a parameter": lambda: hooked("parameter"),
     "full backward hook": lambda: hooked("module"),
-    "own backward": lambda: Model(lambda n, X: n.b(Reversed.apply(n.a(X)).tanh())),
+    "own backward": lambda: Model(lambda n, X: n.b(backwards(n.a(X)).tanh())),
 }
 
 
@@ -103,7 +96,6 @@ def normed(norm):
 
 @pytest.mark.parametrize("kind", [*KINDS, "KFAC"])
 def test_batch_norm(kind):
-    """In train mode it is warned of; the usual is passed over in silence."""
     for stats in (True, False):
         case = normed(nn.BatchNorm1d(4, track_running_stats=stats))
         with pytest.warns(Warning, match="(?i)batch.?norm"):

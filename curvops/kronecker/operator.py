@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +17,15 @@ from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
 from curvops.kronecker.groups import Key
-from curvops.kronecker.options import BlockRule, Options
+from curvops.kronecker.options import Options
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.state import Entry, State
 from curvops.kronecker.sweep import Sweep
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
 from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.risk.model import ModelFunction
+from curvops.space import describe
 
 SomeOperator = TypeVar("SomeOperator", bound="KroneckerOperator")
 
@@ -99,37 +101,15 @@ class KroneckerOperator(StateOperator):
         params: Mapping[str, Tensor],
         data: Iterable[tuple[Any, Any]],
         *,
-        progressbar: bool = False,
         check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        fisher_type: str | None = None,
-        mc_samples: int = 1,
-        kfac_approx: str = "expand",
-        separate_weight_and_bias: bool = True,
-        num_per_example_loss_terms: int | None = None,
-        seed: int = 2147483647,
-        reduction: str | None = None,
-        memory_budget: int | None = None,
-        rule: BlockRule | None = None,
+        **options: Any,
     ) -> None:
-        options = self._options(
-            fisher_type=fisher_type,
-            mc_samples=mc_samples,
-            kfac_approx=kfac_approx,
-            separate_weight_and_bias=separate_weight_and_bias,
-            num_per_example_loss_terms=num_per_example_loss_terms,
-            seed=seed,
-            memory_budget=memory_budget,
-            rule=rule,
-        )
-        problem = model_func, loss_func, params, data
-        risk = EmpiricalRisk(
-            *problem, reduction=reduction, progressbar=progressbar, num_data=num_data, batch_size_fn=batch_size_fn
-        )
+        problem = {name: options.pop(name) for name in RiskOptions.__annotations__ if name in options}
+        own = self._options(**options)
+        risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
         if check_deterministic:
             check(risk)
-        self._set(risk, options)
+        self._set(risk, own)
 
     @classmethod
     def of(cls: type[SomeOperator], risk: EmpiricalRisk, **options: Any) -> SomeOperator:
@@ -145,20 +125,18 @@ class KroneckerOperator(StateOperator):
         loss_func: Callable[[Any, Any], Tensor],
         params: Mapping[str, Tensor],
         data: Iterable[tuple[Any, Any]],
-        *,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        reduction: str | None = None,
         **options: Any,
     ) -> Explanation:
         """What making the operator would take, from one forward pass of the first batch: blocks, memory, cost.
 
         The arguments are those of the constructor; determinism and the number of data are not checked.
         """
-        for name in ("progressbar", "check_deterministic", "num_data"):
-            options.pop(name, None)
-        risk = EmpiricalRisk(model_func, loss_func, params, data, reduction=reduction, batch_size_fn=batch_size_fn)
+        ignored = {"progressbar", "check_deterministic", "num_data"}
+        given = {name: option for name, option in options.items() if name not in ignored}
+        problem = {name: given.pop(name) for name in RiskOptions.__annotations__ if name in given}
+        risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
         operator = cls.__new__(cls)
-        operator._set(risk, cls._options(**options), planned=True)
+        operator._set(risk, cls._options(**given), planned=True)
         return operator.explain()
 
     def layers(self) -> Iterator[LayerRows]:
@@ -182,6 +160,8 @@ class KroneckerOperator(StateOperator):
 
     @classmethod
     def _options(cls, **given: Any) -> Options:
+        if unknown := given.keys() - {field.name for field in fields(Options)}:
+            raise TypeError(f"{cls.__name__}: unknown options {describe(sorted(unknown))}. See help({cls.__name__}).")
         options = Options(
             **{"fisher_type": cls.default_fisher_type} | {n: v for n, v in given.items() if v is not None}
         )

@@ -190,7 +190,6 @@ def test_derivatives_in_all_formats(rectangular, make, needed):
 
 
 def test_a_backward_pass_after_a_change_is_an_error(symmetric):
-    """It would multiply with another matrix."""
     symmetric._leaves = lambda: [symmetric.dense]
     v = draws(3).requires_grad_()
     found = ((2 * symmetric + symmetric) @ v).sum()

@@ -57,8 +57,6 @@ class Power(nn.Module):
 
 
 class Loader:
-    """Batches that can be changed in any way, with a transform of their own."""
-
     def __init__(self, real_targets=False):
         X, y = real(9, 3), real(9, 3, seed=5) if real_targets else labels(9)
         self.batches, self.gain = [(X[:5].clone(), y[:5].clone()), (X[5:].clone(), y[5:].clone())], 1.0

@@ -237,8 +237,6 @@ def check_scipy(op: LinearOperator, dense: Tensor) -> None:
 
 
 class Untouched:
-    """A context that compares what is the caller's before and after."""
-
     def __init__(self, model: torch.nn.Module, data: Iterable[Any] = ()) -> None:
         self.model, self.data = model, data
 

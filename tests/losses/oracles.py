@@ -38,7 +38,6 @@ def factor_matrix(curvature, factor):
 
 
 def check_factor(factor):
-    """Columns, the stacked form and products agree."""
     dense = factor.dense()
     assert dense.shape == (factor.num_terms, factor.width, factor.num_columns)
     for k in range(factor.num_columns):

@@ -39,7 +39,6 @@ def test_cross_entropy(shape, weight, smoothing, targets, randn, rand, randint):
     batch_size = shape[0] if len(shape) > 1 else 1
     curvature = check_closed_form(output_loss(plain), plain, z, y, batch_size)
     assert (curvature.terms_per_datum or 0) * batch_size == z.numel() // 4
-
     # Σ_n of the empirical factor against per-term gradients over √ω
     empirical = curvature.factor("empirical")
     check_factor(empirical)
@@ -48,7 +47,6 @@ def test_cross_entropy(shape, weight, smoothing, targets, randn, rand, randint):
     g = curvature.rows(gradient(lambda z: plain(z, y), z))
     expected = torch.where(omega > 1e-14, omega, 1).rsqrt()[:, None] * g
     close(empirical.dense()[..., 0], expected * (omega > 1e-14)[:, None])
-
     # the share of the denominator
     mean = nn.CrossEntropyLoss(**options)
     if mean(z, y).isfinite():
@@ -87,7 +85,6 @@ def test_binary_cross_entropy(shape, weight, pos_weight, soft, randn, rand):
     mean = nn.BCEWithLogitsLoss(weight, pos_weight=pos_weight)
     curvature = check_closed_form(output_loss(mean), plain, z, y, shape[0])
     close(curvature.value() / count(output_loss(mean), (z, y, shape[0])), mean(z, y))
-
     # the weight enters by its root, and a zero contributes nothing
     empirical = curvature.factor("empirical")
     check_factor(empirical)

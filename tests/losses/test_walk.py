@@ -42,14 +42,11 @@ def check(loss_func, batches, whole, reduction=None):
 def cut(z, y, *sizes):
     """Batches of some sizes, or one, with targets in any format."""
     stops = list(itertools.accumulate(sizes or [len(z)]))
-    return [
-        (
-            z[a:b],
-            y[a:b] if isinstance(y, list) and len(y) == len(z) else map_tensors(lambda t, a=a, b=b: t[a:b], y),
-            b - a,
-        )
-        for a, b in zip([0, *stops], stops, strict=False)
-    ]
+
+    def part(a, b):
+        return y[a:b] if isinstance(y, list) and len(y) == len(z) else map_tensors(lambda t: t[a:b], y)
+
+    return [(z[a:b], part(a, b), b - a) for a, b in zip([0, *stops], stops, strict=False)]
 
 
 def cuts(size):
@@ -81,14 +78,11 @@ class OtherOption(nn.CrossEntropyLoss):
 
 
 def hooked(kind):
-    loss = nn.CrossEntropyLoss()
-    if kind == "forward":
-        loss.register_forward_hook(lambda module, inputs, output: output.square())
+    loss = nn.CrossEntropyLoss() if kind != "compiled" else torch.compile(nn.CrossEntropyLoss(), backend="eager")
     if kind == "pre":
         loss.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0], inputs[1]))
-    if kind == "compiled":
-        loss = torch.compile(loss, backend="eager")
-        loss.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        loss.register_forward_hook(lambda module, inputs, output: output.square() if kind == "forward" else 2 * output)
     return loss
 
 
@@ -220,8 +214,7 @@ def test_a_loss_that_updates_its_buffers_keeps_them(randn):
     class Centred(nn.Module):
         def __init__(self):
             super().__init__()
-            self.register_buffer("centre", torch.zeros(3).double())
-            self.register_buffer("calls", torch.zeros(()))
+            self.centre, self.calls = nn.Buffer(torch.zeros(3).double()), nn.Buffer(torch.zeros(()))
 
         def forward(self, z, y):
             self.calls += 1

@@ -3,6 +3,7 @@
 import copy
 import operator
 import pickle
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -84,44 +85,41 @@ def test_no_scalars(symmetric, other):
         other * symmetric
 
 
+class Forward(LinearOperator):
+    def _apply(self, columns):
+        return draws(3, 3) @ columns
+
+
 def test_what_does_not_fit(rectangular, symmetric):
-    with pytest.raises(ZeroDivisionError):
-        symmetric / 0
-    with pytest.raises(ValueError, match=r"A \+ B: expected operators between the same spaces.*5 × 3.*3 × 3"):
-        rectangular + symmetric
-    with pytest.raises(ValueError, match="A @ B: expected B to give what A takes"):
-        symmetric @ rectangular
-    other = Matrix(symmetric.dense, space(2, 1), None)
-    with pytest.raises(ValueError, match="between the same spaces"):
-        symmetric + other
-    with pytest.raises(TypeError, match="expected a tensor, a list of tensors or a dict of tensors, got ndarray"):
-        np.ones(3) @ symmetric
-
-
-def test_nested_names_and_messages(symmetric):
-    nested = 2.5 * (symmetric + symmetric @ symmetric)
-    assert nested.name == "2.5 · (Matrix + (Matrix @ Matrix))"
-    with pytest.raises(ValueError, match=r"'2\.5 · \(Matrix \+ \(Matrix @ Matrix\)\) @ v': expected 3 rows .* got 4"):
-        nested @ draws(4)
-
-
-def test_a_matrix_that_does_not_fit_into_memory():
+    other, nested = Matrix(symmetric.dense, space(2, 1), None), 2.5 * (symmetric + symmetric @ symmetric)
     huge = Matrix(torch.zeros(0), TensorSpace({"p": torch.zeros((), dtype=torch.float64).expand(10_000_000)}), None)
-    with pytest.raises(MemoryError, match=r"Matrix\.to_dense\(\): a 10000000 × 10000000 matrix takes 745058\.1 GiB"):
-        huge.to_dense()
-    with pytest.raises(MemoryError, match=r"takes 745058\.1 GiB"):
-        (2 * huge + huge).to_dense()
-
-
-def test_what_nobody_gave_is_an_error():
-    class Forward(LinearOperator):
-        def _apply(self, columns):
-            return draws(3, 3) @ columns
-
-    with pytest.raises(TypeError, match="abstract"):
-        LinearOperator(space(1))
-    with pytest.raises(NotImplementedError, match="Forward: it is not symmetric, and gives no products with its"):
-        Forward(space(3)).T @ draws(3)
+    assert nested.name == "2.5 · (Matrix + (Matrix @ Matrix))"
+    for call, error, message in (
+        (lambda: symmetric / 0, ZeroDivisionError, "by zero"),
+        (
+            lambda: rectangular + symmetric,
+            ValueError,
+            r"A \+ B: expected operators between the same spaces.*5 × 3.*3 × 3",
+        ),
+        (lambda: symmetric @ rectangular, ValueError, "A @ B: expected B to give what A takes"),
+        (lambda: symmetric + other, ValueError, "between the same spaces"),
+        (
+            lambda: np.ones(3) @ symmetric,
+            TypeError,
+            "expected a tensor, a list of tensors or a dict of tensors, got ndarray",
+        ),
+        (lambda: nested @ draws(4), ValueError, rf"'{re.escape(nested.name)} @ v': expected 3 rows .* got 4"),
+        (huge.to_dense, MemoryError, r"Matrix\.to_dense\(\): a 10000000 × 10000000 matrix takes 745058\.1 GiB"),
+        ((2 * huge + huge).to_dense, MemoryError, r"takes 745058\.1 GiB"),
+        (lambda: LinearOperator(space(1)), TypeError, "abstract"),
+        (
+            lambda: Forward(space(3)).T @ draws(3),
+            NotImplementedError,
+            "Forward: it is not symmetric, and gives no products with its",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 class Counting(Matrix):
@@ -192,7 +190,6 @@ def test_derivatives_in_all_formats(rectangular, make, needed):
 
 
 def test_a_backward_pass_after_a_change_is_an_error(symmetric):
-    """It would multiply with another matrix."""
     symmetric._leaves = lambda: [symmetric.dense]
     v = draws(3).requires_grad_()
     found = ((2 * symmetric + symmetric) @ v).sum()

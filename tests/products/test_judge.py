@@ -31,7 +31,6 @@ def test_a_wrong_jacobian_is_told(cls):
 
 
 def test_an_operation_of_pytorch_is_named(monkeypatch):
-    """The plain weight norm, without its substitution, is silently wrong in PyTorch."""
     from curvops import substitutions
 
     monkeypatch.setattr(substitutions, "TABLE", {})

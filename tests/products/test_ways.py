@@ -19,7 +19,6 @@ RULES = ["matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_m
 
 @pytest.fixture
 def always(monkeypatch):
-    """All fast ways, whatever the rules say."""
     for name in RULES:
         monkeypatch.setattr(rules, name, lambda *_: True)
     monkeypatch.setattr(rules, "FEW", 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import Untouched, close, draws
+from kronecker.cases import Net
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
@@ -68,7 +69,7 @@ class Once:
         (lambda: shuffling(6), RuntimeError, "The loader shuffles"),
         (lambda: shuffling(2, generator=torch.Generator().manual_seed(0)), RuntimeError, "The loader shuffles"),
         (lambda: DataLoader(Augmented(), 2), RuntimeError, "changes the data at each pass"),
-        (lambda: DataLoader(NumPyAugmented(), 2), RuntimeError, "changes the data at each pass"),
+        (lambda: DataLoader(Augmented(np.random.rand), 2), RuntimeError, "changes the data at each pass"),
     ],
 )
 def test_refused(model, cls, data, error, message):
@@ -78,16 +79,14 @@ def test_refused(model, cls, data, error, message):
 
 
 class Augmented(Dataset):
+    def __init__(self, noise=lambda: torch.randn(3)):
+        self.noise = noise
+
     def __len__(self):
         return 6
 
     def __getitem__(self, index):
-        return X[index] + torch.randn(3), Y[index]
-
-
-class NumPyAugmented(Augmented):
-    def __getitem__(self, index):
-        return X[index] + np.random.rand(), Y[index]  # noqa: NPY002 — the global one is what data sets use
+        return X[index] + self.noise(), Y[index]
 
 
 class Stream(IterableDataset):
@@ -165,17 +164,18 @@ class Encoding(UserDict):
 Pair = namedtuple("Pair", ["a", "b"])
 
 
-class Adds(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2).double()
+def added(net, inputs):
+    if isinstance(inputs, (dict, UserDict)):
+        assert not isinstance(inputs, dict) or inputs.get("note", "kept") == "kept"
+        inputs = (inputs["a"], inputs["b"])
+    a, b = inputs
+    return net.linear(a + b)
 
-    def forward(self, inputs):
-        if isinstance(inputs, (dict, UserDict)):
-            assert not isinstance(inputs, dict) or inputs.get("note", "kept") == "kept"
-            inputs = (inputs["a"], inputs["b"])
-        a, b = inputs
-        return self.linear(a + b)
+
+def graph_convolution(net, graph):
+    """Data along no axis that can be seen: a pair of edges and nodes."""
+    nodes, edges = graph
+    return net.linear(nodes).index_add(0, edges[0], net.linear(nodes)[edges[1]])[:4]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ class Adds(nn.Module):
     ],
 )
 def test_inputs_of_several_tensors(cls, make):
-    model, B = Adds(), draws(6, 3, seed=1)
+    model, B = Net(added, linear=nn.Linear(3, 2).double()), draws(6, 3, seed=1)
     inputs = [make(X[:4], B[:4]), make(X[4:], B[4:])]
     before = [id(t) for t in tensors_of(inputs)]
     found = op(model, list(zip(inputs, Y.split([4, 2]), strict=True)), cls).to_dense()
@@ -200,17 +200,9 @@ def test_inputs_of_several_tensors(cls, make):
     close(found, cls(model.linear, LOSS, params, [(X + B, Y)]).to_dense())
 
 
-class Graph(Adds):
-    """Data along no axis that can be seen: a pair of edges and nodes."""
-
-    def forward(self, graph):
-        nodes, edges = graph
-        return self.linear(nodes).index_add(0, edges[0], self.linear(nodes)[edges[1]])[:4]
-
-
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
 def test_batch_size_fn(cls):
-    model, graph = Graph(), (X, torch.tensor([[0, 1], [2, 3]]))
+    model, graph = Net(graph_convolution, linear=nn.Linear(3, 2).double()), (X, torch.tensor([[0, 1], [2, 3]]))
     with pytest.raises(ValueError, match="batch_size_fn"):
         op(model, [(graph, Y[:4])], cls)
     found = op(model, [(graph, Y[:4])], cls, batch_size_fn=lambda _: 4)

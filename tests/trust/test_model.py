@@ -50,8 +50,6 @@ def by_shallow_copy(net):
 
 
 def by_force(net):
-    """The output is itself a derivative."""
-
     def force(h):
         with torch.enable_grad():
             x = h if h.requires_grad else h.detach().requires_grad_()
@@ -282,7 +280,6 @@ def test_eight_threads(frozen, kind):
 
 
 def test_training_in_another_thread_feels_nothing():
-    """Checkpoints, substitutions and modes are those of our own thread."""
     case, other, stop = Case(Net(), CE, data()), Net(), threading.Event()
     calls, plain = [], other.b.forward
     other.b.forward = lambda h: (calls.append(torch.is_grad_enabled()), plain(h))[1]

@@ -57,8 +57,6 @@ class Power(nn.Module):
 
 
 class Loader:
-    """Batches that can be changed in any way, with a transform of their own."""
-
     def __init__(self, real_targets=False):
         X, y = real(9, 3), real(9, 3, seed=5) if real_targets else labels(9)
         self.batches, self.gain = [(X[:5].clone(), y[:5].clone()), (X[5:].clone(), y[5:].clone())], 1.0
@@ -196,14 +194,12 @@ def test_a_parameter_that_is_replaced(code, kind):
 
 
 INSIDE = [
-    *(
-        "p['a.weight'].mul_(-1)",
-        "m.load_state_dict(Net().state_dict())",
-        "m.scale.mul_(2)",
-        "m.norm.running_var.add_(1)",
-    ),
-    *("m.frozen.weight.mul_(2)", "m.norm.train()", "m.train()", *CHANGES["optimizer"]),
+    "p['a.weight'].mul_(-1)",
+    "m.load_state_dict(Net().state_dict())",
+    "m.frozen.weight.mul_(2)",
+    "m.norm.train()",
 ]
+INSIDE += ["m.scale.mul_(2)", "m.norm.running_var.add_(1)", "m.train()", *CHANGES["optimizer"]]
 
 
 @pytest.mark.parametrize("code, kind", rotate(INSIDE, *IMPLICIT))

@@ -288,5 +288,9 @@ class _Product(torch.autograd.Function):
 
 def _as_scalar(value: Any) -> float | None:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value.detach())
+        if value.requires_grad:
+            raise TypeError(
+                "s * A: the operator's multiple is a number without a gradient. Take s * (A @ v), or s.detach()."
+            )
+        return float(value)
     return float(value) if isinstance(value, Real) else None

@@ -166,7 +166,9 @@ def _reached(risk: EmpiricalRisk, X: Any) -> bool:
         mode = risk.model.standing_in(inputs)
         with mode:
             parts = (
-                gradients(z, list(inputs.values()), u, allow_unused=True) if z.requires_grad else [None] * len(inputs)
+                gradients(z, list(inputs.values()), u, retain_graph=True, allow_unused=True)
+                if z.requires_grad
+                else [None] * len(inputs)
             )
         found.append(risk.space.join(parts))
     return relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype)

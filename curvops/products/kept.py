@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -12,6 +13,7 @@ from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.tree import tensors_of
 
 State = list[tuple[str, int, int]]
 
@@ -73,6 +75,7 @@ class Kept:
         with self._risk.walk(self._title) as walk:
             for place, batch in enumerate(walk):
                 if place in self._products:
+                    self._check_same(self._products[place].batch, batch)
                     self._products[place].add_to(total, rows)
                     continue
                 product, size = self._counted(batch, walk, total, rows)
@@ -82,6 +85,14 @@ class Kept:
                 self._number, self._constant = walk.batches, walk.constant
         self._account.note("linearized", str(self), "what does not fit the memory budget is computed anew")
         return total.mul_(self._constant)
+
+    def _check_same(self, kept: Batch, batch: Batch) -> None:
+        pairs = zip(tensors_of((kept.X, kept.y)), tensors_of((batch.X, batch.y)), strict=False)
+        if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            raise RuntimeError(
+                f"{self._title}: inside linearized() the loader yields other batches than before, or in another order. Pass a "
+                "DataLoader with shuffle=False, or more memory_budget, so that all batches are kept."
+            )
 
     def _counted(self, batch: Batch, walk: Walk, total: Tensor, rows: Tensor) -> tuple[BatchProduct, int | None]:
         """A batch's products, added to ``total``, and the bytes that they hold if these can be counted."""

@@ -74,7 +74,7 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     v = piece.repeat(-(-risk.space.dim // PIECE))[: risk.space.dim]
     u = torch.randn(z.shape, generator=generator).to(z)
     pushed = forward_push(risk, few, z)(v)
-    pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=True)
+    pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=record.fresh)
     wide = torch.promote_types(z.dtype, torch.float32)
     inner, along = torch.sum(u.to(wide) * pushed.to(wide)), inner_product(pulled, v, risk.space.sizes)
     difference = float(abs(inner - along) / (u.norm() * pushed.norm()).clamp(min=torch.finfo(wide).tiny))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
 from curvops.risk.model import ModelFunction
 
+_LOCK = Lock()
 Fast = Callable[[Sequence[BatchProduct]], Tensor]
 SomeOperator = TypeVar("SomeOperator", bound="RiskOperator")
 
@@ -90,6 +92,7 @@ class RiskOperator(LinearOperator):
     def _set(self, risk: EmpiricalRisk, memory_budget: int | None) -> None:
         self.risk, self.memory_budget, self.account = risk, memory_budget, Account()
         self._kept: Kept | None = None
+        self._open = 0  # contexts of `linearized`
         super().__init__(risk.space, symmetric=True, psd=self._is_psd())
 
     def explain(self) -> str:
@@ -116,16 +119,17 @@ class RiskOperator(LinearOperator):
             ...     for _ in range(10):
             ...         v = hessian @ (v / v.norm())
         """
-        outer = self._kept
-        if outer is None:
-            self._kept = Kept(self.risk, self.name, self._begin, self._hold, self._budget, self.account)
+        with _LOCK:
+            if not self._open:
+                self._kept = Kept(self.risk, self.name, self._begin, self._hold, self._budget, self.account)
+            self._open += 1
         try:
             yield self
         finally:
-            self._kept = outer
-
-    def _leaves(self) -> Iterable[Tensor]:
-        return self.risk.params.values()
+            with _LOCK:
+                self._open -= 1
+                if not self._open:
+                    self._kept = None
 
     def _is_psd(self) -> bool:
         return False

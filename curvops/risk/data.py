@@ -87,8 +87,8 @@ class Data:
         return size
 
     def _move(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.device, non_blocking=True)
-        return tensor.clone() if tensor.is_inference() else tensor  # autograd keeps no inference tensors
+        # a copy: a loader may write the next batch over this one, and autograd keeps no inference tensors
+        return tensor.clone() if tensor.device == self.device else tensor.to(self.device, non_blocking=True).clone()
 
 
 def joins(waiting: Sequence[Batch], batch: Batch, most: int) -> bool:

@@ -65,7 +65,9 @@ def _walk(risk: EmpiricalRisk) -> Pass:
             seen.value += value.detach()
             seen.linear.append(curvature.linear)
             if value.requires_grad:
-                risk.space.join(gradients(value, list(risk.params.values()), allow_unused=True), seen.gradient)
+                # part of the graph may be the caller's, as of a cached parametrization
+                slopes = gradients(value, list(risk.params.values()), retain_graph=True, allow_unused=True)
+                risk.space.join(slopes, seen.gradient)
         _ = walk.constant
     return seen
 

@@ -160,7 +160,7 @@ class EmpiricalRisk:
             value = walk.curvature(z, batch).value()
             total[0] += value.detach()
             if gradient and value.requires_grad:
-                found = gradients(value, list(self.params.values()), allow_unused=True)
+                found = gradients(value, list(self.params.values()), retain_graph=True, allow_unused=True)
                 self.space.join(found, total[1:])
 
         total = torch.zeros(1 + self.space.dim, dtype=self.space.sum_dtype, device=self.space.device)

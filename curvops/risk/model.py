@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
+LARGEST = 1000  # entries of a container that modules are looked for in
 # modules that only distribute another one, and the attribute that holds it
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module"}
 
@@ -46,13 +49,17 @@ class Model:
     @property
     def training_modules(self) -> list[Module]:
         """Submodules in train mode."""
-        return [m for root in self._roots() for m in root.modules() if m.training]
+        return [m for m in self._modules() if m.training]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, those of ``params`` too, and buffers."""
-        named = [(n, t) for root in self._roots() for n, t in (*root.named_parameters(), *root.named_buffers())]
-        return {**dict(named), **self.params}
+        own = [
+            (f"{type(m).__name__}.{n}", t)
+            for m in self._modules()
+            for n, t in (*m._parameters.items(), *m._buffers.items())
+        ]
+        return {**{f"{name} {k}": t for k, (name, t) in enumerate(own) if t is not None}, **self.params}
 
     def __call__(self, X: Any) -> Tensor:
         """Output of the model as it stands.
@@ -65,7 +72,8 @@ class Model:
 
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """Output with other tensors in the place of the parameters: see `standing_in`."""
-        with self._buffers_kept(), self.standing_in(params):
+        # what a module stores as it runs would be a dead wrapper of a transform
+        with self._buffers_kept(), self._attributes_kept(), self.standing_in(params):
             return _tensor(self.module(X) if self.module is not None else self._function(params, X))
 
     def standing_in(self, params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Substitutions:
@@ -79,9 +87,11 @@ class Model:
             dtype: Precision that everything else of the model is brought to.
         """
         stand_ins = {id(tensor): params[name] for name, tensor in self.params.items()}
-        if dtype is not None:
-            for root in self._roots():
-                for tensor in (*root.parameters(), *root.buffers()):
+        for module in self._modules():
+            # copies of buffers, as no transform lets a model change them in place
+            others = (*(module._parameters.values() if dtype is not None else ()), *module._buffers.values())
+            for tensor in others:
+                if tensor is not None:
                     stand_ins.setdefault(id(tensor), floating_to(tensor.detach().clone(), dtype))
         return Substitutions(stand_ins)
 
@@ -109,7 +119,7 @@ class Model:
 
         In place, so that a graph that needs what they had become notices, and its backward pass is an error.
         """
-        found = [(m, n, b) for root in self._roots() for m in root.modules() for n, b in m._buffers.items()]
+        found = [(m, n, b) for m in self._modules() for n, b in m._buffers.items()]
         kept = [(m, n, b, b.detach().clone()) for m, n, b in found if b is not None]
         try:
             yield
@@ -121,17 +131,44 @@ class Model:
                     if not _same(buffer, before):
                         buffer.copy_(before)
 
-    def _roots(self) -> list[Module]:
-        """The module, or the modules that a function refers to."""
-        if self.module is not None:
-            return [self.module]
-        function: Any = self.function
-        held = [function, getattr(function, "__self__", None), getattr(function, "func", None)]
-        held += getattr(function, "args", ())
-        held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        names = getattr(getattr(function, "__code__", None), "co_names", ())
-        held += [getattr(function, "__globals__", {}).get(name) for name in names]
-        return [value for value in held if isinstance(value, Module)]
+    @contextmanager
+    def _attributes_kept(self) -> Iterator[None]:
+        """Put back attributes that modules set as they run."""
+        kept = [(vars(module), dict(vars(module))) for module in self._modules()]
+        try:
+            yield
+        finally:
+            for now, before in kept:
+                for name in [name for name, value in now.items() if before.get(name, now) is not value]:
+                    if name in before:
+                        now[name] = before[name]
+                    else:
+                        del now[name]
+
+    def _modules(self) -> list[Module]:
+        """All modules, those too that are held in containers, by functions or by objects that are called."""
+        found: dict[int, Module] = {}
+        seen: set[int] = set()
+        todo: list[Any] = [self.module if self.module is not None else self.function]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, (str, Tensor, type)) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, Module):
+                found[id(value)] = value
+                todo += value.children()
+            if isinstance(value, dict):
+                todo += value.values() if len(value) <= LARGEST else ()
+            elif isinstance(value, (list, tuple, set)):
+                todo += value if len(value) <= LARGEST else ()
+            elif isinstance(value, Module) or (value is self.function and hasattr(value, "__dict__")):
+                todo += [
+                    v for v in vars(value).values() if isinstance(v, (Module, dict, list, tuple, set, FunctionType))
+                ]
+            if isinstance(value, (FunctionType, MethodType, partial)) or value is self.function:
+                todo += _held(value)
+        return list(found.values())
 
     def _check(self) -> None:
         first: dict[int, str] = {}
@@ -164,6 +201,21 @@ class Model:
                 f"params: the module {type(self.module).__name__} has no parameter {describe(unknown)}; "
                 f"it has {describe(list(own))}. Pass a subset of dict(model.named_parameters())."
             )
+
+
+def _held(function: Any) -> list[Any]:
+    """What a function, a method or a partial refers to."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    held = [getattr(function, name, None) for name in ("__self__", "func", "args", "keywords", "__defaults__")]
+    held += [getattr(function, "__globals__", {}).get(name) for name in names]
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    return [
+        value for value in held if isinstance(value, (Module, dict, list, tuple, FunctionType, MethodType, partial))
+    ]
 
 
 def _stands_for(name: str, own: Mapping[str, Tensor]) -> bool:

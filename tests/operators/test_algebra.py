@@ -65,7 +65,7 @@ def test_structure_is_declared(symmetric):
 
 
 NUMBERS = [2, 2.0, True, np.float64(2), np.float32(2), np.int64(2)]
-TENSORS = [torch.tensor(2.0), torch.tensor([2]), torch.tensor(2.0, requires_grad=True)]
+TENSORS = [torch.tensor(2.0), torch.tensor([2])]
 
 
 @pytest.mark.parametrize("scalar", NUMBERS + TENSORS)
@@ -235,3 +235,8 @@ def test_copies(rectangular, symmetric, copied):
     found = copied(rectangular)
     found.dense.zero_()
     assert rectangular.dense.any()
+
+
+def test_a_multiple_has_no_gradient(symmetric):
+    with pytest.raises(TypeError, match=r"Take s \* \(A @ v\)"):
+        symmetric * torch.tensor(2.0, requires_grad=True)

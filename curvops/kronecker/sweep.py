@@ -228,7 +228,8 @@ class Sweep:
                 break
         else:
             failed = self._prove(tape, batch, curvature)
-            self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
+            if tape.tested:
+                self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
         found = {**self.grouping.refuted, **failed}
         return {name: found[name] for name in names if name in found}
 
@@ -240,7 +241,7 @@ class Sweep:
             scale = _scale(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
-            if tape.fits(some.layouts):
+            if some.tested and tape.fits(some.layouts):
                 tape.layouts = some.layouts
                 return failed
         scale = _scale(tape)

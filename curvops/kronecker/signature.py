@@ -71,7 +71,8 @@ class Recording:
         self._met = []
         of_data = self.add(args) | (self.add(kwargs) if kwargs else False)
         pairs, born = [t for t in self._met if self._has_pairs(t)], []
-        if len(self._met) > 1:  # not so inputs with as many features, and images as high and wide, as there are data
+        if len(self._met) > 1 and any(t.requires_grad for t in self._met):
+            # images may be as high and wide as batches have data
             next_to = [t.shape[k : k + 2] for t in pairs if t.ndim < 4 and not t.requires_grad for k in range(t.ndim)]
             self.mixes = self.mixes or (self.size, self.size) in next_to
         in_place = func is Tensor.__setitem__ or (args and out is args[0] and getattr(func, "__name__", "")[-1:] == "_")

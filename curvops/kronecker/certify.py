@@ -21,7 +21,7 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
     Each datum's cotangent is scaled by a number of its own. A row that belongs to one datum comes back
     scaled by that number; and a parameter is explained if its gradient is the sum over its uses' rows.
     ``spread`` is the ``scale`` of each datum in the shape of the output. The tape's layouts are set; the parameters
-    that are not explained are returned, and why.
+    that are not explained are returned, and why. It holds for this pass alone unless the tape is ``tested``.
     """
     cotangent, every = tape.random_cotangent(), range(len(tape.uses))
     directions: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -37,6 +37,7 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
     for k, (use, g) in enumerate(zip(tape.uses, scaled, strict=True)):
         if plain:
             tape.layouts[k] = _layout(plain[k], _projected(use, g, directions), scale, tape.precision)
+            tape.tested = tape.tested and ((before := plain[k]) is None or bool(before.any()))
         for view in views(use):
             if tape.layouts[k] is None:
                 failed[view.name] = f"the rows of {use.kind} do not belong to one datum each"
@@ -44,6 +45,7 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
                 parts.setdefault(view.name, []).append((use, view, g))
     allowed = max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in scaled if g is not None)})
     norms: dict[str, Tensor] = {}
+    reached = tape.reached()
     for k, name in enumerate(names):
         total, totals[k] = totals[k], None
         if name in tape.taps.unknowns and total is not None:
@@ -51,6 +53,7 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
         elif name not in failed:
             norms[name] = _norms(_over_uses(tape.params[name], parts.get(name, ())), total)
     for name, pair in zip(norms, torch.stack([*norms.values()]).tolist() if norms else (), strict=True):
+        tape.tested = tape.tested and (pair[1] > 0 or name not in reached)
         if not _small(pair, allowed):
             failed[name] = "its gradient is not the sum over the operations that were seen"
     return failed

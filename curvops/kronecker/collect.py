@@ -58,7 +58,7 @@ class Collection:
         while True:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
             self._kept, self.kept_bytes, self._open = [], 0, keep and not self.planned and self.budget > 0
-            for found in sweep.planned() if self.planned else sweep.walk(self.title, share):
+            for found in sweep.planned() if self.planned else sweep.walk(self.title, share, keep):
                 for group, uses in found.rows():
                     consumer.add(group, uses, found)  # first: a convolution's factor may need no windows
                     self._keep(group, uses, found)

@@ -72,7 +72,7 @@ class Grouping:
         known = self.groups.get(group.key)
         if known is None:
             for several in (self.of.setdefault(name, []) for name in group.names):
-                if any(_overlap(self.groups[other], group) for other in several):
+                if any(overlap(self.groups[other], group) for other in several):
                     self._refute(group)
                 several.append(group.key)
         elif (known.kind, known.shape) != (group.kind, group.shape):
@@ -151,8 +151,9 @@ def _identity(view: View) -> Key:
     return ((view.name, *view.key),)
 
 
-def _overlap(one: Group, other: Group) -> bool:
-    return bool(torch.isin(one.places.tensor, other.places.tensor).any())
+def overlap(one: Group, other: Group) -> bool:
+    """Whether two groups share entries of a parameter."""
+    return bool(set(one.names) & set(other.names)) and bool(torch.isin(one.places.tensor, other.places.tensor).any())
 
 
 def _interleaved(weight: Places, bias: Places, shape: tuple[int, int, int], axis: int) -> Tensor:

@@ -51,7 +51,8 @@ QUERIES = named(
 DATA_DEPENDENT = {F.one_hot} | named(
     "nonzero masked_select argwhere sort argsort unique unique_consecutive topk argmax argmin multinomial index_select "
     "gather take take_along_dim scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add "
-    "index_add_ index_copy index_copy_ index_put index_put_ masked_scatter masked_scatter_ searchsorted bucketize"
+    "index_add_ index_copy index_copy_ index_put index_put_ masked_scatter masked_scatter_ searchsorted bucketize "
+    "index_reduce index_reduce_ segment_reduce repeat_interleave put put_"
 )
 
 # leave an axis out
@@ -69,5 +70,5 @@ def is_data_dependent(func: Any, args: Any) -> bool:
     """Whether a function may arrange rows by the data's values."""
     if func in (Tensor.__getitem__, Tensor.__setitem__):
         parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(p, Tensor) and p.dtype in (torch.bool, torch.int64) and p.ndim > 0 for p in parts)
+        return any(getattr(p, "ndim", 0) > 0 for p in parts)  # tensors, or arrays
     return func in DATA_DEPENDENT or (func is torch.where and len(args) == 1)

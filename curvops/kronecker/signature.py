@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.operations import REDUCTIONS
+from curvops.tree import nodes_of
 
+LEAF = "torch::autograd::AccumulateGrad"
 PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device}
 
 
@@ -42,13 +44,14 @@ class Recording:
     """Takes down the calls of a forward pass of ``size`` data.
 
     Tensors other than the parameters get numbers in the order in which they appear. It ``mixes`` if a result that
-    depends on the data has no axis for them, such as a mean over the batch: how much it mixes them may depend on their
-    values, and no signature shows that.
+    depends on the data has no axis for them, such as a mean over the batch, or if it may be made by what has two, such
+    as a graph of the data: how much it mixes them may depend on their values, and no signature shows that.
     """
 
     def __init__(self, parameters: Iterable[Tensor], size: int) -> None:
         self.size, self.mixes = size, False
         self._entries: list[Any] = []
+        self._met: list[Tensor] = []  # tensors of the data that the current call takes
         # by `id`: the tensor, its number, and whether it depends on the data
         self._known: dict[int, tuple[ref[Tensor], str, bool]] = {}
         self._count = 0
@@ -58,21 +61,31 @@ class Recording:
     def signature(self, output: Tensor) -> Signature:
         """What was taken down, for a pass with an output."""
         known = self._find(output) or self._remember(output, True)
-        return Signature(self.size, (*self._entries, known[1], *output.shape))
+        # the graph shows what no call does: traced modules, functions with a backward of their own, views made before
+        graph = [(node.name(), self._name(node) if node.name() == LEAF else "") for node in nodes_of(output)]
+        return Signature(self.size, (*self._entries, known[1], *output.shape, *graph))
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> list[Tensor]:
         """Take down a call; returns the tensors that came into being by it."""
         self._entries.append(func)
+        self._met = []
         of_data = self.add(args) | (self.add(kwargs) if kwargs else False)
-        born = []
-        for result in out if isinstance(out, (list, tuple)) else (out,):
+        pairs, born = [t for t in self._met if self._has_pairs(t)], []
+        if len(self._met) > 1 and any(t.requires_grad for t in self._met):
+            # images may be as high and wide as batches have data
+            next_to = [t.shape[k : k + 2] for t in pairs if t.ndim < 4 and not t.requires_grad for k in range(t.ndim)]
+            self.mixes = self.mixes or (self.size, self.size) in next_to
+        in_place = func is Tensor.__setitem__ or (args and out is args[0] and getattr(func, "__name__", "")[-1:] == "_")
+        for result in args[:1] if in_place else out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(result, Tensor):
                 known = self._find(result)
                 born += [] if known else [result]
-                known = known or self._remember(result, of_data)
+                if known is None or (of_data and in_place):
+                    known = self._remember(result, of_data)
                 self._entries += [known[1], result.dtype, result.requires_grad, *result.shape]
                 self.mixes = self.mixes or (of_data and result.requires_grad and self._reduced(func, args, result))
-            elif isinstance(result, bool):  # the model may branch here
+                self.mixes = self.mixes or (len(self._met) > 1 and not pairs and self._has_pairs(result))
+            elif isinstance(result, int):  # the model may branch here
                 self._entries.append(result)
         return born
 
@@ -94,6 +107,8 @@ class Recording:
                 known = self._remember(value, self._has_data(value))
                 self._entries += value.shape
             self._entries.append(known[1])
+            if known[2] or (not value.requires_grad and self._has_data(value)):
+                self._met.append(value)
             return known[2]
         if isinstance(value, (tuple, list, dict)):
             return self.add(list(value.items() if isinstance(value, dict) else value))
@@ -106,12 +121,20 @@ class Recording:
         """Whether a tensor may have an axis for the data."""
         return any(length % self.size == 0 for length in tensor.shape)
 
+    def _has_pairs(self, tensor: Tensor) -> bool:
+        """Whether a tensor has two axes for the data: it may say for each pair how they are mixed."""
+        return self.size > 1 and tensor.shape.count(self.size) > 1
+
     def _reduced(self, func: Any, args: Any, result: Tensor) -> bool:
         """Whether a result lacks the axis of the data, for all that shapes tell."""
         if self.size == 1 or not self._has_data(result):
             return self.size > 1
         operands = [t for t in args[:1] if isinstance(t, Tensor) and func in REDUCTIONS]
         return any(list(t.shape).count(self.size) > list(result.shape).count(self.size) for t in operands)
+
+    def _name(self, leaf: Any) -> str:
+        known = self._find(leaf.variable)
+        return known[1] if known is not None else "leaf"
 
     def _find(self, tensor: Tensor) -> tuple[ref[Tensor], str, bool] | None:
         known = self._known.get(id(tensor))

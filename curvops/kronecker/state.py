@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group
+from curvops.kronecker.groups import Group, overlap
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
 from curvops.operators.places import Places
@@ -163,6 +163,13 @@ class State:
                     f"{title}: {describe(group.names)} has blocks of different kinds in the two operators."
                 )
             groups.append((group, combine(entry, its)))
+        for group, _ in rest.values():
+            if met := [own for own, _ in self.groups if overlap(own, group)]:
+                here, there = (f"{one.kind} ({one.operation})" for one in (met[0], group))
+                raise ValueError(
+                    f"{title}: {describe(group.names)} has blocks that overlap, here {here} and there {there}, which "
+                    "do not add. Make one operator of all the data."
+                )
         return groups + [(group, combine(self._nothing(group, entry), entry)) for group, entry in rest.values()]
 
     def _nothing(self, group: Group, entry: Entry) -> Entry:
@@ -213,6 +220,8 @@ def _sum(a: Tensor | None, b: Tensor | None, mine: float, its: float) -> Tensor:
 
 def _mark(group: Group) -> tuple[object, ...]:
     """The same for a group of both data sets."""
-    first = group.places.index
-    start = first.start if isinstance(first, slice) else int(first[0]) if len(first) else -1
-    return (group.names, group.kind, group.shape, start)
+    where = group.places.index
+    ramp = torch.arange(1, len(group.places) + 1, device=group.places.device)
+    # exact, up to overflow that is the same everywhere
+    place = where.start if isinstance(where, slice) else (int(where[:1].sum()), int((where * ramp**3).sum()))
+    return (group.names, group.kind, group.shape, place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -22,6 +22,7 @@ from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
+from curvops.risk.determinism import _fingerprint as fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import map_tensors, tensors_of
 
@@ -54,19 +55,32 @@ class Sweep:
         self.signed = self._planned = self._streamed = False
         self._proofs: list[Proof] = []
 
-    def walk(self, title: str, together: int) -> Iterator[Pass]:
+    def walk(self, title: str, together: int, more: bool = False) -> Iterator[Pass]:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
 
-        Backward passes of one forward pass come together up to so many bytes of output gradients.
+        Backward passes of one forward pass come together up to so many bytes of output gradients. If there may be
+        ``more`` walks, these must yield the same batches.
         """
         self._reset()
-        yield from self._passes(title, together)
+        self._marks: list[tuple[float, ...]] = []
+        yield from self._passes(title, together, mark=self._marks.append if more else None)
         if not self.grouping.again:
             self.constant = self._steps.constant
 
     def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
         """The same passes once more, without those of some batches at the beginning."""
-        yield from self._passes(title, together, skip)
+        marks = iter(self._marks)
+
+        def check(mark: tuple[float, ...] | None) -> None:
+            if next(marks, None) != mark:
+                raise RuntimeError(
+                    f"{title}: a further walk over the data yields other batches than the first. Pass a DataLoader with "
+                    "shuffle=False and fixed transforms, or give the rows of the first walk more room by memory_budget=."
+                )
+
+        yield from self._passes(title, together, skip, check)
+        if not self.grouping.again:
+            check(None)
         if self.grouping.again:
             raise RuntimeError(
                 f"{title}: a further walk over the data met other operations than the first. Make model and data "
@@ -89,7 +103,9 @@ class Sweep:
         self.data = dict.fromkeys(self.risk.space.names, 0)
         self.reasons: dict[str, list[str]] = {name: [] for name in self.data}
 
-    def _passes(self, title: str, together: int, skip: int = 0) -> Iterator[Pass]:
+    def _passes(
+        self, title: str, together: int, skip: int = 0, mark: Callable[[tuple[float, ...]], None] | None = None
+    ) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk()) as batches:
             self._steps = Walk(self.risk, batches, title)
@@ -97,6 +113,8 @@ class Sweep:
                 if self._streamed:
                     self.grouping, self.whole = Grouping(self.risk.space, self.grouping.joint), {}
                     self._reset()
+                if mark is not None:
+                    mark(fingerprint(batch))
                 if place >= skip:
                     yield from self._batch(place, batch, together)
                 while self.grouping.again and (self._streamed or self._planned):  # this batch contradicts itself
@@ -228,7 +246,8 @@ class Sweep:
                 break
         else:
             failed = self._prove(tape, batch, curvature)
-            self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
+            if tape.tested:
+                self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
         found = {**self.grouping.refuted, **failed}
         return {name: found[name] for name in names if name in found}
 
@@ -240,7 +259,7 @@ class Sweep:
             scale = _scale(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
-            if tape.fits(some.layouts):
+            if some.tested and tape.fits(some.layouts):
                 tape.layouts = some.layouts
                 return failed
         scale = _scale(tape)

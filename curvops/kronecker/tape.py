@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.rules import RULES
-from curvops.kronecker.signature import Signature
+from curvops.kronecker.signature import LEAF, Signature
 from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import Use, VectorUse, View
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.tree import nodes_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Tape:
     size: int  # number of data that rows are attributed to; 1 where a batch that mixes its data is seen as one
     precision: torch.dtype  # the lowest that the model computes in
     layouts: list[Layout | None]  # of each use's rows; `None` where they could not be attributed
+    tested: bool = True  # whether a certificate met all that enters the graph with a gradient that is not zero
 
     def gradients(
         self, cotangent: Tensor, uses: Sequence[int], names: Sequence[str] = (), last: bool = False
@@ -79,6 +81,12 @@ class Tape:
             self.z, targets, cotangent.to(self.z.dtype).view_as(self.z), retain_graph=not last, allow_unused=True
         )
         return list(found[: len(uses)]), list(found[len(uses) :])
+
+    def reached(self) -> set[str]:
+        """The parameters that the graph leads to."""
+        nodes: Iterable[Any] = nodes_of(self.z)
+        leaves = {id(node.variable) for node in nodes if node.name() == LEAF}
+        return {name for name, p in self.params.items() if id(p) in leaves}
 
     def random_cotangent(self) -> Tensor:
         """The same for each pass with such an output."""

@@ -150,6 +150,102 @@ def test_a_later_batch_that_does_something_else(name: str, kind: str, sizes: tup
     check(kind, build(kind, given, *sizes, check_deterministic=False), matrix)
 
 
+def quietly_negative(x: Tensor) -> bool:
+    """The same, by a number that no signature holds."""
+    return x[0, 0].item() < 0
+
+
+class Applied(torch.autograd.Function):
+    """A linear map that no tap sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return slopes[0] @ weight, slopes[0].T @ x
+
+
+def traced(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.traced[quietly_negative(x)](x))
+
+
+def view_made_before(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.a(x) + (-x[:, :1]).relu() * (x @ net.view))
+
+
+def other_view_made_before(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.b(x) + x @ (net.view if quietly_negative(x) else net.other))
+
+
+def other_weight_of_a_function(net: Any, x: Tensor) -> Tensor:
+    return net.head(Applied.apply(x, (net.b if quietly_negative(x) else net.a).weight))
+
+
+def gated_function(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.where(x[:, :1] < 0, Applied.apply(x, net.b.weight), net.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("sizes", [(6, 5), (9, 8)])
+@pytest.mark.parametrize(
+    "forward", [traced, view_made_before, other_view_made_before, other_weight_of_a_function, gated_function]
+)
+def test_a_later_batch_that_uses_a_parameter_unseen(
+    forward: Callable[[Any, Tensor], Tensor], sizes: tuple[int, ...]
+) -> None:
+    given = problem(forward, sizes)
+    model: Any = given[0]
+    model.view, model.other = model.b.weight.T, model.a.weight.T
+    if forward is traced:
+        model.traced = nn.ModuleList(torch.jit.trace(layer, real(5, 3)) for layer in (model.a, model.b))
+        model.a = model.b = None
+    for kind in ("ekfac", "diagonal"):
+        check(kind, build(kind, given, *sizes), expected(given, sizes))
+
+
+def by_groups(net: Any, x: Tensor) -> Tensor:
+    same = (x[:, 2:] == x[:, 2:].T).to(x)
+    return net.head(torch.tanh(same / same.sum(1, keepdim=True) @ net.a(x)))
+
+
+def by_graph(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.graphs[quietly_negative(x)] @ net.a(x)))
+
+
+def by_lists(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.head(torch.tanh(h + h[x[:, 2].int().numpy()]))
+
+
+@pytest.mark.parametrize("forward", [by_groups, by_graph, by_lists])
+def test_a_later_batch_that_mixes_the_data_in_its_middle(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    given, places = problem(forward, (10, 10)), torch.arange(10)
+    mixed = torch.tensor([0, 1, 2, 2, 2, 3, 3, 7, 8, 9])
+    given[2][:, 2] = torch.cat([places, mixed])
+    model: Any = given[0]
+    model.graphs = [torch.eye(10, dtype=torch.float64), torch.eye(10, dtype=torch.float64)[mixed]]
+    for kind in ("ekfac", "diagonal"):
+        check(kind, build(kind, given, 10, 10), expected(given, (10, 10)))
+
+
+def tied_later(net: Any, x: Tensor) -> Tensor:
+    z = net.head(net.a(x))
+    return z @ net.head.weight[:, :2] if negative(x) else z
+
+
+@pytest.mark.parametrize("kind", ["kfac", "diagonal"])
+def test_blocks_that_overlap_do_not_merge(kind: str) -> None:
+    model, loss, X, y = problem(tied_later, (6, 5))
+    one, other = (build(kind, (model, loss, X[part], y[part])) for part in (slice(0, 6), slice(6, 11)))
+    for first, second in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match=r"merge: 'head.weight' has blocks that overlap, here \w+ \("):
+            first.merge(second)
+
+
 def positions(net: Any, x: Tensor) -> Tensor:
     return net.head(torch.tanh(net.a(x) + net.p[: x.shape[1]])).mean(1)
 

@@ -51,6 +51,24 @@ def expected(problem):
     return ggn_of_batches(model, list(zip(X.split(SIZES), y.split(SIZES), strict=True)))
 
 
+@pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
+def test_a_further_walk_over_other_batches_is_refused(kind):
+    model, loss, X, y = mlp()
+
+    class Other:
+        def __init__(self, *walks):
+            self.walks = iter(walks)
+
+        def __iter__(self):
+            return iter([(X[part], y[part]) for part in next(self.walks)])
+
+    first, second = slice(0, 3), slice(3, 6)
+    for further in ([second, first], [first], [first, second, first]):
+        data = Other([first, second], further)
+        with pytest.raises(RuntimeError, match=r"a further walk over the data yields other batches .* shuffle=False"):
+            KINDS[kind](model, loss, params(model), data, check_deterministic=False, memory_budget=0)
+
+
 def later(x):
     return len(x) == 5
 

@@ -59,7 +59,7 @@ def _walk(risk: EmpiricalRisk) -> Pass:
     seen = Pass([], zero[0], zero[1:], [])
     with risk.walk("Determinism check") as walk:
         for batch in walk:
-            seen.fingerprints.append(_fingerprint(batch))
+            seen.fingerprints.append(fingerprint(batch))
             curvature = walk.curvature(risk.forward(batch.X), batch)
             value = curvature.value()
             seen.value += value.detach()
@@ -108,7 +108,7 @@ def _altered(p: Tensor) -> bool:
     return False
 
 
-def _fingerprint(batch: Batch) -> tuple[float, ...]:
+def fingerprint(batch: Batch) -> tuple[float, ...]:
     """Numbers that change with the values of a batch and with their order."""
     prints = []
     for tensor in tensors_of((batch.X, batch.y)):

@@ -22,7 +22,7 @@ from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
-from curvops.risk.determinism import fingerprint as fingerprint
+from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import map_tensors, tensors_of
 

@@ -37,6 +37,7 @@ class BatchProduct(ABC):
 
     def __init__(self, batch: Batch, curvature: OutputCurvature, record: Recorder) -> None:
         self.batch, self.curvature, self.record = batch, curvature, record
+        self.copies = 1  # of what the graph holds
 
     @property
     def held_bytes(self) -> int:

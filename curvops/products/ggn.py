@@ -14,10 +14,10 @@ from curvops.context import quietly
 from curvops.gram import add_gram, mirrored
 from curvops.losses import Factor, Noise, OutputCurvature
 from curvops.products import rules
-from curvops.products.account import relative_difference, tolerance
+from curvops.products.account import reason, relative_difference, tolerance
 from curvops.products.batch import BatchProduct, FactorProduct, HeldRows
 from curvops.products.judge import judge_jacobian
-from curvops.products.proofs import forward_push, proved
+from curvops.products.proofs import forward_push, linearized_push, proved
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.risk_operator import Fast, RiskOperator
@@ -76,18 +76,26 @@ class OutputFactorOperator(RiskOperator):
         return rules.rows_pay(columns, rows, self.domain.dim, data, work)
 
     def _hold(self, product: BatchProduct) -> BatchProduct:
-        if not self._rows_pay(product, 0):
-            return product
-        expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
-        noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
-        product.add_to(expected, noise)
+        assert isinstance(product, FactorProduct)
         try:
             with quietly():
-                held = HeldRows(product, torch.cat(list(self._rows([product]))))
+                if self._rows_pay(product, 0):
+                    return self._held_rows(product)
+                if product.push is not None:
+                    program = linearized_push(self.risk, product.batch, product.push)
+                    product.push, product.copies = (program, 2) if program is not None else (product.push, 1)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
-            return product
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            self.account.note("linearized", "graphs", f"nothing smaller or quicker is supported here: {reason(error)}")
+        return product
+
+    def _held_rows(self, product: FactorProduct) -> BatchProduct:
+        """The rows, if they give the same product with a random vector."""
+        noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
+        expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
+        product.add_to(expected, noise)
+        held = HeldRows(product, torch.cat(list(self._rows([product]))))
         found = held.add_to(torch.zeros_like(expected), noise)
         return held if relative_difference(found, expected) <= tolerance(self.dtype) else product
 

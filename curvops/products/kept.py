@@ -120,7 +120,7 @@ class Kept:
             return held, held.held_bytes
         with hooks():  # products build what they need besides
             product.add_to(total, rows)
-        return product, sum(sizes.values())
+        return product, product.copies * sum(sizes.values())
 
     def _look(self) -> State:
         model = self._risk.model

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, linearize
 
 from curvops.context import quietly
-from curvops.products.account import reason, tolerance
+from curvops.products.account import reason, relative_difference, tolerance
 from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
@@ -40,6 +40,22 @@ def forward_push(risk: EmpiricalRisk, batch: Batch, like: Tensor) -> Push:
             return jvp(lambda p: risk.functional(p, batch.X), (primals,), (directions,))[1].to(like.dtype)
 
     return push
+
+
+def linearized_push(risk: EmpiricalRisk, batch: Batch, push: Push) -> Push | None:
+    """J v by a program of its own, in which nothing but the tangents is computed; ``None`` if it is not the same."""
+    primals = {name: p.detach() for name, p in risk.params.items()}
+    with torch.no_grad():
+        program = linearize(lambda p: risk.functional(p, batch.X), primals)[1]
+
+    def run(v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return program(dict(zip(primals, tangents(v, risk.space), strict=True)))
+
+    v = risk.space.random(torch.Generator().manual_seed(0))
+    expected = push(v)
+    same = relative_difference(run(v).to(expected.dtype), expected) <= tolerance(expected.dtype)
+    return (lambda v: run(v).to(expected.dtype)) if same else None
 
 
 def proved(risk: EmpiricalRisk, batch: Batch, record: Recorder) -> Proof:

@@ -73,7 +73,7 @@ class Model:
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """Output with other tensors in the place of the parameters: see `standing_in`."""
         # what a module stores as it runs would be a dead wrapper of a transform
-        with self._buffers_kept(), self._attributes_kept(), self.standing_in(params):
+        with self._buffers_kept(contents=False), self._attributes_kept(), self.standing_in(params):
             return _tensor(self.module(X) if self.module is not None else self._function(params, X))
 
     def standing_in(self, params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Substitutions:
@@ -114,13 +114,13 @@ class Model:
         return self.function(dict(params), X)
 
     @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        """Put back buffers that change as the model runs.
+    def _buffers_kept(self, contents: bool = True) -> Iterator[None]:
+        """Put back buffers that change as the model runs: the tensors, and their contents unless copies stand in for them.
 
         In place, so that a graph that needs what they had become notices, and its backward pass is an error.
         """
         found = [(m, n, b) for m in self._modules() for n, b in m._buffers.items()]
-        kept = [(m, n, b, b.detach().clone()) for m, n, b in found if b is not None]
+        kept = [(m, n, b, b.detach().clone() if contents else b) for m, n, b in found if b is not None]
         try:
             yield
         finally:
@@ -128,7 +128,7 @@ class Model:
                 for module, name, buffer, before in kept:
                     if module._buffers.get(name) is not buffer:
                         module._buffers[name] = buffer
-                    if not _same(buffer, before):
+                    if before is not buffer and not _same(buffer, before):
                         buffer.copy_(before)
 
     @contextmanager

@@ -16,6 +16,7 @@ from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
+STANDARD = frozenset(vars(Module()))  # attributes that all modules have
 LARGEST = 1000  # entries of a container that modules are looked for in
 # modules that only distribute another one, and the attribute that holds it
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module"}
@@ -163,9 +164,8 @@ class Model:
             elif isinstance(value, (list, tuple, set)):
                 todo += value if len(value) <= LARGEST else ()
             elif isinstance(value, Module) or (value is self.function and hasattr(value, "__dict__")):
-                todo += [
-                    v for v in vars(value).values() if isinstance(v, (Module, dict, list, tuple, set, FunctionType))
-                ]
+                own = [v for name, v in vars(value).items() if name not in STANDARD]
+                todo += [v for v in own if isinstance(v, (Module, dict, list, tuple, set, FunctionType))]
             if isinstance(value, (FunctionType, MethodType, partial)) or value is self.function:
                 todo += _held(value)
         return list(found.values())

@@ -157,7 +157,10 @@ class RiskOperator(LinearOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         if self._kept is None and rules.matrix_pays(columns.shape[1], self.domain.dim):
-            return self._dense() @ columns
+            dense = self._dense()
+            # the identity is what many ask with; to multiply with it would take longer than some matrices
+            eye = torch.eye(len(columns), dtype=self.dtype, device=self.device)
+            return dense if torch.equal(columns, eye) else dense @ columns
         rows = columns.T.contiguous()
         if self._kept is not None:
             total = torch.zeros(rows.shape, dtype=self.domain.sum_dtype, device=self.device)

@@ -25,6 +25,7 @@ from curvops.products.record import Recorder
 
 Case = tuple[str, Problem, bool, Callable[[], Any]]
 PAIRS = ("Hessian", "GGN")
+MANY = 64  # products that whoever opens `linearized` may want
 
 
 def mlp(inputs: int, width: int, size: int, classes: int = 10) -> Problem:
@@ -61,7 +62,7 @@ def columns_of(problem: Problem, kind: str, number: int) -> Callable[[], Tensor]
 
 def many(problem: Problem) -> None:
     with problem.ours("GGN").linearized() as operator:
-        for _ in range(rules.MANY):
+        for _ in range(MANY):
             operator @ problem.v
 
 
@@ -86,10 +87,17 @@ def rows_pay() -> Iterator[Case]:
     for inputs, width, size, classes in ((16, 16, 32, 2), (16, 16, 32, 10), (64, 256, 64, 10), (256, 1024, 64, 10)):
         problem = mlp(inputs, width, size, classes)
         work, title = recorded(problem).work, f"{size} data, {classes} classes, {problem.size:,} parameters"
-        for number in (4, 16, rules.MANY):
+        for number in (4, 16, MANY):
             chosen = rules.rows_pay(number, size * classes, problem.size, size, work)
             yield f"GGN, {number} columns, {title}", problem, chosen, columns_of(problem, "GGN", number)
-        yield f"GGN, {rules.MANY} products inside linearized(), {title}", problem, chosen, lambda: many(problem)  # noqa: B023
+
+
+def kept_rows_pay() -> Iterator[Case]:
+    for inputs, width, size, classes in ((16, 16, 32, 2), (16, 16, 32, 10), (64, 256, 64, 10), (256, 1024, 64, 10)):
+        problem = mlp(inputs, width, size, classes)
+        chosen = rules.kept_rows_pay(size * classes, problem.size, recorded(problem).work)
+        title = f"GGN, {MANY} products inside linearized(), {size} data, {classes} classes, {problem.size:,} parameters"
+        yield title, problem, chosen, lambda: many(problem)  # noqa: B023
 
 
 def forward_mode_pays() -> Iterator[Case]:
@@ -104,6 +112,7 @@ RULES: dict[str, tuple[Callable[[], Iterator[Case]], str, str, tuple[str, ...]]]
     "matrix_pays": (matrix_pays, "dense matrix", "columns", ()),
     "together_pays": (together_pays, "together", "one by one", ("matrix_pays", "rows_pay")),
     "rows_pay": (rows_pay, "rows Sᵀ J", "products", ("matrix_pays",)),
+    "kept_rows_pay": (kept_rows_pay, "rows Sᵀ J", "graph", ()),
     "forward_mode_pays": (forward_mode_pays, "forward mode", "reverse over reverse", ()),
 }
 

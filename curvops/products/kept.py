@@ -78,7 +78,7 @@ class Kept:
                     self._check_same(self._products[place].batch, batch)
                     self._products[place].add_to(total, rows)
                     continue
-                product, size = self._counted(batch, walk, total, rows)
+                product, size = self._counted(batch, walk, total, rows, budget - self._size)
                 if size is not None and self._size + size <= budget:
                     self._products[place], self._size = product, self._size + size
             if self._number is None:
@@ -94,7 +94,9 @@ class Kept:
                 "DataLoader with shuffle=False, or more memory_budget, so that all batches are kept."
             )
 
-    def _counted(self, batch: Batch, walk: Walk, total: Tensor, rows: Tensor) -> tuple[BatchProduct, int | None]:
+    def _counted(
+        self, batch: Batch, walk: Walk, total: Tensor, rows: Tensor, room: int
+    ) -> tuple[BatchProduct, int | None]:
         """A batch's products, added to ``total``, and the bytes that they hold if these can be counted."""
         sizes: dict[int, int] = {}
 
@@ -114,8 +116,9 @@ class Kept:
             product = self._linearize(batch, walk)
             product.add_to(total, rows)
             return product, None
-        # made outside the hooks, which refuse `torch.func`
-        if (held := self._hold(product)) is not product:
+        # made outside the hooks, which refuse `torch.func`; for what will not be kept it would be made in each product
+        fits = 2 * sum(sizes.values()) <= room
+        if fits and (held := self._hold(product)) is not product:
             held.add_to(total, rows)
             return held, held.held_bytes
         with hooks():  # products build what they need besides

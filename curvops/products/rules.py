@@ -37,7 +37,7 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> 
         return False
     if work <= SMALL:
         # overhead rules: a batched backward pass against one for each column
-        return rows <= 2 * data * columns
+        return rows * parameters <= FEW_ROWS and rows <= 2 * data * columns
     return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
 
 

@@ -88,7 +88,7 @@ class Data:
 
     def _move(self, tensor: Tensor) -> Tensor:
         # a copy: a loader may write the next batch over this one, and autograd keeps no inference tensors
-        return tensor.clone() if tensor.device == self.device else tensor.to(self.device, non_blocking=True).clone()
+        return tensor.to(self.device, copy=True)
 
 
 def joins(waiting: Sequence[Batch], batch: Batch, most: int) -> bool:

@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "curvops"
-FLOORS = ["", "losses", "risk", "operators", "products", "kronecker", "tour", "cli"]
+FLOORS = [
+    "",
+    "losses",
+    "risk",
+    "solvers",
+    "spectrum",
+    "estimators",
+    "operators",
+    "products",
+    "kronecker",
+    "tour",
+    "cli",
+]
+TOOLBOX = ["solvers", "spectrum", "estimators"]  # for anybody's matrices
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -44,6 +57,12 @@ def test_each_file_knows_its_place(path):
         assert floor(name) <= floor(own) or (name == "curvops" and own.startswith("curvops.tour")), (
             f"{own} imports {name}"
         )
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in TOOLBOX], ids=module)
+def test_the_toolbox_knows_no_neural_network(path):
+    for name in imports(path):
+        assert floor(name) == 0 or name.split(".")[1] in TOOLBOX, f"{module(path)} imports {name}"
 
 
 def test_no_circle():

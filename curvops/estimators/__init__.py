@@ -1,0 +1,1 @@
+"""Estimates of traces, diagonals, norms and functions of any matrix with products."""

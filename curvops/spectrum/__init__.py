@@ -1,0 +1,1 @@
+"""Eigenvalues, eigenvectors and spectral densities of any symmetric matrix with products."""

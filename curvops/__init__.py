@@ -8,6 +8,7 @@ from curvops.kronecker.options import BlockRule
 from curvops.operators.linear_operator import LinearOperator
 from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
 from curvops.products.hessian import HessianLinearOperator
+from curvops.products.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import TensorSpace
 
@@ -19,9 +20,11 @@ __all__ = [
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "JacobianLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
     "LinearOperator",
     "TensorSpace",
+    "TransposedJacobianLinearOperator",
     "load",
 ]

@@ -17,7 +17,7 @@ from curvops.products import rules
 from curvops.products.account import reason, relative_difference, tolerance
 from curvops.products.batch import BatchProduct, FactorProduct, HeldRows
 from curvops.products.judge import judge_jacobian
-from curvops.products.proofs import forward_push, linearized_push, proved
+from curvops.products.proofs import linearized_push, pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.risk_operator import Fast, RiskOperator
@@ -41,10 +41,7 @@ class OutputFactorOperator(RiskOperator):
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
     def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> FactorProduct:
-        push, why = None, "about 2.3 gradients, 1.3 inside linearized()"
-        if rules.forward_mode_pays(record):
-            proof = proved(self.risk, batch, record)
-            push, why = (forward_push(self.risk, batch, z) if proof.holds else None), proof.why
+        push, why = pushed_forward(self.risk, batch, record, z)
         self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
         jacobian = OutputLinearization(z, self.risk.params, self.domain)
         return FactorProduct(batch, curvature, record, jacobian, self._output_product(curvature, batch.start), push)

@@ -20,9 +20,10 @@ from curvops.products.judge import judge_jacobian
 from curvops.products.proofs import linearized_push, pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
-from curvops.products.risk_operator import Fast, RiskOperator
+from curvops.products.risk_operator import Cross, Fast, RiskOperator
 from curvops.products.rows import pulled_rows, term_cotangents
 from curvops.risk.data import Batch, joined_batch
+from curvops.space import TensorSpace
 
 
 class OutputFactorOperator(RiskOperator):
@@ -45,6 +46,16 @@ class OutputFactorOperator(RiskOperator):
         self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
         jacobian = OutputLinearization(z, self.risk.params, self.domain)
         return FactorProduct(batch, curvature, record, jacobian, self._output_product(curvature, batch.start), push)
+
+    def _cross(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, rows: TensorSpace, columns: TensorSpace
+    ) -> Cross:
+        left, right = (
+            OutputLinearization(z, {name: self.risk.params[name] for name in space.names}, space)
+            for space in (rows, columns)
+        )
+        product = self._output_product(curvature, batch.start)
+        return lambda v: left.pull(product(right.push(v)))
 
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
         columns = self.domain.dim if rows is None else len(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
+from copy import copy
 from typing import Any, TypedDict
 
 import torch
@@ -89,6 +90,13 @@ class EmpiricalRisk:
     def params(self) -> dict[str, Tensor]:
         """The caller's own tensors, by name."""
         return self.model.params
+
+    def restricted(self, names: Iterable[str]) -> EmpiricalRisk:
+        """The same risk as a function of some of its parameters only, with proofs of its own."""
+        risk = copy(self)
+        risk.model = self.model.restricted(names)
+        risk.space, risk.proofs = risk.model.space, []
+        return risk
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.operators.linear_operator import AdjointOperator, LinearOperator
+from curvops.operators.composite import AdjointOperator
+from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.submatrix import restricted_name
 from curvops.products.batch import Push
 from curvops.products.proofs import pushed_forward
 from curvops.products.record import Recorder
@@ -76,6 +78,15 @@ class JacobianLinearOperator(LinearOperator):
         LinearOperator.__init__(one, self.domain, one._outputs())
         one._name = f"{self.name}.datum({n})"
         return one
+
+    def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        if rows != self.codomain:
+            return super()._restricted(rows, columns)
+        operator = copy(self)
+        operator.risk = self.risk.restricted(columns.names)
+        LinearOperator.__init__(operator, columns, rows)
+        operator._name = restricted_name(self, rows, columns)
+        return operator
 
     def _apply(self, columns: Tensor) -> Tensor:
         if matrix_pays(columns.shape[1], self.domain.dim):

@@ -18,6 +18,7 @@ from curvops.context import quietly
 from curvops.losses import OutputCurvature
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.submatrix import restricted_name
 from curvops.products import rules
 from curvops.products.account import Account, reason, relative_difference, tolerance
 from curvops.products.batch import BatchProduct
@@ -139,6 +140,7 @@ class RiskOperator(LinearOperator):
             return CrossOperator(self, rows, columns)
         operator = copy(self)
         operator._set(self.risk.restricted(rows.names), self.memory_budget)
+        operator._name = restricted_name(self, rows, columns)
         return operator
 
     def _is_psd(self) -> bool:
@@ -263,7 +265,7 @@ class CrossOperator(LinearOperator):
 
     def __init__(self, operator: RiskOperator, rows: TensorSpace, columns: TensorSpace) -> None:
         super().__init__(columns, rows)
-        self.operator, self._name = operator, f"{operator.name} block"
+        self.operator, self._name = operator, restricted_name(operator, rows, columns)
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self._sum(columns, self.codomain, self.domain)

@@ -91,6 +91,12 @@ class EmpiricalRisk:
         """The caller's own tensors, by name."""
         return self.model.params
 
+    def of_data(self, data: Iterable[tuple[Any, Any]]) -> EmpiricalRisk:
+        """The risk of the same model on other data, with the proofs of this one."""
+        risk = copy(self)
+        risk.data, risk.num_data = Data(data, self.space.device, self.data.batch_size_fn), None
+        return risk
+
     def restricted(self, names: Iterable[str]) -> EmpiricalRisk:
         """The same risk as a function of some of its parameters only, with proofs of its own."""
         risk = copy(self)

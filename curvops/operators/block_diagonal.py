@@ -175,7 +175,7 @@ class BlockDiagonalOperator(LinearOperator):
 
         def inverted(placed: Placed, shift: float) -> Placed:
             block, least = placed.block, max(shift, min_damping)
-            if isinstance(block, (KroneckerBlock, AffineBlock)) and (kind == "heuristic" or least == 0):
+            if isinstance(block, (KroneckerBlock, AffineBlock)) and (kind == "heuristic" or block.shift == least == 0):
                 inverse = block.inverse(shift, min_damping, placed.label)
                 if inverse is not None:
                     return replace(placed, block=inverse)

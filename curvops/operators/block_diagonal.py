@@ -214,6 +214,8 @@ class BlockDiagonalOperator(LinearOperator):
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         """The blocks that have a part in the rows and in the columns; where that is all of them, an operator of such."""
+        if rows == columns == self.domain:
+            return self
         given, taken = set(rows.names), set(columns.names)
         inside = [p for p in self.blocks if given.intersection(p.names) and taken.intersection(p.names)]
         needed = self.domain.subspace(given.union(taken, *(placed.names for placed in inside)))

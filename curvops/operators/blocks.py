@@ -31,6 +31,8 @@ class KroneckerBlock(_Block):
     be large and are not copied for it (but by `left` and `right`).
     """
 
+    shift = 0.0
+
     def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__((*left.shape[:2], right.shape[1]), {"left": left, "right": right})
         self._left, self._right, self._scales = left, right, scales
@@ -169,39 +171,39 @@ class AffineBlock(_Block):
 
     def __init__(self, block: KroneckerBlock, factor: float, shift: float) -> None:
         super().__init__(block.shape, block.tensors)
-        self._block, self._factor, self._shift = block, factor, shift
+        self._block, self._factor, self.shift = block, factor, shift
 
     def affine(self, factor: float, shift: float) -> AffineBlock:
-        return AffineBlock(self._block, factor * self._factor, factor * self._shift + shift)
+        return AffineBlock(self._block, factor * self._factor, factor * self.shift + shift)
 
     @property
     def is_diagonal(self) -> bool:
         return self._block.is_diagonal
 
     def eigen(self, label: str) -> EigenBlock:
-        return self._block.eigen(label).affine(self._factor, self._shift)
+        return self._block.eigen(label).affine(self._factor, self.shift)
 
     def inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock | None:
         """As of the product, whose left factor takes the number; the damping and the shift are one."""
         block = self._block
         scaled = KroneckerBlock(block._left, block._right, (self._factor * block._scales[0], block._scales[1]))
-        return scaled.inverse(self._shift + damping, min_damping, label)
+        return scaled.inverse(self.shift + damping, min_damping, label)
 
     def matmul(self, columns: Tensor) -> Tensor:
-        return self._block.matmul(columns).mul_(self._factor).add_(columns, alpha=self._shift)
+        return self._block.matmul(columns).mul_(self._factor).add_(columns, alpha=self.shift)
 
     def diagonal(self) -> Tensor:
-        return self._block.diagonal() * self._factor + self._shift
+        return self._block.diagonal() * self._factor + self.shift
 
     def dense(self) -> Tensor:
         dense = self._block.dense() * self._factor
-        dense.diagonal().add_(self._shift)
+        dense.diagonal().add_(self.shift)
         return dense
 
     def frobenius_norm(self) -> Tensor:
         square = (self._factor * self._block.frobenius_norm()).square()
-        mixed = 2 * self._factor * self._shift * self._block.diagonal().sum()
-        return (square + mixed + self.size * self._shift**2).sqrt()
+        mixed = 2 * self._factor * self.shift * self._block.diagonal().sum()
+        return (square + mixed + self.size * self.shift**2).sqrt()
 
 
 Block = KroneckerBlock | EigenBlock | AffineBlock

@@ -54,7 +54,7 @@ class Estimate(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         kind = "exact" if self.exact else self.method
         return f"Estimate({self._figures()}, {kind}, {self.products} products)"
 

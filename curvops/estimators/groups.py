@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def _named(kind: str, products: Products) -> dict[str, Rows]:
 
 def _union(parts: list[slice], device: torch.device) -> Rows:
     """One slice where the parts follow each other, else indices."""
-    if all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False)):
+    if all(a.stop == b.start for a, b in pairwise(parts)):
         return slice(parts[0].start, parts[-1].stop)
     return torch.cat([torch.arange(rows.start, rows.stop, device=device) for rows in parts])
 

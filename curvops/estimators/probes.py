@@ -34,7 +34,11 @@ class Probes:
         self.products, self._generator, self._entries = products, seeded(seed), kinds[distribution]
         self.size = products.shape[0]
         self.dtype = torch.promote_types(products.dtype, torch.float32)
-        self._width = max(1, min(_COLUMNS, _ENTRIES // max(1, self.size)))
+        self._width = self.width()
+
+    def width(self, vectors: int = 1) -> int:
+        """Columns at a time where each keeps so many vectors."""
+        return max(1, min(_COLUMNS, _ENTRIES // (vectors * self.size)))
 
     def empty(self) -> Tensor:
         """No vectors, ``[D, 0]``."""

@@ -11,7 +11,7 @@ from curvops.estimators.probes import Probes
 
 
 class LeaveOneOut(NamedTuple):
-    """The projections QQᵀ − Q s sᵀ Qᵀ onto the range of all products but one (Epperly, Tropp & Webber 2023, sec. 2.2).
+    """The projections QQᵀ − Q s sᵀ Qᵀ onto the range of all products but one (Epperly, Tropp & Webber 2023).
 
     Attributes:
         basis: Q ``[D, r]``, orthonormal columns.

@@ -43,7 +43,7 @@ def trace(
             it is reached.
         max_products: Products after which a warning says that it was not.
         distribution: Of the random vectors' entries. ``"rademacher"`` has the lower variance for Hutchinson;
-            ``"normal"`` for XTrace is scaled to the sphere (sec. 2.3 there).
+            ``"normal"`` for XTrace is scaled to the sphere, which is theirs.
         seed: Seed of the random vectors. The global random state is neither used nor changed.
         groups: Give the traces of diagonal blocks in place of the whole matrix's, from the same products, as a dict:
             rows by name, ``"tensors"`` or ``"modules"``. Those of a partition add up to the whole's estimate. The
@@ -85,7 +85,8 @@ class _Hutchinson:
         return mean_and_error(torch.cat(self.samples, 1))
 
     def exact(self) -> Tensor:
-        return sum(sums(columns, product, self.rows).sum(1) for columns, product in self.probes.identity())
+        parts = [sums(columns, product, self.rows).sum(1) for columns, product in self.probes.identity()]
+        return torch.stack(parts).sum(0)
 
 
 class _HutchPlusPlus(_Hutchinson):

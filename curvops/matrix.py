@@ -120,6 +120,8 @@ class Products:
         matrix = self.matrix
         if hasattr(matrix, "adjoint") and not isinstance(matrix, Tensor):
             return self._product(matrix.adjoint(), columns)
+        if not hasattr(matrix, "mT") and not hasattr(matrix, "T"):
+            raise TypeError(f"{self.title}: expected a matrix with 'adjoint()', 'mT' or 'T', {self.name} has none.")
         return self._product(matrix.mT if hasattr(matrix, "mT") else matrix.T, columns)
 
     def _product(self, matrix: Any, columns: Tensor) -> Tensor:

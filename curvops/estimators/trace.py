@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from curvops.estimators.groups import Groups, Rows, by_name, resolve, sums
-from curvops.estimators.probes import Distribution, Probes, mean_and_error
+from curvops.estimators.probes import Distribution, Probes, error_of_leave_one_out, mean_and_error, mean_of_pairs
 from curvops.estimators.rounds import Budget, run
-from curvops.estimators.sketch import Sketch
+from curvops.estimators.sketch import LeaveOut, Sketch
 from curvops.matrix import Matrix, Products
 
 
@@ -111,7 +111,7 @@ class _HutchPlusPlus(_Hutchinson):
 
 
 class _XTrace(_Hutchinson):
-    method, cost, least = "XTrace", 2, 2
+    method, cost, least = "XTrace", 2, 3
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
         super().__init__(probes, rows, spherical=spherical)
@@ -121,14 +121,29 @@ class _XTrace(_Hutchinson):
         self.sketch.add(count)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        tests = self.sketch.tests
-        Q, AQ, _, s = self.sketch.leave_one_out()
-        inside = Q.mT @ tests
-        inside -= s * (s * inside).sum(0)  # of each test vector, in the basis without it
-        kept = sums(Q, AQ, self.rows).sum(1, keepdim=True) - sums(Q @ s, AQ @ s, self.rows)
-        outside = tests - Q @ inside
-        rest = sums(outside, self.sketch.images - AQ @ inside, self.rows)
-        if self.spherical:
-            rank = Q.shape[1] - s.square().sum(0)
-            rest *= (len(Q) - rank) / outside.square().sum(0)
-        return mean_and_error(kept + rest)
+        tests, out = self.sketch.tests, self.sketch.leave_out()
+        inside, s = out.basis.mT @ tests, out.only
+        along = out.of_second(s.mT @ inside)  # of test vectors j, in the direction that leaves with i
+        inside = inside - s * (s * inside).sum(0)
+        one, two = self._scales(inside, along, out)
+        samples, covariances = [], []
+        for rows in self.rows.values():
+            Q, AQ = out.basis[rows], out.product[rows]
+            rest, A_rest = tests[rows] - Q @ inside, self.sketch.images[rows] - AQ @ inside
+            Qs, AQs = Q @ s, AQ @ s
+            form, hutchinson = Qs.mT @ AQs, (rest * A_rest).sum(0)
+            samples.append((Q * AQ).sum() - form.diagonal() + one * hutchinson)
+            square, crossed = out.of_second_squared(form), out.of_second(Qs.mT @ A_rest + AQs.mT @ rest)
+            change = square * (1 - two * along.square()) - two * along * crossed + (one - two) * hutchinson
+            covariances.append(mean_of_pairs(change))
+        found = torch.stack(samples)
+        return found.mean(1), error_of_leave_one_out(found, torch.stack(covariances))
+
+    def _scales(self, inside: Tensor, along: Tensor, out: LeaveOut) -> tuple[Tensor, Tensor]:
+        """What brings the rest of each test vector, without one or two products, to the length that is expected."""
+        if not self.spherical:
+            return torch.ones_like(along[0]), torch.ones_like(along)
+        lost = out.only.square().sum(0)
+        rank, norm = out.basis.shape[1] - lost, self.sketch.tests.square().sum(0) - inside.square().sum(0)
+        size = len(out.basis)
+        return (size - rank) / norm, (size - rank + lost[:, None]) / (norm + along.square())

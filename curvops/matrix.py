@@ -96,7 +96,7 @@ class Products:
     @property
     def name(self) -> str:
         """What the matrix is called."""
-        return str(getattr(self.matrix, "name", type(self.matrix).__name__))
+        return str(getattr(self.matrix, "name", None) or type(self.matrix).__name__)
 
     def __enter__(self) -> Products:
         if hasattr(self.matrix, "linearized"):
@@ -127,10 +127,7 @@ class Products:
     def _product(self, matrix: Any, columns: Tensor) -> Tensor:
         self.count += columns.shape[1]
         with torch.no_grad():
-            if self._torch:
-                found = matrix @ columns
-            else:
-                found = torch.as_tensor(matrix @ columns.numpy())
+            found = matrix @ columns if self._torch else torch.as_tensor(matrix @ columns.numpy())
         if self._bar is not None:
             self._bar.update(columns.shape[1])
         return found.to(self.device, self.dtype)

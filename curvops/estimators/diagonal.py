@@ -98,7 +98,7 @@ class _XDiag(_Hutchinson):
         self.sketch = Sketch(probes, adjoint=not getattr(probes.products.matrix, "symmetric", False))
 
     def add(self, count: int) -> None:
-        self.sketch.add(count)
+        self.sketch.add(self.probes.draw(count))
 
     def result(self) -> tuple[Tensor, Tensor]:
         tests, out = self.sketch.tests, self.sketch.leave_out()

@@ -54,9 +54,8 @@ class Sketch:
         self.probes, self._adjoint = probes, adjoint
         self.tests, self.images, self.basis, self.product = (probes.empty() for _ in range(4))
 
-    def add(self, count: int) -> None:
-        """Extend by new test vectors."""
-        tests = self.probes.draw(count)
+    def add(self, tests: Tensor) -> None:
+        """Extend by test vectors ``[D, k]``."""
         images = self.probes.times(tests)
         # Householder's QR keeps the old columns (but for signs), and makes orthogonal ones even where rank is lacking
         new = torch.linalg.qr(torch.cat([self.basis, images], 1)).Q[:, self.basis.shape[1] :]

@@ -33,7 +33,8 @@ def trace(
     1989) and keeps no vectors; its error falls as 1/√m. ``"hutch++"`` (Meyer et al. 2021) spends a third of the
     products each on a basis Q of A's range, on tr QᵀAQ, and on Hutchinson's estimate of the rest; ``"xtrace"``
     (Epperly, Tropp & Webber 2023) uses all vectors for both, with each left out in turn. Their errors fall as 1/m or
-    faster on spectra that decay, and they keep about two vectors a product, in at least single precision.
+    faster on spectra that decay (on flat ones Hutchinson's is smaller), and they keep about two vectors a product, in at
+    least single precision. XTrace's standard error includes the covariance of its samples, which the paper leaves out.
 
     Args:
         matrix: Square; a `LinearOperator`, a tensor, SciPy's, or anything with a shape and products.
@@ -97,8 +98,9 @@ class _HutchPlusPlus(_Hutchinson):
         self.sketch, self.tests, self.images = Sketch(probes), probes.empty(), probes.empty()
 
     def add(self, count: int) -> None:
-        self.sketch.add(count)
-        tests = self.probes.draw(count)
+        drawn = self.probes.draw(2 * count)
+        self.sketch.add(drawn[:, ::2])
+        tests = drawn[:, 1::2]
         self.tests = torch.cat([self.tests, tests], 1)
         self.images = torch.cat([self.images, self.probes.times(tests)], 1)
 
@@ -118,7 +120,7 @@ class _XTrace(_Hutchinson):
         self.sketch = Sketch(probes)
 
     def add(self, count: int) -> None:
-        self.sketch.add(count)
+        self.sketch.add(self.probes.draw(count))
 
     def result(self) -> tuple[Tensor, Tensor]:
         tests, out = self.sketch.tests, self.sketch.leave_out()

@@ -1,9 +1,9 @@
 """Symmetric matrices with spectra built by hand, and one of a small net."""
 
 import torch
+from problems import PROBLEMS
 
 from curvops import HessianLinearOperator
-from problems import PROBLEMS
 
 D = 60
 SPECTRA = {

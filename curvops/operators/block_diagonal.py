@@ -112,16 +112,16 @@ class BlockDiagonalOperator(LinearOperator):
         """All eigenvalues in ascending order, ``[D]``."""
         return self._eigenvalues().sort().values
 
-    def eigenpairs(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest or smallest eigenvalues ``[k]``, ascending, and eigenvectors ``[D, k]``; at most ``D``."""
-        if not 1 <= k <= self.domain.dim:
-            raise ValueError(f"k: expected a number from 1 to {self.domain.dim}, got {k}.")
-        values = self._eigenvalues()
-        order = values.argsort()
-        chosen = order[-k:] if largest else order[:k]
-        units = torch.zeros(self.domain.dim, k, dtype=self.dtype, device=self.device)
-        units[chosen, torch.arange(k, device=self.device)] = 1.0
-        return values[chosen], self._rotated(units)
+    def _exact_eigenvalues(self) -> Tensor:
+        return self.eigenvalues()
+
+    def _exact_eigenvectors(self, chosen: Tensor) -> Tensor:
+        units = torch.zeros(self.domain.dim, len(chosen), dtype=self.dtype, device=self.device)
+        units[self._eigenvalues().argsort()[chosen], torch.arange(len(chosen), device=self.device)] = 1.0
+        return self._rotated(units)
+
+    def _exact_inverse(self, damping: Damping) -> LinearOperator:
+        return self.inverse(damping)
 
     def power(self, exponent: float, damping: Damping = 0.0) -> StructuredOperator:
         """The matrix plus ``damping`` times the identity, to a power such as −1, ½ or −½.

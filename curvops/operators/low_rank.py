@@ -152,6 +152,9 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         columns = (parts.columns / parts.diagonal[:, None]) @ basis
         return LowRankPlusDiagonalOperator(columns, 1 / parts.diagonal, -1 / values, self.domain, self.psd)
 
+    def _exact_inverse(self, damping: Damping) -> LinearOperator:
+        return self.inverse(damping)
+
     def _scaled(self, factor: float) -> LinearOperator:
         weights, diagonal = factor * self.weights, factor * self._diagonal
         psd = self.psd if factor >= 0 else None

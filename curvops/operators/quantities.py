@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops import estimators
+from curvops import estimators, spectrum
 from curvops.estimators import Estimate
 from curvops.estimators.groups import by_name, resolve
 from curvops.matrix import Products
 from curvops.operators.damping import Damping
+from curvops.solvers import SOLVERS, Solution
+from curvops.space import TensorSpace
+from curvops.spectrum import EigenPairs, SpectralDensity, Which
+from curvops.spectrum.choice import Choice
 
 
 class Quantities(ABC):
@@ -24,6 +28,9 @@ class Quantities(ABC):
     """
 
     shape: tuple[int, int]
+    domain: TensorSpace
+    symmetric: bool
+    psd: bool
 
     @abstractmethod
     def __matmul__(self, other: Any) -> Any:
@@ -120,6 +127,95 @@ class Quantities(ABC):
             return estimators.logdet(self.damped(damping), **options)
         return estimators.logdet(self, damping=damping, **options)
 
+    def eigenpairs(self, k: int, which: Which = "largest", **options: Any) -> EigenPairs:
+        """Eigenvalues and eigenvectors at the ends of the spectrum, `EigenPairs`, which unpack to ``values, vectors``.
+
+        Exact where the structure gives them, else by block Lanczos.
+
+        Args:
+            k: How many, from each end if ``which`` is ``"both"``.
+            which: ``"largest"``, ``"smallest"``, ``"both"`` or ``"magnitude"``.
+            options: As of `curvops.spectrum.eigenpairs`: ``tolerance``, ``max_products``, ``start``, ``metric``, ….
+
+        Raises:
+            ValueError: If the operator is not symmetric, or ``k`` does not fit.
+
+        Example:
+            >>> import torch
+            >>> from curvops import HessianLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> hessian = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> pairs = hessian.eigenpairs(1)
+            >>> pairs.values.shape, pairs.vectors.shape, {name: t.shape for name, t in pairs.named(0).items()}
+            (torch.Size([1]), torch.Size([8, 1]), {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])})
+        """
+        if "metric" not in options and (values := self._exact_eigenvalues()) is not None:
+            chosen = Choice(which, k, len(values)).of(values)
+            return EigenPairs(
+                values[chosen],
+                self._exact_eigenvectors(chosen),
+                torch.zeros_like(values[chosen]),
+                0,
+                True,
+                "structure",
+                self.domain,
+            )
+        return spectrum.eigenpairs(self, k, which, **options)
+
+    def spectral_density(self, **options: Any) -> SpectralDensity:
+        """How many eigenvalues lie where, with an error band, by stochastic Lanczos quadrature.
+
+        Args:
+            options: As of `curvops.spectrum.spectral_density`: ``depth``, ``num_vectors``, ``deflate``, ``seed``, ….
+
+        Raises:
+            ValueError: If the operator is not symmetric.
+        """
+        return spectrum.spectral_density(self, **options)
+
+    def solve(self, b: Any, damping: Damping = 0.0, *, solver: str | None = None, **options: Any) -> Solution:
+        """Solve (A + δI) x = b: exactly where the structure gives the inverse, else by iteration.
+
+        Args:
+            b: Right-hand side or sides, in any format.
+            damping: δ ≥ 0, or one for each parameter by name.
+            solver: ``"cg"``, ``"minres"``, ``"lsmr"`` or ``"neumann"``. If not given: conjugate gradients for a psd
+                operator, MINRES for another symmetric one, else LSMR (least squares).
+            options: The solver's: ``tolerance``, ``preconditioner``, ``x0``, ``max_iterations``, ….
+
+        Returns:
+            A `Solution`: ``x`` in the format of b, its relative residual, products, and why the solver stopped.
+
+        Raises:
+            ValueError: If an option or a format does not fit, or a solver does not cover such a matrix.
+
+        Example:
+            >>> import torch
+            >>> from curvops import GGNLinearOperator, KFACLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), data
+            >>> ggn, kfac = GGNLinearOperator(*problem), KFACLinearOperator(*problem, fisher_type="type-2")
+            >>> solution = ggn.solve(torch.ones(8), 1e-2, preconditioner=kfac.inverse(1e-2))
+            >>> solution.converged, bool(solution.residual < 1e-5)
+            (True, True)
+        """
+        damped = self.damped(damping) if isinstance(damping, Mapping) or damping else self
+        inverse = self._exact_inverse(damping) if solver is None else None
+        if inverse is not None:
+            given = Products(self, "solve").given(b, left=True)
+            x = inverse @ given.columns
+            scale = torch.linalg.vector_norm(given.columns, dim=0)
+            size = torch.linalg.vector_norm(given.columns - damped @ x, dim=0)
+            residual = torch.where(scale > 0, size / scale, size)
+            return Solution(given.answer(x), residual, 0, 0, True, "the structure gives the inverse")
+        if solver is None:
+            solver = "cg" if self.psd else "minres" if self.symmetric else "lsmr"
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}.")
+        if solver in ("cg", "minres") and not isinstance(damping, Mapping):
+            return SOLVERS[solver](self, b, damping=float(damping), **options)
+        return SOLVERS[solver](damped, b, **options)
+
     def _exact_trace(self) -> Tensor | None:
         diagonal = self._exact_diagonal()
         return None if diagonal is None else diagonal.sum()
@@ -131,6 +227,17 @@ class Quantities(ABC):
         return None
 
     def _exact_logdet(self, damping: Damping) -> Tensor | None:
+        return None
+
+    def _exact_eigenvalues(self) -> Tensor | None:
+        """All eigenvalues ``[D]``, in ascending order."""
+        return None
+
+    def _exact_eigenvectors(self, chosen: Tensor) -> Tensor:
+        """The eigenvectors ``[D, k]`` of some of them, where these are known."""
+        raise NotImplementedError
+
+    def _exact_inverse(self, damping: Damping) -> Any:
         return None
 
 

@@ -77,6 +77,11 @@ class AutodiffCurvature(OutputCurvature):
         other = AutodiffCurvature(near + 0.1 * u, self.y, self.batch_size, self._loss)
         return not any(bool(curvature._hessian_product(u).any()) for curvature in (self, other))
 
+    @property
+    def weights(self) -> Tensor | None:
+        weights = self._loss.output_weights(self._constant, self.y)
+        return None if weights is None else self.layout.rows(weights.expand(self.z.shape))
+
     def _hessian_product(self, u: Tensor) -> Tensor:
         if not self._twice_differentiable:
             raise self._no_second_derivative
@@ -88,14 +93,6 @@ class AutodiffCurvature(OutputCurvature):
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         signs = noise.signs(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
         return stacked((self._root @ signs.mT / mc_samples**0.5).to(self.dtype))
-
-    def _empirical_factor(self) -> Factor:
-        gradient = self.gradient()
-        weights = self._loss.output_weights(self._constant, self.y)
-        if weights is not None:
-            rows = self.layout.rows(weights.expand(self.z.shape))
-            gradient = torch.where(rows > 0, gradient * torch.where(rows > 0, rows, 1).rsqrt(), 0)
-        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def _graph(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -109,6 +109,11 @@ class OutputCurvature(ABC):
         return False
 
     @property
+    def weights(self) -> Tensor | None:
+        """Weights that the loss is linear in, in rows that may broadcast; the empirical factor takes their root."""
+        return None
+
+    @property
     def num_terms(self) -> int:
         return self.layout.num_terms
 
@@ -195,8 +200,11 @@ class OutputCurvature(ABC):
     @abstractmethod
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor: ...
 
-    @abstractmethod
-    def _empirical_factor(self) -> Factor: ...
+    def _empirical_factor(self) -> Factor:
+        gradient, weights = self.gradient(), self.weights
+        if weights is not None:
+            gradient = torch.where(weights > 0, gradient * torch.where(weights > 0, weights, 1).rsqrt(), 0)
+        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def _constant(self) -> Tensor:
@@ -218,7 +226,6 @@ class ClosedForm(OutputCurvature):
     def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Any) -> None:
         self.check(**options)
         super().__init__(z, y, batch_size)
-        self._options = options
 
     @staticmethod
     def check(*_: Any, **__: Any) -> None:

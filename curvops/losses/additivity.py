@@ -44,10 +44,7 @@ class LossWalk:
         self._first: _Piece | None = None
 
     def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
-        """Look at the next batch; see `OutputLoss.curvature`.
-
-        A ValueError says also if the loss of the data so far is not the sum of their losses, as far as can be seen.
-        """
+        """See `OutputLoss.curvature`; a ValueError too if the data's loss is seen not to be the sum of their losses."""
         found = self._curvature(z, y, batch_size)
         if not isinstance(found, ClosedForm):
             self._count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))

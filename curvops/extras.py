@@ -7,11 +7,7 @@ from typing import Any
 
 
 def extra(module: str, feature: str) -> Any:
-    """A module that a feature needs and that may not be installed.
-
-    Raises:
-        ModuleNotFoundError: If it is not; the message says what to install.
-    """
+    """A module that a feature needs; if it is not installed, a ModuleNotFoundError says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -215,6 +215,10 @@ class Quantities(ABC):
         inverse = self._exact_inverse(damping) if solver is None else None
         if inverse is not None:
             given = Products(self, "solve").given(b, left=True)
+            if not torch.isfinite(given.columns).all():
+                raise ValueError(
+                    "solve: expected a finite right-hand side, got entries that are infinite or no numbers."
+                )
             x = inverse @ given.columns
             scale = torch.linalg.vector_norm(given.columns, dim=0)
             size = torch.linalg.vector_norm(given.columns - damped @ x, dim=0)

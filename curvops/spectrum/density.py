@@ -63,6 +63,9 @@ class SpectralDensity:
 
         if scale not in ("linear", "symlog"):
             raise ValueError(f"scale: expected 'linear' or 'symlog', got {scale!r}.")
+        for name, given in (("width", width), ("threshold", threshold)):
+            if given is not None and not given > 0:
+                raise ValueError(f"{name}: expected a positive number, got {given!r}.")
         seen = place(torch.cat([self.nodes[self.weights > 0], self.outliers if outliers else self.outliers[:0]]))
         low, high = float(seen.min()), float(seen.max())
         width = width or (high - low) / 100 or max(abs(high), 1.0) / 100
@@ -146,8 +149,10 @@ def spectral_density(
         if vectors is not None and not (len(vectors) == size and vectors.shape[1] < size):
             raise ValueError(f"deflate: expected fewer than {size} vectors of this length, got {tuple(vectors.shape)}.")
         bulk = size if vectors is None else size - vectors.shape[1]
-        if num_vectors < 1:
-            raise ValueError(f"num_vectors: expected a positive number, got {num_vectors}.")
+        if not isinstance(num_vectors, int) or num_vectors < 1:
+            raise ValueError(f"num_vectors: expected a positive integer, got {num_vectors!r}.")
+        if not bulk:
+            raise ValueError(f"spectral density: expected a matrix with columns, got shape {products.shape}.")
 
         def outside(columns: Tensor) -> Tensor:
             return columns if vectors is None else columns - vectors @ (vectors.T @ columns)

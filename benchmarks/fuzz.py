@@ -193,18 +193,8 @@ def nonsense(draw: Draw, made: Made) -> None:
     raise AssertionError(f"an answer: {found!r}"[:200])
 
 
-CALLS: list[Callable[[Draw, Made], None]] = [
-    multiply,
-    multiply,
-    dense,
-    scalars,
-    logdet,
-    pairs,
-    density,
-    solve,
-    scipy,
-    nonsense,
-]
+CHECKS = [scalars, logdet, pairs, density, solve, scipy, nonsense]
+CALLS: list[Callable[[Draw, Made], None]] = [multiply, multiply, dense, *CHECKS]
 
 
 def own(error: BaseException) -> bool:
@@ -217,13 +207,11 @@ def own(error: BaseException) -> bool:
 
 def run(seed: int) -> tuple[str, str, str]:
     """One case: the call, what came of it, and what there is to say."""
-    draw = Draw(seed)
-    title = "build"
+    draw, title = Draw(seed), "build"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = whole(draw)
-            call = draw.pick(CALLS)
+            made, call = whole(draw), draw.pick(CALLS)
             title = call.__name__
             call(draw, made)
     except AssertionError as error:

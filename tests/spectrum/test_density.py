@@ -82,5 +82,5 @@ def test_small_and_zero_matrices(size):
     assert found.cumulative(torch.tensor([-1.0, 0.0])).values.tolist() == pytest.approx([0.0, 1.0])
     points, values, _ = found.density()
     torch.testing.assert_close(torch.trapezoid(values, points), torch.tensor(1.0).double(), rtol=1e-4, atol=0)
-    with pytest.raises(ValueError, match="num_vectors: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="num_vectors: expected a positive integer, got 0"):
         spectral_density(torch.eye(2), num_vectors=0)

@@ -1,5 +1,6 @@
 """Curvature of PyTorch models as linear operators: correct on any model, fast, and visible."""
 
+from curvops.clients.check import check
 from curvops.kronecker.diagonal import GGNDiagonalLinearOperator
 from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvops.kronecker.kfoc import KFOCLinearOperator
@@ -36,6 +37,7 @@ __all__ = [
     "TensorSpace",
     "TransposedJacobianLinearOperator",
     "block_diagonal",
+    "check",
     "kronecker_product",
     "load",
 ]

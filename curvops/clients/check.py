@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.clients import comparisons as compared
-from curvops.clients.comparisons import SCALE, Outcome
-from curvops.clients.problem import Problem, problem_of, same, state_of
-from curvops.clients.report import FAILED, NOT_JUDGED, OK, Report, Row
-from curvops.clients.twin import NotJudged
+from curvops.clients.checks import approximations, products
+from curvops.clients.checks.approximations import SCALE
+from curvops.clients.checks.caller import same, state_of
+from curvops.clients.checks.problem import Problem, problem_of
+from curvops.clients.checks.products import Outcome
+from curvops.clients.checks.report import FAILED, NOT_JUDGED, OK, Report, Row
+from curvops.clients.checks.twin import NotJudged
 from curvops.context import quietly
 from curvops.kronecker.kfac import KFACLinearOperator
 from curvops.kronecker.kfoc import KFOCLinearOperator
@@ -30,21 +32,29 @@ from curvops.risk.model import ModelFunction
 Comparison = tuple[str, str, Callable[[Problem], Outcome]]
 ITSELF = "itself: transpose, columns, linearized(), to_dense()"
 CHECKS: tuple[Comparison, ...] = (
-    ("gradient", "central differences of the loss", compared.gradient),
-    ("Hessian", "central differences of the gradient", compared.hessian),
-    ("Hessian", ITSELF, compared.consistent(HessianLinearOperator)),
-    ("GGN", "Jᵀ, by central differences of output and loss", compared.ggn),
-    ("GGN", ITSELF, compared.consistent(GGNLinearOperator)),
-    ("EF", "the loss terms' gradients, by central differences", compared.empirical),
-    ("EF", ITSELF, compared.consistent(EFLinearOperator)),
-    ("Jacobian", "central differences of the output", compared.jacobian),
-    ("transposed Jacobian", "the Jacobian: ⟨Jᵀu, v⟩ = ⟨u, Jv⟩", compared.adjoint),
-    ("GGN, Monte Carlo", "the GGN, in standard errors", compared.monte_carlo),
-    ("GGNDiagonal", "squared rows Sᵀ J", compared.diagonal),
-    ("EKFAC, type-2", "the GGN's trace by parameter", compared.traces),
-    ("KFAC, type-2", f"the GGN's trace by parameter: psd, factor ≤ {SCALE:g}", compared.scaled(KFACLinearOperator)),
-    ("KFOC, type-2", f"the GGN's trace by parameter: psd, factor ≤ {SCALE:g}", compared.scaled(KFOCLinearOperator)),
-    ("KFAC, Monte Carlo", "type-2 KFAC, in standard errors", compared.monte_carlo_kfac),
+    ("gradient", "central differences of the loss", products.gradient),
+    ("Hessian", "central differences of the gradient", products.hessian),
+    ("Hessian", ITSELF, products.consistent(HessianLinearOperator)),
+    ("GGN", "Jᵀ, by central differences of output and loss", products.ggn),
+    ("GGN", ITSELF, products.consistent(GGNLinearOperator)),
+    ("EF", "the loss terms' gradients, by central differences", products.empirical),
+    ("EF", ITSELF, products.consistent(EFLinearOperator)),
+    ("Jacobian", "central differences of the output", products.jacobian),
+    ("transposed Jacobian", "the Jacobian: ⟨Jᵀu, v⟩ = ⟨u, Jv⟩", products.adjoint),
+    ("GGN, Monte Carlo", "the GGN, in standard errors", approximations.monte_carlo),
+    ("GGNDiagonal", "squared rows Sᵀ J", approximations.diagonal),
+    ("EKFAC, type-2", "the GGN's trace by parameter", approximations.traces),
+    (
+        "KFAC, type-2",
+        f"the GGN's trace by parameter: psd, factor ≤ {SCALE:g}",
+        approximations.scaled(KFACLinearOperator),
+    ),
+    (
+        "KFOC, type-2",
+        f"the GGN's trace by parameter: psd, factor ≤ {SCALE:g}",
+        approximations.scaled(KFOCLinearOperator),
+    ),
+    ("KFAC, Monte Carlo", "type-2 KFAC, in standard errors", approximations.monte_carlo_kfac),
 )
 
 
@@ -97,16 +107,17 @@ def check(
     problem = problem_of(risk, loss_func, seed)
     notes: list[str] = []
     first: tuple[Comparison, ...] = (
-        ("model and data", "a second pass", partial(compared.deterministic, remarks=notes, data=risk.data)),
-        ("risk", "PyTorch's loss of all data in one batch", compared.value),
+        ("model and data", "a second pass", partial(products.deterministic, remarks=notes, data=risk.data)),
+        ("risk", "PyTorch's loss of all data in one batch", products.value),
     )
     rows = [_row(comparison, problem) for comparison in first]
-    if all(row.verdict == OK for row in rows):
+    if all(row.verdict != FAILED for row in rows):
         rows += [_row(comparison, problem) for comparison in CHECKS]
     else:
         notes.append("Nothing else was computed: it would have no meaning.")
-    rows.append(_row(("your own", "what it was before: parameters, gradients, buffers, modes, random state",
-                      lambda _: _unchanged(before, state_of(risk))), problem))
+    after = state_of(risk)
+    own = "parameters, gradients, buffers, modes, random state"
+    rows.append(_row((own, "what they were before", lambda _: _unchanged(before, after)), problem))
     count, batches = problem.size, len(problem.batches)
     title = f"{count} data in {batches} batch{'es' * (batches > 1)}, {risk.space.dim:,} parameters, {risk.space.dtype}"
     return Report(title, tuple(rows), tuple(notes))
@@ -131,6 +142,6 @@ def _row(comparison: Comparison, problem: Problem) -> Row:
 
 
 def _unchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> Outcome:
-    if changed := [what for what in before if not same(before[what], after[what])]:
+    if changed := [what for what in before if not same(before[what], after.get(what))]:
         raise RuntimeError(f"changed: {', '.join(changed)}")
     return Outcome(None)

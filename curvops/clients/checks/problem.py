@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvops.clients.twin import UNFIT, Loss, NotJudged, Twin, twin_of
+from curvops.clients.checks.twin import UNFIT, Loss, NotJudged, Twin, twin_of
 from curvops.context import preserved_random_state
 from curvops.losses import OutputCurvature
 from curvops.matrix import seeded
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
-from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.model import floating_to
 from curvops.tree import map_tensors, select, tensors_of
 
 FEW = 4  # data that are looked at, half as many where there are more than ``MANY`` parameters
@@ -43,7 +41,6 @@ class Problem:
     z: Tensor
     value: float
     mixes: bool
-    first: tuple[float, ...]
     seed: int
 
     @property
@@ -53,15 +50,39 @@ class Problem:
 
     @cached_property
     def vectors(self) -> tuple[Tensor, Tensor]:
-        """Two random vectors, ``[D]``."""
-        first, second = self.risk.space.random(seeded(self.seed), columns=2).T.contiguous()
+        """Two random vectors, ``[D]``, about as large as the parameters."""
+        space = self.risk.space
+        size = max(float(space.join(p.detach() for p in self.risk.params.values()).norm()) / space.dim**0.5, 0.01)
+        first, second = (size * space.random(seeded(self.seed), columns=2)).T.contiguous()
         return first, second
 
-    @property
+    @cached_property
     def allowed(self) -> float:
-        """Relative error that rounding explains, in the least precise dtype at work."""
+        """Relative error that rounding explains in the least precise dtype at work; NotJudged where it leaves no digits.
+
+        More than usual where PyTorch's own product with the loss's Hessian has fewer digits, as of a model that is very
+        sure of its labels.
+        """
         dtypes = {self.z.dtype, *self.risk.space.dtypes.values()}
-        return 3 * max(map(tolerance, dtypes))
+        usual = 3 * max(map(tolerance, dtypes))
+        u, products = torch.randn(self.z.shape, generator=seeded(self.seed)).to(self.z), []
+        for dtype in (torch.promote_types(self.z.dtype, torch.float32), torch.float64):
+            z, y, loss = self.z.to(dtype).requires_grad_(), self.y, self.loss_func
+            if dtype == torch.float64:
+                y = map_tensors(lambda t: floating_to(t, torch.float64), y)
+                loss = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
+            try:
+                (slope,) = torch.autograd.grad(loss(z, y), z, create_graph=True)
+                (found,) = torch.autograd.grad((slope * u).sum(), z, materialize_grads=True)
+            except UNFIT:
+                return usual
+            products.append(found.double())
+        allowed = max(usual, 10 * relative_difference(*products))
+        if allowed > 0.5 > usual:
+            raise NotJudged(
+                f"the loss's curvature has no digits in {self.z.dtype}: the model is too sure of its labels"
+            )
+        return allowed
 
     @property
     def twin(self) -> Twin:
@@ -119,17 +140,18 @@ class Problem:
 
     def terms(self, z: Tensor) -> tuple[Tensor, float]:
         """The loss terms ``[T]`` at outputs of the twin, without c, and c; NotJudged where they cannot be told apart."""
-        loss, y = self.loss_func, map_tensors(lambda t: t.double() if t.is_floating_point() else t, self.y)
+        loss, y = self.loss_func, map_tensors(lambda t: floating_to(t, torch.float64), self.y)
         weighted = getattr(loss, "weight", None) is not None or "weight" in getattr(loss, "keywords", {})
         if weighted:
             raise NotJudged("a weighted loss does not tell the weights of its terms")
         entries: Tensor | None = None
         if isinstance(loss, nn.Module) and isinstance(getattr(loss, "reduction", None), str):
-            single = copy.copy(loss).double()
-            single.reduction = "none"
+            single = copy.copy(loss)
+            vars(single)["reduction"] = "none"
             entries = single(z, y)
         elif not isinstance(loss, nn.Module) and "reduction" in signature(loss).parameters:
-            entries = partial(loss, reduction="none")(z, y)
+            unreduced: Callable[..., Tensor] = loss
+            entries = unreduced(z, y, reduction="none")
         if entries is not None and entries.ndim:
             total = float(entries.detach().sum())
             if total == 0:
@@ -144,37 +166,41 @@ class Problem:
 
 def problem_of(risk: EmpiricalRisk, loss_func: Loss, seed: int) -> Problem:
     """A few data of the first batches, in two batches where the model does not mix data; else the first batch."""
-    with preserved_random_state(risk.data.batches), torch.no_grad(), closing(risk.data.walk()) as walk:
-        first = next(walk)
-        pieces = [first]
-        wanted = FEW if risk.space.dim <= MANY else FEW // 2
-        if _plain(first):
-            # as many data of each of the next batches as are missing, if they look alike
-            while (missing := wanted - sum(p.size for p in pieces)) > 0 and (more := next(walk, None)) is not None:
-                if not (_plain(more) and _shapes(more) == _shapes(first)):
-                    break
-                pieces.append(_cut(more, slice(0, missing)))
-    if first.size > 1 and _plain(first) and len(pieces) == 1:
-        pieces = [_cut(first, slice(0, wanted - 1)), _cut(first, slice(wanted - 1, wanted))][: 1 + (first.size >= wanted)]
     with preserved_random_state(risk.data.batches), torch.no_grad():
+        first, pieces = _few(risk)
         for batches in (pieces, [_joined(pieces)], [first]):
-            whole = batches[0] if len(batches) == 1 else _joined(batches)
             try:
-                z = risk.model(whole.X)
+                whole = _joined(batches)
+                z, parts = risk.model(whole.X), torch.cat([risk.model(batch.X) for batch in batches])
                 value = float(loss_func(z, whole.y))
-                parts = torch.cat([risk.model(batch.X) for batch in batches])
-            except torch.OutOfMemoryError:
-                raise
             except UNFIT:
                 if batches[0] is first and len(batches) == 1:
                     raise
                 continue
             if len(batches) == 1 or relative_difference(parts, z) <= 3 * tolerance(z.dtype):
                 break
-    few = risk.of_data([(batch.X, batch.y) for batch in batches])
+    data = [(batch.X, batch.y) for batch in batches]
+    few = risk.of_data(data)
     few.progressbar = False
-    mixed = len(batches) < len(pieces)
-    return Problem(few, loss_func, [(b.X, b.y) for b in batches], whole.X, whole.y, z, value, mixed, fingerprint(first), seed)
+    return Problem(few, loss_func, data, whole.X, whole.y, z, value, len(batches) < len(pieces), seed)
+
+
+def _few(risk: EmpiricalRisk) -> tuple[Batch, list[Batch]]:
+    """The first batch, and a few data of the first ones in pieces, or the first batch as it is where it cannot be cut."""
+    wanted = FEW if risk.space.dim <= MANY else FEW // 2
+    with closing(risk.data.walk()) as walk:
+        first = next(walk)
+        if not _plain(first):
+            return first, [first]
+        if first.size >= wanted:
+            return first, [_cut(first, slice(0, wanted - 1)), _cut(first, slice(wanted - 1, wanted))]
+        pieces = [first]
+        for more in walk:
+            missing = wanted - sum(piece.size for piece in pieces)
+            if not missing or not _plain(more) or _shapes(more) != _shapes(first):
+                break
+            pieces.append(_cut(more, slice(0, missing)))
+        return first, pieces
 
 
 def _plain(batch: Batch) -> bool:
@@ -202,29 +228,3 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
     X, y = join([b.X for b in batches]), join([b.y for b in batches])
     return Batch(X, y, sum(b.size for b in batches), batches[0].start)
-
-
-def state_of(risk: EmpiricalRisk) -> Mapping[str, Any]:
-    """All of the caller's that no operator may change: copies of tensors, modes, random states."""
-    tensors = risk.model.tensors
-    numpy: Any = sys.modules.get("numpy.random")
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return {
-        "tensors": {name: (id(t), t.detach().clone()) for name, t in tensors.items()},
-        "gradients": {n: (id(t.grad), t.grad.clone()) for n, t in tensors.items() if t.is_leaf and t.grad is not None},
-        "requires_grad": {name: t.requires_grad for name, t in tensors.items()},
-        "modes": [id(module) for module in risk.model.training_modules],
-        "random state": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices), random.getstate()],
-        "NumPy's random state": None if numpy is None else [torch.from_numpy(numpy.get_state()[1].copy())],
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two states are equal bit for bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)

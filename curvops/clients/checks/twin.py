@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from curvops.products.account import relative_difference
-from curvops.products.judge import STEADY, STEPS
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import Model, floating_to
 from curvops.space import TensorSpace
@@ -22,6 +21,8 @@ from curvops.tree import map_tensors
 Loss = Callable[[Any, Any], Tensor]
 At = Callable[[Tensor], AbstractContextManager[tuple[Tensor, list[Tensor]]]]
 Scalar = Callable[[Tensor], Tensor]
+STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # of central differences; small ones lie between the kinks of large models
+STEADY = 1e-4  # relative difference between two steps up to which they agree
 # what a model, a loss or a copy of them may raise in another precision
 UNFIT = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
@@ -39,14 +40,20 @@ class Twin:
     Args:
         at: Gives the output at a parameter vector with its graph, and the leaves.
         differentiate: `torch.autograd.grad`, or what serves in its place.
-        loss: Loss of an output.
+        loss, y: The loss, and its targets.
         theta: The parameters, ``[D]``.
         space: Their space.
     """
 
-    def __init__(self, at: At, differentiate: Callable[..., Any], loss: Scalar, theta: Tensor, space: TensorSpace):
+    def __init__(
+        self, at: At, differentiate: Callable[..., Any], loss: Loss, y: Any, theta: Tensor, space: TensorSpace
+    ) -> None:
         self._at, self._differentiate = at, differentiate
-        self.loss, self.theta, self.space = loss, theta, space
+        self._loss, self.y, self.theta, self.space = loss, y, theta, space
+
+    def loss(self, z: Tensor) -> Tensor:
+        """The loss of an output."""
+        return self._loss(z, self.y)
 
     def output(self, step: Tensor | float = 0.0) -> Tensor:
         """The output at θ + ``step``."""
@@ -97,7 +104,7 @@ def twin_of(risk: EmpiricalRisk, loss_func: Loss, X: Any, y: Any, allowed: float
         try:
             loss = copy.deepcopy(loss_func).double() if double and isinstance(loss_func, nn.Module) else loss_func
             at, differentiate = make(risk, X, space)
-            twin = Twin(at, differentiate, lambda z, loss=loss: loss(z, y), theta, space)
+            twin = Twin(at, differentiate, loss, y, theta, space)
             if twin.output().dtype == torch.float64 and relative_difference(twin.gradient(), own) <= allowed:
                 return twin
         except torch.OutOfMemoryError:
@@ -132,25 +139,32 @@ def _standing_in(risk: EmpiricalRisk, X: Any, space: TensorSpace) -> tuple[At, C
     @contextmanager
     def at(flat: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
         leaves = {n: t.detach().requires_grad_() for n, t in zip(risk.params, space.split(flat), strict=True)}
-        with risk.model.standing_in(leaves, torch.float64):  # also for what the loss reads, and the backward pass runs again
+        with risk.model.standing_in(
+            leaves, torch.float64
+        ):  # also for what the loss reads, and the backward pass runs again
             yield risk.functional(leaves, X), list(leaves.values())
 
     return at, gradients
 
 
 def slope(at: Callable[[float], Tensor]) -> Tensor:
-    """The derivative at 0 of a function of the step, by central differences; NotJudged where two steps disagree."""
-    first, second = ((at(h) - at(-h)) / (2 * h) for h in STEPS[:2])
-    if not float((second - first).norm()) <= STEADY * float(torch.maximum(first.norm(), second.norm())):
-        raise NotJudged("central differences disagree: a kink is near")
-    return second
+    """The derivative at 0 of a function of the step, by central differences; NotJudged where steps or sides disagree."""
+    wide, before = STEPS[0], _central(at, STEPS[0])
+    for step in STEPS[1:]:
+        found = _central(at, step)
+        if float((found - before).norm()) <= STEADY * float(before.norm()):
+            if _kinked(at, wide, step, STEADY * float(found.norm())):
+                break
+            return found
+        wide, before = step, found
+    raise NotJudged("central differences disagree: at a kink, or where there is nothing but rounding")
 
 
-def kinked(at: Callable[[float], Tensor], allowed: float) -> bool:
-    """Whether one-sided derivatives at 0 differ, so that the mean of both is no derivative.
+def _central(at: Callable[[float], Tensor], step: float) -> Tensor:
+    return (at(step) - at(-step)) / (2 * step)
 
-    Their difference falls with the step where the function is smooth.
-    """
-    wide, narrow = (float((at(h) - 2 * at(0.0) + at(-h)).norm()) / h for h in STEPS[:2])
-    scale = float((at(STEPS[1]) - at(-STEPS[1])).norm()) / STEPS[1]
-    return narrow > 0.5 * wide and narrow > allowed * scale
+
+def _kinked(at: Callable[[float], Tensor], wide: float, narrow: float, least: float) -> bool:
+    """Whether one-sided derivatives at 0 differ, so that their mean is no derivative: by as much for a narrower step."""
+    near, far = (float((at(step) - 2 * at(0.0) + at(-step)).norm()) / step for step in (narrow, wide))
+    return near > max(least, 0.5 * far)

@@ -50,7 +50,9 @@ class Report:
         return all(row.verdict != FAILED for row in self.rows)
 
     def __str__(self) -> str:
-        table = [("operator", "compared with", "difference", "allowed", "verdict", "seconds", "")]
+        table: list[tuple[str, ...]] = [
+            ("operator", "compared with", "difference", "allowed", "verdict", "seconds", "")
+        ]
         for row in self.rows:
             numbers = ("" if n is None else f"{n:.1e}" for n in (row.difference, row.allowed))
             table.append((row.operator, row.against, *numbers, row.verdict, f"{row.seconds:.1f}", row.why))

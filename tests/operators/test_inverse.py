@@ -71,6 +71,6 @@ def test_refusals():
     with pytest.raises(TypeError, match="cg: unknown options num_terms"):
         InverseOperator(matrix, num_terms=3)
     with pytest.raises(
-        ValueError, match="cg: expected a symmetric matrix, got Matrix|cg: expected a positive semi-def"
+        ValueError, match=r"cg: expected a symmetric matrix, got Matrix|cg: expected a positive semi-def"
     ):
         InverseOperator(matrix) @ draws(6)

@@ -3,9 +3,9 @@
 import pytest
 import scipy.sparse.linalg as linalg
 import torch
-from solvers.support import draws
 
 from curvops.solvers.lsmr import lsmr
+from solvers.support import draws
 
 SHAPES = [(60, 30), (30, 60), (40, 40)]
 

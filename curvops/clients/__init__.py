@@ -1,0 +1,1 @@
+"""Other libraries' and users' ways in."""

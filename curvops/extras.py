@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 
-def extra(module: str, feature: str) -> Any:
-    """A module that a feature needs and that may not be installed.
+def extra(module: str, feature: str, package: str = "") -> Any:
+    """A module that a feature needs and that may not be installed; ``package`` if what to install has another name.
 
     Raises:
         ModuleNotFoundError: If it is not; the message says what to install.
@@ -15,5 +15,5 @@ def extra(module: str, feature: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
+        package = package or module.partition(".")[0]
         raise ModuleNotFoundError(f"{feature} needs {package}: pip install {package}.", name=error.name) from None

@@ -17,6 +17,7 @@ FLOORS = [
     "products",
     "kronecker",
     "tour",
+    "clients",
     "cli",
 ]
 TOOLBOX = ["solvers", "spectrum", "estimators"]  # for anybody's matrices

@@ -1,0 +1,1 @@
+"""Backends for other libraries; each module needs the library of its name."""

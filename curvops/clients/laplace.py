@@ -22,9 +22,12 @@ from curvops.products.jacobian import JacobianLinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
 
 _curvature = extra("laplace.curvature", "curvops.clients.laplace", "laplace-torch")
+CurvatureInterface: Any = _curvature.CurvatureInterface
+GGNInterface: Any = _curvature.GGNInterface
+EFInterface: Any = _curvature.EFInterface
 
 
-class CurvopsInterface(_curvature.CurvatureInterface):
+class CurvopsInterface(CurvatureInterface):
     """What the backends share: laplace-torch asks for one batch at a time, and sums.
 
     As in laplace-torch's own backends, matrices are those of the summed loss times `factor` (½ for regression, whose
@@ -118,7 +121,7 @@ class CurvopsInterface(_curvature.CurvatureInterface):
         return len(values)
 
 
-class CurvopsGGN(CurvopsInterface, _curvature.GGNInterface):
+class CurvopsGGN(CurvopsInterface, GGNInterface):
     """Generalized Gauss-Newton; with ``stochastic=True`` the Monte-Carlo Fisher of ``num_samples`` labels.
 
     Example:
@@ -143,7 +146,7 @@ class CurvopsGGN(CurvopsInterface, _curvature.GGNInterface):
         return {"fisher_type": "mc", "mc_samples": self.num_samples} if self.stochastic else {"fisher_type": "type-2"}
 
 
-class CurvopsEF(CurvopsInterface, _curvature.EFInterface):
+class CurvopsEF(CurvopsInterface, EFInterface):
     """Empirical Fisher, in laplace-torch's scale: for regression twice the Gaussian log-likelihood's.
 
     (The gradient of the squared error is twice that of the log-likelihood, and its square is halved.)

@@ -14,9 +14,11 @@ from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import KroneckerBlock
 
 _matrix = extra("laplace.utils.matrix", "curvops.clients.laplace", "laplace-torch")
+Kron: Any = _matrix.Kron
+KronDecomposed: Any = _matrix.KronDecomposed
 
 
-class BlockKron(_matrix.Kron):
+class BlockKron(Kron):
     """laplace-torch's `Kron` with any number of blocks a parameter, and factors that are diagonal.
 
     It takes the place of the zeros that laplace-torch begins with, which have one dense block for each parameter.
@@ -55,7 +57,7 @@ class BlockKron(_matrix.Kron):
         return BlockKronDecomposed(found.eigenvectors, found.eigenvalues, found.deltas, damping, owners=self.owners)
 
 
-class BlockKronDecomposed(_matrix.KronDecomposed):
+class BlockKronDecomposed(KronDecomposed):
     """laplace-torch's `KronDecomposed`, to whose blocks one number a parameter can be added."""
 
     def __init__(self, *parts: Any, owners: Tensor) -> None:

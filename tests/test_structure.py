@@ -18,6 +18,7 @@ FLOORS = [
     "kronecker",
     "clients",
     "tour",
+    "clients",
     "cli",
 ]
 TOOLBOX = ["solvers", "spectrum", "estimators"]  # for anybody's matrices

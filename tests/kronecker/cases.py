@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvops import (
-    EKFACLinearOperator,
-    GGNDiagonalLinearOperator,
-    KFACLinearOperator,
-    KFOCLinearOperator,
-)
+from curvops import EKFACLinearOperator, GGNDiagonalLinearOperator, KFACLinearOperator, KFOCLinearOperator
 
 KINDS = {
     "kfac": KFACLinearOperator,
@@ -101,6 +96,29 @@ def tied() -> tuple[nn.Module, Any, Tensor, Tensor]:
         return net
 
     return seeded(make), nn.CrossEntropyLoss(reduction="sum"), integers(5, 6, 2), integers(5, 6, 2, seed=1)
+
+
+def layers() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """One layer of each kind that applies a matrix, and a free tensor."""
+
+    def forward(net: Any, ids: Tensor) -> Tensor:
+        h = net.convolution(net.linear(net.embedding(ids)).movedim(-1, 1))
+        h = net.transposed(h.tanh()).movedim(1, -1)
+        h = net.bilinear(h, h).unflatten(-1, (1, 3)).expand(-1, -1, 2, -1)
+        return torch.einsum("nthc,hcd->nthd", h, net.free).sum(1).flatten(1)
+
+    def make() -> nn.Module:
+        return Net(
+            forward,
+            embedding=nn.Embedding(5, 4),
+            linear=nn.Linear(4, 6),
+            convolution=nn.Conv1d(6, 4, 2, stride=2, groups=2, padding=1),
+            transposed=nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2, padding=1, dilation=2),
+            bilinear=nn.Bilinear(6, 6, 3),
+            free=nn.Parameter(torch.randn(2, 3, 2)),
+        )
+
+    return seeded(make), nn.MSELoss(), integers(5, 6, 4), real(6, 4)
 
 
 PROBLEMS = {"mlp": mlp, "cnn": cnn, "tokens": tokens, "tied": tied}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from curvops import BlockRule
-from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, plan, real, seeded, tokens
+from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, layers, plan, real, seeded, tokens
 
 RULES = {"default": None, "small": BlockRule(largest_factor=3, largest_block=2)}
 
@@ -27,12 +27,15 @@ def unusual():
     return seeded(make), nn.MSELoss(), real(6, 3), real(6, 2)
 
 
+MODELS = {**PROBLEMS, "layers": layers, "unusual": unusual}
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("name", [*PROBLEMS, "unusual"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_is_what_happens(kind, name, separate, rule):
-    problem = (PROBLEMS | {"unusual": unusual})[name]()
+    problem = MODELS[name]()
     options = {"separate_weight_and_bias": separate, "rule": RULES[rule], "check_deterministic": False}
     op, planned = build(kind, problem, **options), plan(kind, problem, **options)
     explained = op.explain()

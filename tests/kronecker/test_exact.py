@@ -105,9 +105,7 @@ def test_corrected_and_nearest_forms_are_nearer_than_kfac(name, separate, approx
     matrix = masked(matrix, kfac)
     scale = float(matrix.norm())
     for names, far, near, nearest in zip(
-        [p.names for p in kfac.blocks],
-        *(_distances(op, matrix) for op in (kfac, ekfac, kfoc)),
-        strict=True,
+        [p.names for p in kfac.blocks], *(_distances(op, matrix) for op in (kfac, ekfac, kfoc)), strict=True
     ):
         assert near <= far + 1e-12 * scale, names
         assert nearest <= far + 1e-12 * scale, names

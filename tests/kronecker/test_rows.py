@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from kronecker.cases import build, close, cnn, dense_ggn, integers, mlp, real, seeded, tied, tokens
+from kronecker.cases import build, close, cnn, dense_ggn, integers, layers, mlp, real, seeded, tied, tokens
 
 
 def weight_gradients(row, shapes):
@@ -38,12 +38,7 @@ def collected(op):
 PROBLEMS = {
     "mlp": mlp,
     "cnn": cnn,
-    "transposed": lambda: (
-        seeded(lambda: nn.Sequential(nn.ConvTranspose1d(4, 2, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))),
-        nn.MSELoss(),
-        real(6, 4, 3),
-        real(6, 2),
-    ),
+    "layers": layers,
     "one term": lambda: (*tied()[:2], tied()[2][:, :1], integers(5, 6, 1, seed=2)),
 }
 

@@ -36,7 +36,6 @@ def check(loss_func, batches, whole, reduction=None):
     parts = u.split([len(f.z) for f in found]) if z.ndim else [u]
     product = torch.cat([c * f.hessian_product(part).flatten() for f, part in zip(found, parts, strict=True)])
     close(product, H @ u.flatten())
-    return found
 
 
 def cut(z, y, *sizes):
@@ -72,54 +71,6 @@ def test_an_option_that_became_wrong_is_refused(randn, randint):
         print(asked.reduction)
 
 
-class OtherOption(nn.CrossEntropyLoss):
-    def __getattribute__(self, name):
-        return 0.3 if name == "label_smoothing" else super().__getattribute__(name)
-
-
-def hooked(kind):
-    loss = nn.CrossEntropyLoss() if kind != "compiled" else torch.compile(nn.CrossEntropyLoss(), backend="eager")
-    if kind == "pre":
-        loss.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0], inputs[1]))
-    else:
-        loss.register_forward_hook(lambda module, inputs, output: output.square() if kind == "forward" else 2 * output)
-    return loss
-
-
-@pytest.mark.parametrize("sizes", [(6,), (1, 5), (2, 2, 2), (1,) * 6])
-@pytest.mark.parametrize(
-    "loss",
-    [OtherOption(), hooked("pre"), hooked("compiled"), type("Named", (nn.CrossEntropyLoss,), {})()],
-)
-def test_a_closed_form_serves_its_own_type_only(loss, sizes, randn, randint):
-    z, y = randn(6, 3), randint(3, 6)
-    for found in check(loss, cut(z, y, *sizes), (z, y)):
-        assert not found.closed_form
-
-
-@pytest.mark.parametrize(
-    "alter",
-    [
-        lambda module, inputs, output: 2 * output,
-        lambda module, inputs, output: output + (inputs[0] - inputs[0].detach()).sum(),
-        lambda module, inputs, output: output.detach() * inputs[0].sum() / inputs[0].sum().detach(),
-    ],
-)
-@pytest.mark.parametrize(
-    "loss", [nn.CrossEntropyLoss(reduction="sum"), nn.BCEWithLogitsLoss(reduction="sum"), nn.MSELoss(reduction="sum")]
-)
-def test_hooks_of_all_modules_are_found_on_the_batch(loss, alter, randn, randint, rand):
-    z, y = randn(1, 3), randint(3, 1) if isinstance(loss, nn.CrossEntropyLoss) else rand(1, 3)
-    asked = output_loss(loss)
-    assert asked.curvature(z, y, 1).closed_form
-    handle = torch.nn.modules.module.register_module_forward_hook(alter)
-    try:
-        (found,) = check(loss, [(z, y, 1)], (z, y))
-    finally:
-        handle.remove()
-    assert not found.closed_form and asked.curvature(z, y, 1).closed_form
-
-
 def test_closed_forms_serve_where_there_is_nothing_to_compare(randn):
     z, ignored = randn(3, 4), torch.full((3,), -100)
     assert output_loss(nn.CrossEntropyLoss()).curvature(z, ignored, 3).closed_form
@@ -136,24 +87,14 @@ def test_closed_forms_serve_where_there_is_nothing_to_compare(randn):
             assert output_loss(nn.MSELoss()).curvature(far, far.clone(), 50).closed_form
 
 
-def test_a_regulariser_is_exact_as_a_mean_and_refused_as_a_sum(randn, randint):
-    X, y, w = randn(6, 4), randint(3, 6), randn(4, 3).requires_grad_()
-
-    def loss(z, y):
-        return F.cross_entropy(z, y) + 0.3 * w.square().sum() + w[0, 0] ** 3
-
-    expected = hessian(lambda w: F.cross_entropy(X @ w, y) + 0.3 * w.square().sum() + w[0, 0] ** 3, w)
-    for sizes in ((6,), (1, 5), (2, 4), (1,) * 6):
-        c, found = walked(output_loss(loss, "mean"), cut(X @ w, y, *sizes))
-        (slope,) = torch.autograd.grad(c * sum(f.value() for f in found), w, create_graph=True)
-        rows = [torch.autograd.grad(s, w, retain_graph=True)[0].flatten() for s in slope.flatten()]
-        close(torch.stack(rows), expected)
+def test_a_regulariser_of_a_sum_is_refused(randn, randint):
+    z, y, w = randn(6, 3), randint(3, 6), randn(4, 3).requires_grad_()
     for tiny in (0.3, 1e-9):
 
         def total(z, y, tiny=tiny):
             return F.cross_entropy(z, y, reduction="sum") + tiny * w.square().sum()
 
-        refused(total, X @ w, y, "sum", match=r"belongs to no datum.*reduction='mean'")
+        refused(total, z, y, "sum", match=r"belongs to no datum.*reduction='mean'")
 
 
 def weighted(z, y, weight=None, reduction="mean"):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from conformance import close
+from oracles import Case, real
 from torch import Tensor, nn
 
 from curvops import EKFACLinearOperator, GGNDiagonalLinearOperator, KFACLinearOperator, KFOCLinearOperator
@@ -21,24 +23,23 @@ APPROXIMATIONS = ("expand", "reduce")
 
 
 class Net(nn.Module):
-    """Modules and a function of them and the input."""
+    """A model from a function ``(parts, X)`` and its parts: modules, parameters or constants."""
 
-    def __init__(self, forward: Callable[[Any, Any], Tensor], **modules: nn.Module) -> None:
+    def __init__(self, function: Callable[[Any, Any], Any], **parts: Any) -> None:
         super().__init__()
-        self._forward = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self.function = function
 
-    def forward(self, X: Any) -> Tensor:
-        return self._forward(self, X)
+    def forward(self, X: Any) -> Any:
+        return self.function(self, X)
 
 
 def params(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def real(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -138,20 +139,11 @@ def plan(kind: str, problem: tuple[nn.Module, Any, Any, Any], *sizes: int, **opt
     return build(kind, problem, *sizes, make="plan", **options)
 
 
-def dense_ggn(problem: tuple[nn.Module, Any, Any, Any]) -> Tensor:
-    """Jᵀ (∇² ℓ) J, all of it dense and by PyTorch alone."""
+def dense_ggn(problem: tuple[nn.Module, Any, Any, Any], *sizes: int) -> Tensor:
+    """The GGN of the risk, all of it dense and by PyTorch alone."""
     model, loss, X, y = problem
-    z = model(X)
-    rows = [torch.autograd.grad(entry, list(params(model).values()), retain_graph=True) for entry in z.flatten()]
-    J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    curvature = torch.autograd.functional.hessian(lambda flat: loss(flat.view(z.shape), y), z.detach().flatten())
-    return J.T @ curvature @ J
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    """Equal up to a tolerance relative to the largest entry."""
-    scale = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * (scale or 1.0))
+    data = list(zip(X.split(sizes), y.split(sizes), strict=True)) if sizes else [(X, y)]
+    return Case(model, loss, data, params=params(model)).truth("GGN")
 
 
 def masked(matrix: Tensor, op: Any) -> Tensor:
@@ -161,15 +153,6 @@ def masked(matrix: Tensor, op: Any) -> Tensor:
         for where in placed.positions.view(placed.block.shape[0], -1):  # one block a group
             result[where[:, None], where] = matrix[where[:, None], where]
     return result
-
-
-def ggn_of_batches(model, batches):
-    """The GGN of a mean cross-entropy, batch by batch, with zeros for parameters that a batch does not use."""
-    zero = 0.0 * sum(p.sum() for p in model.parameters())
-    whole = lambda x: model(x) + zero  # noqa: E731
-    whole.named_parameters = model.named_parameters
-    loss = nn.CrossEntropyLoss(reduction="sum")
-    return sum(dense_ggn((whole, loss, x, y)) for x, y in batches) / sum(len(x) for x, _ in batches)
 
 
 def check(kind, op, matrix):

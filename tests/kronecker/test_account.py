@@ -74,7 +74,8 @@ def test_the_account_prints():
 def test_costs():
     planned = plan("kfac", cnn(), 3, 3)
     assert "batch of 3: 1 forward and 2 backward passes to the layers' outputs, about 1.0 gradients" in planned.notes
-    assert "4 backward passes to the layers' outputs" in build("kfac", cnn(), 3, 3).explain().notes
+    for kind in ("kfac", "ekfac"):  # two batches, two outputs
+        assert "4 backward passes to the layers' outputs" in build(kind, cnn(), 3, 3).explain().notes
     model = seeded(lambda: nn.Sequential(nn.Linear(3, 12)))
     many = model, nn.MSELoss(), real(6, 3), real(6, 12)
     assert any(note.startswith("fewer backward passes: fisher_type='mc'") for note in plan("kfac", many).notes)

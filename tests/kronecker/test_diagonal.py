@@ -8,23 +8,16 @@ from curvops import EFLinearOperator, GGNDiagonalLinearOperator, GGNLinearOperat
 from kronecker.cases import PROBLEMS as OWN
 from kronecker.cases import build, close, dense_ggn, mlp
 
-CONVEX = {name: make for name, make in LOSSES.items() if not name.startswith("margin")}
+CONVEX = {name: make for name, make in (LOSSES | PROBLEMS).items() if not name.startswith("margin")}
 
 
 @pytest.mark.parametrize("name", CONVEX)
-def test_every_loss(name):
+def test_every_loss_and_model(name):
     problem = CONVEX[name]()
     diagonal = GGNDiagonalLinearOperator(*problem.args(2, 4), fisher_type="type-2", **problem.options)
     ggn = GGNLinearOperator(*problem.args(), **problem.options)
     close(diagonal.diagonal(), ggn.to_dense().diagonal())
     close(diagonal.to_dense(), torch.diag(ggn.to_dense().diagonal()))
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_every_model(name):
-    problem = PROBLEMS[name]()
-    diagonal = GGNDiagonalLinearOperator(*problem.args(4, 2), fisher_type="type-2", **problem.options)
-    close(diagonal.diagonal(), GGNLinearOperator(*problem.args(), **problem.options).to_dense().diagonal())
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -1,7 +1,9 @@
-"""Saved operators come back bit for bit; broken files and other models are refused, in one line."""
+"""Saved operators and copies come back bit for bit; broken files and other models are refused, in one line."""
 
+import copy
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -10,9 +12,14 @@ from torch import nn
 
 import curvops
 import curvops.files
-from kronecker.cases import PROBLEMS, build, cnn, mlp, params
+from kronecker.cases import PROBLEMS, build, close, cnn, mlp, params
 
-OPTIONS = [{}, {"separate_weight_and_bias": False, "kfac_approx": "reduce"}, {"fisher_type": "empirical"}]
+OPTIONS = [
+    {},
+    {"separate_weight_and_bias": False},
+    {"separate_weight_and_bias": False, "kfac_approx": "reduce"},
+    {"fisher_type": "empirical"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -23,10 +30,16 @@ def test_equal_bit_for_bit(kind, name, options, tmp_path):
     op = build(kind, problem, 4, 2, **options)
     op.save(tmp_path / "op")
     loaded = curvops.load(tmp_path / "op", params(problem[0]))
-    assert torch.equal(loaded.to_dense(), op.to_dense())
-    assert torch.equal(loaded.inverse(0.1).to_dense(), op.inverse(0.1).to_dense())
-    assert loaded.name == op.name and loaded.domain == op.domain and loaded.state.settings == op.state.settings
-    assert [r.block for r in loaded.explain().rows] == [r.block for r in op.explain().rows]
+    for other in (loaded, copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
+        assert torch.equal(other.to_dense(), op.to_dense())
+        assert torch.equal(other.inverse(0.1).to_dense(), op.inverse(0.1).to_dense())
+        assert other.name == op.name and other.domain == op.domain and other.state.settings == op.state.settings
+        if other is loaded:
+            assert [r.block for r in other.explain().rows] == [r.block for r in op.explain().rows]
+        else:
+            assert type(other) is type(op) and other.explain().rows == op.explain().rows
+        if kind in ("kfac", "diagonal"):
+            close(other.merge(op).to_dense(), op.merge(op).to_dense())
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "op").read_bytes()
 

@@ -95,6 +95,22 @@ def test_what_does_not_fit_is_refused(make, message):
         build("kfac", mlp()).merge(make())
 
 
+@pytest.mark.parametrize("kind", ["kfac", "diagonal"])
+def test_blocks_that_overlap_do_not_merge(kind):
+    """The second half uses a part of a weight once more."""
+
+    def forward(net, X):
+        z = net.head(net.layer(X))
+        return z @ net.head.weight[:, :2] if X[0, 0] < 0 else z
+
+    model = seeded(lambda: Net(forward, layer=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+    X, y = real(3, 3).abs(), integers(2, 3)
+    halves = [build(kind, (model, nn.CrossEntropyLoss(), sign * X, y)) for sign in (1, -1)]
+    for first, second in (halves, halves[::-1]):
+        with pytest.raises(ValueError, match=r"merge: 'head.weight' has blocks that overlap, here \w+ \("):
+            first.merge(second)
+
+
 @pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
 def test_what_does_not_add_is_refused(kind):
     op = build(kind, mlp())

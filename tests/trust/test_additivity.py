@@ -191,12 +191,12 @@ CALLS = {
     "subclass": own_class("forward", lambda plain, self, z, y: plain(self, 2 * z, y)),
 }
 FORMS = {
-    "compiled": (lambda: torch.compile(nn.CrossEntropyLoss(), backend="eager"), classes),
     "cross-entropy": (lambda: nn.CrossEntropyLoss(), classes),
     "cross-entropy with options": (lambda: nn.CrossEntropyLoss(torch.arange(3.0) + 1, label_smoothing=0.2), classes),
-    "an option of its own": (OtherOption, classes),
     "cross-entropy, sum": (lambda: nn.CrossEntropyLoss(reduction="sum"), classes),
+    "an option of its own": (OtherOption, classes),
     "binary cross-entropy": (lambda: nn.BCEWithLogitsLoss(), lambda n, k: (targets(n, k) > 0).double()),
+    "compiled": (lambda: torch.compile(nn.CrossEntropyLoss(), backend="eager"), classes),
     "squared error": (lambda: nn.MSELoss(), targets),
     "huber": (lambda: nn.HuberLoss(delta=0.5), targets),
 }

@@ -1,34 +1,15 @@
 """The diagonal operator is the diagonal of the GGN or Fisher matrix, for every loss and model."""
 
 import pytest
-import torch
-from problems import LOSSES, PROBLEMS
 
-from curvops import EFLinearOperator, GGNDiagonalLinearOperator, GGNLinearOperator
-from kronecker.cases import PROBLEMS as OWN
-from kronecker.cases import build, close, dense_ggn, mlp
-
-CONVEX = {name: make for name, make in (LOSSES | PROBLEMS).items() if not name.startswith("margin")}
+from curvops import EFLinearOperator, GGNLinearOperator
+from kronecker.cases import PROBLEMS, build, close, dense_ggn, mlp
 
 
-@pytest.mark.parametrize("name", CONVEX)
-def test_every_loss_and_model(name):
-    problem = CONVEX[name]()
-    diagonal = GGNDiagonalLinearOperator(*problem.args(2, 4), fisher_type="type-2", **problem.options)
-    ggn = GGNLinearOperator(*problem.args(), **problem.options)
-    close(diagonal.diagonal(), ggn.to_dense().diagonal())
-    close(diagonal.to_dense(), torch.diag(ggn.to_dense().diagonal()))
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_against_autograd_alone(name):
-    problem = OWN[name]()
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_autograd_and_the_empirical_fisher(name):
+    model, loss, X, y = problem = PROBLEMS[name]()
     close(build("diagonal", problem, 4, 2).diagonal(), dense_ggn(problem).diagonal())
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_the_empirical_fisher(name):
-    model, loss, X, y = problem = OWN[name]()
     expected = EFLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)]).to_dense().diagonal()
     close(build("diagonal", problem, 4, 2, fisher_type="empirical").diagonal(), expected)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from curvops import BlockRule, KFACLinearOperator
-from kronecker.cases import build, close, dense_ggn, mlp, params, plan, real, seeded, tokens
+from curvops import BlockRule
+from kronecker.cases import build, close, dense_ggn, mlp, plan, real, seeded, tokens
 
 
 def test_a_large_factor_is_its_diagonal():
@@ -105,14 +105,3 @@ def test_forward_only_is_the_inputs_moment(approximation):
         where = op.domain.slice("weight")
         close(op.to_dense()[where, where], expected)
         close(op.to_dense()[op.domain.slice("bias"), op.domain.slice("bias")], torch.eye(2, dtype=torch.float64))
-
-
-def test_a_subset_of_the_parameters():
-    model, loss, X, y = mlp()
-    whole = build("kfac", mlp())
-    for names in (["2.weight"], ["0.bias", "2.weight"]):
-        own = {name: params(model)[name] for name in names}
-        op = KFACLinearOperator(model, loss, own, [(X, y)], fisher_type="type-2", separate_weight_and_bias=False)
-        for name in names:
-            where, there = op.domain.slice(name), whole.domain.slice(name)
-            close(op.to_dense()[where, where], whole.to_dense()[there, there])

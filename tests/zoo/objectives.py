@@ -100,11 +100,6 @@ def value_of_one_axis(m, x):
 
 
 @entry(dtype=torch.float32)
-def single_precision():
-    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)), *vectors(), CE
-
-
-@entry(dtype=torch.float32)
 def single_precision_attention():
     layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
     return Net(lambda m, x: m.o(m.e(x)[:, 0]), e=layer, o=nn.Linear(6, 3)), *sequences(), CE

@@ -89,20 +89,14 @@ def siamese(m, x):
     return m.head(torch.cat([(a - b).abs(), a * b], 1))
 
 
-@net(vectors, B=nn.Linear(6, 5, bias=False), **linears(A=(5, 5), head=(5, 3)))
-def equilibrium(m, x):
-    z = torch.zeros(len(x), 5)
-    for _ in range(12):
-        z = torch.tanh(m.A(z) / 4 + m.B(x))
-    return m.head(z)
-
-
-@net(vectors, up=nn.Linear(7, 5), down=nn.Linear(5, 6), head=nn.Linear(6, 3))
+@net(vectors, inject=nn.Linear(6, 5, bias=False), **linears(up=(7, 5), down=(5, 6), head=(6, 3)))
 def neural_ode(m, x):
-    for k in range(4):
-        t = torch.full((len(x), 1), k / 4)
-        x = x + 0.25 * m.down(torch.tanh(m.up(torch.cat([x, t], 1))))
-    return m.head(x)
+    """The same layers many times, and the input anew each time, as in an equilibrium."""
+    z = x
+    for k in range(8):
+        t = torch.full((len(x), 1), k / 8)
+        z = z + 0.125 * m.down(torch.tanh(m.up(torch.cat([z, t], 1)) + m.inject(x)))
+    return m.head(z)
 
 
 @net(vectors, W=free(6, 7), steps=free(2, scale=0.1), thresholds=free(2), head=nn.Linear(7, 3))
@@ -123,17 +117,6 @@ def tied_autoencoder():
 
     X = torch.rand(5, 6)
     return Net(run, W=free(4, 6), b=free(4), c=free(6)), X, X.clone(), nn.MSELoss()
-
-
-@net(
-    vectors,
-    layers=nn.Sequential(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(2))),
-    head=nn.Linear(6, 3),
-)
-def checkpointed_blocks(m, x):
-    for layer in m.layers:
-        x = x + checkpoint(layer, x, use_reentrant=False)
-    return m.head(x)
 
 
 @entry(axis=1)
@@ -189,8 +172,9 @@ def packed_bidirectional_layers():
 
 @net(
     vectors,
-    body=nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()),
+    **{part: nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()) for part in ("body", "again")},
     **linears(enter=(6, 5), head=(5, 3)),
 )
-def checkpointed_reentrantly(m, x):
-    return m.head(checkpoint(m.body, m.enter(x), use_reentrant=True))
+def checkpointed_reentrantly_and_not(m, x):
+    h = checkpoint(m.body, m.enter(x), use_reentrant=True)
+    return m.head(h + checkpoint(m.again, h, use_reentrant=False))

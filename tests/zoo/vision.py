@@ -7,7 +7,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 from zoo.entries import CE, ZOO, Entry, Net, entry, free, images, linears, net, vectors
 
@@ -46,8 +46,7 @@ def depthwise_separable():
         nn.Conv2d(2, 4, 3, groups=2, padding="same", padding_mode="circular"),
         nn.Hardswish(),
         nn.Conv2d(4, 4, 3, groups=4, dilation=2, padding=2, padding_mode="reflect"),
-        nn.GroupNorm(2, 4),
-        nn.SiLU(),
+        *(nn.GroupNorm(2, 4), nn.SiLU(), nn.LocalResponseNorm(2), nn.Softplus()),
         nn.Conv2d(4, 6, 1),
         *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
     )
@@ -97,12 +96,6 @@ def unet_segmentation():
     return model, torch.rand(3, 2, 4, 4), y, nn.CrossEntropyLoss(ignore_index=-1, weight=torch.tensor([1.0, 0.3, 2.0]))
 
 
-@entry()
-def local_response_norm():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LocalResponseNorm(2), nn.Softplus(), nn.Flatten(), nn.Linear(64, 3))
-    return model, *images(), CE
-
-
 @net(
     images,
     stem=nn.Conv2d(2, 4, 2, 2),
@@ -135,44 +128,11 @@ def weight_norm_of_convolutions():
     return nn.Sequential(model, nn.Linear(50, 3)), *images(), CE
 
 
-@entry()
-def spectral_norm_in_eval_mode():
-    sn = parametrizations.spectral_norm
-    return nn.Sequential(sn(nn.Linear(6, 8)), nn.Tanh(), sn(nn.Linear(8, 3))).eval(), *vectors(), CE
-
-
 @entry(surrogate=True)
 def spectral_norm_in_train_mode():
     """Each forward pass makes one step of the power iteration from the caller's buffers."""
     sn = parametrizations.spectral_norm
     return nn.Sequential(sn(nn.Linear(6, 8), n_power_iterations=2), nn.Tanh(), nn.Linear(8, 3)), *vectors(), CE
-
-
-@entry()
-def orthogonal():
-    return nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
-
-
-class Symmetric(nn.Module):
-    """Of a matrix its upper triangle counts, twice; a vector is doubled."""
-
-    def forward(self, W):
-        return W.triu() + W.triu(1).mT if W.ndim == 2 else 2 * W
-
-
-@entry()
-def own_parametrization():
-    layer = nn.Linear(6, 6)
-    parametrize.register_parametrization(layer, "weight", Symmetric())
-    parametrize.register_parametrization(layer, "bias", Symmetric())
-    return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
-
-
-@net(images, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(48, 3))
-def weight_standardisation(m, x):
-    W = m.conv.weight
-    W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
-    return m.head(F.conv2d(x, W, m.conv.bias).relu().flatten(1))
 
 
 @entry(mixes=True)
@@ -208,7 +168,10 @@ def dynamic_convolution(m, x):
 
 @net(images, conv=nn.Conv2d(2, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1), head=nn.Linear(64, 3))
 def squeeze_and_excite(m, x):
-    h = m.conv(x)
+    """With weights that are standardised."""
+    W = m.conv.weight
+    W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
+    h = F.conv2d(x, W, m.conv.bias)
     gate = m.up(F.relu(m.down(h.mean((2, 3), keepdim=True)))).sigmoid()
     return m.head((h * gate).flatten(1))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import curvops
 import curvops.files
+from curvops.tour.files import load_matrices, save_matrices
 from kronecker.cases import PROBLEMS, build, close, cnn, mlp, params
 
 OPTIONS = [
@@ -54,25 +55,34 @@ def test_what_is_loaded_can_be_merged(tmp_path):
         curvops.load(tmp_path / "average").merge(op)
 
 
-def test_a_file_that_is_cut_anywhere_is_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "save, load",
+    [
+        (lambda path: build("ekfac", mlp()).save(path), curvops.load),
+        (lambda path: save_matrices(path, {"a": torch.randn(9, 9)}), load_matrices),
+    ],
+)
+def test_a_file_that_is_cut_anywhere_is_refused_in_one_line(save, load, tmp_path):
     path = tmp_path / "op"
-    build("ekfac", mlp()).save(path)
+    save(path)
     content = path.read_bytes()
     for keep in [len(content) * k // 50 for k in range(50)] + [1, 7, 8, 9, len(content) - 1]:
         path.write_bytes(content[:keep])
         with pytest.raises(ValueError, match="is truncated or not a safetensors file") as caught:
-            curvops.load(path)
+            load(path)
         assert "\n" not in str(caught.value)
 
 
 def test_other_files_are_refused(tmp_path):
-    from curvops.tour import save_matrices
-
-    with pytest.raises(FileNotFoundError, match="nothing' is not a file"):
-        curvops.load(tmp_path / "nothing")
+    for load in (curvops.load, load_matrices):
+        with pytest.raises(FileNotFoundError, match="nothing' is not a file"):
+            load(tmp_path / "nothing")
     save_matrices(tmp_path / "matrices", {"a": torch.eye(2)})
     with pytest.raises(ValueError, match="is a safetensors file, but not one of Kronecker factors"):
         curvops.load(tmp_path / "matrices")
+    build("kfac", mlp()).save(tmp_path / "factors")
+    with pytest.raises(ValueError, match="but not one of curvature matrices"):
+        load_matrices(tmp_path / "factors")
     (tmp_path / "text").write_text("not a file of tensors")
     with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
         curvops.load(tmp_path / "text")

@@ -115,44 +115,6 @@ def test_rows_of_batches_that_differ(name):
     close(op.state.constant * total.flatten(), op.diagonal()[op.domain.slice("head.weight")])
 
 
-def test_data_that_agree_at_the_ends_only():
-    """Rows are sorted, so that data are run alone; those in the middle need each other."""
-
-    def forward(net, X):
-        order = X[:, 0].argsort()
-        h = net.hidden(X)[order].tanh()[order.argsort()]
-        if len(X) > 4:
-            h = torch.cat([h[:2], h[2:-2].flip(0), h[-2:]])
-        return net.head(h)
-
-    problem = three(forward)
-    close(build("diagonal", problem, *SIZES).diagonal(), dense_ggn(problem, *SIZES).diagonal())
-
-
-class Masked(nn.Module):
-    """Attention within a datum, with a mask ``[positions, positions]`` that all data share."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.head, self.norm = nn.Linear(3, 9), nn.Linear(3, 2), nn.Parameter(torch.ones(()))
-
-    def forward(self, X):
-        q, k, v = self.qkv(X["x"]).chunk(3, -1)
-        scores = (q @ k.mT * self.norm.exp()).masked_fill(X["mask"], float("-inf"))
-        return self.head((scores.softmax(-1) @ v).mean(1))
-
-
-@pytest.mark.parametrize("length", [6, 4])
-@pytest.mark.parametrize("kind", ["ekfac", "diagonal", "kfac"])
-def test_a_mask_with_as_many_positions_as_data(kind, length):
-    model, y = seeded(Masked), integers(2, 6)
-    X = {"x": real(6, length, 3), "mask": torch.ones(length, length, dtype=torch.bool).triu(1)}
-    options = {"fisher_type": "type-2", "batch_size_fn": lambda X: len(X["x"])}
-    op = KINDS[kind](model, nn.CrossEntropyLoss(), params(model), [(X, y)], **options)
-    check(kind, op, dense_ggn((model, nn.CrossEntropyLoss(), X, y)))
-    assert "whole" not in str(op.explain()) and all(row.size for row in op.explain().rows)
-
-
 def test_running_out_of_memory_is_no_mixing():
     def forward(net, X):
         if len(X) < 6:

@@ -57,9 +57,14 @@ def by_force(net):
 
 
 def without_entries(net):
-    """As in MobileBERT: a tensor that holds nothing."""
-    net.none = nn.Parameter(torch.ones(0, 4))
-    return lambda h: net.b(torch.cat([h, F.linear(h, net.none)], 1)) + F.linear(h[:, :0], net.b.weight[:, :0])
+    """As in MobileBERT: a tensor that holds nothing; and slices that do."""
+    net.none, net.p = nn.Parameter(torch.ones(0, 4)), nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
+
+    def use(h):
+        z = net.b(torch.cat([h, F.linear(h, net.none)], 1)) + F.linear(h[:, :0], net.b.weight[:, :0])
+        return torch.cat([z, h @ net.b.weight[:0].T], 1) * net.p.split([3, 0])[0] + net.p[2:2].sum()
+
+    return use
 
 
 def bind(tensor, use):
@@ -199,6 +204,9 @@ MADE = {
     "scripted": torch.jit.script,
     "traced": lambda net: torch.jit.trace(net, real(5, 3)),
     "compiled": compiled,
+    "compiled inside": lambda net: nn.Sequential(torch.compile(net.a, backend="eager"), nn.Tanh(), net.b),
+    "compiled in place": lambda net: net.compile(backend="aot_eager") or net,
+    "data parallel": nn.DataParallel,
 }
 
 
@@ -212,6 +220,9 @@ def test_modules_of_every_make(way, kinds):
     for kind in kinds:
         case.check(kind, truth=Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params).truth(kind))
     assert case.make("KFAC").to_dense().trace() > 0
+    if way == "compiled":  # names without the prefix `_orig_mod.`
+        plain = Case(net._orig_mod, CE, data())
+        Case(net, CE, data(), params=plain.params).check("GGN", "EKFAC", truth=plain.truth("GGN"))
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -238,7 +249,9 @@ def test_a_mask_as_long_as_the_batch(first, sizes, kind):
 
     mask, at = real(4, 4, seed=8).softmax(1), int(first == "mask")
     batches = [((mask, real(n, 4, 3, seed=n))[:: 1 if at else -1], labels(n)) for n in sizes]
-    Case(Model(run), CE, batches, {"batch_size_fn": lambda X: len(X[at])}).check(kind)
+    case = Case(Model(run), CE, batches, {"batch_size_fn": lambda X: len(X[at])})
+    case.check(kind)
+    assert "whole" not in str(case.make("KFAC").explain())
     right_or_refused(Case(Model(run), CE, batches), [kind], "batch_size_fn")
 
 

@@ -184,17 +184,12 @@ def low_rank_and_masked_weights(m, x):
     return m.head((x @ W.T + m.b).tanh())
 
 
-@net(tokens, W=free(9, 4), v=free(4), a=nn.Linear(4, 3))
+@net(tokens, W=free(9, 4), v=free(4), b=free(3), a=nn.Linear(4, 3, bias=False))
 def parameter_in_two_roles(m, x):
-    """One vector is a norm's scale and a linear map's bias; one matrix is a weight and a table."""
+    """A vector is a norm's scale and a linear map's bias, a matrix a weight and a table, a bias that of two layers."""
     h = F.layer_norm(m.W[x].mean(1), (4,), m.v, None)
-    return F.linear(h.tanh(), m.W[:3] * 2, m.v[:3]) + m.a(h)
-
-
-@net(vectors, W=free(4, 6), V=free(4, 4), b=free(4), head=nn.Linear(4, 3))
-def one_bias_for_two_layers(m, x):
-    h = F.linear(x, m.W, m.b).tanh()
-    return m.head(F.linear(h, m.V, m.b).tanh() + h)
+    z = F.linear(h.tanh(), m.W[:3] * 2, m.v[:3]) + F.linear(h, m.a.weight, m.b)
+    return z + F.linear(z.sin(), m.W[:3, :3], m.b)
 
 
 @net(

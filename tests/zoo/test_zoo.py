@@ -117,7 +117,7 @@ IN_ONE_PASS = [
     "encoder_decoder_with_masks",
     "attention_with_own_widths_bias_rows_and_zero_row",
     "linear_attention_by_einsum",
-    "bidirectional_gru",
+    "recurrent_layers_and_cells",
     "lstm_with_projection",
     "recurrence_by_hand",
     "experts_in_one_tensor",

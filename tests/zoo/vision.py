@@ -113,19 +113,14 @@ def channel_norm_and_layer_scale(m, x):
 
 
 @entry()
-def weight_norm_of_old():
+def weight_norm_of_old_and_new():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = nn.utils.weight_norm(nn.Conv2d(2, 3, 3), dim=0)
-        second = nn.utils.weight_norm(nn.Linear(48, 3), dim=None)
-    return nn.Sequential(first, nn.Tanh(), nn.Flatten(), second), *images(), CE
-
-
-@entry()
-def weight_norm_of_convolutions():
+        last = nn.utils.weight_norm(nn.Linear(50, 3), dim=None)
     wn = parametrizations.weight_norm
-    model = nn.Sequential(wn(nn.Conv2d(2, 3, 3)), nn.Tanh(), wn(nn.ConvTranspose2d(3, 2, 2), dim=1), nn.Flatten())
-    return nn.Sequential(model, nn.Linear(50, 3)), *images(), CE
+    new = wn(nn.Conv2d(3, 3, 1)), nn.Tanh(), wn(nn.ConvTranspose2d(3, 2, 2), dim=1)
+    return nn.Sequential(first, nn.Tanh(), *new, nn.Flatten(), last), *images(), CE
 
 
 @entry(surrogate=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,10 +149,25 @@ def dense_ggn(problem: tuple[nn.Module, Any, Any, Any], *sizes: int) -> Tensor:
 def masked(matrix: Tensor, op: Any) -> Tensor:
     """The matrix with zeros outside of the operator's blocks."""
     result = torch.zeros_like(matrix)
-    for placed in op.blocks:
-        for where in placed.positions.view(placed.block.shape[0], -1):  # one block a group
-            result[where[:, None], where] = matrix[where[:, None], where]
+    for _, where, _ in blocks(op):
+        result[where[:, None], where] = matrix[where[:, None], where]
     return result
+
+
+def blocks(op: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each group of each block: where it is placed, the places of its rows, and its matrix."""
+    for placed in op.blocks:
+        dense, groups = placed.block.dense(), placed.positions.view(placed.block.shape[0], -1)
+        for k, where in enumerate(groups):
+            own = slice(k * len(where), (k + 1) * len(where))
+            yield placed, where, dense[own, own]
+
+
+def nearest_kronecker(matrix: Tensor, left: int, right: int) -> Tensor:
+    """Van Loan & Pitsianis: rows are the entries of the left factor, columns those of the right one."""
+    rearranged = matrix.view(left, right, left, right).permute(0, 2, 1, 3).reshape(left**2, right**2)
+    u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
+    return torch.kron((u[:, 0] * s[0]).view(left, left), v[0].view(right, right))
 
 
 def check(kind, op, matrix):

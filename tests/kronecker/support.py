@@ -30,6 +30,7 @@ from curvops import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
+from kronecker.cases import Net
 
 FILE = Path(__file__).parents[2] / "docs" / "support.md"
 WHOLE = {"Hessian": HessianLinearOperator, "GGN": GGNLinearOperator, "EF": EFLinearOperator}
@@ -62,24 +63,17 @@ class Layer(nn.Module):
         return self.head(torch.tanh(self._apply_layer(self.layer, X)).flatten(1))
 
 
-class Free(nn.Module):
+def free() -> nn.Module:
     """Parameters that enter by arithmetic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.free = nn.Parameter(torch.randn(3))
-        self.scalar = nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scalar + self.free).sin()
+    parts = {"free": nn.Parameter(torch.randn(3)), "scalar": nn.Parameter(torch.tensor(0.7))}
+    return Net(lambda net, x: (x * net.scalar + net.free).sin(), **parts)
 
 
-class Unused(nn.Linear):
+def unused() -> nn.Module:
     """A layer with a parameter that nothing uses."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 2)
-        self.unused = nn.Parameter(torch.randn(4))
+    layer = nn.Linear(3, 2)
+    layer.register_parameter("unused", nn.Parameter(torch.randn(4)))
+    return layer
 
 
 def once(layer: Any, X: Any) -> Tensor:
@@ -149,8 +143,8 @@ ROWS = [
     Row("`GRU`", lambda: nn.GRU(2, 2, batch_first=True), real(3, 2), lambda layer, X: layer(X)[0]),
     Row("`PReLU`", lambda: nn.PReLU(), real(3)),
     Row("weight norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), real(3)),
-    Row("free parameters, scalars", Free, real(3)),
-    Row("unused parameters", Unused, real(3)),
+    Row("free parameters, scalars", free, real(3)),
+    Row("unused parameters", unused, real(3)),
 ]
 
 

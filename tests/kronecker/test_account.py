@@ -53,7 +53,7 @@ def test_the_account_prints():
     op = build("ekfac", unusual())
     text = str(op.explain())
     assert text.splitlines()[0] == repr(op)
-    for part in (
+    for part in [
         "layer.weight",
         "eigen 2 ⊗ 3",
         "linear",
@@ -63,7 +63,7 @@ def test_the_account_prints():
         "never used",
         "total: ",
         "norm.",
-    ):
+    ]:
         assert part in text
     rows = {row.names: row for row in op.explain().rows}
     assert rows["unused",].block == "zero" and rows["free",].block == "dense 2"

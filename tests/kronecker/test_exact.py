@@ -5,7 +5,20 @@ import torch
 from torch import nn
 
 from curvops import EFLinearOperator
-from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, dense_ggn, integers, masked, real, seeded
+from kronecker.cases import (
+    APPROXIMATIONS,
+    PROBLEMS,
+    Net,
+    blocks,
+    build,
+    close,
+    dense_ggn,
+    integers,
+    masked,
+    nearest_kronecker,
+    real,
+    seeded,
+)
 
 
 def _net(layer, features, inputs=None):
@@ -52,16 +65,11 @@ def test_one_datum_and_one_position_give_the_ggn_block(layer, loss, approximatio
     ggn = dense_ggn(problem)
     for kind in ("kfac", "ekfac", "kfoc"):
         op = build(kind, problem, kfac_approx=approximation, separate_weight_and_bias=separate)
-        for placed in op.blocks:
-            groups = placed.block.shape[0]
+        for placed, where, block in blocks(op):
             if "transposed" in layer and placed.names == ("layer.bias",):
                 continue  # its position is each entry of the map, not each entry of the input
-            for k, where in enumerate(placed.positions.view(groups, -1)):
-                size = len(where)
-                block = placed.block.dense()[k * size : (k + 1) * size, k * size : (k + 1) * size]
-                torch.testing.assert_close(
-                    block, ggn[where[:, None], where], rtol=0, atol=1e-8 * float(ggn.abs().max())
-                )
+            expected = ggn[where[:, None], where]
+            torch.testing.assert_close(block, expected, rtol=0, atol=1e-8 * float(ggn.abs().max()))
 
 
 @pytest.mark.parametrize("separate", [True, False])
@@ -83,10 +91,10 @@ def test_deep_linear_networks_with_mse(first, reduction, separate):
 
 
 def _distances(op, matrix):
-    return [
-        float((placed.block.dense() - matrix[placed.positions[:, None], placed.positions]).norm())
-        for placed in op.blocks
-    ]
+    return {
+        (placed.names, k): float((block - matrix[where[:, None], where]).norm())
+        for k, (placed, where, block) in enumerate(blocks(op))
+    }
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
@@ -103,12 +111,10 @@ def test_corrected_and_nearest_forms_are_nearer_than_kfac(name, separate, approx
     else:
         matrix = EFLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)]).to_dense()
     matrix = masked(matrix, kfac)
-    scale = float(matrix.norm())
-    for names, far, near, nearest in zip(
-        [p.names for p in kfac.blocks], *(_distances(op, matrix) for op in (kfac, ekfac, kfoc)), strict=True
-    ):
-        assert near <= far + 1e-12 * scale, names
-        assert nearest <= far + 1e-12 * scale, names
+    rounding = 1e-12 * float(matrix.norm())
+    far, near, nearest = (_distances(op, matrix) for op in (kfac, ekfac, kfoc))
+    for block, distance in far.items():
+        assert near[block] <= distance + rounding and nearest[block] <= distance + rounding, block
     close(ekfac.trace(), matrix.trace())
 
 
@@ -119,21 +125,14 @@ def test_the_nearest_product_is_the_one_of_the_singular_value_decomposition(name
     problem = PROBLEMS[name]()
     kfoc = build("kfoc", problem, kfac_approx=approximation, separate_weight_and_bias=separate)
     ggn, looked_at = dense_ggn(problem), 0
-    for placed in kfoc.blocks:
-        groups, left, right = placed.block.shape
-        one_hot = placed.names == ("embedding.weight",)  # its left factor is a diagonal by construction
-        if right == 1 or one_hot:
+    for placed, where, found in blocks(kfoc):
+        _, left, right = placed.block.shape
+        if right == 1 or placed.names == ("embedding.weight",):  # its left factor is a diagonal by construction
             continue
-        for k, where in enumerate(placed.positions.view(groups, -1)):
-            block = ggn[where[:, None], where]
-            # Van Loan & Pitsianis: rows are the entries of the left factor, columns those of the right one
-            rearranged = block.view(left, right, left, right).permute(0, 2, 1, 3).reshape(left**2, right**2)
-            u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
-            best = torch.kron((u[:, 0] * s[0]).view(left, left), v[0].view(right, right))
-            size = len(where)
-            found = placed.block.dense()[k * size : (k + 1) * size, k * size : (k + 1) * size]
-            distances = (found - block).norm(), (best - block).norm()
-            torch.testing.assert_close(*distances, rtol=1e-8, atol=1e-10 * float(block.norm()))
-            close(found, best, 1e-6)
-            looked_at += 1
+        block = ggn[where[:, None], where]
+        best = nearest_kronecker(block, left, right)
+        distances = (found - block).norm(), (best - block).norm()
+        torch.testing.assert_close(*distances, rtol=1e-8, atol=1e-10 * float(block.norm()))
+        close(found, best, 1e-6)
+        looked_at += 1
     assert looked_at >= 2

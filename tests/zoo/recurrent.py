@@ -61,12 +61,6 @@ def state_space(m, x):
     return m.leave(h.real)
 
 
-@net(vectors, encode=nn.Linear(3, 4), head=nn.Linear(8, 3))
-def siamese(m, x):
-    a, b = (torch.tanh(m.encode(part)) for part in x.chunk(2, 1))
-    return m.head(torch.cat([(a - b).abs(), a * b], 1))
-
-
 @net(vectors, inject=nn.Linear(6, 5, bias=False), **linears(up=(7, 5), down=(5, 6), head=(6, 3)))
 def neural_ode(m, x):
     """The same layers many times, and the input anew each time, as in an equilibrium."""
@@ -85,16 +79,6 @@ def unrolled_sparse_coding(m, x):
         code = F.softshrink(code - step * (code @ m.W.T - x) @ m.W, 0.0)
         code = torch.sign(code) * (code.abs() - threshold.exp() / 10).relu()
     return m.head(code)
-
-
-@entry(class_axis=-1)
-def tied_autoencoder():
-    def run(m, x):
-        h = torch.sigmoid(F.linear(x, m.W, m.b))
-        return F.linear(h, m.W.T, m.c)
-
-    X = torch.rand(5, 6)
-    return Net(run, W=free(4, 6), b=free(4), c=free(6)), X, X.clone(), nn.MSELoss()
 
 
 @entry(axis=1)

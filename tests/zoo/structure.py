@@ -42,24 +42,6 @@ def mixer(m, x):
     return m.head((x + F.gelu(m.channels(m.n2(x)))).mean(1))
 
 
-@entry(class_axis=-1)
-def bilinear_layer():
-    model = Net(lambda m, x: m.b(x[0].tanh(), m.a(x[1])), a=nn.Linear(4, 3), b=nn.Bilinear(5, 3, 2))
-    return model, (torch.randn(5, 5), torch.randn(5, 4)), torch.randn(5, 2), nn.MSELoss()
-
-
-@net(
-    vectors,
-    **frees(shift=(1,), temperature=(), bias=(3,), common=()),
-    b=nn.Linear(4, 3, bias=False),
-    **linears(a=(6, 4), unused=(2, 2)),
-)
-def scalars_and_free_parameters(m, x):
-    """A temperature, a free bias, a parameter that is never used, and one that cannot matter."""
-    h = m.a(x).tanh() + m.shift
-    return m.b(h) / m.temperature.exp() + m.bias + m.common
-
-
 @net(vectors, hyper=nn.Linear(5, 24), code=free(5), head=nn.Linear(4, 3))
 def hypernetwork(m, x):
     W = m.hyper(m.code).view(4, 6)
@@ -75,14 +57,6 @@ def operations_in_place(m, x):
     out = torch.zeros(len(x), 3)
     out += m.b(h)
     return out
-
-
-@net(vectors, surrogate=True, a=nn.Linear(6, 4), b=nn.Linear(4, 3))
-def straight_through_quantisation(m, x):
-    W = m.a.weight
-    W = W + ((W * 8).round() / 8 - W).detach()
-    h = F.linear(x, W, m.a.bias).tanh()
-    return m.b(h + (h.sign() - h).detach() * 0.5)
 
 
 @net(vectors, W=free(3, 6, 4), b=free(3, 4), V=free(3, 4, 3))

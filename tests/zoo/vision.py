@@ -36,11 +36,6 @@ def resnet_in_eval_mode():
 
 
 @entry()
-def resnet_with_instance_norm():
-    return _residual_net(lambda c: nn.InstanceNorm2d(c, affine=True)), *images(), CE
-
-
-@entry()
 def depthwise_separable():
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2, padding="same", padding_mode="circular"),
@@ -51,21 +46,6 @@ def depthwise_separable():
         *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
     )
     return model, *images(), CE
-
-
-@entry()
-def temporal_convolutions():
-    model = nn.Sequential(
-        nn.Conv1d(4, 6, 3, dilation=2, padding="same", groups=2),
-        nn.PReLU(6),
-        nn.Conv1d(6, 4, 4, padding="same", padding_mode="replicate"),
-        nn.Tanh(),
-        nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
-        *(nn.AvgPool1d(2), nn.Flatten(), nn.LazyLinear(3)),
-    )
-    X = torch.randn(3, 4, 7)
-    model(X)
-    return model, X, torch.randint(3, (3,)), CE
 
 
 @entry(class_axis=-1)
@@ -128,12 +108,6 @@ def spectral_norm_in_train_mode():
     """Each forward pass makes one step of the power iteration from the caller's buffers."""
     sn = parametrizations.spectral_norm
     return nn.Sequential(sn(nn.Linear(6, 8), n_power_iterations=2), nn.Tanh(), nn.Linear(8, 3)), *vectors(), CE
-
-
-@entry(mixes=True)
-def batch_norm_without_running_statistics():
-    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.GELU(), nn.Flatten())
-    return nn.Sequential(model, nn.Linear(12, 3)).eval(), torch.randn(4, 2, 6), torch.randint(3, (4,)), CE
 
 
 @entry()

@@ -6,6 +6,7 @@ from torch import nn
 
 from curvops import BlockRule
 from kronecker.cases import KINDS, PROBLEMS, Net, build, cnn, layers, plan, real, seeded, tokens
+from kronecker.support import FILE, table
 
 RULES = {"default": None, "small": BlockRule(largest_factor=3, largest_block=2)}
 
@@ -98,3 +99,9 @@ def test_a_plan_takes_one_forward_pass_of_the_first_batch(kind):
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     KINDS[kind].plan(model, loss, dict(model.named_parameters()), Data([(X, y)] * 3), fisher_type="type-2")
     assert (len(passes), len(batches)) == (1, 1)
+
+
+def test_the_table_is_true():
+    found, committed = table().splitlines(), FILE.read_text(encoding="utf-8").splitlines()
+    assert "WRONG" not in "".join(found)
+    assert found == committed, "write it anew: make support"

@@ -52,17 +52,6 @@ each, unless `separate_weight_and_bias=False`.
 """
 
 
-class Layer(nn.Module):
-    """A layer between the input and a head of two outputs."""
-
-    def __init__(self, make: Callable[[], nn.Module], apply: Callable[[Any, Any], Tensor]) -> None:
-        super().__init__()
-        self.layer, self._apply_layer, self.head = make(), apply, nn.LazyLinear(2)
-
-    def forward(self, X: Any) -> Tensor:
-        return self.head(torch.tanh(self._apply_layer(self.layer, X)).flatten(1))
-
-
 def free() -> nn.Module:
     """Parameters that enter by arithmetic."""
     parts = {"free": nn.Parameter(torch.randn(3)), "scalar": nn.Parameter(torch.tensor(0.7))}
@@ -149,11 +138,14 @@ ROWS = [
 
 
 def problem(row: Row) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
-    """The row's model and data, always the same."""
+    """The row's layer before a head of two outputs, and its data, always the same."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lazy modules warn that they are new
         torch.manual_seed(0)
-        model, X, y = Layer(row.make, row.apply), row.X(), torch.randint(2, (4,))
+        layer, X, y = row.make(), row.X(), torch.randint(2, (4,))
+        model: nn.Module = Net(
+            lambda net, X: net.head(torch.tanh(row.apply(net.layer, X)).flatten(1)), layer=layer, head=nn.LazyLinear(2)
+        )
         model = model.double()
         with torch.no_grad():
             model(X)  # the head learns its width

@@ -8,7 +8,6 @@ from curvops import EFLinearOperator, GGNLinearOperator
 from kronecker.cases import (
     APPROXIMATIONS,
     PROBLEMS,
-    Net,
     blocks,
     build,
     close,
@@ -20,54 +19,42 @@ from kronecker.cases import (
     real,
     seeded,
 )
+from kronecker.support import Row, ids
+from kronecker.support import problem as layer_and_data
+from kronecker.support import real as inputs
 
-
-def _net(layer, features, inputs=None):
-    def make():
-        inner = layer()
-        take = inputs if inputs is not None else lambda net, X: net.layer(X)
-        return Net(
-            lambda net, X: net.head(torch.tanh(take(net, X).flatten(1))), layer=inner, head=nn.Linear(features, 3)
-        )
-
-    return seeded(make)
-
-
-LAYERS = {
-    "linear": (lambda: _net(lambda: nn.Linear(3, 4), 4), lambda n: real(n, 3)),
-    "conv1d": (lambda: _net(lambda: nn.Conv1d(2, 3, 3), 3), lambda n: real(n, 2, 3)),
-    "conv2d": (lambda: _net(lambda: nn.Conv2d(2, 3, 2, dilation=2), 3), lambda n: real(n, 2, 3, 3)),
-    "conv3d": (lambda: _net(lambda: nn.Conv3d(1, 2, 2), 2), lambda n: real(n, 1, 2, 2, 2)),
-    "grouped": (lambda: _net(lambda: nn.Conv2d(4, 6, 2, groups=2), 6), lambda n: real(n, 4, 2, 2)),
-    "depthwise": (lambda: _net(lambda: nn.Conv1d(3, 3, 2, groups=3), 3), lambda n: real(n, 3, 2)),
-    "transposed": (lambda: _net(lambda: nn.ConvTranspose2d(3, 2, 2), 8), lambda n: real(n, 3, 1, 1)),
-    "transposed grouped": (lambda: _net(lambda: nn.ConvTranspose1d(4, 2, 2, groups=2), 4), lambda n: real(n, 4, 1)),
-    "embedding": (lambda: _net(lambda: nn.Embedding(5, 3), 3), lambda n: integers(5, n)),
-    "bilinear": (
-        lambda: _net(lambda: nn.Bilinear(2, 3, 4), 4, lambda net, X: net.layer(X[:, :2], X[:, 2:])),
-        lambda n: real(n, 5),
-    ),
-}
+# each with one position
+LAYERS = [
+    Row("linear", lambda: nn.Linear(3, 4), inputs(3)),
+    Row("conv1d", lambda: nn.Conv1d(2, 3, 3), inputs(2, 3)),
+    Row("conv2d", lambda: nn.Conv2d(2, 3, 2, dilation=2), inputs(2, 3, 3)),
+    Row("conv3d", lambda: nn.Conv3d(1, 2, 2), inputs(1, 2, 2, 2)),
+    Row("grouped", lambda: nn.Conv2d(4, 6, 2, groups=2), inputs(4, 2, 2)),
+    Row("depthwise", lambda: nn.Conv1d(3, 3, 2, groups=3), inputs(3, 2)),
+    Row("transposed", lambda: nn.ConvTranspose2d(3, 2, 2), inputs(3, 1, 1)),
+    Row("transposed grouped", lambda: nn.ConvTranspose1d(4, 2, 2, groups=2), inputs(4, 1)),
+    Row("embedding", lambda: nn.Embedding(5, 3), ids()),
+    Row("bilinear", lambda: nn.Bilinear(2, 3, 4), inputs(5), lambda layer, X: layer(X[:, :2], X[:, 2:])),
+]
 LOSSES = {
     "ce": lambda: (nn.CrossEntropyLoss(), torch.tensor([1])),
-    "mse": lambda: (nn.MSELoss(), real(1, 3, seed=1)),
-    "bce": lambda: (nn.BCEWithLogitsLoss(reduction="sum"), torch.rand(1, 3, dtype=torch.float64)),
+    "mse": lambda: (nn.MSELoss(), real(1, 2, seed=1)),
+    "bce": lambda: (nn.BCEWithLogitsLoss(reduction="sum"), torch.rand(1, 2, dtype=torch.float64)),
 }
 
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.title)
 def test_one_datum_and_one_position_give_the_ggn_block(layer, loss, approximation, separate):
-    make, inputs = LAYERS[layer]
-    function, y = LOSSES[loss]()
-    problem = make(), function, inputs(1), y
+    model, _, _, [(X, _)] = layer_and_data(layer)
+    problem = model, LOSSES[loss]()[0], X[:1], LOSSES[loss]()[1]
     ggn = dense_ggn(problem)
     for kind in ("kfac", "ekfac", "kfoc"):
         op = build(kind, problem, kfac_approx=approximation, separate_weight_and_bias=separate)
         for placed, where, block in blocks(op):
-            if "transposed" in layer and placed.names == ("layer.bias",):
+            if "transposed" in layer.title and placed.names == ("layer.bias",):
                 continue  # its position is each entry of the map, not each entry of the input
             expected = ggn[where[:, None], where]
             torch.testing.assert_close(block, expected, rtol=0, atol=1e-8 * float(ggn.abs().max()))

@@ -28,7 +28,7 @@ def cg(
     One column: Hestenes & Stiefel 1952. Several: the block method (O'Leary 1980) with orthonormal residuals (Dubrulle
     2001), in which all columns search the space of all; what depends linearly on other columns leaves it.
 
-    Memory: five blocks of the size of b.
+    Memory: about ten blocks of the size of b.
 
     Args:
         matrix: A: anything with a shape and products.

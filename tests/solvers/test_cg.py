@@ -3,9 +3,9 @@
 import pytest
 import scipy.sparse.linalg as linalg
 import torch
-from solvers.support import Declared, Foreign, draws, relative, scipy_iterations, symmetric
 
 from curvops.solvers.cg import cg
+from solvers.support import Declared, Foreign, draws, relative, scipy_iterations, symmetric
 
 SPECTRA = {
     "even": torch.linspace(1, 100, 80),

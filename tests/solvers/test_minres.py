@@ -3,9 +3,9 @@
 import pytest
 import scipy.sparse.linalg as linalg
 import torch
-from solvers.support import Declared, Foreign, draws, relative, scipy_iterations, symmetric
 
 from curvops.solvers.minres import minres
+from solvers.support import Declared, Foreign, draws, relative, scipy_iterations, symmetric
 
 INDEFINITE = torch.cat([torch.linspace(-20, -1, 20), torch.linspace(1, 60, 60)])
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from solvers.support import draws, symmetric
 
 from curvops.solvers.neumann import neumann
+from solvers.support import draws, symmetric
 
 
 @pytest.mark.parametrize("num_terms", [1, 2, 17])

@@ -4,13 +4,13 @@ import pytest
 import scipy.sparse.linalg as linalg
 import torch
 from problems import PROBLEMS
-from solvers.support import Foreign, draws, relative, symmetric
 
 from curvops import GGNLinearOperator, KFACLinearOperator
 from curvops.solvers.cg import cg
 from curvops.solvers.lsmr import lsmr
 from curvops.solvers.minres import minres
 from curvops.solvers.neumann import neumann
+from solvers.support import Foreign, draws, relative, symmetric
 
 SOLVERS = {"cg": cg, "minres": minres, "lsmr": lsmr, "neumann": neumann}
 MATRIX = symmetric(torch.linspace(0.5, 1.5, 10))

@@ -28,7 +28,7 @@ def cg(
     One column: Hestenes & Stiefel 1952. Several: the block method (O'Leary 1980) with orthonormal residuals (Dubrulle
     2001), in which all columns search the space of all; what depends linearly on other columns leaves it.
 
-    Memory: five blocks of the size of b.
+    Memory: about ten blocks of the size of b.
 
     Args:
         matrix: A: anything with a shape and products.
@@ -52,12 +52,6 @@ def cg(
         >>> solution.iterations, solution.x
         (3, tensor([1.0000, 0.5000, 0.2500]))
     """
-    if getattr(matrix, "psd", None) is False and not damping:
-        name = getattr(matrix, "name", type(matrix).__name__)
-        raise ValueError(
-            f"cg: expected a positive semi-definite matrix, got {name}, which does not declare itself psd. Use minres, "
-            "or a damping that makes it positive definite."
-        )
     system = System(
         "cg",
         matrix,
@@ -70,6 +64,11 @@ def cg(
         symmetric=True,
         progressbar=progressbar,
     )
+    if getattr(matrix, "psd", None) is False and not damping:
+        raise ValueError(
+            f"cg: expected a positive semi-definite matrix, got {system.products.name}, which does not declare itself psd. Use minres, "
+            "or a damping that makes it positive definite."
+        )
     with system:
         return solved(system, _descent)
 

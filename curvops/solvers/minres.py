@@ -28,7 +28,7 @@ def minres(
 ) -> Solution:
     """Solve (A + δI) x = b with A symmetric (Paige & Saunders 1975; preconditioned: Elman, Silvester & Wathen 2014).
 
-    Columns are iterated together and leave as they converge. Memory: about fifteen blocks of the size of b.
+    Columns are iterated together and leave as they converge. Memory: about twenty blocks of the size of b.
 
     Args:
         matrix: A: anything with a shape and products.

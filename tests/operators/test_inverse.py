@@ -70,7 +70,5 @@ def test_refusals():
         InverseOperator(matrix, "gmres")
     with pytest.raises(TypeError, match="cg: unknown options num_terms"):
         InverseOperator(matrix, num_terms=3)
-    with pytest.raises(
-        ValueError, match=r"cg: expected a symmetric matrix, got Matrix|cg: expected a positive semi-def"
-    ):
+    with pytest.raises(ValueError, match="cg: expected a symmetric matrix, got Matrix"):
         InverseOperator(matrix) @ draws(6)

@@ -47,8 +47,9 @@ def test_columns_are_as_if_alone():
     found = lsmr(matrix, b, tolerance=1e-9)
     alone = [lsmr(matrix, column, tolerance=1e-9) for column in b.T]
     torch.testing.assert_close(found.x, torch.stack([one.x for one in alone], 1), rtol=0, atol=1e-9)
-    assert found.iterations == max(one.iterations for one in alone)
-    assert found.products == sum(one.products for one in alone)
+    assert abs(found.iterations - max(one.iterations for one in alone)) <= 1
+    # rounding may cost or save a column an iteration of two products
+    assert abs(found.products - sum(one.products for one in alone)) <= 2 * len(alone)
 
 
 def test_as_many_iterations_as_distinct_singular_values():

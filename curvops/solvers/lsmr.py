@@ -16,7 +16,7 @@ def lsmr(
     b: Any,
     *,
     damping: float = 0.0,
-    tolerance: float = 1e-6,
+    tolerance: float | None = None,
     max_iterations: int | None = None,
     progressbar: bool = False,
 ) -> Solution:
@@ -30,7 +30,7 @@ def lsmr(
         matrix: A ``[m, n]``: anything with a shape, products and an adjoint (``adjoint()``, ``mT`` or ``T``).
         b: Right-hand sides, in any format of what the matrix gives.
         damping: δ ≥ 0, in units of A².
-        tolerance: A column is solved once ‖b − A x‖ ≤ tolerance · ‖b‖, or once the gradient of what is minimised is at
+        tolerance: As of `cg`. A column is solved once ‖b − A x‖ ≤ tolerance · ‖b‖, or once the gradient of what is minimised is at
             most tolerance · ‖A‖ times the root of its value. `Solution.residual` is ‖b − A x‖ / ‖b‖ without the damping.
         max_iterations: Most iterations; ten times the larger side and at most 1000 if not given.
         progressbar: Show a bar that counts products (needs ``tqdm``).

@@ -37,7 +37,7 @@ class System:
         b: Any,
         *,
         damping: float,
-        tolerance: float,
+        tolerance: float | None,
         max_iterations: int | None,
         preconditioner: Any = None,
         x0: Any = None,
@@ -50,7 +50,8 @@ class System:
             raise ValueError(f"{title}: expected a symmetric matrix, got {name}, which is not. Use lsmr.")
         self.products = Products(matrix, title, square=square, progressbar=progressbar)
         self.title, self.damping = title, _number(f"{title}: damping", damping, 0)
-        self.tolerance = _number(f"{title}: tolerance", tolerance, 0)
+        reachable = max(1e-6, 100 * torch.finfo(self.products.dtype).eps)
+        self.tolerance = _number(f"{title}: tolerance", reachable if tolerance is None else tolerance, 0)
         self.max_iterations = _limit(title, max_iterations, min(10 * max(self.products.shape), MOST_ITERATIONS))
         given = self.products.given(b, left=True)
         self._answer = given.answer

@@ -76,7 +76,7 @@ others: .venv-others/.others
 
 clients: .venv-others/.others
 	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -q --doctest-modules curvops/clients tests/clients
-	OMP_NUM_THREADS=1 .venv-others/bin/python examples/laplace.py
+	OMP_NUM_THREADS=1 .venv-others/bin/python examples/laplace_transformer.py
 	OMP_NUM_THREADS=1 .venv-others/bin/python benchmarks/laplace_backends.py $(ARGS)
 
 memory: .venv/.dev

@@ -146,6 +146,10 @@ def test_its_own_posterior_and_marginal_likelihood(mine, other, structure, name,
         close(found.prior_precision, expected.prior_precision)
 
 
+def curvature(la, structure):
+    return la.H_facs.to_matrix() if structure == "kron" else la.H
+
+
 def outputs(la, X):
     answer = la(X[:4])
     return answer if isinstance(answer, tuple) else (answer,)
@@ -289,7 +293,7 @@ def test_a_saved_posterior_is_the_same(tmp_path):
 
 def test_sampled_labels_are_right_in_the_mean_and_reproducible():
     model, X, y = problem("mlp", "regression")
-    options = {"stochastic": True, "num_samples": 4000}
+    options = {"stochastic": True, "num_samples": 100}
     for structure in ("full", "diag", "kron"):
         exact = fitted(model, X, y, CurvopsGGN, structure, prior_precision=50.0)
         one, two, other = (
@@ -298,8 +302,8 @@ def test_sampled_labels_are_right_in_the_mean_and_reproducible():
         )
         dense_ones = [dense(la, structure) for la in (exact, one, two, other)]
         assert torch.equal(dense_ones[1], dense_ones[2]) and not torch.equal(dense_ones[1], dense_ones[3])
-        # the relative error of 4000 samples in 51 dimensions
-        assert (dense_ones[1] - dense_ones[0]).norm() < 0.1 * dense_ones[0].norm()
+        # 17 data with 100 samples each; the prior does not count
+        assert (dense_ones[1] - dense_ones[0]).norm() < 0.2 * curvature(exact, structure).norm()
 
 
 def test_marginal_likelihood_training():

@@ -17,6 +17,8 @@ FLOORS = [
     "products",
     "kronecker",
     "tour",
+    "clients",
+    "compat",
     "cli",
 ]
 TOOLBOX = ["solvers", "spectrum", "estimators"]  # for anybody's matrices

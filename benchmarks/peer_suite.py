@@ -1,0 +1,91 @@
+"""The test-suite of curvlinops, run against `curvops.compat`: counts by file, and the failures by their messages.
+
+Usage: python benchmarks/peer_suite.py PATH_OF_ITS_REPOSITORY [FILE_OR_PYTEST_OPTION …]
+The files of its tests are run as they are (they need ``einops``). What they read of its internals, attributes with a
+leading underscore and two lists of options, is put in place here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from curvops import LinearOperator, compat
+from curvops.compat.kronecker import EKFACLinearOperator, FisherType, KFACLinearOperator, KFACType
+from curvops.compat.operators import GGNLinearOperator
+
+FILES = (  # estimators, inverses, submatrices, Jacobians, Hessian, GGN, EF, KFAC, EKFAC
+    "trace diagonal norm papyan2020traces test_inverse.py test_submatrix.py test_jacobian.py test_hessian.py test_ggn.py "
+    "test_fisher.py test_gradient_moments.py test_ggn_diagonal.py examples test_kfac.py test_ekfac.py"
+).split()
+
+
+def internals() -> None:
+    """What its tests read of its internals."""
+    shapes = {"_in_shape": "domain", "_out_shape": "codomain"}
+    for name, space in shapes.items():
+        setattr(LinearOperator, name, property(lambda op, space=space: list(getattr(op, space).shapes.values())))
+    for operator in (KFACLinearOperator, EKFACLinearOperator):
+        operator._BACKENDS = ("hooks", "make_fx")
+    GGNLinearOperator._mc_samples = property(lambda op: op.mc_samples)
+    GGNLinearOperator._seed = property(lambda op: op.seed, lambda op, seed: setattr(op, "seed", seed))
+    types = SimpleNamespace(_SUPPORTED_FISHER_TYPE=tuple(FisherType), _SUPPORTED_KFAC_APPROX=tuple(KFACType))
+    gradients = SimpleNamespace(_SUPPORTED_FISHER_TYPE=tuple(FisherType)[:3], _SUPPORTED_KFAC_APPROX=tuple(KFACType))
+    compat.module("curvlinops.computers.kfac_hooks", {"HooksKFACComputer": types})
+    compat.module("curvlinops.computers.ekfac_hooks", {"HooksEKFACComputer": gradients})
+
+
+class Counts:
+    """A pytest plugin that counts outcomes by file, and failures by message."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.failures: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._add(report.nodeid, report.outcome, report.longrepr)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._add(report.nodeid, "failed", report.longrepr)
+
+    def _add(self, node: str, outcome: str, shown: Any) -> None:
+        file, _, name = node.partition("::")
+        self.outcomes[file][outcome] += 1
+        if outcome == "failed":
+            crash = getattr(getattr(shown, "reprcrash", None), "message", str(shown)).strip().splitlines()
+            message = crash[0] if hasattr(shown, "reprcrash") else crash[-1]
+            self.failures[f"{file}::{name.partition('[')[0]}"][re.sub(r"0x\w+", "…", message)[:200]] += 1
+
+    def report(self) -> str:
+        lines = ["", "| file | passed | skipped | failed |", "|---|---|---|---|"]
+        columns = ("passed", "skipped", "failed")
+        for file, found in [*self.outcomes.items(), ("all", sum(self.outcomes.values(), Counter()))]:
+            lines.append(" | ".join(["| " + file, *(str(found[name]) for name in columns)]) + " |")
+        for test, messages in self.failures.items():
+            lines += [f"{number:5d} × {test}: {message}" for message, number in messages.items()]
+        return "\n".join(lines)
+
+
+def main(repository: Path, arguments: list[str]) -> int:
+    internals()
+    sys.path.insert(0, str(repository))
+    chosen = [a for a in arguments if not a.startswith("-")] or FILES
+    files = [str(repository / "test" / name) for name in chosen if (repository / "test" / name.split("::")[0]).exists()]
+    counts = Counts()
+    options = [a for a in arguments if a.startswith("-")]
+    quiet = ["-q", "--no-header", "--tb=short", "--show-capture=no", "--disable-warnings", "-p", "no:cacheprovider"]
+    pytest.main([*quiet, "--rootdir", str(repository), *options, *files], plugins=[counts])
+    print(counts.report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))

@@ -1,0 +1,166 @@
+"""Kronecker operators under the peer's names and arguments, and its three ways to damp their inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvops.compat.arguments import translated
+from curvops.compat.spaces import Reordered
+from curvops.kronecker import diagonal, kfac, kfoc
+from curvops.kronecker.operator import KroneckerOperator
+from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed, StructuredOperator
+from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+
+
+class FisherType(str, Enum):
+    """Which output factor is taken."""
+
+    TYPE2 = "type-2"
+    MC = "mc"
+    EMPIRICAL = "empirical"
+    FORWARD_ONLY = "forward-only"
+
+
+class KFACType(str, Enum):
+    """What is done with weights that are shared over positions."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+class _Peer(KroneckerOperator):
+    """A Kronecker operator with the peer's arguments, its `inverse`, and its factors to read and to change."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(**translated(given, named))
+
+    def inverse(self, *given: Any, **named: Any) -> StructuredOperator:
+        """The inverse; arguments as for `inverse`."""
+        return inverse(self, *given, **named)
+
+    def __iter__(self) -> Iterator[Any]:
+        """P, the blocks, and Pᵀ, for P that brings the parameters to the order of the blocks."""
+        order = Reordered(self.domain, torch.cat([placed.positions for placed in self.blocks]))
+        yield from (order, [Factors(self, k) for k in range(len(self.blocks))], order.adjoint())
+
+
+class KFACLinearOperator(_Peer, kfac.KFACLinearOperator):
+    """`curvops.KFACLinearOperator` with the peer's arguments."""
+
+
+class EKFACLinearOperator(_Peer, kfac.EKFACLinearOperator):
+    """`curvops.EKFACLinearOperator` with the peer's arguments."""
+
+
+class KFOCLinearOperator(_Peer, kfoc.KFOCLinearOperator):
+    """`curvops.KFOCLinearOperator` with the peer's arguments."""
+
+
+class GGNDiagonalLinearOperator(diagonal.GGNDiagonalLinearOperator):
+    """`curvops.GGNDiagonalLinearOperator` with the peer's arguments; exact for ``mc_samples=0``."""
+
+    def __init__(self, *given: Any, mc_samples: int = 0, **named: Any) -> None:
+        sampled: dict[str, Any] = {"fisher_type": "mc", "mc_samples": mc_samples} if mc_samples else {}
+        super().__init__(**translated(given, named), **sampled)
+
+
+class Factors:
+    """The Kronecker factors ``[n, n]`` of a block, which can be replaced: ``factors[0] = …``."""
+
+    def __init__(self, operator: _Peer, place: int) -> None:
+        self._operator, self._place = operator, place
+
+    @property
+    def _placed(self) -> Placed:
+        return self._operator.blocks[self._place]
+
+    def _replace(self, block: Block) -> None:
+        blocks = list(self._operator.blocks)
+        blocks[self._place] = replace(self._placed, block=block)
+        self._operator._blocks = blocks
+
+    def _dense(self) -> list[Tensor]:
+        block = self._placed.block
+        if not isinstance(block, KroneckerBlock) or block.shape[0] > 1:
+            raise NotImplementedError(f"{self._placed.label}: expected one Kronecker product, got {block.shape}.")
+        factors = [f[0].diag() if f.ndim == 2 else f[0] for f in (block.left, block.right)]
+        return [factors[0] * factors[1]] if factors[1].shape == (1, 1) else factors
+
+    def __len__(self) -> int:
+        return len(self._dense())
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self._dense()[k]
+
+    def __setitem__(self, k: int, factor: Tensor) -> None:
+        factors = self._dense()
+        factors[k] = factor
+        left, right = factors if len(factors) == 2 else (factors[0], factor.new_ones(1, 1))
+        self._replace(KroneckerBlock(left.unsqueeze(0), right.unsqueeze(0)))
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues, which can be replaced."""
+        return self._placed.eigen().values.flatten()
+
+    @eigenvalues.setter
+    def eigenvalues(self, values: Tensor) -> None:
+        eigen = self._placed.eigen()
+        self._replace(EigenBlock(eigen.left, eigen.right, values.reshape(eigen.shape)))
+
+
+def inverse(
+    operator: BlockDiagonalOperator,
+    damping: float | tuple[float, float] = 0.0,
+    use_heuristic_damping: bool = False,
+    min_damping: float = 1e-8,
+    use_exact_damping: bool = False,
+    cache: bool = True,
+    retry_double_precision: bool = True,
+) -> StructuredOperator:
+    """The inverse of a Kronecker operator.
+
+    Args:
+        operator: The operator.
+        damping: δ, added to each of a block's factors (a pair: to A and to B), or as the options say. To the
+            eigenvalues, where a block is known by these (EKFAC).
+        use_heuristic_damping: Damp the factors by √δ times and over π (Martens & Grosse 2015, section 6.3).
+        min_damping: Least damping of a factor, with the heuristic.
+        use_exact_damping: The inverse of the operator plus δ times the identity.
+        cache: Has no effect: it is made once.
+        retry_double_precision: Has no effect: singularity is told from the factors.
+
+    Raises:
+        ValueError: If two ways are asked for at once, or a block is singular.
+    """
+    if use_heuristic_damping and use_exact_damping:
+        raise ValueError("expected use_heuristic_damping or use_exact_damping, got both.")
+    if use_heuristic_damping or use_exact_damping:
+        if isinstance(damping, tuple):
+            raise ValueError("damping: expected one number for the heuristic or exact damping, got a pair.")
+        kind, least = ("heuristic", min_damping) if use_heuristic_damping else ("exact", 0.0)
+        return BlockDiagonalOperator.inverse(operator, damping, kind, least)
+    pair = damping if isinstance(damping, tuple) else (damping, damping)
+    blocks = [replace(placed, block=_shifted(placed.block, *pair)) for placed in operator.blocks]
+    return StructuredOperator(operator.domain, blocks, operator.name).inverse()
+
+
+def _shifted(block: Block, right_shift: float, left_shift: float) -> Block:
+    """A block with a multiple of the identity added to each of its factors, or to its eigenvalues."""
+    if isinstance(block, EigenBlock):
+        return EigenBlock(block.left, block.right, block.values + left_shift)
+    if block.right.shape[1] == 1:
+        whole = block.left * block.right.reshape(-1, *[1] * (block.left.ndim - 1))
+        return KroneckerBlock(_plus(whole, left_shift), torch.ones_like(block.right))
+    return KroneckerBlock(_plus(block.left, left_shift), _plus(block.right, right_shift))
+
+
+def _plus(factor: Tensor, shift: float) -> Tensor:
+    """A factor ``[groups, n, n]``, or the diagonal of one ``[groups, n]``, plus a multiple of the identity."""
+    return factor + shift * (1.0 if factor.ndim == 2 else torch.eye(factor.shape[-1]).to(factor))

@@ -1,0 +1,44 @@
+"""Which of the peer's modules has which names."""
+
+from __future__ import annotations
+
+from curvops.compat import functorch, kronecker, operators, risk, spaces, utils
+from curvops.operators.linear_operator import LinearOperator
+from curvops.products.risk_operator import RiskOperator
+
+MODULES: dict[str, dict[str, object]] = {
+    "_torch_base": {"PyTorchLinearOperator": LinearOperator, "CurvatureLinearOperator": RiskOperator},
+    "hessian": {"HessianLinearOperator": operators.HessianLinearOperator},
+    "ggn": {"GGNLinearOperator": operators.GGNLinearOperator},
+    "ggn_diagonal": {"GGNDiagonalLinearOperator": kronecker.GGNDiagonalLinearOperator},
+    "fisher": {"FisherMCLinearOperator": operators.FisherMCLinearOperator},
+    "gradient_moments": {"EFLinearOperator": operators.EFLinearOperator},
+    "kfac": {
+        "KFACLinearOperator": kronecker.KFACLinearOperator,
+        "FisherType": kronecker.FisherType,
+        "KFACType": kronecker.KFACType,
+    },
+    "kfac_utils": {"FisherType": kronecker.FisherType, "KFACType": kronecker.KFACType},
+    "ekfac": {"EKFACLinearOperator": kronecker.EKFACLinearOperator},
+    "kfoc": {"KFOCLinearOperator": kronecker.KFOCLinearOperator},
+    "inverse": {"KFACInverseLinearOperator": kronecker.inverse},
+    "examples": {"gradient_and_loss": risk.gradient_and_loss, "TensorLinearOperator": spaces.TensorLinearOperator},
+    "examples.functorch": {
+        "functorch_hessian": functorch.functorch_hessian,
+        "functorch_ggn": functorch.functorch_ggn,
+        "functorch_empirical_fisher": functorch.functorch_empirical_fisher,
+        "functorch_jacobian": functorch.functorch_jacobian,
+        "functorch_gradient": functorch.functorch_gradient,
+        "functorch_gradient_and_loss": functorch.functorch_gradient_and_loss,
+    },
+    "examples.utils": {"report_nonclose": utils.report_nonclose},
+    "sampling": {"random_vector": utils.random_vector},
+    "utils": {
+        "allclose_report": utils.allclose_report,
+        "fork_rng_with_seed": utils.fork_rng_with_seed,
+        "split_list": utils.split_list,
+    },
+}
+# modules whose names the package itself has, too
+PUBLIC = [name for name in MODULES if not name.startswith(("_", "examples", "sampling", "utils"))]
+NAMES = {name: value for module in PUBLIC for name, value in MODULES[module].items()}

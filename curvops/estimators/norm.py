@@ -1,0 +1,120 @@
+"""The squared Frobenius norm of a matrix, or of each of its diagonal blocks, from products with random vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvops.estimators.groups import Groups, Rows, by_name, resolve
+from curvops.estimators.probes import Distribution, Probes, mean_and_error
+from curvops.estimators.rounds import Budget, run
+from curvops.matrix import Matrix, Products
+
+
+def squared_norm(
+    matrix: Matrix,
+    *,
+    num_products: int = 60,
+    tolerance: float | None = None,
+    max_products: int = 1000,
+    distribution: Distribution = "rademacher",
+    seed: int = 0,
+    groups: Groups = None,
+    progressbar: bool = False,
+) -> Any:
+    """Estimate ‖A‖²_F, the sum of the squared entries; exact from as many products as the matrix has columns.
+
+    The mean of ‖Av‖² over random vectors, that is Hutchinson's estimate of tr AᵀA; it is unbiased.
+
+    Of a diagonal block A_ll of a symmetric matrix the rows of Av hold the other blocks' parts too. Pairs of products
+    tell them apart: v_lᵀ (A w)_l · w_lᵀ (A v)_l has the mean ‖A_ll‖²_F for independent v and w, and all m (m − 1) / 2
+    pairs are used. The result is unbiased, hence may be negative where it is small beside its standard error, which is
+    the jackknife's (Efron & Stein 1981).
+
+    Args:
+        matrix: Any with products; square for groups, and then taken as symmetric.
+        num_products: Products with the matrix, one a column; with a tolerance those of the first round.
+        tolerance: Wanted standard error relative to the estimate (of every group): rounds double the products until
+            it is reached.
+        max_products: Products after which a warning says that it was not.
+        distribution: Of the random vectors' entries.
+        seed: Seed of the random vectors. The global random state is neither used nor changed.
+        groups: Give the squared norms of diagonal blocks, from the same products, as a dict: rows by name,
+            ``"tensors"`` or ``"modules"``. It keeps two vectors a product.
+        progressbar: Show products as they are taken (needs ``tqdm``).
+
+    Returns:
+        An `Estimate` without axes, or with groups a dict of such.
+
+    Raises:
+        TypeError, ValueError: If an argument is not as described.
+        FloatingPointError: If a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> squared_norm(torch.ones(3, 3)), squared_norm(torch.ones(3, 3), groups={"last": slice(1, 3)})
+        (Estimate(9, exact, 3 products), {'last': Estimate(4, exact, 3 products)})
+    """
+    blocks = groups is not None
+    with Products(matrix, "squared norm", square=blocks, symmetric=blocks, progressbar=progressbar) as products:
+        probes, rows = Probes(products, seed, distribution), resolve(groups, products)
+        sampler = BlockNorms(probes, rows) if blocks else _Whole(probes)
+        return by_name(run(sampler, products, Budget(num_products, tolerance, max_products)), groups, rows)
+
+
+class _Whole:
+    method, cost, least = "Hutchinson", 1, 2
+
+    def __init__(self, probes: Probes) -> None:
+        self.probes = probes
+        self.samples: list[Tensor] = []
+
+    def add(self, count: int) -> None:
+        self.samples += [product.square().sum(0) for _, product in self.probes.pairs(count)]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return mean_and_error(torch.cat(self.samples)[None])
+
+    def exact(self) -> Tensor:
+        return torch.cat([product.square().sum(0) for _, product in self.probes.identity()]).sum(0, keepdim=True)
+
+
+class BlockNorms:
+    """Squared norms of diagonal blocks of a symmetric matrix, from all pairs of products."""
+
+    method, cost, least = "pairs", 1, 3
+
+    def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
+        self.probes, self.rows = probes, rows
+        self.tests, self.images = probes.empty(), probes.empty()
+
+    def add(self, count: int) -> None:
+        tests = self.probes.draw(count)
+        self.tests = torch.cat([self.tests, tests], 1)
+        self.images = torch.cat([self.images, self.probes.times(tests)], 1)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        found = [_pairs(self.tests[rows].mT @ self.images[rows]) for rows in self.rows.values()]
+        values, errors = zip(*found, strict=True)
+        return torch.stack(values), torch.stack(errors)
+
+    def exact(self) -> Tensor:
+        return torch.stack([self.inside(columns, product) for columns, product in self.probes.identity()]).sum(0)
+
+    def inside(self, columns: Tensor, product: Tensor) -> Tensor:
+        """The part ``[G]`` of the squared norms that is in some of the matrix's columns, those of the identity given."""
+        parts = [(product[rows].square().sum(0) * columns[rows].sum(0)).sum() for rows in self.rows.values()]
+        return torch.stack(parts)
+
+
+def _pairs(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of M_ij M_ji over pairs i ≠ j, and the jackknife's standard error."""
+    count = len(products)
+    pairs = products * products.mT
+    pairs = pairs - pairs.diagonal().diag()
+    total = pairs.sum()
+    left_out = (total - 2 * pairs.sum(1)) / ((count - 1) * (count - 2))
+    return total / (count * (count - 1)), left_out.std(correction=0) * (count - 1) ** 0.5

@@ -1,0 +1,87 @@
+"""Random vectors, and products with them that are checked, a bounded number of columns at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvops.matrix import Products, normal, seeded, signs
+
+Distribution = Literal["rademacher", "normal"]
+
+_ENTRIES = 2**26  # of the columns of one product: at most 256 MiB in single precision, unless one column is longer
+_COLUMNS = 64
+
+
+class Probes:
+    """Random vectors for products with a matrix, and these products, in at least single precision.
+
+    Vectors are drawn one after another, so that the first ten are the same however many follow.
+
+    Args:
+        products: The matrix's products.
+        distribution: Independent signs ("rademacher") or standard normal numbers ("normal").
+        seed: Seed of the generator.
+    """
+
+    def __init__(self, products: Products, seed: int, distribution: Distribution = "rademacher") -> None:
+        kinds = {"rademacher": signs, "normal": normal}
+        if distribution not in kinds:
+            raise ValueError(f"distribution: expected 'rademacher' or 'normal', got {distribution!r}.")
+        self.products, self._generator, self._entries = products, seeded(seed), kinds[distribution]
+        self.size = products.shape[0]
+        self.dtype = torch.promote_types(products.dtype, torch.float32)
+        self._width = self.width()
+
+    def width(self, vectors: int = 1) -> int:
+        """Columns at a time where each keeps so many vectors."""
+        return max(1, min(_COLUMNS, _ENTRIES // (vectors * self.size)))
+
+    def empty(self) -> Tensor:
+        """No vectors, ``[D, 0]``."""
+        return torch.zeros(self.size, 0, dtype=self.dtype, device=self.products.device)
+
+    def draw(self, count: int) -> Tensor:
+        """New random vectors ``[D, count]``."""
+        columns = [self._entries((self.size,), self._generator, self.products) for _ in range(count)]
+        return torch.stack(columns, 1).to(self.dtype)
+
+    def times(self, columns: Tensor, *, adjoint: bool = False) -> Tensor:
+        """A, or Aᵀ, times columns ``[D, K]``.
+
+        Raises:
+            FloatingPointError: If a product is not finite.
+        """
+        multiply = self.products.adjoint if adjoint else self.products
+        found = [multiply(some.to(self.products.dtype)).to(self.dtype) for some in columns.split(self._width, 1)]
+        return self._checked(torch.cat(found, 1))
+
+    def pairs(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """New random vectors and their products, a few at a time."""
+        for start in range(0, count, self._width):
+            columns = self.draw(min(self._width, count - start))
+            yield columns, self.times(columns)
+
+    def identity(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Columns of the identity and their products, a few at a time: with them all estimates are exact."""
+        for start in range(0, self.size, self._width):
+            columns = self.empty().new_zeros(self.size, min(self._width, self.size - start))
+            columns.diagonal(-start).fill_(1)
+            yield columns, self.times(columns)
+
+    def _checked(self, found: Tensor) -> Tensor:
+        bad = int((~found.isfinite()).any(0).sum())
+        if bad:
+            raise FloatingPointError(
+                f"{self.products.title}: {bad} of {found.shape[1]} products with {self.products.name} are not finite. "
+                "Look for NaN or infinity in parameters, data and loss, or use a wider dtype."
+            )
+        return found
+
+
+def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of samples along the last axis, and its standard error."""
+    return samples.mean(-1), samples.detach().std(-1) / samples.shape[-1] ** 0.5

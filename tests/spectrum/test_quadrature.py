@@ -1,0 +1,95 @@
+"""Gauss quadrature by Lanczos, against sums over dense eigendecompositions."""
+
+import pytest
+import torch
+
+from curvops.matrix import Products
+from curvops.spectrum.quadrature import quadrature
+
+
+def symmetric(values, seed=0):
+    """A matrix of given eigenvalues, and its eigenvectors."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator))[0]
+    matrix = basis * values @ basis.T
+    return (matrix + matrix.T) / 2, basis
+
+
+def starts(size, count):
+    columns = torch.randn(size, count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return columns / columns.norm(dim=0)
+
+
+def moments(matrix, columns, degree):
+    return torch.stack([(columns * (matrix.matrix_power(p) @ columns)).sum(0) for p in range(degree)], 1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 9])
+def test_polynomials_up_to_twice_the_depth_are_exact(depth):
+    matrix, _ = symmetric(torch.linspace(-1, 1, 30))
+    columns = starts(30, 4)
+    nodes, weights = quadrature(Products(matrix, "test"), columns, depth)
+    assert nodes.shape == weights.shape == (4, depth)
+    found = torch.stack([(weights * nodes**p).sum(1) for p in range(2 * depth)], 1)
+    torch.testing.assert_close(found, moments(matrix, columns, 2 * depth), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.logspace(-3, 3, 25),
+        [1.0] * 5 + [2.0] * 5 + [7.0] * 3,
+        [3.0],
+        [0.5] * 8,
+        [1.0, 2.0],
+        [1e-2] * 10 + [1e4],
+    ],
+    ids=["wide", "multiple", "one", "identity", "two", "outlier"],
+)
+def test_full_depth_is_exact_for_any_function(values):
+    matrix, basis = symmetric(values)
+    values = torch.as_tensor(values, dtype=torch.float64)
+    columns = starts(len(values), 3)
+    nodes, weights = quadrature(Products(matrix, "test"), columns, len(values) + 2)
+    expected = (basis.T @ columns).square().T @ values.log()
+    torch.testing.assert_close((weights * nodes.log()).sum(1), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_space_that_ends_takes_no_more_products():
+    matrix, basis = symmetric([1.0, 2.0, 3.0, 4.0, 5.0])
+    columns = torch.stack([basis[:, 0], (basis[:, 1] + basis[:, 2]) / 2**0.5, starts(5, 1)[:, 0]], 1)
+    products = Products(matrix, "test")
+    nodes, weights = quadrature(products, columns, 5)
+    assert products.count == 1 + 2 + 5
+    assert (weights[0] > 1e-12).sum() == 1 and (weights[1] > 1e-12).sum() == 2
+    torch.testing.assert_close((weights * nodes).sum(1)[:2], torch.tensor([1.0, 2.5], dtype=torch.float64))
+    nodes, weights = quadrature(Products(torch.zeros(4, 4), "zero"), torch.eye(4), 3)
+    assert not nodes.any() and torch.equal(weights.sum(1), torch.ones(4, dtype=torch.float64))
+
+
+def test_many_steps_stay_orthogonal():
+    """Without reorthogonalisation an eigenvalue far outside would be found again and again."""
+    values = torch.cat([torch.linspace(0, 1, 79), torch.tensor([1e3])]).double()
+    matrix, basis = symmetric(values)
+    columns = starts(80, 2)
+    nodes, weights = quadrature(Products(matrix, "test"), columns, 80)
+    assert (nodes > 999).sum() == 2
+    torch.testing.assert_close(nodes[0], values, rtol=0, atol=1e-10)
+    torch.testing.assert_close(weights, (basis.T @ columns).square().T, rtol=0, atol=1e-10)
+
+
+def test_a_basis_in_lower_precision_serves_nearly_as_well():
+    matrix, basis = symmetric(torch.linspace(1, 2, 60))
+    columns = starts(60, 2)
+    nodes, weights = quadrature(Products(matrix, "test"), columns, 30, basis_dtype=torch.float32)
+    expected = (basis.T @ columns).square().T @ torch.linspace(1, 2, 60).double().log()
+    torch.testing.assert_close((weights * nodes.log()).sum(1), expected, rtol=1e-6, atol=0)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="depth: expected a positive number of steps, got 0"):
+        quadrature(Products(torch.eye(3), "test"), torch.eye(3), 0)
+    with pytest.raises(ValueError, match="a product with the matrix is not finite"):
+        quadrature(Products(torch.full((3, 3), torch.nan), "test"), torch.eye(3), 2)

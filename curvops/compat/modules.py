@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvops.compat import functorch, kronecker, operators, risk, spaces, utils
+from curvops.compat import estimates, functorch, kronecker, operators, risk, spaces, utils
 from curvops.operators.linear_operator import LinearOperator
 from curvops.products.risk_operator import RiskOperator
 
@@ -22,6 +22,24 @@ MODULES: dict[str, dict[str, object]] = {
     "ekfac": {"EKFACLinearOperator": kronecker.EKFACLinearOperator},
     "kfoc": {"KFOCLinearOperator": kronecker.KFOCLinearOperator},
     "inverse": {"KFACInverseLinearOperator": kronecker.inverse},
+    "trace.hutchinson": {
+        "hutchinson_trace": estimates.hutchinson_trace,
+        "HutchinsonTraceEstimator": estimates.HutchinsonTraceEstimator,
+    },
+    "trace.meyer2020hutch": {
+        "hutchpp_trace": estimates.hutchpp_trace,
+        "HutchPPTraceEstimator": estimates.HutchPPTraceEstimator,
+    },
+    "trace.epperly2024xtrace": {"xtrace": estimates.xtrace},
+    "diagonal.hutchinson": {
+        "hutchinson_diag": estimates.hutchinson_diag,
+        "HutchinsonDiagonalEstimator": estimates.HutchinsonDiagonalEstimator,
+    },
+    "diagonal.epperly2024xtrace": {"xdiag": estimates.xdiag},
+    "norm.hutchinson": {
+        "hutchinson_squared_fro": estimates.hutchinson_squared_fro,
+        "HutchinsonSquaredFrobeniusNormEstimator": estimates.HutchinsonSquaredFrobeniusNormEstimator,
+    },
     "examples": {"gradient_and_loss": risk.gradient_and_loss, "TensorLinearOperator": spaces.TensorLinearOperator},
     "examples.functorch": {
         "functorch_hessian": functorch.functorch_hessian,

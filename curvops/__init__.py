@@ -5,7 +5,11 @@ from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvops.kronecker.kfoc import KFOCLinearOperator
 from curvops.kronecker.operator import load
 from curvops.kronecker.options import BlockRule
+from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
 from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.low_rank import LowRankPlusDiagonalOperator, OuterProductOperator
+from curvops.operators.structured import block_diagonal, kronecker_product
+from curvops.operators.submatrix import SubmatrixLinearOperator
 from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
 from curvops.products.hessian import HessianLinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -13,15 +17,22 @@ from curvops.space import TensorSpace
 
 __all__ = [
     "BlockRule",
+    "DiagonalOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
     "EmpiricalRisk",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "IdentityOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
     "LinearOperator",
+    "LowRankPlusDiagonalOperator",
+    "OuterProductOperator",
+    "SubmatrixLinearOperator",
     "TensorSpace",
+    "block_diagonal",
+    "kronecker_product",
     "load",
 ]

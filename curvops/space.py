@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
@@ -16,16 +19,17 @@ Vector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 class Format(NamedTuple):
     """How a vector was given, so that the answer can be given likewise."""
 
-    kind: str  # "flat", "list", "tuple" or "dict"
+    kind: str  # "flat", "array" (NumPy's), "list", "tuple" or "dict"
     columns: bool
+    leading: bool = False  # whether the axis of several vectors leads, as it does from the left
 
 
 class TensorSpace:
     """The space of vectors with one entry per entry of some named tensors.
 
-    A vector is the concatenation of the flattened (row-major) tensors in their order: a tensor ``[D]`` or ``[D, K]``,
-    a list of tensors (each of its shape, optionally with a trailing axis of ``K`` columns), or a dict of such by name.
-    Of the given tensors only shapes, dtypes and the device are read.
+    A vector is the concatenation of the flattened (row-major) tensors in their order: a tensor or a NumPy array ``[D]``
+    or ``[D, K]``, a list of tensors (each of its shape, optionally with a trailing axis of ``K`` columns), or a dict of
+    such by name. Of the given tensors only shapes, dtypes and the device are read.
 
     Raises:
         ValueError: If there is no tensor, or they are spread over several devices.
@@ -74,6 +78,53 @@ class TensorSpace:
         self._hint = f"Pass {formats}."
         self._key = tuple(self.shapes.items()), tuple(self.dtypes.values()), self.device
 
+    @classmethod
+    def flat(
+        cls, dim: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", name: str = "vector"
+    ) -> TensorSpace:
+        """The space of plain vectors with ``dim`` entries (of the default dtype if none is given).
+
+        Example:
+            >>> from curvops import TensorSpace
+            >>> TensorSpace.flat(3).dim
+            3
+        """
+        return cls({name: _stand_in((dim,), dtype or torch.get_default_dtype(), torch.device(device))})
+
+    def subspace(self, names: Iterable[str]) -> TensorSpace:
+        """The space of some of the tensors, in the order of this one; a KeyError if there is none of a name."""
+        chosen = {name: self.slice(name) for name in names}
+        return TensorSpace(
+            {n: _stand_in(self.shapes[n], self.dtypes[n], self.device) for n in self.names if n in chosen}
+        )
+
+    def match(self, patterns: str | Iterable[str]) -> list[str]:
+        """Names that equal one of the patterns or match it (``*``, ``?``, ``[…]`` as in file names), in order.
+
+        Raises:
+            KeyError: If a pattern matches nothing; the message gives names that are near.
+
+        Example:
+            >>> import torch
+            >>> from curvops import TensorSpace
+            >>> TensorSpace({"0.weight": torch.zeros(2, 3), "0.bias": torch.zeros(2)}).match("*.bias")
+            ['0.bias']
+        """
+        chosen: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = [n for n in self.names if n == pattern] or [n for n in self.names if fnmatchcase(n, pattern)]
+            if not found:
+                near = get_close_matches(pattern, [*self.names, *_modules(self.names)], n=3)
+                hint = f"near: {describe(near)}" if near else f"there are {describe(self.names)}"
+                raise KeyError(f"no parameter's name matches {pattern!r}; {hint}.")
+            chosen.update(found)
+        return [name for name in self.names if name in chosen]
+
+    def positions(self, names: Iterable[str]) -> Tensor:
+        """Rows that some tensors take in a flat vector, one by one."""
+        slices = [self.slice(name) for name in names]
+        return torch.cat([torch.arange(s.start, s.stop, device=self.device) for s in slices])
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TensorSpace) and self._key == other._key
 
@@ -107,8 +158,10 @@ class TensorSpace:
         shape = (self.dim,) if columns is None else (self.dim, columns)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
-    def to_columns(self, vector: Vector, context: str) -> tuple[Tensor, Format]:
+    def to_columns(self, vector: Any, context: str, leading: bool = False) -> tuple[Tensor, Format]:
         """Columns ``[D, K]`` of a vector in any format, and the format; ``context`` says in errors what is computed.
+
+        With ``leading`` the axis of several vectors comes first: ``[K, D]``, or tensors ``[K, *shape]``.
 
         Raises:
             TypeError: If the vector is of no known format, or of another dtype.
@@ -116,15 +169,9 @@ class TensorSpace:
         """
         if isinstance(vector, Tensor):
             self._check_kind(vector, self.dtype, context)
-            if vector.ndim not in (1, 2):
-                raise ValueError(
-                    f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint}"
-                )
-            if vector.shape[0] != self.dim:
-                raise ValueError(
-                    f"{context}: expected {self.dim} rows (the entries of {describe(self.names)}), got {vector.shape[0]}. {self._hint}"
-                )
-            return vector if vector.ndim == 2 else vector.unsqueeze(1), Format("flat", vector.ndim == 2)
+            return self._flat_columns(vector, "flat", context, leading)
+        if _is_array(vector):
+            return self._flat_columns(self._tensor_of(vector, context), "array", context, leading)
         if isinstance(vector, Mapping):
             if mismatch := self.mismatch(vector):
                 raise ValueError(f"{context}: expected a dict with the names {describe(self.names)}{mismatch}.")
@@ -137,41 +184,67 @@ class TensorSpace:
             tensors, kind = list(vector), "tuple" if isinstance(vector, tuple) else "list"
         else:
             raise TypeError(
-                f"{context}: expected a tensor, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint}"
+                f"{context}: expected a tensor, an array, a list of tensors or a dict of tensors, got {type(vector).__name__}. {self._hint}"
             )
-        return self._tensor_columns(tensors, kind, context)
+        return self._tensor_columns(tensors, kind, context, leading)
 
     def from_columns(self, columns: Tensor, form: Format) -> Any:
         """Vector in the given format from columns ``[D, K]``."""
         flat = columns if form.columns else columns.squeeze(1)
-        if form.kind == "flat":
-            return flat
+        if form.kind in ("flat", "array"):
+            flat = flat.T if form.columns and form.leading else flat
+            return flat if form.kind == "flat" else flat.cpu().numpy()
         tensors = self.split(flat)
+        if form.columns and form.leading:
+            tensors = [tensor.movedim(-1, 0) for tensor in tensors]
         if form.kind == "dict":
             return dict(zip(self.names, tensors, strict=True))
         return tuple(tensors) if form.kind == "tuple" else tensors
 
-    def _tensor_columns(self, tensors: list[Tensor], kind: str, context: str) -> tuple[Tensor, Format]:
-        trailing: set[tuple[int, ...]] = set()
+    def _flat_columns(self, vector: Tensor, kind: str, context: str, leading: bool) -> tuple[Tensor, Format]:
+        if vector.ndim not in (1, 2):
+            raise ValueError(
+                f"{context}: expected a tensor with one or two axes, got shape {tuple(vector.shape)}. {self._hint}"
+            )
+        rows = vector.T if leading and vector.ndim == 2 else vector
+        if rows.shape[0] != self.dim:
+            axis = "rows" if rows is vector else "columns"
+            raise ValueError(
+                f"{context}: expected {self.dim} {axis} (the entries of {describe(self.names)}), got {rows.shape[0]}. {self._hint}"
+            )
+        return rows if rows.ndim == 2 else rows.unsqueeze(1), Format(kind, rows.ndim == 2, leading)
+
+    def _tensor_of(self, array: Any, context: str) -> Tensor:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if array.dtype.name != dtype:
+            advice = "Pass a tensor" if self.dtype == torch.bfloat16 else f"Convert it with .astype({dtype!r})"
+            raise TypeError(f"{context}: expected an array of {dtype}, got {array.dtype.name}. {advice}.")
+        # a copy: arrays may be read-only or have negative strides
+        return torch.from_numpy(array.copy()).to(self.device)
+
+    def _tensor_columns(self, tensors: list[Tensor], kind: str, context: str, leading: bool) -> tuple[Tensor, Format]:
+        extra: set[tuple[int, ...]] = set()
+        axis, many = ("leading", "rows") if leading else ("trailing", "columns")
         for (name, shape), tensor in zip(self.shapes.items(), tensors, strict=True):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{context}: expected a tensor for {name!r}, got {type(tensor).__name__}.")
             self._check_kind(tensor, self.dtypes[name], f"{context}, {name!r}")
-            rest = tuple(tensor.shape[len(shape) :])
-            if tensor.shape[: len(shape)] != shape or len(rest) > 1:
+            cut = max(tensor.ndim - len(shape), 0) if leading else len(shape)
+            before, after = tensor.shape[:cut], tensor.shape[cut:]
+            own, others = (after, before) if leading else (before, after)
+            if own != shape or len(others) > 1:
                 raise ValueError(
                     f"{context}: expected shape {tuple(shape)} for {name!r}, "
-                    f"or with one trailing axis of columns, got {tuple(tensor.shape)}."
+                    f"or with one {axis} axis of {many}, got {tuple(tensor.shape)}."
                 )
-            trailing.add(rest)
-        if len(trailing) > 1:
-            raise ValueError(
-                f"{context}: expected the same columns for each tensor, got trailing axes {sorted(trailing)}."
-            )
-        (rest,) = trailing
+            extra.add(tuple(others))
+        if len(extra) > 1:
+            raise ValueError(f"{context}: expected the same {many} for each tensor, got {axis} axes {sorted(extra)}.")
+        (rest,) = extra
+        moved = [t.movedim(0, -1) for t in tensors] if rest and leading else tensors
         width = rest[0] if rest else 1
-        parts = [t.reshape(size, width).to(self.dtype) for t, size in zip(tensors, self.sizes, strict=True)]
-        return torch.cat(parts), Format(kind, bool(rest))
+        parts = [t.reshape(size, width).to(self.dtype) for t, size in zip(moved, self.sizes, strict=True)]
+        return torch.cat(parts), Format(kind, bool(rest), leading)
 
     def _check_kind(self, tensor: Tensor, dtype: torch.dtype, context: str) -> None:
         if tensor.dtype != dtype:
@@ -192,3 +265,18 @@ def describe(names: Sequence[str]) -> str:
     """Some names for a message: all of a few, else the first two and the last."""
     quoted = [repr(name) for name in names]
     return ", ".join(quoted if len(quoted) <= 4 else [*quoted[:2], "…", quoted[-1]])
+
+
+def _stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a shape that takes no memory."""
+    return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def _is_array(vector: Any) -> bool:
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(vector, numpy.ndarray)
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Patterns of the modules that own some parameters."""
+    return sorted({f"{name.rpartition('.')[0]}.*" for name in names if "." in name})

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conformance import ALGEBRA, KRONECKER, OPERATORS, RISK, SOME, Untouched, close, conforms, draws
+from conformance import ALGEBRA, COMBINED, KRONECKER, OPERATORS, RISK, SOME, Untouched, close, conforms, draws
 from problems import LOSSES, PROBLEMS, Interrupting, N
 
 CUTS = [(N,), (1, 3, 2), (1,) * N]
@@ -31,6 +31,13 @@ def test_conformance(operator, problem):
 @pytest.mark.parametrize("operator", [name for name in KRONECKER if name not in SOME])
 def test_all_kronecker_options_conform(operator):
     conforms(make(operator, PROBLEMS["mlp"](), 2, 4))
+
+
+@pytest.mark.parametrize("combined", COMBINED)
+@pytest.mark.parametrize("problem", ["mlp", "cnn"])
+def test_combinations_conform(combined, problem):
+    p = PROBLEMS[problem]()
+    conforms(COMBINED[combined](*p.args(2, 4), **p.options))
 
 
 # each operator sees the losses that differ most, the exact ones see all, and one of each other kind every mean

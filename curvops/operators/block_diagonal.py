@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.operators.blocks import AffineBlock, Block, EigenBlock, KroneckerBlock
+from curvops.operators.damping import Damping, Number, by_parameter, number
 from curvops.operators.linear_operator import LinearOperator
-from curvops.operators.places import Places
+from curvops.operators.places import Places, moved
+from curvops.operators.submatrix import SubmatrixLinearOperator, restricted_name
 from curvops.space import TensorSpace, describe
-
-Damping = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,24 @@ class Placed:
     def powered(self, exponent: float, shift: float) -> Placed:
         eigen = self.eigen()
         values = eigen.values + shift
-        if exponent < 0 and (eigen.singular if shift == 0 else not values.amin() > 0):
+        if exponent < 0 and (eigen.singular if shift == 0 else not values.abs().amin() > 0):
             raise ValueError(
                 f"{self.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
                 f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."
             )
+        if exponent % 1 and values.amin() < 0:
+            raise ValueError(
+                f"{self.label}: its least eigenvalue is {float(values.amin()):.2e}, so the power {exponent:g} does not "
+                "exist. Pass a larger damping."
+            )
         return replace(self, block=EigenBlock(eigen.left, eigen.right, values**exponent))
+
+    def affine(self, factor: float, shift: float) -> Placed:
+        return replace(self, block=self.block.affine(factor, shift))
+
+    def moved(self, space: TensorSpace, subspace: TensorSpace) -> Placed:
+        """The block in a subspace that has all of its parameters."""
+        return replace(self, places=moved(self.places, space, subspace))
 
 
 class BlockDiagonalOperator(LinearOperator):
@@ -86,13 +98,31 @@ class BlockDiagonalOperator(LinearOperator):
     def logdet(self, damping: Damping = 0.0) -> Tensor:
         """Logarithm of the determinant of the matrix plus ``damping`` times the identity, a scalar tensor.
 
-        It is −∞ for a singular matrix, as every curvature with an unused parameter is without damping.
+        It is −∞ for a singular matrix, as every curvature with an unused parameter is without damping. It is
+        differentiable in a damping that is a tensor, or a dict of tensors: a marginal likelihood is tuned by it.
+
+        Raises:
+            ValueError: If an eigenvalue is negative, a damping is, or names do not fit.
+
+        Example:
+            >>> import torch
+            >>> from curvops import DiagonalOperator
+            >>> tau = torch.tensor(1.0, requires_grad=True)
+            >>> (4 * DiagonalOperator(torch.tensor([0.25, 0.75]))).logdet(tau).backward()
+            >>> tau.grad  # 1 / 2 + 1 / 4
+            tensor(0.7500)
         """
-        blocks = ((placed.eigen(), shift) for placed, shift in self._damped(damping))
-        return self._total(
-            block.values.new_tensor(-math.inf) if shift == 0 and block.singular else (block.values + shift).log().sum()
-            for block, shift in blocks
-        )
+
+        def log(placed: Placed, shift: Number) -> Tensor:
+            block = placed.eigen()
+            if number(shift) == 0 and block.singular:
+                return block.values.new_tensor(-math.inf)
+            values = block.values + (shift.reshape(()) if isinstance(shift, Tensor) else shift)
+            if not self.psd and values.amin() < 0:
+                raise ValueError(f"{placed.label}: an eigenvalue is negative, so there is no log-determinant.")
+            return values.log().sum()
+
+        return self._total(log(placed, shift) for placed, shift in self._damped(damping))
 
     def det(self, damping: Damping = 0.0) -> Tensor:
         """The determinant of the matrix plus ``damping`` times the identity; prefer `logdet` for many parameters."""
@@ -118,8 +148,8 @@ class BlockDiagonalOperator(LinearOperator):
 
         A ValueError if the power is negative and a block is singular.
         """
-        blocks = [placed.powered(exponent, shift) for placed, shift in self._damped(damping)]
-        return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}")
+        blocks = [placed.powered(exponent, number(shift)) for placed, shift in self._damped(damping)]
+        return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}", self.psd)
 
     def inverse(self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0) -> StructuredOperator:
         """The inverse of the damped matrix.
@@ -145,14 +175,14 @@ class BlockDiagonalOperator(LinearOperator):
 
         def inverted(placed: Placed, shift: float) -> Placed:
             block, least = placed.block, max(shift, min_damping)
-            if isinstance(block, KroneckerBlock) and (kind == "heuristic" or least == 0):
+            if isinstance(block, (KroneckerBlock, AffineBlock)) and (kind == "heuristic" or least == 0):
                 inverse = block.inverse(shift, min_damping, placed.label)
                 if inverse is not None:
                     return replace(placed, block=inverse)
             return placed.powered(-1.0, least)
 
-        blocks = [inverted(placed, shift) for placed, shift in self._damped(damping)]
-        return StructuredOperator(self.domain, blocks, f"{self.name}^-1")
+        blocks = [inverted(placed, number(shift)) for placed, shift in self._damped(damping)]
+        return StructuredOperator(self.domain, blocks, f"{self.name}^-1", self.psd)
 
     def sample(self, num_samples: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
         """Samples ``[D, num_samples]`` of N(0, (F + δ I)⁻¹), for Laplace approximations with prior precision δ.
@@ -165,23 +195,51 @@ class BlockDiagonalOperator(LinearOperator):
         # U diag(λ^-½) ε: ε is as good as Uᵀε, so only one rotation is needed
         return root._rotated(noise * root._eigenvalues().unsqueeze(1))
 
-    def _damped(self, damping: Damping) -> list[tuple[Placed, float]]:
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether all blocks are diagonal."""
+        return all(placed.block.is_diagonal for placed in self.blocks)
+
+    def _scaled(self, factor: float) -> LinearOperator:
+        if not (factor >= 0 or self.is_diagonal):
+            return super()._scaled(factor)
+        blocks = [placed.affine(factor, 0.0) for placed in self.blocks]
+        return StructuredOperator(self.domain, blocks, f"{factor:g} · {self.name}", self.psd and factor >= 0)
+
+    def _shifted(self, damping: Mapping[str, float]) -> LinearOperator:
+        blocks = [placed.affine(1.0, number(shift)) for placed, shift in self._damped(damping)]
+        shifts = set(damping.values())
+        added = f"{shifts.pop():g} · I" if len(shifts) == 1 else "damping"
+        return StructuredOperator(self.domain, blocks, f"({self.name} + {added})", self.psd)
+
+    def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        """The blocks that have a part in the rows and in the columns; where that is all of them, an operator of such."""
+        given, taken = set(rows.names), set(columns.names)
+        inside = [p for p in self.blocks if given.intersection(p.names) and taken.intersection(p.names)]
+        needed = self.domain.subspace(given.union(taken, *(placed.names for placed in inside)))
+        blocks = [placed.moved(self.domain, needed) for placed in inside]
+        inner = StructuredOperator(needed, blocks, self.name, self.psd)
+        if needed == rows == columns:
+            inner._name = restricted_name(self, rows, columns)
+            return inner
+        return SubmatrixLinearOperator.of(inner, rows, columns)
+
+    def _damped(self, damping: Damping) -> list[tuple[Placed, Number]]:
         """The blocks, and one damping for each."""
-        if not isinstance(damping, Mapping):
-            if not float(damping) >= 0:
-                raise ValueError(f"damping: expected a number ≥ 0, got {damping!r}.")
-            return [(placed, float(damping)) for placed in self.blocks]
-        if mismatch := self.domain.mismatch(damping):
-            raise ValueError(f"damping: expected one number for each parameter{mismatch}.")
-        found = []
+        given, found = by_parameter(damping, self.domain), []
         for placed in self.blocks:
-            values = {float(damping[name]) for name in placed.names}
-            if len(values) > 1 or not min(values) >= 0:
+            shifts = [given[name] for name in placed.names]
+            values = {number(shift) for shift in shifts}
+            if len(values) > 1:
                 raise ValueError(
                     f"damping: expected one number ≥ 0 for the {placed.label}, got {sorted(values)}. "
                     "Give the parameters of a joint block the same damping, or use separate_weight_and_bias=True."
                 )
-            found.append((placed, values.pop()))
+            if any(isinstance(s, Tensor) and s.requires_grad and s is not shifts[0] for s in shifts[1:]):
+                raise ValueError(
+                    f"damping: expected one tensor for the {placed.label}, got several that need a gradient."
+                )
+            found.append((placed, shifts[0]))
         return found
 
     def _eigenvalues(self) -> Tensor:
@@ -203,8 +261,8 @@ class BlockDiagonalOperator(LinearOperator):
 
 
 class StructuredOperator(BlockDiagonalOperator):
-    """Given blocks, which cover the space, as an operator: an inverse or a power."""
+    """Given blocks as an operator, such as an inverse, a power or a multiple; rows of no block are zero."""
 
-    def __init__(self, space: TensorSpace, blocks: Sequence[Placed], name: str) -> None:
-        super().__init__(space, psd=True)
+    def __init__(self, space: TensorSpace, blocks: Sequence[Placed], name: str = "", psd: bool = True) -> None:
+        super().__init__(space, symmetric=True, psd=psd)
         self._blocks, self._name = list(blocks), name

@@ -1,4 +1,4 @@
-"""Symmetric blocks with structure: Kronecker products, and the same in an eigenbasis."""
+"""Symmetric blocks with structure: Kronecker products, scaled and shifted ones, and the same in an eigenbasis."""
 
 from __future__ import annotations
 
@@ -87,6 +87,14 @@ class KroneckerBlock(_Block):
         left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
         return torch.linalg.vector_norm(left * right)
 
+    def affine(self, factor: float, shift: float) -> AffineBlock:
+        """``factor`` times the block plus ``shift`` times the identity."""
+        return AffineBlock(self, factor, shift)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self._left.ndim == 2 and (self._right.ndim == 2 or self._right.shape[1] == 1)
+
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         return _diagonal(self._left) * self._scales[0], _diagonal(self._right) * self._scales[1]
 
@@ -107,11 +115,19 @@ class EigenBlock(_Block):
         check_finite(self.values, label)
         return self
 
+    def affine(self, factor: float, shift: float) -> EigenBlock:
+        """``factor`` times the block plus ``shift`` times the identity."""
+        return EigenBlock(self.left, self.right, self.values * factor + shift, self._singular and shift == 0)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.left is None and self.right is None
+
     @property
     def singular(self) -> bool:
         """Whether an eigenvalue is zero, or would be but for rounding."""
-        if self.left is None and self.right is None:
-            return not self.values.amin() > 0
+        if self.is_diagonal:
+            return not self.values.abs().amin() > 0
         # in a basis with rounding errors, a zero shows as their square
         least = torch.finfo(self.dtype).eps ** 1.5 * self.values.amax()
         return self._singular or not self.values.amin() > least
@@ -135,7 +151,47 @@ class EigenBlock(_Block):
         return torch.linalg.vector_norm(self.values)
 
 
-Block = KroneckerBlock | EigenBlock
+class AffineBlock(_Block):
+    """A Kronecker product times a number ≥ 0, plus a number ≥ 0 times the identity; it shares the product's eigenbasis."""
+
+    def __init__(self, block: KroneckerBlock, factor: float, shift: float) -> None:
+        super().__init__(block.shape, block.tensors)
+        self._block, self._factor, self._shift = block, factor, shift
+
+    def affine(self, factor: float, shift: float) -> AffineBlock:
+        return AffineBlock(self._block, factor * self._factor, factor * self._shift + shift)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self._block.is_diagonal
+
+    def eigen(self, label: str) -> EigenBlock:
+        return self._block.eigen(label).affine(self._factor, self._shift)
+
+    def inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock | None:
+        """As of the product, whose left factor takes the number; the damping and the shift are one."""
+        block = self._block
+        scaled = KroneckerBlock(block._left, block._right, (self._factor * block._scales[0], block._scales[1]))
+        return scaled.inverse(self._shift + damping, min_damping, label)
+
+    def matmul(self, columns: Tensor) -> Tensor:
+        return self._block.matmul(columns).mul_(self._factor).add_(columns, alpha=self._shift)
+
+    def diagonal(self) -> Tensor:
+        return self._block.diagonal() * self._factor + self._shift
+
+    def dense(self) -> Tensor:
+        dense = self._block.dense() * self._factor
+        dense.diagonal().add_(self._shift)
+        return dense
+
+    def frobenius_norm(self) -> Tensor:
+        square = (self._factor * self._block.frobenius_norm()).square()
+        mixed = 2 * self._factor * self._shift * self._block.diagonal().sum()
+        return (square + mixed + self.size * self._shift**2).sqrt()
+
+
+Block = KroneckerBlock | EigenBlock | AffineBlock
 
 
 def _kron(columns: Tensor, shape: tuple[int, int, int], left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -1,13 +1,13 @@
-"""The linear operator: one interface, validated in one place, and sums, multiples, products and adjoints of it."""
+"""The linear operator: one interface, validated in one place."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial, reduce
+from functools import partial
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,32 @@ from torch.autograd.forward_ad import unpack_dual
 
 from curvops.extras import extra
 from curvops.memory import check_fits
-from curvops.space import TensorSpace, Vector
+from curvops.operators.damping import Damping, by_parameter, number
+from curvops.space import TensorSpace
 
 SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
+
+
+class Algebra(Protocol):
+    """What operators are combined by; `curvops.operators` gives it, so that the interface need not know the classes."""
+
+    def add(self, first: LinearOperator, second: LinearOperator) -> LinearOperator:
+        """A + B."""
+
+    def scale(self, factor: float, operator: LinearOperator) -> LinearOperator:
+        """c A, where A has no way of its own."""
+
+    def multiply(self, left: LinearOperator, right: LinearOperator) -> LinearOperator:
+        """A B."""
+
+    def transpose(self, operator: LinearOperator) -> LinearOperator:
+        """Aᵀ, of an operator that is not symmetric."""
+
+    def shift(self, operator: LinearOperator, damping: Mapping[str, float]) -> LinearOperator:
+        """A + diag(δ), where A has no way of its own."""
+
+    def restrict(self, operator: LinearOperator, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        """Rows and columns of A, where A has no way of its own."""
 
 
 class LinearOperator(ABC):
@@ -42,6 +65,7 @@ class LinearOperator(ABC):
         ((8, 8), torch.Size([8]), True)
     """
 
+    algebra: ClassVar[Algebra]
     __array_ufunc__ = None  # a NumPy array on the left must not try to multiply entry by entry
     _parts: tuple[LinearOperator, ...] = ()  # what this one is made of
     _name = ""  # what it is called, if not after its class
@@ -79,6 +103,22 @@ class LinearOperator(ABC):
         """Tensors of the caller's that the operator depends on."""
         return (tensor for part in self._parts for tensor in part._leaves())
 
+    def _scaled(self, factor: float) -> LinearOperator:
+        """``factor`` times the operator; subclasses may keep their structure."""
+        return self.algebra.scale(factor, self)
+
+    def _shifted(self, damping: Mapping[str, float]) -> LinearOperator:
+        """The square operator plus a number ≥ 0 for each parameter, on the diagonal; subclasses may keep their structure."""
+        return self.algebra.shift(self, damping)
+
+    def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        """The rows and columns of some parameters, as an operator from ``columns`` to ``rows``.
+
+        Both are subspaces, of the codomain and of the domain. Here vectors are padded with zeros and the products'
+        rows selected; subclasses override it where they can compute less.
+        """
+        return self.algebra.restrict(self, rows, columns)
+
     @contextmanager
     def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
         """A context for many products, which yields the operator itself.
@@ -111,9 +151,11 @@ class LinearOperator(ABC):
             ValueError: If lengths, shapes, names or devices do not fit.
         """
         if isinstance(other, LinearOperator):
-            return ProductOperator(self, other)
-        context = f"'{self.name} @ v'"
-        columns, form = self.domain.to_columns(other, context)
+            return self.algebra.multiply(self, other)
+        return self._multiplied(other, f"'{self.name} @ v'")
+
+    def _multiplied(self, vector: Any, context: str, leading: bool = False) -> Any:
+        columns, form = self.domain.to_columns(vector, context, leading)
         wrapped = is_functorch_wrapped_tensor(columns) or is_legacy_batchedtensor(columns)
         if wrapped or unpack_dual(columns).tangent is not None:
             raise TypeError(
@@ -132,15 +174,75 @@ class LinearOperator(ABC):
             # the caller's tensor may carry a graph, and autograd keeps no inference tensors
             return self._apply(columns.detach().clone() if columns.is_inference() else columns.detach())
 
-    def __rmatmul__(self, other: Vector) -> Any:
-        """Product from the left: ``vᵀ A`` for ``[D]``, rows ``[K, D]``, a list or a dict."""
-        if isinstance(other, Tensor) and other.ndim == 2:
-            return (self.adjoint() @ other.T).T
-        return self.adjoint() @ other
+    def __rmatmul__(self, other: Any) -> Any:
+        """Products from the left: ``vᵀ A`` for ``[D]``, rows ``[K, D]``, or lists and dicts of tensors ``[K, *shape]``."""
+        return self.adjoint()._multiplied(other, f"'v @ {self.name}'", leading=True)
+
+    def __getitem__(self, key: Any) -> LinearOperator:
+        """The block of some parameters: ``op["layer1.*"]``, or rows and columns ``op["a.*", "b.*"]``.
+
+        Args:
+            key: A name or a pattern (``*``, ``?``, ``[…]`` as in file names), a list of such, or a pair of both for the
+                rows and the columns. Parameters keep their order. For single entries see `SubmatrixLinearOperator`.
+
+        Raises:
+            KeyError: If a pattern matches no name; the message gives names that are near.
+
+        Example:
+            >>> import torch
+            >>> from curvops import HessianLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> hessian = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> hessian["bias"].shape, hessian["bias", "w*"].shape
+            ((2, 2), (2, 6))
+        """
+        pair = key if isinstance(key, tuple) else (key, key)
+        if len(pair) != 2 or not all(map(_are_patterns, pair)):
+            raise TypeError(
+                f"{self.name}[…]: expected names or patterns such as 'layer1.*', a list of them, or a pair for rows and "
+                f"columns, got {key!r}. For entries by number use SubmatrixLinearOperator(op, rows, columns)."
+            )
+        rows, columns = (s.subspace(s.match(k)) for s, k in zip((self.codomain, self.domain), pair, strict=True))
+        return self._restricted(rows, columns)
+
+    __iter__ = None  # there is nothing to walk over
+
+    @property
+    def matvec(self) -> Any:
+        """What SciPy looks for; it cannot read PyTorch's dtypes, so that this is an error which says what to pass."""
+        raise TypeError(
+            f"{self.name}: SciPy takes op.to_scipy(), within 'with op.linearized():' where it takes many products."
+        )
+
+    def damped(self, damping: Damping) -> LinearOperator:
+        """The square operator plus ``damping`` times the identity; what has structure keeps it.
+
+        Args:
+            damping: δ ≥ 0, or one for each parameter by name.
+
+        Raises:
+            TypeError: If a damping is no number (for derivatives with respect to it see ``logdet(damping)``).
+            ValueError: If the operator is not square, a damping is negative, or names do not fit.
+
+        Example:
+            >>> import torch
+            >>> from curvops import IdentityOperator, TensorSpace
+            >>> IdentityOperator(TensorSpace.flat(3)).damped(0.5) @ torch.ones(3)
+            tensor([1.5000, 1.5000, 1.5000])
+        """
+        if self.domain != self.codomain:
+            raise ValueError(f"{self.name}.damped(): expected a square operator, got {self!r}.")
+        given = by_parameter(damping, self.domain)
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given.values()):
+            raise TypeError(
+                f"{self.name}.damped(): the damping of an operator is a number without a gradient, "
+                "damping.detach(). Where there is op.logdet(damping), that one is differentiable in it."
+            )
+        return self._shifted({name: number(value) for name, value in given.items()})
 
     def adjoint(self) -> LinearOperator:
         """The adjoint operator; for a symmetric one itself."""
-        return self if self.symmetric else AdjointOperator(self)
+        return self if self.symmetric else self.algebra.transpose(self)
 
     @property
     def T(self) -> LinearOperator:
@@ -150,14 +252,23 @@ class LinearOperator(ABC):
     H = T
 
     def __add__(self, other: Any) -> LinearOperator:
-        return SumOperator((1.0, self), (1.0, other)) if isinstance(other, LinearOperator) else NotImplemented
+        if isinstance(other, LinearOperator):
+            return self.algebra.add(self, other)
+        if isinstance(other, Real) or (isinstance(other, Tensor) and other.numel() == 1):
+            raise TypeError(
+                f"{self.name} + {other}: a number is no operator. For A + δ I write op.damped({other}), "
+                "for a multiple of the identity op + c * IdentityOperator(op.domain)."
+            )
+        return NotImplemented
+
+    __radd__ = __add__
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scalar: Any) -> LinearOperator:
         factor = _as_scalar(scalar)
-        return NotImplemented if factor is None else SumOperator((factor, self))
+        return NotImplemented if factor is None else self._scaled(factor)
 
     __rmul__ = __mul__
 
@@ -197,79 +308,6 @@ class LinearOperator(ABC):
         )
 
 
-class SumOperator(LinearOperator):
-    """Numbers times operators, summed."""
-
-    def __init__(self, *terms: tuple[float, LinearOperator]) -> None:
-        _, first = terms[0]
-        for _, other in terms[1:]:
-            if (first.domain, first.codomain) != (other.domain, other.codomain):
-                raise ValueError(
-                    f"A + B: expected operators between the same spaces, got {first!r} on {first.domain} and {other!r} on {other.domain}."
-                )
-        symmetric = all(a.symmetric for _, a in terms)
-        psd = all(a.psd and scalar >= 0 for scalar, a in terms)
-        name = " + ".join(a.name if scalar == 1 else f"{scalar:g} · {a.name}" for scalar, a in terms)
-        super().__init__(first.domain, first.codomain, symmetric=symmetric, psd=psd)
-        self._name = name if len(terms) == 1 else f"({name})"
-        self._scalars, self._parts = zip(*terms, strict=True)
-
-    def _summed(self, products: Iterable[Tensor]) -> Tensor:
-        terms = zip(self._scalars, products, strict=True)
-        return reduce(torch.add, (product if scalar == 1 else scalar * product for scalar, product in terms))
-
-    def _apply(self, columns: Tensor) -> Tensor:
-        return self._summed(part._apply(columns) for part in self._parts)
-
-    def _apply_adjoint(self, columns: Tensor) -> Tensor:
-        return self._summed(part._apply_adjoint(columns) for part in self._parts)
-
-    def _dense(self) -> Tensor:
-        return self._summed(part._dense() for part in self._parts)
-
-
-class ProductOperator(LinearOperator):
-    """A after B."""
-
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        if left.domain != right.codomain:
-            raise ValueError(
-                f"A @ B: expected B to give what A takes, got A = {left!r} on {left.domain} and B = {right!r} into {right.codomain}."
-            )
-        super().__init__(right.domain, left.codomain)
-        self.left, self.right = self._parts = left, right
-        self._name = f"({left.name} @ {right.name})"
-
-    def _apply(self, columns: Tensor) -> Tensor:
-        return self.left._apply(self.right._apply(columns))
-
-    def _apply_adjoint(self, columns: Tensor) -> Tensor:
-        return self.right._apply_adjoint(self.left._apply_adjoint(columns))
-
-    def _dense(self) -> Tensor:
-        return self.left._apply(self.right._dense())
-
-
-class AdjointOperator(LinearOperator):
-    """Aᵀ."""
-
-    def __init__(self, operator: LinearOperator) -> None:
-        super().__init__(operator.codomain, operator.domain)
-        self.operator, self._parts, self._name = operator, (operator,), f"{operator.name}.T"
-
-    def _apply(self, columns: Tensor) -> Tensor:
-        return self.operator._apply_adjoint(columns)
-
-    def _apply_adjoint(self, columns: Tensor) -> Tensor:
-        return self.operator._apply(columns)
-
-    def adjoint(self) -> LinearOperator:
-        return self.operator
-
-    def _dense(self) -> Tensor:
-        return self.operator._dense().T
-
-
 class _Product(torch.autograd.Function):
     """A product whose derivative is a product with the adjoint."""
 
@@ -294,3 +332,7 @@ def _as_scalar(value: Any) -> float | None:
             )
         return float(value)
     return float(value) if isinstance(value, Real) else None
+
+
+def _are_patterns(key: Any) -> bool:
+    return isinstance(key, str) or (isinstance(key, list) and all(isinstance(each, str) for each in key))

@@ -1,0 +1,43 @@
+"""Dampings: multiples of the identity that are added to a matrix, one number or one for each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+
+from torch import Tensor
+
+from curvops.space import TensorSpace
+
+Number = float | Tensor
+Damping = Number | Mapping[str, Number]
+
+
+def by_parameter(damping: Damping, space: TensorSpace) -> dict[str, Number]:
+    """The damping of each parameter.
+
+    Raises:
+        TypeError: If one is no number.
+        ValueError: If one is negative, or names do not fit.
+    """
+    if not isinstance(damping, Mapping):
+        _check(damping, "damping")
+        return dict.fromkeys(space.names, damping)
+    if mismatch := space.mismatch(damping):
+        raise ValueError(f"damping: expected one number for each parameter{mismatch}.")
+    for name in space.names:
+        _check(damping[name], f"damping of {name!r}")
+    return {name: damping[name] for name in space.names}
+
+
+def number(value: Number) -> float:
+    """The number itself, without a gradient."""
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _check(value: Number, what: str) -> None:
+    single = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
+    if not single:
+        raise TypeError(f"{what}: expected a number ≥ 0 or a tensor with one, got {value!r}.")
+    if not number(value) >= 0:
+        raise ValueError(f"{what}: expected a number ≥ 0, got {value!r}.")

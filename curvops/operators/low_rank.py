@@ -1,0 +1,227 @@
+"""Operators of low rank: outer products, and low rank plus diagonal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvops.operators.damping import Damping, by_parameter, number
+from curvops.operators.diagonal import space_of
+from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.submatrix import restricted_name
+from curvops.space import TensorSpace, Vector
+
+
+class OuterProductOperator(LinearOperator):
+    """Σ_k u_k v_kᵀ; with the u alone Σ_k u_k u_kᵀ, which is symmetric and positive semi-definite.
+
+    Args:
+        left: The u as one vector or columns, in any format of the space.
+        right: The v; the u if not given.
+        codomain: Space of the u; by default plain vectors, or a dict's own names.
+        domain: Space of the v.
+
+    Raises:
+        TypeError, ValueError: If they do not fit their spaces or each other.
+
+    Example:
+        >>> import torch
+        >>> from curvops import OuterProductOperator
+        >>> OuterProductOperator(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0, -1.0])).to_dense()
+        tensor([[ 1.,  0., -1.],
+                [ 2.,  0., -2.]])
+    """
+
+    def __init__(
+        self,
+        left: Vector,
+        right: Vector | None = None,
+        codomain: TensorSpace | None = None,
+        domain: TensorSpace | None = None,
+    ) -> None:
+        codomain, self.left = _columns(left, codomain, "OuterProductOperator, left")
+        if right is None:
+            domain, self.right = codomain, self.left
+        else:
+            domain, self.right = _columns(right, domain, "OuterProductOperator, right")
+        if self.left.shape[1] != self.right.shape[1]:
+            raise ValueError(
+                f"OuterProductOperator: expected as many vectors on both sides, got {self.left.shape[1]} and "
+                f"{self.right.shape[1]}."
+            )
+        super().__init__(domain, codomain, psd=right is None)
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return self.left @ (self.right.T @ columns)
+
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        return self.right @ (self.left.T @ columns)
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a scalar tensor."""
+        return ((self.left.T @ self.left) * (self.right.T @ self.right)).sum().clamp(min=0).sqrt()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[D]``; a ValueError unless rows and columns are as many."""
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"{self.name}.diagonal(): expected a square operator, got {self!r}.")
+        return (self.left * self.right).sum(1)
+
+    def trace(self) -> Tensor:
+        """The trace, a scalar tensor; a ValueError unless rows and columns are as many."""
+        return self.diagonal().sum()
+
+
+class LowRankPlusDiagonalOperator(LinearOperator):
+    """U diag(s) Uᵀ + diag(d), whose inverse and determinant take only matrices of U's number of columns (Woodbury).
+
+    Args:
+        columns: U, one vector or columns in any format of the space.
+        diagonal: d, in the format of the space, or a number for all.
+        weights: s ``[K]``; ones if not given.
+        space: The space; by default plain vectors, or a dict's own names.
+        psd: Whether the whole is known to be positive semi-definite; by default whether s and d have no negative entry.
+
+    Raises:
+        TypeError, ValueError: If the parts do not fit.
+
+    Example:
+        >>> import torch
+        >>> from curvops import LowRankPlusDiagonalOperator
+        >>> op = LowRankPlusDiagonalOperator(torch.ones(4, 1), 2.0)
+        >>> op.trace(), op.inverse() @ torch.ones(4)  # 1 / 6
+        (tensor(12.), tensor([0.1667, 0.1667, 0.1667, 0.1667]))
+    """
+
+    def __init__(
+        self,
+        columns: Vector,
+        diagonal: Vector | float,
+        weights: Tensor | None = None,
+        space: TensorSpace | None = None,
+        psd: bool | None = None,
+    ) -> None:
+        space, self.columns = _columns(columns, space, "LowRankPlusDiagonalOperator, columns")
+        if isinstance(diagonal, (int, float)):
+            d = torch.full((space.dim,), float(diagonal), dtype=space.dtype, device=space.device)
+        else:
+            d = _columns(diagonal, space, "LowRankPlusDiagonalOperator, diagonal")[1]
+        rank = self.columns.shape[1]
+        s = self.columns.new_ones(rank) if weights is None else weights.detach()
+        if d.numel() != space.dim or s.shape != (rank,) or s.dtype != space.dtype or s.device != space.device:
+            raise ValueError(
+                f"LowRankPlusDiagonalOperator: expected one diagonal and {rank} weights, {space.dtype} on {space.device}, "
+                f"got a diagonal with {d.numel()} entries and weights {tuple(s.shape)}, {s.dtype} on {s.device}."
+            )
+        self.weights, self._diagonal = s, d.reshape(-1)
+        positive = bool((self.weights >= 0).all() and (self._diagonal >= 0).all())
+        super().__init__(space, symmetric=True, psd=positive if psd is None else psd)
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        low = self.columns @ (self.weights[:, None] * (self.columns.T @ columns))
+        return low + self._diagonal[:, None] * columns
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[D]``."""
+        return self.columns.square() @ self.weights + self._diagonal
+
+    def trace(self) -> Tensor:
+        """The trace, a scalar tensor."""
+        return self.diagonal().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a scalar tensor."""
+        gram = self.columns.T @ self.columns
+        low = (gram.square() * self.weights[:, None] * self.weights).sum()
+        mixed = 2 * (self.columns.square() @ self.weights) @ self._diagonal
+        return (low + mixed + self._diagonal.square().sum()).clamp(min=0).sqrt()
+
+    def logdet(self, damping: Damping = 0.0) -> Tensor:
+        """Logarithm of the determinant of the matrix plus ``damping`` times the identity; differentiable in it.
+
+        It is −∞ for a singular matrix.
+
+        Raises:
+            ValueError: If the determinant is negative, or if the diagonal with the damping has a zero.
+        """
+        parts = self._capacitance(damping)
+        if (parts.diagonal == 0).sum() > parts.columns.shape[1]:
+            return self.columns.new_tensor(-math.inf)
+        sign, size = torch.linalg.slogdet(parts.inner())
+        total = sign * parts.signs.prod() * parts.diagonal.sign().prod()
+        if total < 0:
+            raise ValueError(f"{self.name}.logdet(): the determinant is negative. Pass a larger damping.")
+        return parts.diagonal.abs().log().sum() + size
+
+    def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:
+        """The inverse of the matrix plus ``damping`` times the identity, of the same rank.
+
+        Raises:
+            ValueError: If it is singular, or the diagonal with the damping has a zero.
+        """
+        given = {name: number(value) for name, value in by_parameter(damping, self.domain).items()}
+        parts = self._capacitance(given)
+        values, basis = torch.linalg.eigh(parts.inner())
+        if len(values) and not values.abs().amin() > torch.finfo(self.dtype).eps * values.abs().amax():
+            raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
+        columns = (parts.columns / parts.diagonal[:, None]) @ basis
+        return LowRankPlusDiagonalOperator(columns, 1 / parts.diagonal, -1 / values, self.domain, self.psd)
+
+    def _scaled(self, factor: float) -> LinearOperator:
+        weights, diagonal = factor * self.weights, factor * self._diagonal
+        psd = self.psd if factor >= 0 else None
+        return LowRankPlusDiagonalOperator(self.columns, diagonal, weights, self.domain, psd)
+
+    def _shifted(self, damping: Mapping[str, float]) -> LinearOperator:
+        diagonal = self._diagonal + _spread(damping, self.domain)
+        psd = self.psd or None
+        return LowRankPlusDiagonalOperator(self.columns, diagonal, self.weights, self.domain, psd)
+
+    def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        if rows != columns:
+            return super()._restricted(rows, columns)
+        where = self.domain.positions(rows.names)
+        part = LowRankPlusDiagonalOperator(
+            self.columns[where], self._diagonal[where], self.weights, rows, self.psd or None
+        )
+        part._name = restricted_name(self, rows, columns)
+        return part
+
+    def _capacitance(self, damping: Damping) -> _Capacitance:
+        diagonal = self._diagonal + _spread(by_parameter(damping, self.domain), self.domain)
+        used = self.weights != 0
+        weights = self.weights[used]
+        columns = self.columns[:, used] * weights.abs().sqrt()
+        if (diagonal == 0).any() and (diagonal == 0).sum() <= columns.shape[1]:
+            raise ValueError(
+                f"{self.name}: expected a diagonal without zeros, where the rank reaches their number. "
+                "Pass a positive damping."
+            )
+        return _Capacitance(columns, weights.sign(), diagonal)
+
+
+class _Capacitance(NamedTuple):
+    """V J Vᵀ + D with signs J, whose inverse and determinant are those of the small J + Vᵀ D⁻¹ V."""
+
+    columns: Tensor
+    signs: Tensor
+    diagonal: Tensor
+
+    def inner(self) -> Tensor:
+        return self.signs.diag() + self.columns.T @ (self.columns / self.diagonal[:, None])
+
+
+def _columns(vector: Vector, space: TensorSpace | None, what: str) -> tuple[TensorSpace, Tensor]:
+    if space is None:
+        space = space_of(vector)
+    return space, space.to_columns(vector, what)[0].detach()
+
+
+def _spread(damping: Mapping[str, float | Tensor], space: TensorSpace) -> Tensor:
+    """The damping of each entry, ``[D]``."""
+    parts = [torch.as_tensor(value, dtype=space.dtype, device=space.device) for value in damping.values()]
+    return torch.cat([part.reshape(1).expand(size) for part, size in zip(parts, space.sizes, strict=True)])

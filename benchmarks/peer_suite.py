@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/peer_suite.py PATH_OF_ITS_REPOSITORY [FILE_OR_PYTEST_OPTION …]
 The files of its tests are run as they are (they need ``einops``). What they read of its internals, attributes with a
-leading underscore and two lists of options, is put in place here.
+leading underscore, lists of options, and the Kronecker factors that they change, is put in place here.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from curvops import LinearOperator, compat
 from curvops.compat.kronecker import EKFACLinearOperator, FisherType, KFACLinearOperator, KFACType
 from curvops.compat.operators import GGNLinearOperator
+from curvops.operators.block_diagonal import Placed
+from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
 
-FILES = (  # estimators, inverses, submatrices, Jacobians, Hessian, GGN, EF, KFAC, EKFAC
-    "trace diagonal norm papyan2020traces test_inverse.py test_submatrix.py test_jacobian.py test_hessian.py test_ggn.py "
-    "test_fisher.py test_gradient_moments.py test_ggn_diagonal.py examples test_kfac.py test_ekfac.py"
-).split()
+# estimators, inverses, submatrices, Jacobians, Hessian, GGN, EF, KFAC, EKFAC
+FILES = [
+    *("trace", "diagonal", "norm", "papyan2020traces", "examples"),
+    *("test_inverse.py", "test_submatrix.py", "test_jacobian.py", "test_hessian.py", "test_gradient_moments.py"),
+    *("test_ggn.py", "test_ggn_diagonal.py", "test_fisher.py", "test_kfac.py", "test_ekfac.py"),
+]
 
 
 def internals() -> None:
@@ -33,12 +39,58 @@ def internals() -> None:
         setattr(LinearOperator, name, property(lambda op, space=space: list(getattr(op, space).shapes.values())))
     for operator in (KFACLinearOperator, EKFACLinearOperator):
         operator._BACKENDS = ("hooks", "make_fx")
+        operator.__iter__ = lambda op: iter((None, [Factors(op, k) for k in range(len(op.blocks))], None))
     GGNLinearOperator._mc_samples = property(lambda op: op.mc_samples)
     GGNLinearOperator._seed = property(lambda op: op.seed, lambda op, seed: setattr(op, "seed", seed))
     types = SimpleNamespace(_SUPPORTED_FISHER_TYPE=tuple(FisherType), _SUPPORTED_KFAC_APPROX=tuple(KFACType))
     gradients = SimpleNamespace(_SUPPORTED_FISHER_TYPE=tuple(FisherType)[:3], _SUPPORTED_KFAC_APPROX=tuple(KFACType))
     compat.module("curvlinops.computers.kfac_hooks", {"HooksKFACComputer": types})
     compat.module("curvlinops.computers.ekfac_hooks", {"HooksEKFACComputer": gradients})
+
+
+class Factors:
+    """The Kronecker factors ``[n, n]`` of a block, which can be replaced: ``factors[0] = …``."""
+
+    def __init__(self, operator: KFACLinearOperator, place: int) -> None:
+        self._operator, self._place = operator, place
+
+    @property
+    def _placed(self) -> Placed:
+        return self._operator.blocks[self._place]
+
+    def _replace(self, block: Block) -> None:
+        blocks = list(self._operator.blocks)
+        blocks[self._place] = replace(self._placed, block=block)
+        self._operator._blocks = blocks
+
+    def _dense(self) -> list[Tensor]:
+        block = self._placed.block
+        if not isinstance(block, KroneckerBlock) or block.shape[0] > 1:
+            raise NotImplementedError(f"{self._placed.label}: expected one Kronecker product, got {block.shape}.")
+        factors = [f[0].diag() if f.ndim == 2 else f[0] for f in (block.left, block.right)]
+        return [factors[0] * factors[1]] if factors[1].shape == (1, 1) else factors
+
+    def __len__(self) -> int:
+        return len(self._dense())
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self._dense()[k]
+
+    def __setitem__(self, k: int, factor: Tensor) -> None:
+        factors = self._dense()
+        factors[k] = factor
+        left, right = factors if len(factors) == 2 else (factors[0], factor.new_ones(1, 1))
+        self._replace(KroneckerBlock(left.unsqueeze(0), right.unsqueeze(0)))
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues, which can be replaced."""
+        return self._placed.eigen().values.flatten()
+
+    @eigenvalues.setter
+    def eigenvalues(self, values: Tensor) -> None:
+        eigen = self._placed.eigen()
+        self._replace(EigenBlock(eigen.left, eigen.right, values.reshape(eigen.shape)))
 
 
 class Counts:

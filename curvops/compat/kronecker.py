@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor
 
 from curvops.compat.arguments import translated
-from curvops.compat.spaces import Reordered
 from curvops.kronecker import diagonal, kfac, kfoc
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed, StructuredOperator
-from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.operators.blocks import KroneckerBlock
 
 
 class FisherType(str, Enum):
@@ -35,7 +33,7 @@ class KFACType(str, Enum):
 
 
 class _Peer(KroneckerOperator):
-    """A Kronecker operator with the peer's arguments, its `inverse`, and its factors to read and to change."""
+    """A Kronecker operator with the peer's arguments and its `inverse`."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(**translated(given, named))
@@ -43,11 +41,6 @@ class _Peer(KroneckerOperator):
     def inverse(self, *given: Any, **named: Any) -> StructuredOperator:
         """The inverse; arguments as for `inverse`."""
         return inverse(self, *given, **named)
-
-    def __iter__(self) -> Iterator[Any]:
-        """P, the blocks, and Pᵀ, for P that brings the parameters to the order of the blocks."""
-        order = Reordered(self.domain, torch.cat([placed.positions for placed in self.blocks]))
-        yield from (order, [Factors(self, k) for k in range(len(self.blocks))], order.adjoint())
 
 
 class KFACLinearOperator(_Peer, kfac.KFACLinearOperator):
@@ -68,51 +61,6 @@ class GGNDiagonalLinearOperator(diagonal.GGNDiagonalLinearOperator):
     def __init__(self, *given: Any, mc_samples: int = 0, **named: Any) -> None:
         sampled: dict[str, Any] = {"fisher_type": "mc", "mc_samples": mc_samples} if mc_samples else {}
         super().__init__(**translated(given, named), **sampled)
-
-
-class Factors:
-    """The Kronecker factors ``[n, n]`` of a block, which can be replaced: ``factors[0] = …``."""
-
-    def __init__(self, operator: _Peer, place: int) -> None:
-        self._operator, self._place = operator, place
-
-    @property
-    def _placed(self) -> Placed:
-        return self._operator.blocks[self._place]
-
-    def _replace(self, block: Block) -> None:
-        blocks = list(self._operator.blocks)
-        blocks[self._place] = replace(self._placed, block=block)
-        self._operator._blocks = blocks
-
-    def _dense(self) -> list[Tensor]:
-        block = self._placed.block
-        if not isinstance(block, KroneckerBlock) or block.shape[0] > 1:
-            raise NotImplementedError(f"{self._placed.label}: expected one Kronecker product, got {block.shape}.")
-        factors = [f[0].diag() if f.ndim == 2 else f[0] for f in (block.left, block.right)]
-        return [factors[0] * factors[1]] if factors[1].shape == (1, 1) else factors
-
-    def __len__(self) -> int:
-        return len(self._dense())
-
-    def __getitem__(self, k: int) -> Tensor:
-        return self._dense()[k]
-
-    def __setitem__(self, k: int, factor: Tensor) -> None:
-        factors = self._dense()
-        factors[k] = factor
-        left, right = factors if len(factors) == 2 else (factors[0], factor.new_ones(1, 1))
-        self._replace(KroneckerBlock(left.unsqueeze(0), right.unsqueeze(0)))
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """The eigenvalues, which can be replaced."""
-        return self._placed.eigen().values.flatten()
-
-    @eigenvalues.setter
-    def eigenvalues(self, values: Tensor) -> None:
-        eigen = self._placed.eigen()
-        self._replace(EigenBlock(eigen.left, eigen.right, values.reshape(eigen.shape)))
 
 
 def inverse(
@@ -147,18 +95,16 @@ def inverse(
         kind, least = ("heuristic", min_damping) if use_heuristic_damping else ("exact", 0.0)
         return BlockDiagonalOperator.inverse(operator, damping, kind, least)
     pair = damping if isinstance(damping, tuple) else (damping, damping)
-    blocks = [replace(placed, block=_shifted(placed.block, *pair)) for placed in operator.blocks]
+    blocks = [_shifted(placed, *pair) for placed in operator.blocks]
     return StructuredOperator(operator.domain, blocks, operator.name).inverse()
 
 
-def _shifted(block: Block, right_shift: float, left_shift: float) -> Block:
+def _shifted(placed: Placed, right_shift: float, left_shift: float) -> Placed:
     """A block with a multiple of the identity added to each of its factors, or to its eigenvalues."""
-    if isinstance(block, EigenBlock):
-        return EigenBlock(block.left, block.right, block.values + left_shift)
-    if block.right.shape[1] == 1:
-        whole = block.left * block.right.reshape(-1, *[1] * (block.left.ndim - 1))
-        return KroneckerBlock(_plus(whole, left_shift), torch.ones_like(block.right))
-    return KroneckerBlock(_plus(block.left, left_shift), _plus(block.right, right_shift))
+    block = placed.block
+    if not isinstance(block, KroneckerBlock) or block.shape[2] == 1:
+        return placed.affine(1.0, left_shift)
+    return replace(placed, block=KroneckerBlock(_plus(block.left, left_shift), _plus(block.right, right_shift)))
 
 
 def _plus(factor: Tensor, shift: float) -> Tensor:

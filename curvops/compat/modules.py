@@ -22,6 +22,7 @@ MODULES: dict[str, dict[str, object]] = {
     "ekfac": {"EKFACLinearOperator": kronecker.EKFACLinearOperator},
     "kfoc": {"KFOCLinearOperator": kronecker.KFOCLinearOperator},
     "inverse": {"KFACInverseLinearOperator": kronecker.inverse},
+    "submatrix": {"SubmatrixLinearOperator": spaces.SubmatrixLinearOperator},
     "trace.hutchinson": {
         "hutchinson_trace": estimates.hutchinson_trace,
         "HutchinsonTraceEstimator": estimates.HutchinsonTraceEstimator,
@@ -40,7 +41,14 @@ MODULES: dict[str, dict[str, object]] = {
         "hutchinson_squared_fro": estimates.hutchinson_squared_fro,
         "HutchinsonSquaredFrobeniusNormEstimator": estimates.HutchinsonSquaredFrobeniusNormEstimator,
     },
-    "examples": {"gradient_and_loss": risk.gradient_and_loss, "TensorLinearOperator": spaces.TensorLinearOperator},
+    "diag": {"DiagonalLinearOperator": spaces.DiagonalLinearOperator},
+    "outer": {"OuterProductLinearOperator": spaces.OuterProductLinearOperator},
+    "examples": {
+        "gradient_and_loss": risk.gradient_and_loss,
+        "TensorLinearOperator": spaces.TensorLinearOperator,
+        "IdentityLinearOperator": spaces.IdentityLinearOperator,
+        "OuterProductLinearOperator": spaces.OuterProductLinearOperator,
+    },
     "examples.functorch": {
         "functorch_hessian": functorch.functorch_hessian,
         "functorch_ggn": functorch.functorch_ggn,
@@ -57,6 +65,6 @@ MODULES: dict[str, dict[str, object]] = {
         "split_list": utils.split_list,
     },
 }
-# modules whose names the package itself has, too
-PUBLIC = [name for name in MODULES if not name.startswith(("_", "examples", "sampling", "utils"))]
-NAMES = {name: value for module in PUBLIC for name, value in MODULES[module].items()}
+# modules whose names the package itself does not have
+INNER = ("_torch_base", "diag", "outer", "examples", "examples.functorch", "examples.utils", "sampling", "utils")
+NAMES = {name: value for module, names in MODULES.items() if module not in INNER for name, value in names.items()}

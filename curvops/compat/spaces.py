@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvops.operators import submatrix
+from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
 from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.low_rank import LowRankPlusDiagonalOperator
 from curvops.space import TensorSpace
+
+Shapes = Sequence[Sequence[int]]
 
 
 class UnnamedSpace(TensorSpace):
     """A space of tensors without names: it equals any of the same shapes, dtypes and device."""
 
-    def __init__(self, shapes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
         scalar = torch.empty((), device=device, dtype=dtype)
         super().__init__({f"tensor {k}": scalar.expand(*shape) for k, shape in enumerate(shapes)})
 
@@ -66,15 +72,42 @@ class TensorLinearOperator(LinearOperator):
         return torch.linalg.matrix_norm(self.matrix)
 
 
-class Reordered(LinearOperator):
-    """Entries of a vector in another order."""
+class IdentityLinearOperator(IdentityOperator):
+    """The identity on tensors of some shapes."""
 
-    def __init__(self, space: TensorSpace, places: Tensor) -> None:
-        super().__init__(space, UnnamedSpace([(space.dim,)], space.device, space.dtype))
-        self.places = places
+    def __init__(self, shape: Shapes, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(UnnamedSpace(shape, device, dtype))
 
-    def _apply(self, columns: Tensor) -> Tensor:
-        return columns[self.places]
 
-    def _apply_adjoint(self, columns: Tensor) -> Tensor:
-        return columns[self.places.argsort()]
+class DiagonalLinearOperator(DiagonalOperator):
+    """A diagonal matrix, given as a list of tensors."""
+
+    def __init__(self, diagonal: Sequence[Tensor]) -> None:
+        space = UnnamedSpace([d.shape for d in diagonal], diagonal[0].device, diagonal[0].dtype)
+        super().__init__(list(diagonal), space)
+
+
+class OuterProductLinearOperator(LowRankPlusDiagonalOperator):
+    """Σ_k c_k a_k a_kᵀ, the a_k columns of a matrix ``[D, K]``."""
+
+    def __init__(self, c: Any, A: Any) -> None:
+        columns = torch.as_tensor(A)
+        space = UnnamedSpace([(len(columns),)], columns.device, columns.dtype)
+        super().__init__(columns, 0.0, torch.as_tensor(c), space)
+
+
+class SubmatrixLinearOperator(submatrix.SubmatrixLinearOperator):
+    """`curvops.SubmatrixLinearOperator` with rows and columns that can be set anew."""
+
+    def __init__(self, A: LinearOperator, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
+        self._choose(A, row_idxs, col_idxs)
+
+    def set_submatrix(self, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
+        """Choose other rows and columns."""
+        self._choose(self.operator, row_idxs, col_idxs)
+
+    def _choose(self, A: LinearOperator, *chosen: Sequence[int]) -> None:
+        for places, dim in zip(chosen, A.shape, strict=True):
+            if not all(isinstance(k, int) and 0 <= k < dim for k in places) or len(set(places)) < len(places):
+                raise ValueError(f"expected different numbers from 0 to {dim - 1}, got {list(places)[:10]}.")
+        super().__init__(A, *chosen)

@@ -1,0 +1,164 @@
+"""Spectral density of a symmetric matrix: how many of its eigenvalues lie where, with an error band."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvops.matrix import Products, normal, seeded
+from curvops.memory import budget
+from curvops.spectrum.pairs import EigenPairs
+from curvops.spectrum.quadrature import quadrature
+
+Scale = Literal["linear", "symlog"]
+
+
+class Curve(NamedTuple):
+    """Estimates at some points, with their standard errors (NaN from one start vector)."""
+
+    points: Tensor
+    values: Tensor
+    errors: Tensor
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """The distribution of D eigenvalues, each with weight 1 / D: a bulk by quadrature, and outliers exactly.
+
+    Attributes:
+        nodes, weights: Of the bulk, for each of K start vectors, ``[K, m]``; each start's weights sum to 1.
+        outliers: Eigenvalues that were deflated, ``[p]``.
+        dim: D.
+        products: Products that were taken.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    outliers: Tensor
+    dim: int
+    products: int
+
+    def density(
+        self, points: Tensor | None = None, *, width: float | None = None, scale: Scale = "linear",
+        threshold: float | None = None, outliers: bool = True,
+    ) -> Curve:  # fmt: skip
+        """Density smoothed by a Gaussian, which integrates to 1 over the scale's coordinate.
+
+        Args:
+            points: Eigenvalues to evaluate at. Default: 1,000 over the spectrum, even on the scale.
+            width: Standard deviation of the Gaussian on the scale. Default: 1 % of the spectrum's extent.
+            scale: ``"linear"``: per unit of λ. ``"symlog"``: per unit of asinh(λ / threshold), which is linear near zero
+                and logarithmic on both sides.
+            threshold: Where symmetric-log turns. Default: 1e-4 of the largest |λ|.
+            outliers: Whether the deflated eigenvalues are drawn too.
+        """
+        largest = torch.cat([self.nodes.flatten(), self.outliers]).abs().max()
+        turn = float(threshold or 1e-4 * largest or 1.0)
+
+        def place(values: Tensor) -> Tensor:
+            return (values / turn).asinh() if scale == "symlog" else values
+
+        if scale not in ("linear", "symlog"):
+            raise ValueError(f"scale: expected 'linear' or 'symlog', got {scale!r}.")
+        seen = place(torch.cat([self.nodes[self.weights > 0], self.outliers if outliers else self.outliers[:0]]))
+        low, high = float(seen.min()), float(seen.max())
+        width = width or (high - low) / 100 or max(abs(high), 1.0) / 100
+        if points is None:
+            even = torch.linspace(low - 5 * width, high + 5 * width, 1000, dtype=torch.float64)
+            points = turn * even.sinh() if scale == "symlog" else even
+        at = place(points.double().cpu())
+
+        def kernel(values: Tensor) -> Tensor:
+            distance = (at - place(values).unsqueeze(-1)) / width
+            return (-distance.square() / 2).exp() / (width * (2 * torch.pi) ** 0.5)
+
+        by_start = torch.stack([w @ kernel(n) for n, w in zip(self.nodes, self.weights, strict=True)])
+        return self._curve(points, by_start, kernel(self.outliers).sum(0) if outliers else 0.0)
+
+    def cumulative(self, points: Tensor) -> Curve:
+        """The part of the eigenvalues that are at most each point, from 0 to 1."""
+        at = points.double().cpu()
+        by_start = torch.stack(
+            [((n <= at.unsqueeze(1)) * w).sum(1) for n, w in zip(self.nodes, self.weights, strict=True)]
+        )
+        return self._curve(points, by_start, (self.outliers <= at.unsqueeze(1)).double().sum(1))
+
+    def moments(self, degree: int) -> Curve:
+        """tr(Aᵖ) / D for p = 0, …, degree."""
+        powers = torch.arange(degree + 1, dtype=torch.float64)
+        by_start = (self.weights.unsqueeze(-1) * self.nodes.unsqueeze(-1) ** powers).sum(1)
+        return self._curve(powers, by_start, (self.outliers.unsqueeze(-1) ** powers).sum(0))
+
+    def _curve(self, points: Tensor, by_start: Tensor, outliers: Tensor | float) -> Curve:
+        """Mean over starts, which are orthonormal: a sample without replacement from the bulk's dimensions."""
+        count, bulk = len(by_start), self.dim - len(self.outliers)
+        share = bulk / self.dim
+        spread = by_start.std(0) if count > 1 else torch.full_like(by_start[0], torch.nan)
+        errors = share * spread * ((bulk - count) / (bulk * count)) ** 0.5
+        values = share * by_start.mean(0) + torch.as_tensor(outliers, dtype=by_start.dtype) / self.dim
+        return Curve(points, values, torch.zeros_like(values) if count == bulk else errors)
+
+
+def spectral_density(
+    matrix: Any,
+    *,
+    depth: int = 64,
+    num_vectors: int = 8,
+    deflate: EigenPairs | None = None,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    basis_device: torch.device | str | None = None,
+    basis_dtype: torch.dtype | None = None,
+    progressbar: bool = False,
+) -> SpectralDensity:
+    """Spectral density by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
+
+    Start vectors are orthonormal columns of a random rotation. So estimates have no bias but the quadrature's, which
+    ends where ``depth`` reaches the dimension of the Krylov space, and D start vectors have no variance.
+
+    Args:
+        matrix: Symmetric, see `curvops.matrix.Matrix`.
+        depth: Lanczos steps for each start vector. Moments up to degree 2 depth - 1 have no bias.
+        num_vectors: Start vectors, no more than D are taken. They are multiplied together.
+        deflate: Eigenpairs that are taken out first: outliers, whose places are then exact.
+        seed: Of the start vectors.
+        memory_budget: Bytes for the bases; starts go in groups whose bases fit. Default: a quarter of what is free.
+        basis_device: Where the bases live. Default: the matrix's device.
+        basis_dtype: Their precision, to which orthogonality is kept. Default: that of the matrix.
+        progressbar: Show a bar that counts products.
+
+    Raises:
+        TypeError, ValueError: If the matrix or an argument is not as described.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0]))
+        >>> found = spectral_density(matrix, num_vectors=4)
+        >>> torch.testing.assert_close(found.cumulative(torch.tensor([2.0])).values, torch.tensor([0.75]).double())
+    """
+    with Products(matrix, "spectral density", symmetric=True, progressbar=progressbar) as products:
+        size = products.shape[0]
+        vectors = deflate.vectors.to(products.device, products.dtype) if deflate is not None else None
+        if vectors is not None and not (len(vectors) == size and vectors.shape[1] < size):
+            raise ValueError(f"deflate: expected fewer than {size} vectors of this length, got {tuple(vectors.shape)}.")
+        bulk = size if vectors is None else size - vectors.shape[1]
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors: expected a positive number, got {num_vectors}.")
+
+        def outside(columns: Tensor) -> Tensor:
+            return columns if vectors is None else columns - vectors @ (vectors.T @ columns)
+
+        starts = normal((size, min(num_vectors, bulk)), seeded(seed), products)
+        starts = torch.linalg.qr(outside(torch.linalg.qr(outside(starts))[0]))[0]
+        device, dtype = torch.device(basis_device or products.device), basis_dtype or products.dtype
+        together = max(1, budget(device, memory_budget) // (max(1, depth) * size * dtype.itemsize))
+        rules = [
+            quadrature(lambda v: outside(products(v)), some, depth, basis_device=device, basis_dtype=dtype)
+            for some in starts.split(together, dim=1)
+        ]
+        nodes, weights = (torch.cat(parts) for parts in zip(*rules, strict=True))
+        outliers = torch.zeros(0) if deflate is None else deflate.values
+        return SpectralDensity(nodes, weights, outliers.double().cpu(), size, products.count)

@@ -1,0 +1,133 @@
+"""A Krylov space of a self-adjoint map, kept orthonormal: A V = V H + X C, and thick restarts by its Ritz vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvops.matrix import Products, normal
+
+SPENT = 10  # roundoffs: what orthogonalisation leaves below this share of an image is rounding, so the space has ended
+CHUNK = 2**16  # entries of the basis vectors that a restart rotates together
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Ritz(NamedTuple):
+    """Approximate eigenvalues ``[m]``, ascending, their coordinates ``[m, m]`` in the basis, and residuals ``[m]``."""
+
+    values: Tensor
+    coordinates: Tensor
+    residuals: Tensor
+
+
+class Krylov:
+    """Block Lanczos with full reorthogonalisation, twice, and explicit projections.
+
+    H has each product's overlaps with the whole basis, and not only the ones that symmetry leaves, so residuals are
+    those of the products that were made, and a map that is not self-adjoint is noticed.
+
+    Args:
+        products: Products with A, whose dtype and device the vectors have.
+        image: The map, self-adjoint in the metric's inner product: A, or B⁻¹ A.
+        metric: Products with B.
+        start: Columns ``[D, b]`` of the first block.
+        room: Basis vectors that are kept at most.
+        device, dtype: Where and how the basis is kept.
+        generator: Gives directions where the space is invariant.
+    """
+
+    def __init__(
+        self,
+        products: Products,
+        image: Map,
+        metric: Map,
+        start: Tensor,
+        room: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        self._products, self._image, self._metric, self._generator = products, image, metric, generator
+        self.dim, self._width = start.shape
+        self._rows = torch.empty(room + self._width, self.dim, device=device, dtype=dtype)
+        self._overlaps = torch.zeros(room, room, dtype=torch.float64)  # H
+        self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
+        self.room, self.size, self.block = room, 0, 0  # vectors of V at most, of V and of X
+        self._advance(start)
+
+    def expand(self) -> None:
+        """Take products with the block X, which joins the basis."""
+        begin, end = self.size, self.size + self.block
+        image = self._image(self._rows[begin:end].T.to(self._products.device, self._products.dtype))
+        if not image.isfinite().all():
+            raise ValueError(f"{self._products.title}: a product with {self._products.name} is not finite.")
+        self._overlaps[begin:end, :begin] = self._coupling
+        self.size = end
+        self._overlaps[:end, begin:end] = self._advance(image)
+
+    def ritz(self) -> Ritz:
+        """Eigenpairs of the projection; residuals are ‖A V s − θ V s‖ = ‖(H − θ) s + X C s‖."""
+        overlaps = self._overlaps[: self.size, : self.size]
+        values, coordinates = torch.linalg.eigh((overlaps + overlaps.T) / 2)
+        within = (overlaps @ coordinates - coordinates * values).norm(dim=0)
+        return Ritz(values, coordinates, torch.hypot(within, (self._coupling @ coordinates).norm(dim=0)))
+
+    def asymmetry(self) -> float:
+        """‖H − Hᵀ‖ / ‖H‖, which is rounding where the map is self-adjoint."""
+        overlaps = self._overlaps[: self.size, : self.size]
+        return float((overlaps - overlaps.T).norm() / overlaps.norm().clamp(min=torch.finfo(torch.float64).tiny))
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        """Columns ``[D, K]`` of their coordinates ``[m, K]``."""
+        found = coordinates.T.to(self._rows) @ self._rows[: self.size]
+        return found.T.to(self._products.device, self._products.dtype)
+
+    def restart(self, ritz: Ritz, kept: Tensor) -> None:
+        """Keep some Ritz vectors only, and the block (Wu & Simon 2000)."""
+        rotation, block = ritz.coordinates[:, kept], self._rows[self.size : self.size + self.block].clone()
+        turned = rotation.T.to(self._rows)
+        for part in self._rows.split(CHUNK, dim=1):
+            part[: len(kept)] = turned @ part[: self.size]
+        self._coupling = self._coupling @ rotation
+        self.size = len(kept)
+        self._rows[self.size : self.size + self.block] = block
+        self._overlaps.zero_()
+        self._overlaps[: self.size, : self.size] = ritz.values[kept].diag()
+
+    def _advance(self, columns: Tensor) -> Tensor:
+        """Make the next block of some columns' part outside the space; returns their overlaps with the space."""
+        self.block, width = 0, min(self._width, self.dim - self.size)
+        coordinates = torch.zeros(self.size + width, columns.shape[1], dtype=torch.float64)
+        for j, column in enumerate(columns.T):
+            found, inside = self._outside(column)
+            coordinates[: len(inside), j] = inside
+            if self.block == width:
+                continue
+            norm = self._norm(found)
+            if norm > SPENT * torch.finfo(found.dtype).eps * self._norm(column):
+                coordinates[len(inside), j] = norm
+            else:  # the space is invariant in this direction: go on in a random one, which is not coupled to it
+                found, _ = self._outside(normal((self.dim,), self._generator, self._products))
+                norm = self._norm(found)
+            self._rows[self.size + self.block] = (found / norm).to(self._rows)
+            self.block += 1
+        before = torch.zeros(self.block, max(0, self.size - columns.shape[1]), dtype=torch.float64)
+        self._coupling = torch.cat([before, coordinates[self.size :]], 1)[:, : self.size]
+        return coordinates[: self.size]
+
+    def _outside(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """A vector without its part within the space and the block, and that part's coordinates."""
+        rows = self._rows[: self.size + self.block]
+        inside = torch.zeros(len(rows), dtype=torch.float64)
+        for _ in range(2):
+            found = rows @ self._metric(column.unsqueeze(1)).squeeze(1).to(rows)
+            column = column - (found @ rows).to(column)
+            inside += found.double().cpu()
+        return column, inside
+
+    def _norm(self, column: Tensor) -> float:
+        return float((column @ self._metric(column.unsqueeze(1)).squeeze(1)).clamp(min=0).sqrt())

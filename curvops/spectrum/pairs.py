@@ -1,0 +1,53 @@
+"""Eigenvalues with their eigenvectors, residuals, and what they took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+CONVERGED = "converged"
+
+
+@dataclass(frozen=True)
+class EigenPairs:
+    """Some eigenpairs A v = λ v of a symmetric matrix, or A v = λ B v; unpacks to ``values, vectors``.
+
+    Attributes:
+        values: Ascending, ``[k]``.
+        vectors: Orthonormal columns (B-orthonormal where there is a metric B), ``[D, k]``.
+        residuals: ‖A v − λ v‖ of each, absolute, ``[k]``. With a metric ‖B⁻¹ A v − λ v‖ in its norm. An eigenvalue lies
+            no farther than this from λ, and much closer where others are far away.
+        products: Products with the matrix that were taken, one a column.
+        converged: Whether each residual is at most ``tolerance`` times the largest |eigenvalue| that was seen.
+        reason: Why the computation ended, and what helps if that was too early.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    products: int
+    converged: bool
+    reason: str
+    domain: Any = field(default=None, repr=False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.values, self.vectors))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def named(self, index: int) -> dict[str, Tensor]:
+        """An eigenvector as tensors by name, where the matrix is one of named tensors.
+
+        Args:
+            index: Which, as in ``values``.
+
+        Raises:
+            TypeError: If the matrix knows no names.
+        """
+        if not hasattr(self.domain, "split"):
+            raise TypeError("named: the matrix has no 'domain' that names tensors. Use the columns of 'vectors'.")
+        return dict(zip(self.domain.names, self.domain.split(self.vectors[:, index]), strict=True))

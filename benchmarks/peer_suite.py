@@ -1,19 +1,28 @@
 """The test-suite of curvlinops, run against `curvops.compat`: counts by file, and the failures by their messages.
 
 Usage: python benchmarks/peer_suite.py PATH_OF_ITS_REPOSITORY [FILE_OR_PYTEST_OPTION …]
+       python benchmarks/peer_suite.py PATH_OF_ITS_REPOSITORY --gallery [EXAMPLE …]
 The files of its tests are run as they are (they need ``einops``). What they read of its internals, attributes with a
-leading underscore, lists of options, and the Kronecker factors that they change, is put in place here.
+leading underscore, lists of options, and the Kronecker factors that they change, is put in place here. The examples
+of its gallery are run as they are, in processes that have imported `curvops.compat`.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from torch import Tensor
@@ -126,18 +135,41 @@ class Counts:
         return "\n".join(lines)
 
 
-def main(repository: Path, arguments: list[str]) -> int:
+@contextmanager
+def started_with_compat() -> Iterator[None]:
+    """A context in which processes that are started as ``python`` are this one, and import `curvops.compat` first."""
+    with TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text("import curvops.compat\n")
+        path = os.pathsep.join([folder, str(Path(compat.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        with patch.dict(os.environ, PYTHONPATH=path, PATH=programs, MPLBACKEND="agg"):
+            yield
+
+
+def tests(repository: Path, arguments: list[str]) -> None:
     internals()
     sys.path.insert(0, str(repository))
     chosen = [a for a in arguments if not a.startswith("-")] or FILES
     files = [str(repository / "test" / name) for name in chosen if (repository / "test" / name.split("::")[0]).exists()]
-    counts = Counts()
     options = [a for a in arguments if a.startswith("-")]
-    quiet = ["-q", "--no-header", "--tb=short", "--show-capture=no", "--disable-warnings", "-p", "no:cacheprovider"]
+    quiet = ["-q", "--no-header", "--tb=no", "--show-capture=no", "--disable-warnings", "-p", "no:cacheprovider"]
+    counts = Counts()
     pytest.main([*quiet, "--rootdir", str(repository), *options, *files], plugins=[counts])
     print(counts.report())
-    return 0
+
+
+def gallery(repository: Path, names: list[str]) -> None:
+    folder = repository / "docs" / "examples" / "basic_usage"
+    for example in [folder / name for name in names] or sorted(folder.glob("example_*.py")):
+        begin = time.perf_counter()
+        with TemporaryDirectory() as place:
+            done = subprocess.run(["python", str(example)], cwd=place, capture_output=True, text=True)
+        why = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [""])[-1][:200]
+        outcome = "runs" if done.returncode == 0 else "fails"
+        print(f"| {example.name} | {outcome} | {time.perf_counter() - begin:.0f} s | {why} |", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))
+    path, rest = Path(sys.argv[1]).resolve(), sys.argv[2:]
+    with started_with_compat():
+        gallery(path, rest[1:]) if rest[:1] == ["--gallery"] else tests(path, rest)

@@ -44,7 +44,7 @@ def xdiag(A: Any, num_matvecs: int) -> Tensor:
 def hutchinson_squared_fro(A: Any, num_matvecs: int, distribution: Distribution = "rademacher") -> Tensor:
     """Squared Frobenius norm by Hutchinson's estimator."""
     products = max(num_matvecs, LEAST["hutchinson"])
-    return _plain(estimators.squared_norm(A, num_products=products, distribution=distribution, seed=_seed()))
+    return _plain(estimators.squared_norm(A, num_products=products, distribution=distribution, seed=new_seed()))
 
 
 class HutchinsonTraceEstimator:
@@ -88,11 +88,11 @@ class HutchinsonSquaredFrobeniusNormEstimator(HutchinsonTraceEstimator):
 
 def _trace(method: TraceMethod, A: Any, num_matvecs: int, distribution: Distribution) -> Tensor:
     products = max(num_matvecs, LEAST[method])
-    return _plain(estimators.trace(A, method=method, num_products=products, distribution=distribution, seed=_seed()))
+    return _plain(estimators.trace(A, method=method, num_products=products, distribution=distribution, seed=new_seed()))
 
 
 def _diagonal(method: DiagonalMethod, A: Any, num_matvecs: int) -> Tensor:
-    return _plain(estimators.diagonal(A, method=method, num_products=max(num_matvecs, LEAST[method]), seed=_seed()))
+    return _plain(estimators.diagonal(A, method=method, num_products=max(num_matvecs, LEAST[method]), seed=new_seed()))
 
 
 def _plain(estimate: Any) -> Tensor:
@@ -100,6 +100,6 @@ def _plain(estimate: Any) -> Tensor:
     return found
 
 
-def _seed() -> int:
+def new_seed() -> int:
     """A new seed from the global random state, which the peer draws from."""
     return int(torch.randint(2**62, ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvops.compat import estimates, functorch, kronecker, operators, risk, spaces, utils
+from curvops.compat import density, estimates, functorch, kronecker, operators, risk, spaces, utils
 from curvops.operators.linear_operator import LinearOperator
 from curvops.products.risk_operator import RiskOperator
 
@@ -40,6 +40,14 @@ MODULES: dict[str, dict[str, object]] = {
     "norm.hutchinson": {
         "hutchinson_squared_fro": estimates.hutchinson_squared_fro,
         "HutchinsonSquaredFrobeniusNormEstimator": estimates.HutchinsonSquaredFrobeniusNormEstimator,
+    },
+    "papyan2020traces.spectrum": {
+        "approximate_boundaries": density.approximate_boundaries,
+        "approximate_boundaries_abs": density.approximate_boundaries_abs,
+        "lanczos_approximate_spectrum": density.lanczos_approximate_spectrum,
+        "lanczos_approximate_log_spectrum": density.lanczos_approximate_log_spectrum,
+        "LanczosApproximateSpectrumCached": density.LanczosApproximateSpectrumCached,
+        "LanczosApproximateLogSpectrumCached": density.LanczosApproximateLogSpectrumCached,
     },
     "diag": {"DiagonalLinearOperator": spaces.DiagonalLinearOperator},
     "outer": {"OuterProductLinearOperator": spaces.OuterProductLinearOperator},

@@ -176,15 +176,18 @@ def inverse_rows(problem: Problem, rounds: int) -> Iterator[Row]:
 def step_rows(problem: Problem, rounds: int) -> Iterator[Row]:
     """KFAC made anew while the parameters change, with the libraries' checks and without."""
 
-    def step(make: Callable[..., Any], check: bool) -> None:
-        make("KFAC", check)
+    def step(make: Callable[[], Any]) -> None:
+        make()
         with torch.no_grad():
             torch._foreach_mul_(list(problem.params.values()), 0.999)
 
     for check in (False, True):
         title = "KFAC, mc, at each step" + (", with the libraries' checks" if check else "")
-        ours, peer = (partial(step, make, check) for make in (problem.ours, problem.peer_factors))
-        yield from compared(problem, {title: ours}, peer, 4 * rounds, kfac_floor(problem))
+        ours = {title: partial(step, partial(problem.ours, "KFAC", check))}
+        if not check:
+            ours["KFAC, mc, refreshed at each step"] = partial(step, problem.ours("KFAC").refresh)
+        peer = partial(step, partial(problem.peer_factors, "KFAC", check))
+        yield from compared(problem, ours, peer, 4 * rounds, kfac_floor(problem))
 
 
 def rows(problem: Problem, work: list[str], rounds: int) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from curvops.operators.structured import block_diagonal, kronecker_product
 from curvops.operators.submatrix import SubmatrixLinearOperator
 from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
 from curvops.products.hessian import HessianLinearOperator
+from curvops.products.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import TensorSpace
 
@@ -25,6 +26,7 @@ __all__ = [
     "GGNLinearOperator",
     "HessianLinearOperator",
     "IdentityOperator",
+    "JacobianLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
     "LinearOperator",
@@ -32,6 +34,7 @@ __all__ = [
     "OuterProductOperator",
     "SubmatrixLinearOperator",
     "TensorSpace",
+    "TransposedJacobianLinearOperator",
     "block_diagonal",
     "kronecker_product",
     "load",

@@ -125,10 +125,7 @@ class Products:
     def _product(self, matrix: Any, columns: Tensor) -> Tensor:
         self.count += columns.shape[1]
         with torch.no_grad():
-            if self._torch:
-                found = matrix @ columns
-            else:
-                found = torch.as_tensor(matrix @ columns.numpy())
+            found = matrix @ columns if self._torch else torch.as_tensor(matrix @ columns.numpy())
         if self._bar is not None:
             self._bar.update(columns.shape[1])
         return found.to(self.device, self.dtype)

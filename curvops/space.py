@@ -114,7 +114,8 @@ class TensorSpace:
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             found = [n for n in self.names if n == pattern] or [n for n in self.names if fnmatchcase(n, pattern)]
             if not found:
-                near = get_close_matches(pattern, [*self.names, *_modules(self.names)], n=3)
+                inside = any(name.startswith(f"{pattern}.") for name in self.names)
+                near = [f"{pattern}.*"] if inside else get_close_matches(pattern, [*self.names, *_modules(self.names)])
                 hint = f"near: {describe(near)}" if near else f"there are {describe(self.names)}"
                 raise KeyError(f"no parameter's name matches {pattern!r}; {hint}.")
             chosen.update(found)

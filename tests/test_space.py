@@ -1,5 +1,8 @@
 """TensorSpace: formats, columns, slices and what it refuses."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +40,79 @@ def test_there_and_back(space, kind, columns):
     again = space.from_columns(found, form)
     torch.testing.assert_close(again, vector[kind], rtol=0, atol=0)
     assert type(again) is type(vector[kind])
+
+
+def parts(vector):
+    if isinstance(vector, dict):
+        return list(vector.values())
+    return list(vector) if isinstance(vector, (list, tuple)) else [torch.as_tensor(vector)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_rows_lead_from_the_left(space, rows):
+    flat = torch.randn(rows, 9, dtype=torch.float64)
+    tensors = [t.movedim(-1, 0) for t in space.split(flat.T)]
+    assert [tuple(t.shape) for t in tensors] == [(rows, *s) for s in SHAPES.values()]
+    for vector in (flat, tensors, tuple(tensors), dict(zip(SHAPES, tensors, strict=True)), flat.numpy()):
+        columns, form = space.to_columns(vector, "test", leading=True)
+        assert torch.equal(columns, flat.T)
+        again = space.from_columns(columns, form)
+        assert type(again) is type(vector)
+        for found, given in zip(parts(again), parts(vector), strict=True):
+            torch.testing.assert_close(found, given, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"'weight', or with one leading axis of rows, got \(2, 3, 7\)"):
+        space.to_columns(space.split(torch.zeros(9, 7, dtype=torch.float64)), "test", leading=True)
+    with pytest.raises(ValueError, match=r"expected 9 columns .* got 8"):
+        space.to_columns(flat[:, :8], "test", leading=True)
+
+
+def test_arrays(space):
+    array = np.arange(18.0).reshape(9, 2)[:, ::-1]
+    columns, form = space.to_columns(array, "test")
+    columns.zero_()
+    assert array[0, 0] == 1 and isinstance(space.from_columns(columns, form), np.ndarray)
+    for wrong, got in ((np.ones(9, np.float32), "float32"), (np.ones(9, int), "int64"), (np.array(["a"] * 9), "str")):
+        with pytest.raises(TypeError, match=rf"expected an array of float64, got {got}.*\.astype\('float64'\)"):
+            space.to_columns(wrong, "test")
+    with pytest.raises(ValueError, match=r"expected 9 rows .* got 8"):
+        space.to_columns(np.ones(8), "test")
+    with pytest.raises(ValueError, match=r"one or two axes, got shape \(\)"):
+        space.to_columns(np.array(1.0), "test")
+    with pytest.raises(TypeError, match=r"expected an array of bfloat16, got float32\. Pass a tensor"):
+        TensorSpace.flat(2, torch.bfloat16).to_columns(np.ones(2, np.float32), "test")
+
+
+def test_subspaces(space):
+    part = space.subspace(["bias", "weight"])
+    assert part.names == ["weight", "bias"] and part.dim == 8 and part.dtype == space.dtype
+    assert part == TensorSpace({n: torch.zeros(SHAPES[n], dtype=torch.float64) for n in ("weight", "bias")})
+    assert space.positions(["scale", "bias"]).tolist() == [6, 7, 8]
+    flat = TensorSpace.flat(3)
+    assert (flat.dim, flat.dtype, flat.names) == (3, torch.get_default_dtype(), ["vector"])
+    with pytest.raises(KeyError, match="'other'"):
+        space.subspace(["other"])
+
+
+def test_patterns():
+    names = ["a.weight", "a.bias", "b.0.weight", "b.1.weight", "odd[0]"]
+    space = TensorSpace({name: torch.zeros(1) for name in names})
+    for patterns, found in (
+        ("*", names),
+        ("a.*", names[:2]),
+        (["*.weight", "a.bias"], names[:4]),
+        ("b.?.weight", names[2:4]),
+        ("b.[1-9].*", names[3:4]),
+        ("odd[0]", names[4:]),
+        (["b.*", "a.weight"], [names[0], *names[2:4]]),
+    ):
+        assert space.match(patterns) == found
+    for wrong, hint in (
+        ("a.wieght", "near: 'a.weight'"),
+        ("a", "near: 'a.*'"),
+        ("zzz", "there are 'a.weight', 'a.bias', …"),
+    ):
+        with pytest.raises(KeyError, match=re.escape(hint)):
+            space.match(wrong)
 
 
 def test_mixed_precisions():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from curvops.kronecker.groups import Key
 from curvops.kronecker.options import Options
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.state import Entry, State
-from curvops.kronecker.sweep import Sweep
+from curvops.kronecker.sweep import Proof, Sweep
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
@@ -139,6 +139,45 @@ class KroneckerOperator(StateOperator):
         operator._set(risk, cls._options(**given), planned=True)
         return operator.explain()
 
+    def refresh(
+        self: SomeOperator,
+        data: Iterable[tuple[Any, Any]] | None = None,
+        *,
+        decay: float = 0.0,
+        seed: int | None = None,
+    ) -> SomeOperator:
+        """The operator of the model as it is now, as along a training run: what was certified is not certified again.
+
+        A certificate serves passes of the same operations, of which a few data alone must give what they give in their
+        batch. Determinism is not checked.
+
+        Args:
+            data: Other data; the same if not given.
+            decay: Share of this operator in a moving average of the factors: ``decay`` · this + (1 − ``decay``) · new.
+            seed: Seed of the samples; the next number after this operator's if not given.
+
+        Raises:
+            RuntimeError: If this is a copy, which holds neither model nor data.
+            ValueError: If a ``decay`` is given for what has eigenbases of its own, or is not between 0 and 1.
+
+        Example:
+            >>> import torch
+            >>> from curvops import KFACLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> kfac = KFACLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> for step in range(3):
+            ...     kfac = kfac.refresh([(torch.rand(5, 3), torch.rand(5, 2))], decay=0.9)
+        """
+        if "risk" not in vars(self):
+            raise RuntimeError(f"{self.name}.refresh(): a copy holds neither model nor data. Make the operator anew.")
+        options = replace(self.options, seed=self.options.seed + 1 if seed is None else seed)
+        operator = type(self).__new__(type(self))
+        operator._set(self.risk if data is None else self.risk.of_data(data), options, proofs=self._proofs)
+        if decay:
+            mixed = self.state.average(operator.state, decay)
+            StateOperator.__init__(operator, mixed, operator._reasons, operator._notes)
+        return operator
+
     def layers(self) -> Iterator[LayerRows]:
         """Inputs and output gradients of each layer, one backward pass at a time: see `LayerRows`.
 
@@ -169,9 +208,10 @@ class KroneckerOperator(StateOperator):
             raise ValueError(f"fisher_type: 'forward-only' takes no gradients, {cls.needs_gradients}")
         return options
 
-    def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False) -> None:
+    def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False, proofs: Sequence[Proof] = ()) -> None:
         self.risk, self.options = risk, options
-        sweep = Sweep(risk, options)
+        sweep = Sweep(risk, options, proofs)
+        self._proofs = sweep.proofs
         collection = Collection(sweep, type(self).__name__, planned)
         with torch.inference_mode(False), risk.evaluation():
             entries = self._compute(collection)
@@ -191,4 +231,4 @@ class KroneckerOperator(StateOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy holds the state and the blocks, and neither model nor data
-        return {name: value for name, value in vars(self).items() if name != "risk"}
+        return {name: value for name, value in vars(self).items() if name not in ("risk", "_proofs")}

@@ -112,8 +112,11 @@ class State:
     def blocks(self) -> list[Placed]:
         """Blocks that cover all parameters; what the model never uses is exactly zero."""
         placed = []
+        decomposed: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
         for group, entry in self.groups:
             if (block := entry.block(self.constant)) is not None:
+                if isinstance(block, KroneckerBlock):
+                    block.decomposed = decomposed  # a bias has its weight's B
                 placed.append(Placed(group.names, group.places, block))
         if sum(len(one.places) for one in placed) == self.space.dim:
             return placed  # blocks do not overlap

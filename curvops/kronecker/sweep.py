@@ -44,16 +44,16 @@ class Sweep:
 
     Each batch is certified. A parameter's rows belong to the data of the ``"batch"``, or each ``"datum"`` is run alone,
     or the batch is seen as ``"one"`` datum because the model mixes its data. After the last batch ``constant`` is the
-    risk's c; ``data`` is for each parameter the number of data, of batches where these are seen as one.
+    risk's c; ``data`` is for each parameter the number of data, of batches where these are seen as one. ``proofs`` of an
+    earlier sweep serve passes of the same operations.
     """
 
-    def __init__(self, risk: EmpiricalRisk, options: Options) -> None:
-        self.risk, self.options = risk, options
+    def __init__(self, risk: EmpiricalRisk, options: Options, proofs: Sequence[Proof] = ()) -> None:
+        self.risk, self.options, self.proofs = risk, options, list(proofs)
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
         self.size = self.forward_passes = self.backward_passes = 0
         self.signed = self._planned = self._streamed = False
-        self._proofs: list[Proof] = []
 
     def walk(self, title: str, together: int, more: bool = False) -> Iterator[Pass]:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
@@ -238,7 +238,7 @@ class Sweep:
         curvature: OutputCurvature | None = None,
     ) -> dict[str, str]:
         """The parameters that a pass's uses do not explain; the pass gets its layouts."""
-        for proof in () if tape.taps.data_dependent else self._proofs:
+        for proof in () if tape.taps.data_dependent else self.proofs:
             known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
             # the same operations may mix the data only now, as behind a gate that depends on values
             if known and (batch is None or self._some(batch, tape, taped=False) is not None):
@@ -247,7 +247,7 @@ class Sweep:
         else:
             failed = self._prove(tape, batch, curvature)
             if tape.tested:
-                self._proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
+                self.proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
         found = {**self.grouping.refuted, **failed}
         return {name: found[name] for name in names if name in found}
 

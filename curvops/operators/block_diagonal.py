@@ -175,7 +175,7 @@ class BlockDiagonalOperator(LinearOperator):
 
         def inverted(placed: Placed, shift: float) -> Placed:
             block, least = placed.block, max(shift, min_damping)
-            if isinstance(block, (KroneckerBlock, AffineBlock)) and (kind == "heuristic" or least == 0):
+            if isinstance(block, (KroneckerBlock, AffineBlock)) and (kind == "heuristic" or block.shift == least == 0):
                 inverse = block.inverse(shift, min_damping, placed.label)
                 if inverse is not None:
                     return replace(placed, block=inverse)
@@ -214,6 +214,8 @@ class BlockDiagonalOperator(LinearOperator):
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         """The blocks that have a part in the rows and in the columns; where that is all of them, an operator of such."""
+        if rows == columns == self.domain:
+            return self
         given, taken = set(rows.names), set(columns.names)
         inside = [p for p in self.blocks if given.intersection(p.names) and taken.intersection(p.names)]
         needed = self.domain.subspace(given.union(taken, *(placed.names for placed in inside)))

@@ -31,10 +31,14 @@ class KroneckerBlock(_Block):
     be large and are not copied for it (but by `left` and `right`).
     """
 
+    shift = 0.0
+
     def __init__(self, left: Tensor, right: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__((*left.shape[:2], right.shape[1]), {"left": left, "right": right})
         self._left, self._right, self._scales = left, right, scales
         self._eigen: EigenBlock | None = None
+        #: factors and their eigendecompositions; blocks that hold the same factors share them
+        self.decomposed: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
 
     @property
     def left(self) -> Tensor:
@@ -47,11 +51,19 @@ class KroneckerBlock(_Block):
     def eigen(self, label: str) -> EigenBlock:
         """The block in its eigenbasis, decomposed once; ``label`` names it in errors."""
         if self._eigen is None:
-            (left, left_basis), (right, right_basis) = eigh(self.left, label), eigh(self.right, label)
+            left, left_basis = self._decompose(self._left, label)
+            right, right_basis = self._decompose(self._right, label)
             zero = within_rounding(left, left_basis).any() | within_rounding(right, right_basis).any()
-            values = left.unsqueeze(2) * right.unsqueeze(1)
+            values = (left * self._scales[0]).unsqueeze(2) * (right * self._scales[1]).unsqueeze(1)
             self._eigen = EigenBlock(left_basis, right_basis, values, singular=bool(zero))
         return self._eigen
+
+    def _decompose(self, factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
+        for known, found in self.decomposed:
+            if known is factor:
+                return found
+        self.decomposed.append((factor, eigh(factor, label)))
+        return self.decomposed[-1][1]
 
     def inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock | None:
         """Inverse of (left + π√δ I) ⊗ (right + √δ/π I), π² the ratio of the factors' mean eigenvalues.
@@ -59,18 +71,21 @@ class KroneckerBlock(_Block):
         Martens & Grosse 2015 (1503.05671), section 6.3. A single matrix (``right`` a number) gets + δ I. ``None`` where
         nothing is damped and it takes the eigenvalues to tell whether there is an inverse.
         """
-        left, right, means = self.left, self.right, [diagonal.mean(1) for diagonal in self._diagonals()]
-        if right.shape[1] == 1:
-            left, right = left * right.reshape(-1, *[1] * (left.ndim - 1)), torch.ones_like(right)
-            shifts = [torch.full_like(means[0], max(damping, min_damping)), torch.zeros_like(means[0])]
-        else:
-            ratio, root = (means[0] / means[1]).sqrt(), math.sqrt(damping)
+        if self.shape[2] == 1:
+            left = self._left * self._right.view(-1, *[1] * (self._left.ndim - 1))
+            shifts = [max(damping, min_damping)] * len(left)
+            found = _inverse(left, math.prod(self._scales), shifts, label)
+            return None if found is None else KroneckerBlock(found, torch.ones_like(self._right))
+        ratios, root = [], math.sqrt(damping)
+        for left_mean, right_mean in zip(*(diagonal.mean(1).tolist() for diagonal in self._diagonals()), strict=True):
+            ratio = left_mean / right_mean if right_mean > 0 else 0.0
             # a factor of zeros has no scale to share
-            ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-            shifts = [(root * ratio).clamp(min=min_damping), (root / ratio).clamp(min=min_damping)]
-        first = _inverse(left, shifts[0], label)
-        second = None if first is None else _inverse(right, shifts[1], label)
-        return None if first is None or second is None else KroneckerBlock(first, second)
+            ratios.append(math.sqrt(ratio) if 0 < ratio < math.inf else 1.0)
+        first = _inverse(self._left, self._scales[0], [max(root * r, min_damping) for r in ratios], label)
+        if first is None:
+            return None
+        second = _inverse(self._right, self._scales[1], [max(root / r, min_damping) for r in ratios], label)
+        return None if second is None else KroneckerBlock(first, second)
 
     def matmul(self, columns: Tensor) -> Tensor:
         return _kron(columns * self._scales[0], self.shape, self._left, self._right).mul_(self._scales[1])
@@ -156,39 +171,39 @@ class AffineBlock(_Block):
 
     def __init__(self, block: KroneckerBlock, factor: float, shift: float) -> None:
         super().__init__(block.shape, block.tensors)
-        self._block, self._factor, self._shift = block, factor, shift
+        self._block, self._factor, self.shift = block, factor, shift
 
     def affine(self, factor: float, shift: float) -> AffineBlock:
-        return AffineBlock(self._block, factor * self._factor, factor * self._shift + shift)
+        return AffineBlock(self._block, factor * self._factor, factor * self.shift + shift)
 
     @property
     def is_diagonal(self) -> bool:
         return self._block.is_diagonal
 
     def eigen(self, label: str) -> EigenBlock:
-        return self._block.eigen(label).affine(self._factor, self._shift)
+        return self._block.eigen(label).affine(self._factor, self.shift)
 
     def inverse(self, damping: float, min_damping: float, label: str) -> KroneckerBlock | None:
         """As of the product, whose left factor takes the number; the damping and the shift are one."""
         block = self._block
         scaled = KroneckerBlock(block._left, block._right, (self._factor * block._scales[0], block._scales[1]))
-        return scaled.inverse(self._shift + damping, min_damping, label)
+        return scaled.inverse(self.shift + damping, min_damping, label)
 
     def matmul(self, columns: Tensor) -> Tensor:
-        return self._block.matmul(columns).mul_(self._factor).add_(columns, alpha=self._shift)
+        return self._block.matmul(columns).mul_(self._factor).add_(columns, alpha=self.shift)
 
     def diagonal(self) -> Tensor:
-        return self._block.diagonal() * self._factor + self._shift
+        return self._block.diagonal() * self._factor + self.shift
 
     def dense(self) -> Tensor:
         dense = self._block.dense() * self._factor
-        dense.diagonal().add_(self._shift)
+        dense.diagonal().add_(self.shift)
         return dense
 
     def frobenius_norm(self) -> Tensor:
         square = (self._factor * self._block.frobenius_norm()).square()
-        mixed = 2 * self._factor * self._shift * self._block.diagonal().sum()
-        return (square + mixed + self.size * self._shift**2).sqrt()
+        mixed = 2 * self._factor * self.shift * self._block.diagonal().sum()
+        return (square + mixed + self.size * self.shift**2).sqrt()
 
 
 Block = KroneckerBlock | EigenBlock | AffineBlock
@@ -213,29 +228,32 @@ def _diagonal(factor: Tensor) -> Tensor:
 
 
 def _norm(factor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(factor.flatten(1), dim=1)
+    return torch.linalg.vector_norm(factor, dim=tuple(range(1, factor.ndim)))
 
 
-def _inverse(factor: Tensor, shift: Tensor, label: str) -> Tensor | None:
-    """Inverse of a psd factor plus ``shift`` ``[groups]`` times the identity; ``None`` if not surely there without it."""
-    check_finite(factor, label)
-    damped = factor.clone()
-    _diagonal(damped).add_(shift[:, None])
+def _inverse(factor: Tensor, scale: float, shifts: list[float], label: str) -> Tensor | None:
+    """Inverse of ``scale`` times a psd factor, plus a shift of each group; ``None`` if not surely there without a shift."""
+    damped, eps = factor * scale, torch.finfo(factor.dtype).eps
+    shift = damped.new_tensor(shifts)
+    _diagonal(damped).add_(shift.unsqueeze(1))
     if factor.ndim == 2:
-        if factor.amin() >= 0 and damped.amin() > 0:
+        if damped.amin() > 0 and damped.isfinite().all() and factor.amin() * scale >= 0:
             return 1.0 / damped
     else:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             inverse = torch.cholesky_inverse(lower)
-            size = _norm(inverse)
+            known = zip(shifts, _norm(factor).tolist(), _norm(inverse).tolist(), strict=True)
             # the root of n as in `within_rounding`, so that what has an inverse here has a determinant there
-            least = torch.where(shift > 0, shift, 1.0 / (size * factor.shape[1] ** 0.5))
-            if (size.isfinite() & (least > 4 * torch.finfo(factor.dtype).eps * _norm(factor))).all():
+            if all(
+                0 < size < math.inf and (added or 1.0 / (size * factor.shape[1] ** 0.5)) > 4 * eps * scale * norm
+                for added, norm, size in known
+            ):
                 return inverse
-    if not shift.amin() > 0:
+    check_finite(factor, label)
+    if not min(shifts) > 0:
         return None
     # as large as the shift is what rounding made of a zero: take it for one
     values, vectors = eigh(factor, label)
-    inverted = 1.0 / (values + shift[:, None])
+    inverted = 1.0 / (values * scale + shift.unsqueeze(1))
     return inverted if vectors is None else (vectors * inverted.unsqueeze(1)) @ vectors.mT

@@ -47,8 +47,9 @@ def block_diagonal(blocks: Mapping[str, Matrices], space: TensorSpace | None = N
             raise ValueError(
                 f"block of {name!r}: expected {size} rows of {space.dtype}, got {len(left) * len(right)} of {left.dtype}."
             )
-        places = Places(space.slice(name), space.device)
-        placed.append(Placed((name,), places, KroneckerBlock(left[None], right[None])))
+        if size:
+            places = Places(space.slice(name), space.device)
+            placed.append(Placed((name,), places, KroneckerBlock(left[None], right[None])))
     return StructuredOperator(space, placed, "BlockDiagonalOperator")
 
 
@@ -87,7 +88,7 @@ def _pair(matrices: Matrices, what: str) -> tuple[Tensor, Tensor]:
                 f"{what}: expected a real floating-point matrix [n, n] or a diagonal [n], got {factor.dtype} of shape "
                 f"{tuple(factor.shape)}."
             )
-        bound = torch.finfo(factor.dtype).eps ** 0.5 * factor.abs().max()
+        bound = torch.finfo(factor.dtype).eps ** 0.5 * torch.linalg.vector_norm(factor)
         if factor.ndim == 2 and not ((factor - factor.T).abs() <= bound).all():
             raise ValueError(f"{what}: expected a symmetric matrix, got one that differs from its transpose.")
     return left.detach(), right.detach()

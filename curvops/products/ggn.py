@@ -17,12 +17,13 @@ from curvops.products import rules
 from curvops.products.account import reason, relative_difference, tolerance
 from curvops.products.batch import BatchProduct, FactorProduct, HeldRows
 from curvops.products.judge import judge_jacobian
-from curvops.products.proofs import forward_push, linearized_push, proved
+from curvops.products.proofs import linearized_push, pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
-from curvops.products.risk_operator import Fast, RiskOperator
+from curvops.products.risk_operator import Cross, Fast, RiskOperator
 from curvops.products.rows import pulled_rows, term_cotangents
 from curvops.risk.data import Batch, joined_batch
+from curvops.space import TensorSpace
 
 
 class OutputFactorOperator(RiskOperator):
@@ -41,13 +42,20 @@ class OutputFactorOperator(RiskOperator):
         return lambda u: curvature.outputs(factor.product(curvature.rows(u)))
 
     def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> FactorProduct:
-        push, why = None, "about 2.3 gradients, 1.3 inside linearized()"
-        if rules.forward_mode_pays(record):
-            proof = proved(self.risk, batch, record)
-            push, why = (forward_push(self.risk, batch, z) if proof.holds else None), proof.why
+        push, why = pushed_forward(self.risk, batch, record, z)
         self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
         jacobian = OutputLinearization(z, self.risk.params, self.domain)
         return FactorProduct(batch, curvature, record, jacobian, self._output_product(curvature, batch.start), push)
+
+    def _cross(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, rows: TensorSpace, columns: TensorSpace
+    ) -> Cross:
+        left, right = (
+            OutputLinearization(z, {name: self.risk.params[name] for name in space.names}, space)
+            for space in (rows, columns)
+        )
+        product = self._output_product(curvature, batch.start)
+        return lambda v: left.pull(product(right.push(v)))
 
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
         columns = self.domain.dim if rows is None else len(rows)

@@ -15,8 +15,9 @@ from curvops.products.judge import judge_hessian
 from curvops.products.layered import layered_hessian
 from curvops.products.record import Recorder
 from curvops.products.reference import GradientLinearization, tangents
-from curvops.products.risk_operator import Fast, RiskOperator
+from curvops.products.risk_operator import Cross, Fast, RiskOperator
 from curvops.risk.data import Batch, joined_batch
+from curvops.space import TensorSpace
 
 
 class HessianLinearOperator(RiskOperator):
@@ -41,6 +42,13 @@ class HessianLinearOperator(RiskOperator):
         gradient = GradientLinearization.of_loss(z, curvature, self.risk.params, self.domain)
         self.account.note("products", "reverse over reverse", "about 3 gradients, 2 inside linearized()")
         return HessianProduct(batch, curvature, record, gradient)
+
+    def _cross(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, rows: TensorSpace, columns: TensorSpace
+    ) -> Cross:
+        params, own = ({name: self.risk.params[name] for name in space.names} for space in (rows, columns))
+        gradient = GradientLinearization.of_loss(z, curvature, own, columns)
+        return lambda v: gradient.parts(v, params=params)
 
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
         if rows is None:

@@ -13,7 +13,7 @@ from curvops.products.account import reason, relative_difference, tolerance
 from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
-from curvops.products.rules import FEW
+from curvops.products.rules import FEW, forward_mode_pays
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tree import select, tensors_of
@@ -28,6 +28,14 @@ class Proof:
     record: Recorder
     holds: bool
     why: str
+
+
+def pushed_forward(risk: EmpiricalRisk, batch: Batch, record: Recorder, z: Tensor) -> tuple[Push | None, str]:
+    """J v of a batch by forward mode where that takes less and is proved, else ``None``; and why."""
+    if not forward_mode_pays(record):
+        return None, "about 2.3 gradients, 1.3 inside linearized()"
+    proof = proved(risk, batch, record)
+    return (forward_push(risk, batch, z) if proof.holds else None), proof.why
 
 
 def forward_push(risk: EmpiricalRisk, batch: Batch, like: Tensor) -> Push:

@@ -72,9 +72,13 @@ class GradientLinearization:
             return cls(curvature.value(), params, space)
         return cls(z, params, space, curvature.gradient_at(z))
 
-    def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
-        """The product with a flat vector ``[D]`` by parameter, ``None`` for zeros; the ``last`` one frees the graph."""
-        return _pull(self._slopes, self._params, tangents(v, self.space), last)
+    def parts(self, v: Tensor, last: bool = False, params: Mapping[str, Tensor] | None = None) -> list[Tensor | None]:
+        """The product with a flat vector ``[D]`` by parameter, ``None`` for zeros; the ``last`` one frees the graph.
+
+        With ``params``, the rows of these: the gradient's derivative along v in other tensors at the graph's end.
+        """
+        inputs = self._params if params is None else list(params.values())
+        return _pull(self._slopes, inputs, tangents(v, self.space), last)
 
 
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:

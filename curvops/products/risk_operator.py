@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from curvops.context import quietly
 from curvops.losses import OutputCurvature
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
+from curvops.operators.submatrix import restricted_name
 from curvops.products import rules
 from curvops.products.account import Account, reason, relative_difference, tolerance
 from curvops.products.batch import BatchProduct
@@ -26,9 +28,11 @@ from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
 from curvops.risk.model import ModelFunction
+from curvops.space import TensorSpace
 
 _LOCK = Lock()
 Fast = Callable[[Sequence[BatchProduct]], Tensor]
+Cross = Callable[[Tensor], list[Tensor | None]]
 SomeOperator = TypeVar("SomeOperator", bound="RiskOperator")
 
 
@@ -131,6 +135,14 @@ class RiskOperator(LinearOperator):
                 if not self._open:
                     self._kept = None
 
+    def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        if rows != columns:
+            return CrossOperator(self, rows, columns)
+        operator = copy(self)
+        operator._set(self.risk.restricted(rows.names), self.memory_budget)
+        operator._name = restricted_name(self, rows, columns)
+        return operator
+
     def _is_psd(self) -> bool:
         return False
 
@@ -141,6 +153,12 @@ class RiskOperator(LinearOperator):
     @abstractmethod
     def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> BatchProduct:
         """The products of one batch, of whose forward pass ``z`` carries the graph."""
+
+    @abstractmethod
+    def _cross(
+        self, batch: Batch, curvature: OutputCurvature, z: Tensor, rows: TensorSpace, columns: TensorSpace
+    ) -> Cross:
+        """One batch's products of the rows of some parameters and the columns of others."""
 
     @abstractmethod
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
@@ -237,3 +255,32 @@ class RiskOperator(LinearOperator):
 
     def _budget(self) -> int:
         return budget(self.device, self.memory_budget)
+
+
+class CrossOperator(LinearOperator):
+    """The rows of some parameters and the columns of others, of a risk's matrix; nothing else is differentiated in.
+
+    By reverse over reverse, one vector after the other.
+    """
+
+    def __init__(self, operator: RiskOperator, rows: TensorSpace, columns: TensorSpace) -> None:
+        super().__init__(columns, rows)
+        self.operator, self._name = operator, restricted_name(operator, rows, columns)
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return self._sum(columns, self.codomain, self.domain)
+
+    def _apply_adjoint(self, columns: Tensor) -> Tensor:
+        return self._sum(columns, self.domain, self.codomain)
+
+    def _sum(self, vectors: Tensor, rows: TensorSpace, columns: TensorSpace) -> Tensor:
+        risk = self.operator.risk
+        total = torch.zeros(vectors.shape[1], rows.dim, dtype=rows.sum_dtype, device=rows.device)
+
+        def add(batch: Batch, walk: Walk) -> None:
+            z = risk.forward(batch.X)
+            product = self.operator._cross(batch, walk.curvature(z, batch), z, rows, columns)
+            for sums, v in zip(total, vectors.T, strict=True):
+                rows.join(product(v), sums)
+
+        return risk.sum_over_data(self.name, total, add).T.to(rows.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
+from copy import copy
 from typing import Any, TypedDict
 
 import torch
@@ -89,6 +90,19 @@ class EmpiricalRisk:
     def params(self) -> dict[str, Tensor]:
         """The caller's own tensors, by name."""
         return self.model.params
+
+    def of_data(self, data: Iterable[tuple[Any, Any]]) -> EmpiricalRisk:
+        """The risk of the same model on other data, with the proofs of this one."""
+        risk = copy(self)
+        risk.data, risk.num_data = Data(data, self.space.device, self.data.batch_size_fn), None
+        return risk
+
+    def restricted(self, names: Iterable[str]) -> EmpiricalRisk:
+        """The same risk as a function of some of its parameters only, with proofs of its own."""
+        risk = copy(self)
+        risk.model = self.model.restricted(names)
+        risk.space, risk.proofs = risk.model.space, []
+        return risk
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

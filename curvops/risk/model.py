@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
@@ -95,6 +95,13 @@ class Model:
                 if tensor is not None:
                     stand_ins.setdefault(id(tensor), floating_to(tensor.detach().clone(), dtype))
         return Substitutions(stand_ins)
+
+    def restricted(self, names: Iterable[str]) -> Model:
+        """The same model as a function of some of its parameters only."""
+        some = {name: self.params[name] for name in names}
+        if self.module is not None:
+            return Model(self.module, some)
+        return Model(lambda params, X: self._function({**self.params, **params}, X), some)
 
     def check_current(self) -> None:
         """Refuse a module that has lost one of the tensors since this was made.

@@ -130,7 +130,7 @@ def test_several_dampings_share_one_decomposition_and_leave_the_factors(monkeypa
         op.power(-0.5, damping)
         op.sample(1, damping)
     op.eigenvalues()
-    assert len(calls) == 2 * len(op.blocks)
+    assert len(calls) == len({id(t) for placed in op.blocks for t in placed.block.tensors.values()})
     for placed, tensors in zip(op.blocks, before, strict=True):
         assert all(torch.equal(placed.block.tensors[name], t) for name, t in tensors.items())
     assert torch.equal(op.to_dense(), dense)

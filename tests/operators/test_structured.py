@@ -1,0 +1,194 @@
+"""Diagonals, multiples of the identity, low rank plus diagonal, outer and Kronecker products, against dense algebra."""
+
+import pytest
+import torch
+from conformance import close, conforms, draws
+
+from curvops import (
+    DiagonalOperator,
+    IdentityOperator,
+    LowRankPlusDiagonalOperator,
+    OuterProductOperator,
+    TensorSpace,
+    block_diagonal,
+    kronecker_product,
+)
+from curvops.operators.block_diagonal import BlockDiagonalOperator
+from curvops.operators.composite import SumOperator
+
+D = 6
+
+
+def space():
+    shapes = {"weight": (2, 2), "empty": (0,), "bias": (2,)}
+    return TensorSpace({name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+
+
+def psd(n, seed=0):
+    a = draws(n, n + 1, seed)
+    return a @ a.T
+
+
+def dense(op):
+    return op.to_dense()
+
+
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
+def low_rank(weights=None, where=None):
+    return LowRankPlusDiagonalOperator(draws(D, 2), draws(D, seed=1).square(), weights, where)
+
+
+MAKE = {
+    "diagonal": lambda: DiagonalOperator(draws(D).square(), space()),
+    "indefinite diagonal": lambda: DiagonalOperator(space().split(draws(D)), space()),
+    "flat diagonal": lambda: DiagonalOperator(draws(D)),
+    "identity": lambda: IdentityOperator(space(), 3),
+    "outer": lambda: OuterProductOperator(draws(D, 2), codomain=space()),
+    "rectangular outer": lambda: OuterProductOperator(draws(D), draws(4, seed=1), codomain=space()),
+    "low rank": lambda: low_rank(where=space()),
+    "indefinite low rank": lambda: low_rank(torch.tensor([2.0, -3.0], dtype=torch.float64)),
+    "kronecker": lambda: kronecker_product(psd(3), psd(2, seed=1)),
+    "blocks": lambda: block_diagonal(
+        {"weight": (psd(2), draws(2).square()), "empty": torch.zeros(0, 0).double(), "bias": psd(2)}, space()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_conformance(name):
+    conforms(MAKE[name]())
+
+
+def test_definitions():
+    d, u, v = draws(D), draws(D, 2), draws(4, 2, seed=1)
+    close(dense(DiagonalOperator(d)), d.diag())
+    close(dense(DiagonalOperator({"a": d[:2], "b": d[2:]})), d.diag())
+    close(dense(IdentityOperator(space(), 3)), 3 * eye(D))
+    close(dense(OuterProductOperator(u, v)), u @ v.T)
+    close(dense(OuterProductOperator(u)), u @ u.T)
+    close(dense(LowRankPlusDiagonalOperator(u, d, d[:2])), u @ d[:2].diag() @ u.T + d.diag())
+    close(dense(LowRankPlusDiagonalOperator(u, 2.0)), u @ u.T + 2 * eye(D))
+    close(dense(kronecker_product(psd(3), psd(2))), torch.kron(psd(3), psd(2)))
+    close(dense(kronecker_product(psd(3), d[:2].square())), torch.kron(psd(3), d[:2].square().diag()))
+    found = block_diagonal({"weight": (psd(2), psd(2, 1)), "bias": psd(3), "scale": d[:1].square()})
+    close(dense(found), torch.block_diag(torch.kron(psd(2), psd(2, 1)), psd(3), d[:1].square().diag()))
+    V = draws(2, 2)
+    weight = TensorSpace({"w": V})
+    close((kronecker_product(psd(2), psd(2, 1), weight) @ [V])[0], psd(2) @ V @ psd(2, 1))
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if "outer" not in name])
+def test_numbers_of_structure(name):
+    op, A = MAKE[name](), dense(MAKE[name]())
+    close(op.trace(), A.trace())
+    close(op.diagonal(), A.diagonal())
+    close(op.frobenius_norm(), A.norm())
+    for each, matrix in ((op, A), (2.5 * op, 2.5 * A), (op.damped(0.3), A + 0.3 * eye(D))):
+        close(dense(each), matrix)
+        assert type(each) is type(op) or isinstance(each, BlockDiagonalOperator)
+        shifted = matrix + 100.0 * eye(D)
+        close(dense(each.inverse(100.0)), torch.linalg.inv(shifted))
+        close(each.logdet(100.0), torch.logdet(shifted))
+        tau = torch.tensor(100.0, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(each.logdet, tau)
+    damping = {"weight": 100.0, "empty": 1.0, "bias": 200.0} if "bias" in op.domain.names else {"vector": 100.0}
+    added = torch.cat([torch.full((n,), x) for n, x in zip(op.domain.sizes, damping.values(), strict=True)]).double()
+    close(dense(op.damped(damping)), A + added.diag())
+    close(op.logdet(damping), torch.logdet(A + added.diag()))
+    close(dense(op.inverse(damping)), torch.linalg.inv(A + added.diag()))
+
+
+def test_outer_products():
+    u, v = draws(D, 2), draws(D, 2, seed=1)
+    for op, A in ((OuterProductOperator(u), u @ u.T), (OuterProductOperator(u, v), u @ v.T)):
+        close(op.trace(), A.trace())
+        close(op.diagonal(), A.diagonal())
+        close(op.frobenius_norm(), A.norm())
+    with pytest.raises(ValueError, match="expected a square operator"):
+        OuterProductOperator(u, v[:4]).trace()
+    with pytest.raises(ValueError, match="as many vectors on both sides, got 2 and 1"):
+        OuterProductOperator(u, v[:, 0])
+
+
+def test_sums_and_products_keep_structure():
+    a, b = (DiagonalOperator(draws(D, seed=k).square(), space()) for k in (0, 1))
+    one, low, outer = (
+        IdentityOperator(space()),
+        low_rank(where=space()),
+        OuterProductOperator(draws(D, 2), codomain=space()),
+    )
+    A, B, L, R = map(dense, (a, b, low, outer))
+    for op, matrix, kind in (
+        (a + b, A + B, DiagonalOperator),
+        (a - 3 * b, A - 3 * B, DiagonalOperator),
+        (a @ b, A @ B, DiagonalOperator),
+        (2 * one + one, 3 * eye(D), IdentityOperator),
+        (one - 3 * one, -2 * eye(D), DiagonalOperator),
+        (low + a, L + A, LowRankPlusDiagonalOperator),
+        (b + 2 * low - a, B + 2 * L - A, LowRankPlusDiagonalOperator),
+        (low + 2 * one, L + 2 * eye(D), LowRankPlusDiagonalOperator),
+        (outer + a, R + A, LowRankPlusDiagonalOperator),
+        (low.inverse(), torch.linalg.inv(L), LowRankPlusDiagonalOperator),
+        (low.inverse().inverse(0.5), torch.linalg.inv(torch.linalg.inv(L) + 0.5 * eye(D)), LowRankPlusDiagonalOperator),
+        (one @ low, L, LowRankPlusDiagonalOperator),
+        (low @ (2 * one), 2 * L, LowRankPlusDiagonalOperator),
+        (outer + low, R + L, SumOperator),
+    ):
+        assert isinstance(op, kind), op
+        close(dense(op), matrix)
+    assert (low + a).psd and low.inverse().psd and not (low - a).psd and (a @ b).psd
+    with pytest.raises(ValueError, match="between the same spaces"):
+        a + IdentityOperator(TensorSpace.flat(D, torch.float64))
+    with pytest.raises(ValueError, match="expected B to give what A takes"):
+        a @ IdentityOperator(TensorSpace.flat(D, torch.float64))
+
+
+def test_symmetry_of_products():
+    low, rect = low_rank(), OuterProductOperator(draws(4, 2), draws(D, 2, seed=1))
+    S, B = dense(low), dense(rect)
+    indefinite = low_rank(torch.tensor([1.0, -9.0], dtype=torch.float64))
+    for op, matrix, symmetric, is_psd in (
+        (rect @ rect.T, B @ B.T, True, True),
+        (rect.T @ rect, B.T @ B, True, True),
+        (rect @ low @ rect.T, B @ S @ B.T, True, True),
+        (rect @ (low @ rect.T), B @ S @ B.T, True, True),
+        (rect @ indefinite @ rect.T, B @ dense(indefinite) @ B.T, True, False),
+        (low @ low, S @ S, True, True),
+        (low @ rect.T, S @ B.T, False, False),
+    ):
+        assert (op.symmetric, op.psd) == (symmetric, is_psd)
+        close(dense(op), matrix)
+
+
+def test_singular_low_rank():
+    op = LowRankPlusDiagonalOperator(draws(D, 2), 0.0)
+    assert op.logdet() == -torch.inf
+    with pytest.raises(ValueError, match="singular"):
+        op.inverse()
+    with pytest.raises(ValueError, match="the determinant is negative"):
+        LowRankPlusDiagonalOperator(torch.ones(2, 1), 1.0, torch.tensor([-3.0])).logdet()
+    with pytest.raises(ValueError, match="Pass a positive damping"):
+        LowRankPlusDiagonalOperator(draws(2, 2), 0.0).inverse()
+
+
+def test_what_does_not_fit():
+    for call, error, message in (
+        (lambda: DiagonalOperator(draws(D, 2)), ValueError, "expected one vector"),
+        (lambda: DiagonalOperator([1.0]), TypeError, "or a space to place it in, got list"),
+        (lambda: DiagonalOperator(torch.arange(3)), TypeError, r"got torch\.int64"),
+        (lambda: LowRankPlusDiagonalOperator(draws(D), draws(D), draws(2)), ValueError, "1 weights"),
+        (lambda: kronecker_product(draws(2, 2), psd(2)), ValueError, "expected a symmetric matrix"),
+        (lambda: kronecker_product(psd(2), psd(2), space()), ValueError, "expected a space of one tensor"),
+        (lambda: block_diagonal({"a": draws(2, 3)}), TypeError, r"expected a real floating-point matrix .* \(2, 3\)"),
+        (lambda: block_diagonal({"weight": psd(4)}, space()), ValueError, "missing: 'empty', 'bias'"),
+        (
+            lambda: block_diagonal({"weight": psd(3), "empty": torch.zeros(0, 0).double(), "bias": psd(2)}, space()),
+            ValueError,
+            "block of 'weight': expected 4 rows",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -30,6 +30,7 @@ from curvops import (
     SubmatrixLinearOperator,
     TensorSpace,
 )
+from curvops.operators.inverse import InverseOperator
 from curvops.substitutions import Substitutions, plain_kernels
 from curvops.tree import tensors_of
 
@@ -74,6 +75,7 @@ ALGEBRA: dict[str, Make] = {
     "difference": lambda *a, **k: HessianLinearOperator(*a, **k) - 0.3 * GGNLinearOperator(*a, **k),
     "scaled": lambda *a, **k: -(GGNLinearOperator(*a, **k) / 3) * 2.0,
     "product": lambda *a, **k: GGNLinearOperator(*a, **k) @ HessianLinearOperator(*a, **k),
+    "inverse": lambda *a, **k: InverseOperator(GGNLinearOperator(*a, **k), damping=1.0, tolerance=1e-13),
     "adjoint": lambda *a, **k: (KFACLinearOperator(*a, **k) @ (2 * EFLinearOperator(*a, **k))).T,
 }
 

@@ -60,7 +60,7 @@ def _dense(products: Products, product: Callable[[Tensor], Tensor]) -> Tensor:
 def _symmetric(matrix: Tensor, name: str) -> Tensor:
     if not matrix.isfinite().all():
         raise ValueError(f"eigenpairs: a product with {name} is not finite.")
-    if (matrix - matrix.T).norm() > 10 * torch.finfo(products.dtype).eps ** 0.5 * matrix.norm():
+    if (matrix - matrix.T).norm() > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * matrix.norm():
         raise ValueError(f"eigenpairs: products with {name} are not symmetric. For singular values use AᵀA.")
     return (matrix + matrix.T) / 2
 

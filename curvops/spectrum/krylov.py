@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvops.matrix import Products, normal
 
-SPENT = 10  # roundoffs: what orthogonalisation leaves below this share of an image is rounding, so the space has ended
+ROUNDING = 10  # precisions of the largest image: what is left of an image below this is no direction
 CHUNK = 2**16  # entries of the basis vectors that a restart rotates together
 
 Map = Callable[[Tensor], Tensor]
@@ -36,6 +36,8 @@ class Krylov:
         metric: Products with B.
         start: Columns ``[D, b]`` of the first block.
         room: Basis vectors that are kept at most.
+        spent: The space counts as invariant where it couples to its outside by no more than this, relative to the
+            largest image.
         device, dtype: Where and how the basis is kept.
         generator: Gives directions where the space is invariant.
     """
@@ -47,16 +49,19 @@ class Krylov:
         metric: Map,
         start: Tensor,
         room: int,
+        spent: float,
         device: torch.device,
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
         self._products, self._image, self._metric, self._generator = products, image, metric, generator
+        self._spent, self._largest = spent, 0.0
         self.dim, self._width = start.shape
         self._rows = torch.empty(room + self._width, self.dim, device=device, dtype=dtype)
         self._overlaps = torch.zeros(room, room, dtype=torch.float64)  # H
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
-        self.room, self.size, self.block = room, 0, 0  # vectors of V at most, of V and of X
+        self.room, self.size, self.block = room, 0, 0  # vectors of V at most, of V, of X
+        self.ended = False  # whether the last product found the space invariant
         self._advance(start)
 
     def expand(self) -> None:
@@ -100,7 +105,7 @@ class Krylov:
 
     def _advance(self, columns: Tensor) -> Tensor:
         """Make the next block of some columns' part outside the space; returns their overlaps with the space."""
-        self.block, width = 0, min(self._width, self.dim - self.size)
+        self.block, width, self.ended = 0, min(self._width, self.dim - self.size), False
         coordinates = torch.zeros(self.size + width, columns.shape[1], dtype=torch.float64)
         for j, column in enumerate(columns.T):
             found, inside = self._outside(column)
@@ -108,11 +113,16 @@ class Krylov:
             if self.block == width:
                 continue
             norm = self._norm(found)
-            if norm > SPENT * torch.finfo(found.dtype).eps * self._norm(column):
+            if self.size:  # else these are the start's columns
+                self._largest = max(self._largest, self._norm(column))
+                self.ended |= norm <= self._spent * self._largest
+            if norm > ROUNDING * torch.finfo(found.dtype).eps * self._largest:
                 coordinates[len(inside), j] = norm
-            else:  # the space is invariant in this direction: go on in a random one, which is not coupled to it
+            else:  # nothing leads out of the space here: go on in a random direction, which is not coupled to it
                 found, _ = self._outside(normal((self.dim,), self._generator, self._products))
                 norm = self._norm(found)
+                if not norm:
+                    raise ValueError(f"{self._products.title}: the metric is not positive definite. Damp it.")
             self._rows[self.size + self.block] = (found / norm).to(self._rows)
             self.block += 1
         before = torch.zeros(self.block, max(0, self.size - columns.shape[1]), dtype=torch.float64)

@@ -16,7 +16,9 @@ from curvops.spectrum.krylov import Krylov, Map, Ritz
 from curvops.spectrum.pairs import CONVERGED, EigenPairs
 
 SUBSPACE = 20  # basis vectors for each wanted one, where memory allows; no restart is needed before
+LEAST = 100  # but no fewer than so many in all
 CHECKS = 20  # the projection is judged each time that it has grown by one part in so many
+PROBE = 20  # products that look for copies outside of an invariant space
 DENSE = 3  # with as many columns for each wanted pair the dense matrix takes no more products
 
 
@@ -42,7 +44,7 @@ def eigenpairs(
 
     Thick-restart Lanczos (Wu & Simon 2000; in blocks Zhou & Saad 2008) with full reorthogonalisation. Both ends come
     from one Krylov space. Without a restart no method takes fewer products, so the basis is as large as
-    ``memory_budget`` allows, up to 20 vectors a wanted pair. Where the products would exceed D, the dense matrix is made.
+    ``memory_budget`` allows, up to 20 vectors a wanted pair or 100. Where the products would exceed D, the dense matrix is made.
 
     One Krylov space with one start has one vector of each eigenspace: copies of a multiple eigenvalue are found where
     the space ends, else with a ``block`` of as many columns as there are copies.
@@ -96,7 +98,9 @@ def eigenpairs(
         room = _room(subspace, choice.count, block, size, budget(device, memory_budget) // (size * dtype.itemsize))
         generator = seeded(seed)
         first = _first(products, start, block, generator)
-        space = Krylov(products, lambda v: unweigh(products(v)), weigh, first, room, device, dtype, generator)
+        space = Krylov(
+            products, lambda v: unweigh(products(v)), weigh, first, room, tolerance, device, dtype, generator
+        )
         ritz, reason = _iterate(space, products, choice, tolerance, 20 * room if max_products is None else max_products)
         chosen = choice.of(ritz.values)
         values, residuals = (
@@ -112,21 +116,22 @@ def eigenpairs(
 
 def _iterate(space: Krylov, products: Products, choice: Choice, tolerance: float, most: int) -> tuple[Ritz, str]:
     """Expand and restart until the chosen pairs converge; the reason is empty where they do."""
-    judged = 0
+    judged, begun, before = 0, -PROBE, None  # size when last judged; products and values when the space last ended
     while True:
         space.expand()
         full, spent = space.size + space.block > space.room, products.count + space.block > most
         due = space.size > max(choice.count - 1, judged + judged // CHECKS)
-        if not (full or spent or due or not space.block):
+        if not (full or spent or due or space.ended or not space.block):
             continue
         judged, ritz = space.size, space.ritz()
-        if space.asymmetry() > 10 * torch.finfo(products.dtype).eps ** 0.5:
-            raise ValueError(
-                f"eigenpairs: products with {products.name} are not symmetric. For the singular values of such a "
-                "matrix use AᵀA; a metric must be positive definite, and metric_inverse its inverse."
-            )
-        worst, bound = ritz.residuals[choice.of(ritz.values)].max(), tolerance * ritz.values.abs().max()
-        if worst <= bound and space.size >= choice.count:
+        _check_symmetry(space, products)
+        chosen = choice.of(ritz.values)
+        worst, bound = ritz.residuals[chosen].max(), tolerance * ritz.values.abs().max()
+        settled = products.count - begun >= PROBE
+        if space.ended and space.block:  # what is outside of an invariant space may hold copies
+            settled = before is not None and bool((ritz.values[chosen] - before).abs().max() <= bound)
+            begun, before = products.count, ritz.values[chosen] if space.size >= choice.count else None
+        if worst <= bound and space.size >= choice.count and (settled or not space.block):
             return ritz, ""
         if spent or not space.block:
             return ritz, (
@@ -138,10 +143,18 @@ def _iterate(space: Krylov, products: Products, choice: Choice, tolerance: float
             judged = 0
 
 
+def _check_symmetry(space: Krylov, products: Products) -> None:
+    if space.asymmetry() > 10 * torch.finfo(products.dtype).eps ** 0.5:
+        raise ValueError(
+            f"eigenpairs: products with {products.name} are not symmetric. For the singular values of such a "
+            "matrix use AᵀA; a metric must be positive definite, and metric_inverse its inverse."
+        )
+
+
 def _room(subspace: int | None, wanted: int, block: int, size: int, fits: int) -> int:
     """Basis vectors that are kept: as asked, or as many as fit."""
     least = min(size, wanted + 2 * block + 1)
-    room = min(size, SUBSPACE * wanted + 2 * block, fits - 2 * block) if subspace is None else min(size, subspace)
+    room = min(size, max(LEAST, SUBSPACE * wanted), fits - 2 * block) if subspace is None else min(size, subspace)
     if room >= least:
         return room
     if subspace is not None:

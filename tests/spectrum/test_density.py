@@ -1,0 +1,86 @@
+"""Spectral densities against dense spectra."""
+
+import pytest
+import torch
+
+from curvops.spectrum.density import spectral_density
+from curvops.spectrum.lanczos import eigenpairs
+from spectrum.test_lanczos import symmetric
+
+BULK = torch.linspace(-1, 1, 60).double()
+VALUES = torch.cat([BULK, torch.tensor([5.0, 8.0, 30.0, 100.0]).double()])
+
+
+def test_as_many_starts_as_dimensions_at_full_depth_are_exact():
+    found = spectral_density(symmetric(VALUES), depth=64, num_vectors=64)
+    powers = torch.arange(4).double()
+    curve = found.moments(3)
+    torch.testing.assert_close(curve.values, (VALUES[:, None] ** powers).mean(0), rtol=1e-12, atol=1e-12)
+    assert not curve.errors.any() and found.products <= 64 * 64
+    points = torch.tensor([-2.0, -0.5, 0.01, 4.0, 20.0, 200.0]).double()
+    expected = (VALUES[:, None] <= points).double().mean(0)
+    torch.testing.assert_close(found.cumulative(points).values, expected, rtol=0, atol=1e-10)
+    points, values, _ = found.density(width=0.5)
+    expected = torch.distributions.Normal(VALUES, 0.5).log_prob(points[:, None]).exp().mean(1)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_a_density_integrates_to_one(scale):
+    found = spectral_density(symmetric(VALUES), depth=20, num_vectors=3)
+    points, values, errors = found.density(scale=scale, threshold=0.1)
+    coordinate = (points / 0.1).asinh() if scale == "symlog" else points
+    torch.testing.assert_close(torch.trapezoid(values, coordinate), torch.tensor(1.0).double(), rtol=1e-4, atol=0)
+    assert (errors >= 0).all() and points[0] < -1 and points[-1] > 100
+    with pytest.raises(ValueError, match="scale: expected 'linear' or 'symlog', got 'log'"):
+        found.density(scale="log")
+
+
+def test_errors_are_standard_errors():
+    """Over many seeds the mean has no bias, and its spread is what single runs say."""
+    matrix = symmetric(VALUES)
+    runs = [spectral_density(matrix, depth=3, num_vectors=16, seed=seed).moments(3) for seed in range(200)]
+    values, errors = (torch.stack([getattr(run, name) for run in runs])[:, 1:] for name in ("values", "errors"))
+    expected = (VALUES[:, None] ** torch.arange(1, 4)).mean(0)
+    bias = (values.mean(0) - expected) / (values.std(0) / len(runs) ** 0.5)
+    assert bias.abs().max() < 3
+    torch.testing.assert_close(errors.square().mean(0).sqrt(), values.std(0), rtol=0.2, atol=0)
+
+
+def test_bulk_and_outliers():
+    matrix = symmetric(VALUES)
+    outliers = eigenpairs(matrix, 4, tolerance=1e-10)
+    found = spectral_density(matrix, depth=60, num_vectors=60, deflate=outliers)
+    assert found.nodes.abs().max() < 1 + 1e-9 and len(found.outliers) == 4
+    torch.testing.assert_close(
+        found.moments(2).values, (VALUES[:, None] ** torch.arange(3)).mean(0), rtol=1e-10, atol=1e-12
+    )
+    points, values, _ = found.density(width=0.05, outliers=False)
+    assert points[-1] < 2
+    torch.testing.assert_close(torch.trapezoid(values, points), torch.tensor(60 / 64).double(), rtol=1e-4, atol=0)
+    few = spectral_density(matrix, depth=20, num_vectors=4, deflate=outliers)
+    plain = spectral_density(matrix, depth=20, num_vectors=4)
+    assert few.moments(2).errors[2] < plain.moments(2).errors[2] / 100
+    with pytest.raises(ValueError, match=r"deflate: expected fewer than 3 vectors of this length, got \(64, 4\)"):
+        spectral_density(torch.eye(3), deflate=outliers)
+
+
+def test_groups_of_starts_seeds_and_the_random_state():
+    matrix, before = symmetric(VALUES), torch.get_rng_state()
+    whole = spectral_density(matrix, depth=10, num_vectors=5)
+    parts = spectral_density(matrix, depth=10, num_vectors=5, memory_budget=2 * 10 * 64 * 8)
+    torch.testing.assert_close(whole.nodes, parts.nodes)
+    assert torch.equal(whole.nodes, spectral_density(matrix, depth=10, num_vectors=5).nodes)
+    assert not torch.equal(whole.nodes, spectral_density(matrix, depth=10, num_vectors=5, seed=1).nodes)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_and_zero_matrices(size):
+    found = spectral_density(torch.zeros(size, size, dtype=torch.float64))
+    assert not found.nodes.any()
+    assert found.cumulative(torch.tensor([-1.0, 0.0])).values.tolist() == pytest.approx([0.0, 1.0])
+    points, values, _ = found.density()
+    torch.testing.assert_close(torch.trapezoid(values, points), torch.tensor(1.0).double(), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="num_vectors: expected a positive number, got 0"):
+        spectral_density(torch.eye(2), num_vectors=0)

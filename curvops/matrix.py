@@ -96,7 +96,7 @@ class Products:
     @property
     def name(self) -> str:
         """What the matrix is called."""
-        return str(getattr(self.matrix, "name", None) or type(self.matrix).__name__)  # a tensor's name is None
+        return str(getattr(self.matrix, "name", None) or type(self.matrix).__name__)
 
     def __enter__(self) -> Products:
         if hasattr(self.matrix, "linearized"):
@@ -120,6 +120,8 @@ class Products:
         matrix = self.matrix
         if hasattr(matrix, "adjoint") and not isinstance(matrix, Tensor):
             return self._product(matrix.adjoint(), columns)
+        if not hasattr(matrix, "mT") and not hasattr(matrix, "T"):
+            raise TypeError(f"{self.title}: expected a matrix with 'adjoint()', 'mT' or 'T', {self.name} has none.")
         return self._product(matrix.mT if hasattr(matrix, "mT") else matrix.T, columns)
 
     def _product(self, matrix: Any, columns: Tensor) -> Tensor:

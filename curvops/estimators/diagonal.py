@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from curvops.estimators.groups import Groups, resolve
-from curvops.estimators.probes import Probes, mean_and_error
+from curvops.estimators.probes import Probes, error_of_leave_one_out
 from curvops.estimators.rounds import Budget, run
-from curvops.estimators.sketch import Sketch
+from curvops.estimators.sketch import LeaveOut, Sketch
 from curvops.matrix import Matrix, Products
 
 
@@ -91,17 +91,33 @@ class _Hutchinson:
 
 
 class _XDiag(_Hutchinson):
-    method, cost, least = "XDiag", 2, 2
+    method, cost, least = "XDiag", 2, 3
 
     def __init__(self, probes: Probes) -> None:
         super().__init__(probes)
         self.sketch = Sketch(probes, adjoint=not getattr(probes.products.matrix, "symmetric", False))
 
     def add(self, count: int) -> None:
-        self.sketch.add(count)
+        self.sketch.add(self.probes.draw(count))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        Q, AtQ, images, s = self.sketch.leave_one_out()
-        only = Q @ s
-        rest = self.sketch.tests * only * (s * images).sum(0)  # what the other vectors miss of each product
-        return mean_and_error((Q * AtQ).sum(1, keepdim=True) - only * (AtQ @ s) + rest)
+        tests, out = self.sketch.tests, self.sketch.leave_out()
+        Qs, AtQs = out.basis @ out.only, out.product @ out.only
+        less = AtQs - tests * (out.only * out.images).sum(0)  # without what the others' range lacks of each product
+        samples = (out.basis * out.product).sum(1, keepdim=True) - Qs * less
+        return samples.mean(1), error_of_leave_one_out(samples, _covariance(out, Qs, AtQs, less), pooled=True)
+
+
+def _covariance(out: LeaveOut, q: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    """Mean over pairs of d_ij d_ji, d_ij = (q_i − c q_j)(z_i − c y_j) / (1 − c²), as sums of matrix products."""
+    count = q.shape[1]
+    c, weights = out.cosines, out.sines.reciprocal().square().fill_diagonal_(0)
+
+    def pairs(left: Tensor, factor: Tensor, right: Tensor) -> Tensor:
+        return ((left @ (factor * weights)) * right).sum(1)
+
+    square, both, ones = q.square(), z * y, torch.ones_like(q)
+    alone = pairs(q * z, 1 + c**2, q * z) + pairs(q * y, c**2 + c**4, q * y)
+    crossed = pairs(q * both, c + c**3, q) + pairs(square * z, c, z) + pairs(square * y, c**3, y)
+    own = pairs(square * both, c**2, ones) + pairs(square, c**2, both)
+    return (alone - 2 * crossed + 2 * own) / (count * (count - 1))

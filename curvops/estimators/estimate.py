@@ -51,12 +51,10 @@ class Estimate(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is Tensor.__repr__:
+            return args[0]._text()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        kind = "exact" if self.exact else self.method
-        return f"Estimate({self._figures()}, {kind}, {self.products} products)"
 
     def __format__(self, specification: str) -> str:
         return format(self.item() if self.ndim == 0 and specification else str(self), specification)
@@ -70,6 +68,10 @@ class Estimate(Tensor):
 
     def _origin(self) -> dict[str, Any]:
         return {"products": self.products, "method": self.method, "exact": self.exact}
+
+    def _text(self) -> str:
+        kind = "exact" if self.exact else self.method
+        return f"Estimate({self._figures()}, {kind}, {self.products} products)"
 
     def _figures(self) -> str:
         if self.ndim == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
-from curvops.estimators.probes import Distribution, Probes, mean_and_error
+from curvops.estimators.probes import Distribution, Probes, jackknife, mean_and_error, mean_of_pairs
 from curvops.estimators.rounds import Budget, run
 from curvops.matrix import Matrix, Products
 
@@ -111,10 +111,8 @@ class BlockNorms:
 
 
 def _pairs(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of M_ij M_ji over pairs i ≠ j, and the jackknife's standard error."""
+    """Mean of M_ij M_ji over pairs i ≠ j, and its standard error."""
     count = len(products)
-    pairs = products * products.mT
-    pairs = pairs - pairs.diagonal().diag()
-    total = pairs.sum()
-    left_out = (total - 2 * pairs.sum(1)) / ((count - 1) * (count - 2))
-    return total / (count * (count - 1)), left_out.std(correction=0) * (count - 1) ** 0.5
+    pairs = (products * products.mT).fill_diagonal_(0)
+    left_out = (pairs.sum() - 2 * pairs.sum(1)) / ((count - 1) * (count - 2))
+    return mean_of_pairs(products), jackknife(left_out)

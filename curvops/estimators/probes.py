@@ -32,7 +32,7 @@ class Probes:
         if distribution not in kinds:
             raise ValueError(f"distribution: expected 'rademacher' or 'normal', got {distribution!r}.")
         self.products, self._generator, self._entries = products, seeded(seed), kinds[distribution]
-        self.size = products.shape[0]
+        self.size = products.shape[1]
         self.dtype = torch.promote_types(products.dtype, torch.float32)
         self._width = self.width()
 
@@ -85,3 +85,33 @@ class Probes:
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of samples along the last axis, and its standard error."""
     return samples.mean(-1), samples.detach().std(-1) / samples.shape[-1] ** 0.5
+
+
+def error_of_leave_one_out(samples: Tensor, covariance: Tensor, *, pooled: bool = False) -> Tensor:
+    """Standard error of the mean of samples ``[…, m]``, each unbiased given the other vectors, that share vectors.
+
+    Let d_ij be what product i changes in sample j. What is left of either sample has mean zero given the other's vector,
+    so that the covariance of two samples is the mean of d_ij d_ji, exactly; the variance of their mean is then that of
+    independent samples plus the covariance. Without it (as in the paper) errors are 1.2 to 2 times too small where m is
+    not small beside the dimension. A negative covariance counts only if it is ``pooled``, that is taken in its ratio to
+    the variance over all entries, for that of one entry is too uncertain.
+    """
+    independent = samples.detach().var(-1) / samples.shape[-1]
+    if pooled:
+        ratio = covariance.sum() / independent.sum().clamp(min=torch.finfo(samples.dtype).tiny)
+        return (independent * (1 + ratio).clamp(min=0.25)).sqrt()
+    return (independent + covariance.clamp(min=0)).sqrt()
+
+
+def jackknife(left_out: Tensor) -> Tensor:
+    """Standard error of a statistic of m samples from its values ``[…, m]`` without each of them (Efron & Stein 1981).
+
+    Its square is no less than the variance in expectation, whatever the statistic.
+    """
+    return left_out.detach().std(-1, correction=0) * (left_out.shape[-1] - 1) ** 0.5
+
+
+def mean_of_pairs(values: Tensor) -> Tensor:
+    """Mean of M_ij M_ji over all pairs i ≠ j."""
+    count = len(values)
+    return ((values * values.mT).sum() - values.diagonal().square().sum()) / (count * (count - 1))

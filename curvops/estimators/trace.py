@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from curvops.estimators.groups import Groups, Rows, by_name, resolve, sums
-from curvops.estimators.probes import Distribution, Probes, mean_and_error
+from curvops.estimators.probes import Distribution, Probes, error_of_leave_one_out, mean_and_error, mean_of_pairs
 from curvops.estimators.rounds import Budget, run
-from curvops.estimators.sketch import Sketch
+from curvops.estimators.sketch import LeaveOut, Sketch
 from curvops.matrix import Matrix, Products
 
 
@@ -33,7 +33,8 @@ def trace(
     1989) and keeps no vectors; its error falls as 1/√m. ``"hutch++"`` (Meyer et al. 2021) spends a third of the
     products each on a basis Q of A's range, on tr QᵀAQ, and on Hutchinson's estimate of the rest; ``"xtrace"``
     (Epperly, Tropp & Webber 2023) uses all vectors for both, with each left out in turn. Their errors fall as 1/m or
-    faster on spectra that decay, and they keep about two vectors a product, in at least single precision.
+    faster on spectra that decay (on flat ones Hutchinson's is smaller), and they keep about two vectors a product, in at
+    least single precision. XTrace's standard error includes the covariance of its samples, which the paper leaves out.
 
     Args:
         matrix: Square; a `LinearOperator`, a tensor, SciPy's, or anything with a shape and products.
@@ -97,8 +98,9 @@ class _HutchPlusPlus(_Hutchinson):
         self.sketch, self.tests, self.images = Sketch(probes), probes.empty(), probes.empty()
 
     def add(self, count: int) -> None:
-        self.sketch.add(count)
-        tests = self.probes.draw(count)
+        drawn = self.probes.draw(2 * count)
+        self.sketch.add(drawn[:, ::2])
+        tests = drawn[:, 1::2]
         self.tests = torch.cat([self.tests, tests], 1)
         self.images = torch.cat([self.images, self.probes.times(tests)], 1)
 
@@ -111,24 +113,39 @@ class _HutchPlusPlus(_Hutchinson):
 
 
 class _XTrace(_Hutchinson):
-    method, cost, least = "XTrace", 2, 2
+    method, cost, least = "XTrace", 2, 3
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
         super().__init__(probes, rows, spherical=spherical)
         self.sketch = Sketch(probes)
 
     def add(self, count: int) -> None:
-        self.sketch.add(count)
+        self.sketch.add(self.probes.draw(count))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        tests = self.sketch.tests
-        Q, AQ, _, s = self.sketch.leave_one_out()
-        inside = Q.mT @ tests
-        inside -= s * (s * inside).sum(0)  # of each test vector, in the basis without it
-        kept = sums(Q, AQ, self.rows).sum(1, keepdim=True) - sums(Q @ s, AQ @ s, self.rows)
-        outside = tests - Q @ inside
-        rest = sums(outside, self.sketch.images - AQ @ inside, self.rows)
-        if self.spherical:
-            rank = Q.shape[1] - s.square().sum(0)
-            rest *= (len(Q) - rank) / outside.square().sum(0)
-        return mean_and_error(kept + rest)
+        tests, out = self.sketch.tests, self.sketch.leave_out()
+        inside, s = out.basis.mT @ tests, out.only
+        along = out.of_second(s.mT @ inside)  # of test vectors j, in the direction that leaves with i
+        inside = inside - s * (s * inside).sum(0)
+        one, two = self._scales(inside, along, out)
+        samples, covariances = [], []
+        for rows in self.rows.values():
+            Q, AQ = out.basis[rows], out.product[rows]
+            rest, A_rest = tests[rows] - Q @ inside, self.sketch.images[rows] - AQ @ inside
+            Qs, AQs = Q @ s, AQ @ s
+            form, hutchinson = Qs.mT @ AQs, (rest * A_rest).sum(0)
+            samples.append((Q * AQ).sum() - form.diagonal() + one * hutchinson)
+            square, crossed = out.of_second_squared(form), out.of_second(Qs.mT @ A_rest + AQs.mT @ rest)
+            change = square * (1 - two * along.square()) - two * along * crossed + (one - two) * hutchinson
+            covariances.append(mean_of_pairs(change))
+        found = torch.stack(samples)
+        return found.mean(1), error_of_leave_one_out(found, torch.stack(covariances))
+
+    def _scales(self, inside: Tensor, along: Tensor, out: LeaveOut) -> tuple[Tensor, Tensor]:
+        """What brings the rest of each test vector, without one or two products, to the length that is expected."""
+        if not self.spherical:
+            return torch.ones_like(along[0]), torch.ones_like(along)
+        lost = out.only.square().sum(0)
+        rank, norm = out.basis.shape[1] - lost, self.sketch.tests.square().sum(0) - inside.square().sum(0)
+        size = len(out.basis)
+        return (size - rank) / norm, (size - rank + lost[:, None]) / (norm + along.square())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvops.compat import density, estimates, functorch, kronecker, operators, risk, spaces, utils
+from curvops.compat import density, estimates, functorch, inverses, kronecker, operators, risk, spaces, utils
 from curvops.operators.linear_operator import LinearOperator
 from curvops.products.risk_operator import RiskOperator
 
@@ -21,7 +21,16 @@ MODULES: dict[str, dict[str, object]] = {
     "kfac_utils": {"FisherType": kronecker.FisherType, "KFACType": kronecker.KFACType},
     "ekfac": {"EKFACLinearOperator": kronecker.EKFACLinearOperator},
     "kfoc": {"KFOCLinearOperator": kronecker.KFOCLinearOperator},
-    "inverse": {"KFACInverseLinearOperator": kronecker.inverse},
+    "inverse": {
+        "CGInverseLinearOperator": inverses.CGInverseLinearOperator,
+        "LSMRInverseLinearOperator": inverses.LSMRInverseLinearOperator,
+        "NeumannInverseLinearOperator": inverses.NeumannInverseLinearOperator,
+        "KFACInverseLinearOperator": kronecker.inverse,
+    },
+    "jacobian": {
+        "JacobianLinearOperator": operators.JacobianLinearOperator,
+        "TransposedJacobianLinearOperator": operators.TransposedJacobianLinearOperator,
+    },
     "submatrix": {"SubmatrixLinearOperator": spaces.SubmatrixLinearOperator},
     "trace.hutchinson": {
         "hutchinson_trace": estimates.hutchinson_trace,

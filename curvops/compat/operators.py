@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from curvops.compat import arguments
-from curvops.products import ggn, hessian
+from curvops.products import ggn, hessian, jacobian
+
+WITHOUT_LOSS = tuple(name for name in arguments.ORDER if name != "loss_func")
 
 
 def translated(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,3 +44,17 @@ class EFLinearOperator(ggn.EFLinearOperator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(**translated(given, named))
+
+
+class JacobianLinearOperator(jacobian.JacobianLinearOperator):
+    """`curvops.JacobianLinearOperator` with the peer's arguments."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(**arguments.translated(given, named, WITHOUT_LOSS))
+
+
+class TransposedJacobianLinearOperator(jacobian.TransposedJacobianLinearOperator):
+    """`curvops.TransposedJacobianLinearOperator` with the peer's arguments."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(**arguments.translated(given, named, WITHOUT_LOSS))

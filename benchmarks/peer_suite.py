@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ FILES = [
     *("test_inverse.py", "test_submatrix.py", "test_jacobian.py", "test_hessian.py", "test_gradient_moments.py"),
     *("test_ggn.py", "test_ggn_diagonal.py", "test_fisher.py", "test_kfac.py", "test_ekfac.py"),
 ]
+WITHOUT_LATEX = "import matplotlib\nmatplotlib.rcParams.validate['text.usetex'] = lambda value: False\n"
 
 
 def internals() -> None:
@@ -139,7 +141,9 @@ class Counts:
 def started_with_compat() -> Iterator[None]:
     """A context in which processes that are started as ``python`` are this one, and import `curvops.compat` first."""
     with TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text("import curvops.compat\n")
+        Path(folder, "sitecustomize.py").write_text(
+            "import curvops.compat\n" + ("" if which("latex") else WITHOUT_LATEX)
+        )
         path = os.pathsep.join([folder, str(Path(compat.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with patch.dict(os.environ, PYTHONPATH=path, PATH=programs, MPLBACKEND="agg"):

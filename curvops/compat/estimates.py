@@ -43,7 +43,7 @@ def xdiag(A: Any, num_matvecs: int) -> Tensor:
 
 def hutchinson_squared_fro(A: Any, num_matvecs: int, distribution: Distribution = "rademacher") -> Tensor:
     """Squared Frobenius norm by Hutchinson's estimator."""
-    products = max(num_matvecs, LEAST["hutchinson"])
+    products = max(int(num_matvecs), LEAST["hutchinson"])
     return _plain(estimators.squared_norm(A, num_products=products, distribution=distribution, seed=new_seed()))
 
 
@@ -87,12 +87,14 @@ class HutchinsonSquaredFrobeniusNormEstimator(HutchinsonTraceEstimator):
 
 
 def _trace(method: TraceMethod, A: Any, num_matvecs: int, distribution: Distribution) -> Tensor:
-    products = max(num_matvecs, LEAST[method])
+    products = max(int(num_matvecs), LEAST[method])
     return _plain(estimators.trace(A, method=method, num_products=products, distribution=distribution, seed=new_seed()))
 
 
 def _diagonal(method: DiagonalMethod, A: Any, num_matvecs: int) -> Tensor:
-    return _plain(estimators.diagonal(A, method=method, num_products=max(num_matvecs, LEAST[method]), seed=new_seed()))
+    return _plain(
+        estimators.diagonal(A, method=method, num_products=max(int(num_matvecs), LEAST[method]), seed=new_seed())
+    )
 
 
 def _plain(estimate: Any) -> Tensor:

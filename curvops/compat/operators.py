@@ -7,6 +7,7 @@ from typing import Any
 
 from curvops.compat import arguments
 from curvops.products import ggn, hessian, jacobian
+from curvops.products.risk_operator import RiskOperator
 
 WITHOUT_LOSS = tuple(name for name in arguments.ORDER if name != "loss_func")
 
@@ -18,11 +19,17 @@ def translated(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
+def titled(operator: RiskOperator) -> str:
+    """The name, where there is a progress bar with the word by which scripts count products in its title."""
+    return f"{type(operator).__name__}._matmat" if operator.risk.progressbar else ""
+
+
 class HessianLinearOperator(hessian.HessianLinearOperator):
     """`curvops.HessianLinearOperator` with the peer's arguments."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(**translated(given, named))
+        self._name = titled(self)
 
 
 class GGNLinearOperator(ggn.GGNLinearOperator):
@@ -30,6 +37,7 @@ class GGNLinearOperator(ggn.GGNLinearOperator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(**translated(given, named))
+        self._name = titled(self)
 
 
 class FisherMCLinearOperator(GGNLinearOperator):
@@ -44,6 +52,7 @@ class EFLinearOperator(ggn.EFLinearOperator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(**translated(given, named))
+        self._name = titled(self)
 
 
 class JacobianLinearOperator(jacobian.JacobianLinearOperator):

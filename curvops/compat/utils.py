@@ -12,18 +12,24 @@ from torch import Tensor
 
 def allclose_report(first: Any, second: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     """Whether two tensors or arrays are close; prints their largest difference if they are not."""
-    a, b = torch.as_tensor(first), torch.as_tensor(second)
-    close = torch.allclose(a, b, rtol=rtol, atol=atol)
+    close, difference = _compared(first, second, rtol, atol)
     if not close:
-        print(f"largest difference {(a - b).abs().max():.3e}, of entries up to {b.abs().max():.3e}")
+        print(difference)
     return close
 
 
 def report_nonclose(first: Any, second: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> None:
     """A ValueError if two arrays are not close."""
-    a, b = torch.as_tensor(first), torch.as_tensor(second)
-    if not torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=equal_nan):
-        raise ValueError(f"the arrays differ by up to {(a - b).abs().max():.3e}, of entries up to {b.abs().max():.3e}.")
+    close, difference = _compared(first, second, rtol, atol, equal_nan)
+    if not close:
+        raise ValueError(difference)
+
+
+def _compared(first: Any, second: Any, rtol: float, atol: float, equal_nan: bool = False) -> tuple[bool, str]:
+    """Whether two tensors or arrays are close, in double precision, and how far apart they are."""
+    a, b = (torch.as_tensor(x).double() for x in (first, second))
+    difference = f"the largest difference is {(a - b).abs().max():.3e}, of entries up to {b.abs().max():.3e}."
+    return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=equal_nan), difference
 
 
 @contextmanager

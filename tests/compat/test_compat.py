@@ -70,9 +70,8 @@ def test_the_real_one_was_imported_before(monkeypatch):
     real = ModuleType("curvlinops")
     real.__file__ = "curvlinops/__init__.py"
     monkeypatch.setitem(sys.modules, "curvlinops", real)
-    monkeypatch.delitem(sys.modules, "curvops.compat")
     with pytest.raises(ImportError, match="imported already"):
-        pass
+        reload(curvops.compat)
 
 
 @pytest.mark.parametrize("name", ["HessianLinearOperator", "GGNLinearOperator", "EFLinearOperator"])

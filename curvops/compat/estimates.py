@@ -12,8 +12,8 @@ from curvops.estimators.probes import Distribution
 
 TraceMethod = Literal["xtrace", "hutch++", "hutchinson"]
 DiagonalMethod = Literal["xdiag", "hutchinson"]
-# products of two samples, without which ours have no standard error
-LEAST = {"hutchinson": 2, "hutch++": 6, "xtrace": 4, "xdiag": 4}
+# products without which ours have no standard error
+LEAST = {"hutchinson": 2, "hutch++": 6, "xtrace": 6, "xdiag": 6}
 
 
 def hutchinson_trace(A: Any, num_matvecs: int, distribution: Distribution = "rademacher") -> Tensor:

@@ -1,11 +1,14 @@
 """Curvature of PyTorch models as linear operators: correct on any model, fast, and visible."""
 
+from curvops.clients.check import check
+from curvops.estimators.estimate import Estimate
 from curvops.kronecker.diagonal import GGNDiagonalLinearOperator
 from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvops.kronecker.kfoc import KFOCLinearOperator
 from curvops.kronecker.operator import load
 from curvops.kronecker.options import BlockRule
 from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
+from curvops.operators.inverse import InverseOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.low_rank import LowRankPlusDiagonalOperator, OuterProductOperator
 from curvops.operators.structured import block_diagonal, kronecker_product
@@ -22,10 +25,12 @@ __all__ = [
     "EFLinearOperator",
     "EKFACLinearOperator",
     "EmpiricalRisk",
+    "Estimate",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
     "IdentityOperator",
+    "InverseOperator",
     "JacobianLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
@@ -36,6 +41,7 @@ __all__ = [
     "TensorSpace",
     "TransposedJacobianLinearOperator",
     "block_diagonal",
+    "check",
     "kronecker_product",
     "load",
 ]

@@ -17,45 +17,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success, 1 a failure that one line on stderr explains, 2 a mistake in the arguments, and
     130 an interruption with Ctrl-C.
     """
-    given = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        # PyTorch 2.15's own, when it loads its rules for forward mode
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-        return _tour(given)
-
-
-def _tour(given: argparse.Namespace) -> int:
+    given = vars(_parser().parse_args(arguments))
     kept: object = "nothing"
     try:
         os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
         import torch
 
-        from curvops.tour.files import OutputError
         from curvops.tour.run import Finished, run_tour
 
+        given["dtype"] = getattr(torch, given["dtype"])
         kept = finished = Finished()
-        try:
-            run_tour(
-                given.output,
-                setups=given.setups,
-                device=given.device,
-                dtype=getattr(torch, given.dtype),
-                seed=given.seed,
-                finished=finished,
-            )
-        except (OutputError, OSError) as error:
-            return _fail(str(error))
+        with warnings.catch_warnings():
+            # PyTorch 2.15's own, when it loads its rules for forward mode
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+            run_tour(**given, finished=finished)
     except ModuleNotFoundError as error:
         return _fail(f"the tour needs {error.name}: pip install 'curvops[tour]'")
+    except OSError as error:
+        return _fail(str(error))
     except KeyboardInterrupt:
-        print(f"curvops tour: interrupted; kept {kept}", file=sys.stderr)
-        return 130
+        return _fail(f"interrupted; kept {kept}", 130)
     return 0
 
 
-def _fail(reason: str) -> int:
+def _fail(reason: str, status: int = 1) -> int:
     print(f"curvops tour: {reason}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _setups(text: str) -> list[str]:

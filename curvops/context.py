@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -54,18 +55,16 @@ def requiring_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
         for tensor in tensors:
             if tensor.is_leaf and (not tensor.requires_grad or ("gradients", id(tensor)) in _SWITCHED):
-                stack.enter_context(switched(("gradients", id(tensor)), lambda t=tensor: _requiring(t)))  # type: ignore[misc]
+                stack.enter_context(switched(("gradients", id(tensor)), partial(_requiring, tensor)))
         yield
 
 
 @contextmanager
 def _requiring(tensor: Tensor) -> Iterator[None]:
-    before = tensor.requires_grad
-    tensor.requires_grad_(True)
-    try:
+    with ExitStack() as stack:
+        stack.callback(tensor.requires_grad_, tensor.requires_grad)
+        tensor.requires_grad_(True)
         yield
-    finally:
-        tensor.requires_grad_(before)
 
 
 @contextmanager

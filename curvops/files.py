@@ -21,10 +21,7 @@ KEY = "curvops"
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], format: str) -> None:
     """Write tensors and what is to be known about them, which JSON must hold (needs ``safetensors``).
 
-    A file that is there stays unless the new one is complete. Reading asks for the same ``format``.
-
-    Raises:
-        OSError: If the file cannot be written.
+    Reading asks for the same ``format``.
     """
     save = extra("safetensors.torch", "Saving to a file").save
     text = json.dumps({**about, "format": format, "versions": versions()})
@@ -56,10 +53,7 @@ def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in the place of ``path`` in one step.
-
-    Whatever stops ``write``, the file that was at ``path`` before stays as it was.
-    """
+    """Let ``write`` fill a file beside ``path``, which takes the place of ``path`` only when it is complete."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:

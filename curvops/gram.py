@@ -12,11 +12,9 @@ STRIPES = 12  # stripes at most: twelve save 46 % of the work, all of them would
 
 
 def add_moment(moment: Tensor, rows: Tensor) -> None:
-    """Add Σ r rᵀ over rows ``[units, positions, groups, c]``, or its diagonal.
+    """Add Σ r rᵀ over rows ``[units, positions, groups, c]`` to ``[groups, c, c]``, or its diagonal to ``[groups, c]``.
 
-    Args:
-        moment: ``[groups, c, c]``, of which the upper half is right until it is `mirrored`; or ``[groups, c]``.
-        rows: Of the moment's precision.
+    Of the matrices only the upper half is right until they are `mirrored`.
     """
     if moment.ndim == 2:
         moment += rows.square().sum((0, 1))

@@ -19,9 +19,7 @@ _GROUPS = {
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
     """Free memory of a device in bytes: on the CPU what the system has, and the process's control groups leave.
 
-    Args:
-        device: The device.
-        root: Where the system's files are.
+    The system's files are below `root`.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -49,11 +47,7 @@ def budget(device: torch.device, memory_budget: int | None) -> int:
 
 
 def check_fits(rows: int, columns: int, dtype: torch.dtype, device: torch.device, what: str) -> None:
-    """Refuse a dense matrix that does not fit into the free memory.
-
-    Raises:
-        MemoryError: If it does not; the message gives its size.
-    """
+    """Refuse a dense matrix that does not fit into the free memory by a MemoryError that gives its size."""
     size, free = rows * columns * dtype.itemsize, free_memory(device)
     if size > free:
         raise MemoryError(

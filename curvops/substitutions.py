@@ -197,34 +197,15 @@ def grouped_mm(
 
 
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Maybe = None,
-    weight: Maybe = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: Any = None,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Maybe = None, options: Any = None, **loss: Any
 ) -> Tensor:
     """Plain, since the chunked form's second derivative is wrong."""
-    logits = F.linear(input, linear_weight, linear_bias)
-    ignored = -100 if ignore_index is None else ignore_index
-    return F.cross_entropy(
-        logits, target, weight, ignore_index=ignored, reduction=reduction, label_smoothing=label_smoothing
-    )
+    given = {name: option for name, option in loss.items() if option is not None}
+    return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **given)
 
 
 def multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    p: int = 1,
-    margin: float = 1.0,
-    weight: Maybe = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    input: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Maybe = None, *reduced: Any, **how: Any
 ) -> Tensor:
     rows, labels = torch.atleast_2d(input), torch.atleast_1d(target)
     violation = (margin - rows.gather(1, labels[:, None]) + rows).clamp(min=0) ** p
@@ -232,12 +213,10 @@ def multi_margin_loss(
         violation = violation * weight[labels][:, None]
     others = ~F.one_hot(labels, rows.shape[1]).bool()
     losses = (violation * others).sum(1) / rows.shape[1]
-    return _reduced(losses.reshape(target.shape), size_average, reduce, reduction)
+    return _reduced(losses.reshape(target.shape), *reduced, **how)
 
 
-def multilabel_margin_loss(
-    input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
-) -> Tensor:
+def multilabel_margin_loss(input: Tensor, target: Tensor, *reduced: Any, **how: Any) -> Tensor:
     """A row of targets is a list of labels that ends at its first -1."""
     rows, labels = torch.atleast_2d(input), torch.atleast_2d(target)
     listed = (labels >= 0).cumprod(1).to(rows.dtype)
@@ -245,10 +224,12 @@ def multilabel_margin_loss(
     others = 1 - torch.zeros_like(rows).scatter_reduce(1, labels, listed, "amax")
     slack = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)
     losses = (listed.unsqueeze(2) * others.unsqueeze(1) * slack).sum((1, 2)) / rows.shape[1]
-    return _reduced(losses.reshape(input.shape[:-1]), size_average, reduce, reduction)
+    return _reduced(losses.reshape(input.shape[:-1]), *reduced, **how)
 
 
-def _reduced(losses: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
+def _reduced(
+    losses: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
+) -> Tensor:
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()

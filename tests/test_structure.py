@@ -16,8 +16,8 @@ FLOORS = [
     "operators",
     "products",
     "kronecker",
-    "tour",
     "clients",
+    "tour",
     "compat",
     "cli",
 ]

@@ -71,7 +71,8 @@ class Estimate(Tensor):
 
     def _text(self) -> str:
         kind = "exact" if self.exact else self.method
-        return f"Estimate({self._figures()}, {kind}, {self.products} products)"
+        cost = f", {self.products} products" if self.products else ""
+        return f"Estimate({self._figures()}, {kind}{cost})"
 
     def _figures(self) -> str:
         if self.ndim == 0:

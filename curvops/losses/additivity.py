@@ -10,7 +10,7 @@ from torch import Tensor
 from curvops.losses.base import ClosedForm, OutputCurvature
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
-from curvops.tree import map_tensors, tensors_of
+from curvops.tree import map_tensors, nodes_of, tensors_of
 
 FEW = 4  # data of a batch that stand for it
 # what a loss may raise on data that are cut or joined otherwise than it expects
@@ -44,10 +44,7 @@ class LossWalk:
         self._first: _Piece | None = None
 
     def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
-        """Look at the next batch; see `OutputLoss.curvature`.
-
-        A ValueError says also if the loss of the data so far is not the sum of their losses, as far as can be seen.
-        """
+        """See `OutputLoss.curvature`; a ValueError too if the data's loss is seen not to be the sum of their losses."""
         found = self._curvature(z, y, batch_size)
         if not isinstance(found, ClosedForm):
             self._count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
@@ -199,14 +196,7 @@ def _unequal(a: Tensor | None, *parts: Tensor | None) -> bool:
 
 def _read(value: Tensor, z: Tensor) -> list[Tensor]:
     """The tensors besides z that a value depends on and that require gradients: the leaves of its graph."""
-    seen: dict[Any, None] = {}
-    waiting: list[Any] = [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen[node] = None
-            waiting.extend(following for following, _ in node.next_functions)
-    leaves = (getattr(node, "variable", None) for node in seen)
+    leaves = (getattr(node, "variable", None) for node in nodes_of(value))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not z]
 
 

@@ -5,9 +5,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.losses.base import OutputCurvature, TermLayout
+from curvops.losses.base import OutputCurvature, TermLayout, class_layout, entry_layout
 from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
@@ -32,7 +33,7 @@ class AutodiffCurvature(OutputCurvature):
     @cached_property
     def layout(self) -> TermLayout:
         """The terms, found by probing the output Hessian."""
-        fine = self._loss.term_layout(self.z)
+        fine = (class_layout if self._loss.form is F.nll_loss else entry_layout)(self.z.shape)
         whole = [TermLayout(self.z.shape, None)] if self.z.shape[:1] == (self.batch_size,) else []
         for layout in (fine, *whole):
             if not self._couples(layout):
@@ -44,11 +45,8 @@ class AutodiffCurvature(OutputCurvature):
         )
 
     def _couples(self, layout: TermLayout) -> bool:
-        """Whether the output Hessian has entries between different terms.
-
-        A random vector on one half of the terms must give zero on the other. Up to 16 terms the halves tell every
-        pair apart, beyond that they are random.
-        """
+        """Whether the output Hessian has entries between different terms."""
+        # a random vector on half of the terms must give zero on the rest; up to 16 terms the halves tell all pairs apart
         count, device = layout.num_terms, self.z.device
         vector = Noise(0, 0).normal(count, 1, 1, layout.width, device=device)[:, 0].to(self.dtype)
         index = torch.arange(count, device=device)
@@ -77,6 +75,11 @@ class AutodiffCurvature(OutputCurvature):
         other = AutodiffCurvature(near + 0.1 * u, self.y, self.batch_size, self._loss)
         return not any(bool(curvature._hessian_product(u).any()) for curvature in (self, other))
 
+    @property
+    def weights(self) -> Tensor | None:
+        weights = self._loss.output_weights(self._constant, self.y)
+        return None if weights is None else self.layout.rows(weights.expand(self.z.shape))
+
     def _hessian_product(self, u: Tensor) -> Tensor:
         if not self._twice_differentiable:
             raise self._no_second_derivative
@@ -88,14 +91,6 @@ class AutodiffCurvature(OutputCurvature):
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         signs = noise.signs(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
         return stacked((self._root @ signs.mT / mc_samples**0.5).to(self.dtype))
-
-    def _empirical_factor(self) -> Factor:
-        gradient = self.gradient()
-        weights = self._loss.output_weights(self._constant, self.y)
-        if weights is not None:
-            rows = self.layout.rows(weights.expand(self.z.shape))
-            gradient = torch.where(rows > 0, gradient * torch.where(rows > 0, rows, 1).rsqrt(), 0)
-        return stacked(gradient.unsqueeze(-1))
 
     @cached_property
     def _graph(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,11 +118,8 @@ class AutodiffCurvature(OutputCurvature):
 
     @cached_property
     def _twice_differentiable(self) -> bool:
-        """Whether the gradient's graph is whole.
-
-        A function whose backward is hidden from autograd (`once_differentiable`) would silently pass as linear. But
-        every gradient is linear in the cotangent, unless its graph is cut.
-        """
+        """Whether the gradient's graph is whole."""
+        # a backward hidden from autograd would pass as linear; but every gradient is linear in the cotangent
         _, gradient, one = self._graph
         gradient = gradient.detach()
         echo, expected = self._second_backward(one, gradient), gradient.square().sum()
@@ -141,10 +133,7 @@ class AutodiffCurvature(OutputCurvature):
 
     @cached_property
     def _root(self) -> Tensor:
-        """The symmetric root of each term's output Hessian, `[T, C, C]` in float64.
-
-        Unlike a basis of eigenvectors it is unique, so that sampled factors do not depend on how the data is cut.
-        """
+        """The symmetric root of each term's output Hessian, `[T, C, C]` in float64: unique, however the data is cut."""
         hessian = self._constant.new_empty(self.num_terms, self.width, self.width, dtype=torch.float64)
         for k, unit in enumerate(torch.eye(self.width, dtype=self.dtype, device=self.z.device)):
             units = self.layout.outputs(unit.repeat(self.num_terms, 1))

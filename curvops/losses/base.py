@@ -66,17 +66,10 @@ class OutputCurvature(ABC):
     Everything but `value` treats z as a constant, and is computed in z's precision, at least in single precision.
 
     Attributes:
-        z: The model's output.
-        y: Targets.
-        batch_size: Number of data in the batch.
         dtype: Precision of the computation, and of the rows.
         psd: Whether the output Hessian is positive semi-definite by construction.
         closed_form: Whether gradient and Hessian products are formulas, not autograd.
-        linear: Whether the output Hessian is zero, and with it the GGN: as of a loss that only averages what the
-            model has already computed.
-        layout: How the output is cut into terms.
-        num_terms: Number of loss terms of the batch, T.
-        width: Entries of a term's vector, C.
+        layout: How the output is cut into T terms (`num_terms`), vectors of C entries (`width`).
 
     Example:
         >>> import torch
@@ -106,7 +99,13 @@ class OutputCurvature(ABC):
 
     @property
     def linear(self) -> bool:
+        """Whether the output Hessian is zero, as of a loss that only averages what the model has already computed."""
         return False
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights that the loss is linear in, in rows that may broadcast; the empirical factor takes their root."""
+        return None
 
     @property
     def num_terms(self) -> int:
@@ -134,10 +133,7 @@ class OutputCurvature(ABC):
 
     @abstractmethod
     def value(self) -> Tensor:
-        """The sum of the loss terms, a scalar: PyTorch's loss with `reduction="sum"`.
-
-        It is made of operations that can be differentiated twice, so that z may carry a graph.
-        """
+        """The sum of the loss terms, a scalar that can be differentiated twice: PyTorch's `reduction="sum"`."""
 
     @abstractmethod
     def gradient(self) -> Tensor:
@@ -175,9 +171,12 @@ class OutputCurvature(ABC):
         if kind == "type-2":
             return self._exact_factor()
         if kind == "empirical":
-            return self._empirical_factor()
+            gradient, weights = self.gradient(), self.weights
+            if weights is not None:
+                gradient = torch.where(weights > 0, gradient * torch.where(weights > 0, weights, 1).rsqrt(), 0)
+            return stacked(gradient.unsqueeze(-1))
         if kind == "forward-only":
-            return stacked(self.z.new_zeros(self.num_terms, self.width, 0, dtype=self.dtype))
+            return stacked(self._constant.new_zeros(self.num_terms, self.width, 0))
         if kind != "mc":
             raise ValueError(f"'factor': expected a kind of {', '.join(map(repr, KINDS))}, got {kind!r}.")
         if mc_samples < 1:
@@ -194,9 +193,6 @@ class OutputCurvature(ABC):
 
     @abstractmethod
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor: ...
-
-    @abstractmethod
-    def _empirical_factor(self) -> Factor: ...
 
     @cached_property
     def _constant(self) -> Tensor:
@@ -218,7 +214,6 @@ class ClosedForm(OutputCurvature):
     def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Any) -> None:
         self.check(**options)
         super().__init__(z, y, batch_size)
-        self._options = options
 
     @staticmethod
     def check(*_: Any, **__: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvops.losses.base import ClosedForm, TermLayout, class_layout
-from curvops.losses.factor import Factor, stacked
+from curvops.losses.factor import Factor
 from curvops.losses.noise import Noise
 
 
@@ -24,6 +24,8 @@ class CrossEntropyCurvature(ClosedForm):
         self._given_weight: Tensor | None = options.get("weight")
         self._ignore_index: int = options.get("ignore_index", -100)
         self._smoothing: float = options.get("label_smoothing", 0.0)
+        self._soft = y.is_floating_point()
+        self._plain_labels = not self._soft and self._smoothing == 0
         self._expect_fitting()
 
     @staticmethod
@@ -38,7 +40,7 @@ class CrossEntropyCurvature(ClosedForm):
     @cached_property
     def count(self) -> float:
         # smoothing does not enter
-        if self.y.is_floating_point():
+        if self._soft:
             return float(self.num_terms)
         if self._given_weight is None:
             return float(self._seen.sum())
@@ -50,9 +52,9 @@ class CrossEntropyCurvature(ClosedForm):
 
     def value(self) -> Tensor:
         rows = self.layout.rows(self.z.to(self.dtype)).log_softmax(-1)
-        targets = self.weights.unsqueeze(1) if self._plain_labels else self._weighted_targets
+        targets = self.weights if self._plain_labels else self._weighted_targets
         if self._plain_labels:  # without a dense target: vocabularies may be large
-            rows = rows.gather(1, self._labels.unsqueeze(1))
+            rows = rows.gather(1, self._labels)
         # a class without weight contributes nothing, even if its logit is -inf
         return -torch.where(targets != 0, targets * rows, 0).sum()
 
@@ -60,31 +62,29 @@ class CrossEntropyCurvature(ClosedForm):
         """From the probabilities: not finite, or inexact, where one is too small."""
         if not self._plain_labels:
             return self.value()
-        picked = self._probabilities.gather(1, self._labels.unsqueeze(1)).squeeze(1)
-        return -(self.weights @ picked.log())
+        return -(self.weights * self._probabilities.gather(1, self._labels).log()).sum()
 
     def gradient(self) -> Tensor:
         """ω p - t w, as rows."""
-        weights = self.weights.unsqueeze(1)
-        scaled = weights * self._probabilities
+        scaled = self.weights * self._probabilities
         if self._plain_labels:
-            return scaled.scatter_add_(1, self._labels.unsqueeze(1), -weights)
+            return scaled.scatter_add_(1, self._labels, -self.weights)
         return scaled.sub_(self._weighted_targets)
 
     def hessian_rows(self, rows: Tensor) -> Tensor:
         scaled = self._probabilities * rows
-        return self.weights.unsqueeze(1) * (scaled - self._probabilities * scaled.sum(-1, keepdim=True))
+        return self.weights * (scaled - self._probabilities * scaled.sum(-1, keepdim=True))
 
     def hessian_root(self, k: int) -> Tensor:
         """√(ω p_k) (e_k - p)."""
-        scale = (self.weights * self._probabilities[:, k]).sqrt()
-        column = -scale.unsqueeze(1) * self._probabilities
-        column[:, k] += scale
+        scale = (self.weights * self._probabilities[:, k : k + 1]).sqrt()
+        column = -scale * self._probabilities
+        column[:, k : k + 1] += scale
         return column
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         """Column m is √(ω/M) (p - e_ŷ), for the m-th sample ŷ of the label."""
-        probabilities, weights = self._probabilities, self.weights.unsqueeze(1) / mc_samples
+        probabilities, weights = self._probabilities, self.weights / mc_samples
         uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, device=self.z.device)
         labels = sample_classes(probabilities, uniform)
 
@@ -99,17 +99,11 @@ class CrossEntropyCurvature(ClosedForm):
 
         return Factor(self.num_terms, self.width, mc_samples, column, product)
 
-    def _empirical_factor(self) -> Factor:
-        weights = self.weights.unsqueeze(1)
-        scale = torch.where(weights > 0, weights, 1).rsqrt()
-        gradient = torch.where(weights > 0, scale * self.gradient(), 0)
-        return stacked(gradient.unsqueeze(-1))
-
     @cached_property
     def weights(self) -> Tensor:
-        """The weight ω of each term, `[T]`; zero for ignored terms."""
-        if self.y.is_floating_point():
-            return self._weighted_targets.sum(-1)
+        """The weight ω of each term, `[T, 1]`; zero for ignored terms."""
+        if self._soft:
+            return self._weighted_targets.sum(-1, keepdim=True)
         if self._given_weight is None:
             return self._seen.to(self.dtype)
         smoothing, weights = self._smoothing, self._class_weights
@@ -119,44 +113,38 @@ class CrossEntropyCurvature(ClosedForm):
     def _weighted_targets(self) -> Tensor:
         """The targets t w, `[T, C]`."""
         smoothing, weights = self._smoothing, self._class_weights
-        if self.y.is_floating_point():
+        if self._soft:
             rows = self.layout.rows(self.y.detach().to(self.dtype))
             return ((1 - smoothing) * rows + smoothing / self.width) * weights
-        labels = self._labels.unsqueeze(1)
         floor = (smoothing / self.width * weights).expand(self.num_terms, -1)
-        targets = floor.scatter_add(1, labels, (1 - smoothing) * weights[labels])
-        return torch.where(self._seen.unsqueeze(1), targets, 0)
+        targets = floor.scatter_add(1, self._labels, (1 - smoothing) * weights[self._labels])
+        return torch.where(self._seen, targets, 0)
 
     @cached_property
     def _probabilities(self) -> Tensor:
         return self.layout.rows(self._constant).softmax(-1)
 
-    @property
-    def _plain_labels(self) -> bool:
-        return not self.y.is_floating_point() and self._smoothing == 0
-
     @cached_property
     def _seen(self) -> Tensor:
-        return self.y.reshape(-1) != self._ignore_index
+        return self.y.reshape(-1, 1) != self._ignore_index
 
     @cached_property
     def _labels(self) -> Tensor:
-        """The labels `[T]`, any valid one where they are ignored."""
-        return torch.where(self._seen, self.y.reshape(-1).long(), 0)
+        """The labels `[T, 1]`, any valid one where they are ignored."""
+        return torch.where(self._seen, self.y.reshape(-1, 1).long(), 0)
 
     @cached_property
     def _class_weights(self) -> Tensor:
-        if self._given_weight is None:
-            return self._constant.new_ones(self.width)
-        return self._given_weight.to(self._constant)
+        return (
+            self._constant.new_ones(self.width) if self._given_weight is None else self._given_weight.to(self._constant)
+        )
 
     def _expect_fitting(self) -> None:
         z, y, weight = self.z, self.y, self._given_weight
         if z.ndim == 0:
             raise ValueError("'CrossEntropyLoss': expected an output with a class axis, got a scalar.")
         labels = z.shape[:1] + z.shape[2:] if z.ndim > 1 else torch.Size()
-        expected = z.shape if y.is_floating_point() else labels
-        if y.shape != expected or y.dtype == torch.bool or y.is_complex():
+        if y.shape != (z.shape if self._soft else labels) or y.dtype == torch.bool or y.is_complex():
             raise ValueError(
                 f"'CrossEntropyLoss': for an output of shape {tuple(z.shape)} with {self.width} classes, expected "
                 f"integer labels of shape {tuple(labels)} or floating-point probabilities of shape {tuple(z.shape)}, "
@@ -167,13 +155,12 @@ class CrossEntropyCurvature(ClosedForm):
                 f"'CrossEntropyLoss': expected one weight for each of the {self.width} classes, "
                 f"got shape {tuple(weight.shape)}."
             )
-        if y.is_floating_point():
-            if bool(((sums := self.weights) < 0).any()):
-                raise ValueError(
-                    f"'CrossEntropyLoss': the (weighted) target probabilities of a term sum to {sums.min().item()}, "
-                    "expected a non-negative sum."
-                )
-        elif bool((wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()):
+        if self._soft and bool((self.weights < 0).any()):
+            raise ValueError(
+                f"'CrossEntropyLoss': the (weighted) target probabilities of a term sum to {self.weights.min().item()}, "
+                "expected a non-negative sum."
+            )
+        if not self._soft and bool((wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()):
             raise ValueError(
                 f"'CrossEntropyLoss': expected labels from 0 to {self.width - 1} or "
                 f"ignore_index={self._ignore_index}, got {y[wrong][0].item()}."

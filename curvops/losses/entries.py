@@ -4,7 +4,6 @@ from abc import abstractmethod
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +25,6 @@ class EntryCurvature(ClosedForm):
                 "Reshape one of them: broadcasting is almost always a mistake here."
             )
         self._targets = y.to(self.dtype)
-        self._weight = options["weight"].to(self._targets) if "weight" in options else None
 
     @property
     def count(self) -> float:
@@ -36,13 +34,6 @@ class EntryCurvature(ClosedForm):
     def layout(self) -> TermLayout:
         return entry_layout(self.z.shape)
 
-    def gradient(self) -> Tensor:
-        return self.layout.rows(self._weighted(self._slope()))
-
-    def _empirical_factor(self) -> Factor:
-        slope = self._slope() if self._weight is None else self._weight.sqrt() * self._slope()
-        return stacked(self.layout.rows(slope).unsqueeze(-1))
-
     def hessian_rows(self, rows: Tensor) -> Tensor:
         return self._diagonal * rows
 
@@ -50,13 +41,6 @@ class EntryCurvature(ClosedForm):
         column = self._constant.new_zeros(self.num_terms, self.width)
         column[:, k] = self._diagonal.expand_as(column)[:, k].sqrt()
         return column
-
-    def _weighted(self, t: Tensor) -> Tensor:
-        return t if self._weight is None else self._weight * t
-
-    @abstractmethod
-    def _slope(self) -> Tensor:
-        """The gradient without weights."""
 
     @property
     @abstractmethod
@@ -80,8 +64,8 @@ class SquaredErrorCurvature(EntryCurvature):
     def value(self) -> Tensor:
         return (self.z.to(self.dtype) - self._targets).square().sum()
 
-    def _slope(self) -> Tensor:
-        return 2 * (self._constant - self._targets)
+    def gradient(self) -> Tensor:
+        return self.layout.rows(2 * (self._constant - self._targets))
 
     @property
     def _diagonal(self) -> Tensor:
@@ -105,7 +89,8 @@ class BinaryCrossEntropyCurvature(EntryCurvature):
         super().__init__(z, y, batch_size, **options)
         for option, weights in options.items():
             expect_no_batch_axis(self.name, option, weights, y)
-        self._factor = torch.ones((), dtype=self.dtype, device=z.device)
+        self._weight = options["weight"].to(self._targets) if "weight" in options else self._targets.new_ones(())
+        self._factor = self._targets.new_ones(())
         if "pos_weight" in options:
             if bool(((y < 0) | (y > 1)).any()):
                 raise ValueError(
@@ -122,25 +107,34 @@ class BinaryCrossEntropyCurvature(EntryCurvature):
                     f"'BCEWithLogitsLoss': expected a non-negative {name}, got a minimum of {option.min().item()}."
                 )
 
+    @cached_property
+    def weights(self) -> Tensor:
+        return self._spread(self._weight)
+
     def value(self) -> Tensor:
         z = self.z.to(self.dtype)
-        return self._weighted((1 - self._targets) * z - self._factor * F.logsigmoid(z)).sum()
+        return (self._weight * ((1 - self._targets) * z - self._factor * F.logsigmoid(z))).sum()
 
-    def _slope(self) -> Tensor:
-        return (1 - self._targets) - self._factor * (-self._constant).sigmoid()
+    def gradient(self) -> Tensor:
+        slope = (1 - self._targets) - self._factor * (-self._constant).sigmoid()
+        return self.layout.rows(self._weight * slope)
 
     @cached_property
     def _diagonal(self) -> Tensor:
         # σ(-z), not 1 - σ(z), which rounds to zero for large z
         variance = self._constant.sigmoid() * (-self._constant).sigmoid()
-        return self.layout.rows(self._weighted(self._factor * variance))
+        return self.layout.rows(self._weight * self._factor * variance)
 
     def _sampled_factor(self, mc_samples: int, noise: Noise) -> Factor:
         uniform = noise.uniform(self.num_terms, self.terms_per_datum, mc_samples, self.width, device=self.z.device)
-        scale = self._weighted(self._factor / mc_samples).sqrt()
+        scale = self._spread(self._weight * self._factor / mc_samples).sqrt()
         probability = self.layout.rows(self._constant.sigmoid()).unsqueeze(-1)
         answers = (uniform.mT < probability).to(self.dtype)
-        return stacked(self.layout.rows(scale.expand(self.z.shape)).unsqueeze(-1) * (probability - answers))
+        return stacked(scale.unsqueeze(-1) * (probability - answers))
+
+    def _spread(self, weights: Tensor) -> Tensor:
+        """Weights that broadcast to the output, as rows."""
+        return self.layout.rows(weights.expand(self.z.shape))
 
 
 def expect_no_batch_axis(loss: str, option: str, weight: Tensor, y: Tensor) -> None:

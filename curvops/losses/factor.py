@@ -9,20 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factor:
-    """Columns s of the output factor: for each loss term t a matrix S_t of shape `[C, K]`.
+    """The output factor: for each of T loss terms a matrix S_t of shape `[C, K]`.
 
     What a Gauss-Newton or Fisher matrix needs of the loss is `S_t S_tᵀ` (weights included, the constant of the
     reduction not).
-
-    Attributes:
-        num_terms: T.
-        width: Entries of a term's vector, C.
-        num_columns: K.
     """
 
-    num_terms: int
-    width: int
-    num_columns: int
+    num_terms: int  # T
+    width: int  # entries of a term's vector, C
+    num_columns: int  # K
     _column: Callable[[int], Tensor]
     _product: Callable[[Tensor], Tensor]
     _columns: Tensor | None = None

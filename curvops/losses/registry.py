@@ -40,10 +40,14 @@ def output_loss(loss_func: Callable[..., Any], reduction: str | None = None) -> 
         TypeError: If the loss function cannot be called with two arguments.
 
     Example:
-        >>> import functools
-        >>> import torch.nn.functional as F
-        >>> output_loss(functools.partial(F.cross_entropy, label_smoothing=0.1)).reduction
-        'mean'
+        >>> import torch
+        >>> z, y = torch.tensor([[0.0], [5.0]]), torch.zeros(2, 1)
+        >>> walk = output_loss(nn.HuberLoss(delta=2.0)).walk()
+        >>> walk.curvature(z, y, batch_size=2).hessian_product(torch.ones(2, 1))
+        tensor([[1.],
+                [0.]])
+        >>> walk.constant()
+        0.5
     """
     return OutputLoss(ScalarLoss(loss_func, reduction))
 
@@ -53,17 +57,6 @@ class OutputLoss:
 
     A module with a `reduction`, or a function with this keyword, is evaluated with "sum", and what its "mean" divides
     by is the ratio of the two. Of any other function, "mean" means the mean over data.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> z, y = torch.tensor([[0.0], [5.0]]), torch.zeros(2, 1)
-        >>> walk = output_loss(nn.HuberLoss(delta=2.0)).walk()
-        >>> walk.curvature(z, y, batch_size=2).hessian_product(torch.ones(2, 1))
-        tensor([[1.],
-                [0.]])
-        >>> walk.constant()
-        0.5
     """
 
     def __init__(self, loss: ScalarLoss) -> None:
@@ -104,8 +97,7 @@ class OutputLoss:
         own = self._loss.function
         for function, module, kind, names in _CLOSED_FORMS:
             if own is function or (type(own) is module and is_untouched(own)):
-                options = {name: self._loss.option(name) for name in names}
-                return kind, {name: option for name, option in options.items() if option is not None}
+                return kind, {name: option for name in names if (option := self._loss.option(name)) is not None}
         return None
 
     def _agrees(self, found: ClosedForm) -> bool:

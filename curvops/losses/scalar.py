@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvops.losses.base import TermLayout, class_layout, entry_layout
 from curvops.losses.entries import expect_no_batch_axis
 from curvops.substitutions import Substitutions
 from curvops.tree import map_tensors, tensors_of
@@ -49,7 +48,10 @@ class ScalarLoss:
         self.name = str(getattr(self.function, "__name__", type(self.function).__name__))
         self._asked = asked
         is_module = isinstance(self.function, nn.Module)
-        signature = _signature(self.function.forward if is_module else self.function)
+        try:
+            signature = inspect.signature(self.function.forward if is_module else self.function)
+        except (TypeError, ValueError):  # built-in functions may not tell
+            signature = None
         self._keyword = None if is_module or signature is None else signature.parameters.get("reduction")
         try:
             if signature is not None:
@@ -122,10 +124,6 @@ class ScalarLoss:
         weight = self.option("weight")
         return self.known and (not isinstance(weight, Tensor) or bool((weight >= 0).all()))
 
-    def term_layout(self, z: Tensor) -> TermLayout:
-        """The terms that the loss has before reduction, if it is a sum over entries."""
-        return class_layout(z.shape) if self.form is F.nll_loss else entry_layout(z.shape)
-
     def output_weights(self, z: Tensor, y: Any) -> Tensor | None:
         """The weights that a loss is linear in, broadcasting to the output; a ValueError if they have a batch axis."""
         form, weight = self.form, self.option("weight")
@@ -190,13 +188,6 @@ def _uncompiled(loss_func: Any) -> Any:
     if not callable(loss_func):
         raise TypeError(f"'output_loss': expected a loss module or function of (output, target), got {loss_func!r}.")
     return loss_func
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):  # built-in functions may not tell
-        return None
 
 
 def _moved(option: Any, z: Tensor) -> Any:

@@ -83,36 +83,16 @@ class BlockDiagonalOperator(LinearOperator):
             result[where[:, None], where] = placed.block.dense().to(self.dtype)
         return result
 
-    def trace(self) -> Tensor:
-        """The trace, a scalar tensor."""
+    def _exact_trace(self) -> Tensor:
         return self._total(placed.block.diagonal().sum() for placed in self.blocks)
 
-    def diagonal(self) -> Tensor:
-        """The diagonal, ``[D]``."""
+    def _exact_diagonal(self) -> Tensor:
         return self._placed(lambda p: p.block.diagonal())
 
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar tensor."""
+    def _exact_norm(self) -> Tensor:
         return self._total(placed.block.frobenius_norm().square() for placed in self.blocks).sqrt()
 
-    def logdet(self, damping: Damping = 0.0) -> Tensor:
-        """Logarithm of the determinant of the matrix plus ``damping`` times the identity, a scalar tensor.
-
-        It is −∞ for a singular matrix, as every curvature with an unused parameter is without damping. It is
-        differentiable in a damping that is a tensor, or a dict of tensors: a marginal likelihood is tuned by it.
-
-        Raises:
-            ValueError: If an eigenvalue is negative, a damping is, or names do not fit.
-
-        Example:
-            >>> import torch
-            >>> from curvops import DiagonalOperator
-            >>> tau = torch.tensor(1.0, requires_grad=True)
-            >>> (4 * DiagonalOperator(torch.tensor([0.25, 0.75]))).logdet(tau).backward()
-            >>> tau.grad  # 1 / 2 + 1 / 4
-            tensor(0.7500)
-        """
-
+    def _exact_logdet(self, damping: Damping) -> Tensor:
         def log(placed: Placed, shift: Number) -> Tensor:
             block = placed.eigen()
             if number(shift) == 0 and block.singular:
@@ -132,16 +112,16 @@ class BlockDiagonalOperator(LinearOperator):
         """All eigenvalues in ascending order, ``[D]``."""
         return self._eigenvalues().sort().values
 
-    def eigenpairs(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest or smallest eigenvalues ``[k]``, ascending, and eigenvectors ``[D, k]``; at most ``D``."""
-        if not 1 <= k <= self.domain.dim:
-            raise ValueError(f"k: expected a number from 1 to {self.domain.dim}, got {k}.")
-        values = self._eigenvalues()
-        order = values.argsort()
-        chosen = order[-k:] if largest else order[:k]
-        units = torch.zeros(self.domain.dim, k, dtype=self.dtype, device=self.device)
-        units[chosen, torch.arange(k, device=self.device)] = 1.0
-        return values[chosen], self._rotated(units)
+    def _exact_eigenvalues(self) -> Tensor:
+        return self.eigenvalues()
+
+    def _exact_eigenvectors(self, chosen: Tensor) -> Tensor:
+        units = torch.zeros(self.domain.dim, len(chosen), dtype=self.dtype, device=self.device)
+        units[self._eigenvalues().argsort()[chosen], torch.arange(len(chosen), device=self.device)] = 1.0
+        return self._rotated(units)
+
+    def _exact_inverse(self, damping: Damping) -> LinearOperator:
+        return self.inverse(damping)
 
     def power(self, exponent: float, damping: Damping = 0.0) -> StructuredOperator:
         """The matrix plus ``damping`` times the identity, to a power such as −1, ½ or −½.

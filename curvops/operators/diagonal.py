@@ -29,7 +29,7 @@ class DiagonalOperator(StructuredOperator):
         >>> from curvops import DiagonalOperator
         >>> d = DiagonalOperator(torch.tensor([1.0, 2.0]))
         >>> (d @ d + d).diagonal(), d.inverse().trace()
-        (tensor([2., 6.]), tensor(1.5000))
+        (Estimate(2 entries, exact), Estimate(1.5, exact))
     """
 
     def __init__(self, diagonal: Vector, space: TensorSpace | None = None) -> None:
@@ -53,7 +53,7 @@ class IdentityOperator(StructuredOperator):
         >>> from curvops import IdentityOperator, TensorSpace
         >>> eye = IdentityOperator(TensorSpace.flat(3))
         >>> (2 * eye + eye).trace(), (2 * eye).inverse() @ torch.ones(3)
-        (tensor(9.), tensor([0.5000, 0.5000, 0.5000]))
+        (Estimate(9, exact), tensor([0.5000, 0.5000, 0.5000]))
     """
 
     def __init__(self, space: TensorSpace, factor: float = 1.0) -> None:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor
 
 from curvops.operators.linear_operator import LinearOperator
-from curvops.solvers.cg import cg
-from curvops.solvers.lsmr import lsmr
-from curvops.solvers.minres import minres
-from curvops.solvers.neumann import neumann
-from curvops.solvers.solution import Solution
-
-SOLVERS: dict[str, Callable[..., Solution]] = {"cg": cg, "minres": minres, "lsmr": lsmr, "neumann": neumann}
+from curvops.solvers import SOLVERS
 
 
 class InverseOperator(LinearOperator):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 from curvops.extras import extra
 from curvops.memory import check_fits
 from curvops.operators.damping import Damping, by_parameter, number
+from curvops.operators.quantities import Quantities
 from curvops.space import TensorSpace
 
 SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
@@ -44,7 +45,7 @@ class Algebra(Protocol):
         """Rows and columns of A, where A has no way of its own."""
 
 
-class LinearOperator(ABC):
+class LinearOperator(Quantities):
     """A real linear map between two spaces of named tensors, known by its products.
 
     Subclasses give `_apply` (products with columns in the flat format), and `_apply_adjoint` unless they are

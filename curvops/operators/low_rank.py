@@ -61,19 +61,13 @@ class OuterProductOperator(LinearOperator):
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
         return self.right @ (self.left.T @ columns)
 
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar tensor."""
+    def _exact_norm(self) -> Tensor:
         return ((self.left.T @ self.left) * (self.right.T @ self.right)).sum().clamp(min=0).sqrt()
 
-    def diagonal(self) -> Tensor:
-        """The diagonal, ``[D]``; a ValueError unless rows and columns are as many."""
+    def _exact_diagonal(self) -> Tensor:
         if self.shape[0] != self.shape[1]:
-            raise ValueError(f"{self.name}.diagonal(): expected a square operator, got {self!r}.")
+            raise ValueError(f"{self.name}: expected a square operator, got {self!r}.")
         return (self.left * self.right).sum(1)
-
-    def trace(self) -> Tensor:
-        """The trace, a scalar tensor; a ValueError unless rows and columns are as many."""
-        return self.diagonal().sum()
 
 
 class LowRankPlusDiagonalOperator(LinearOperator):
@@ -94,7 +88,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         >>> from curvops import LowRankPlusDiagonalOperator
         >>> op = LowRankPlusDiagonalOperator(torch.ones(4, 1), 2.0)
         >>> op.trace(), op.inverse() @ torch.ones(4)  # 1 / 6
-        (tensor(12.), tensor([0.1667, 0.1667, 0.1667, 0.1667]))
+        (Estimate(12, exact), tensor([0.1667, 0.1667, 0.1667, 0.1667]))
     """
 
     def __init__(
@@ -125,29 +119,16 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         low = self.columns @ (self.weights[:, None] * (self.columns.T @ columns))
         return low + self._diagonal[:, None] * columns
 
-    def diagonal(self) -> Tensor:
-        """The diagonal, ``[D]``."""
+    def _exact_diagonal(self) -> Tensor:
         return self.columns.square() @ self.weights + self._diagonal
 
-    def trace(self) -> Tensor:
-        """The trace, a scalar tensor."""
-        return self.diagonal().sum()
-
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar tensor."""
+    def _exact_norm(self) -> Tensor:
         gram = self.columns.T @ self.columns
         low = (gram.square() * self.weights[:, None] * self.weights).sum()
         mixed = 2 * (self.columns.square() @ self.weights) @ self._diagonal
         return (low + mixed + self._diagonal.square().sum()).clamp(min=0).sqrt()
 
-    def logdet(self, damping: Damping = 0.0) -> Tensor:
-        """Logarithm of the determinant of the matrix plus ``damping`` times the identity; differentiable in it.
-
-        It is −∞ for a singular matrix.
-
-        Raises:
-            ValueError: If the determinant is negative, or if the diagonal with the damping has a zero.
-        """
+    def _exact_logdet(self, damping: Damping) -> Tensor:
         parts = self._capacitance(damping)
         if (parts.diagonal == 0).sum() > parts.columns.shape[1]:
             return self.columns.new_tensor(-math.inf)
@@ -170,6 +151,9 @@ class LowRankPlusDiagonalOperator(LinearOperator):
             raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
         columns = (parts.columns / parts.diagonal[:, None]) @ basis
         return LowRankPlusDiagonalOperator(columns, 1 / parts.diagonal, -1 / values, self.domain, self.psd)
+
+    def _exact_inverse(self, damping: Damping) -> LinearOperator:
+        return self.inverse(damping)
 
     def _scaled(self, factor: float) -> LinearOperator:
         weights, diagonal = factor * self.weights, factor * self._diagonal

@@ -32,7 +32,7 @@ def block_diagonal(blocks: Mapping[str, Matrices], space: TensorSpace | None = N
         >>> from curvops import block_diagonal
         >>> op = block_diagonal({"weight": (2 * torch.eye(2), torch.ones(3)), "bias": torch.eye(2)})
         >>> op.shape, op.trace(), op.damped(1.0).trace()
-        ((8, 8), tensor(14.), tensor(22.))
+        ((8, 8), Estimate(14, exact), Estimate(22, exact))
     """
     pairs = {name: _pair(matrices, f"block of {name!r}") for name, matrices in blocks.items()}
     if space is None:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.func import jvp, linearize
 
 from curvops.context import quietly
+from curvops.products import rules
 from curvops.products.account import reason, relative_difference, tolerance
 from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
-from curvops.products.rules import FEW, forward_mode_pays
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tree import select, tensors_of
@@ -32,7 +32,7 @@ class Proof:
 
 def pushed_forward(risk: EmpiricalRisk, batch: Batch, record: Recorder, z: Tensor) -> tuple[Push | None, str]:
     """J v of a batch by forward mode where that takes less and is proved, else ``None``; and why."""
-    if not forward_mode_pays(record):
+    if not rules.forward_mode_pays(record):
         return None, "about 2.3 gradients, 1.3 inside linearized()"
     proof = proved(risk, batch, record)
     return (forward_push(risk, batch, z) if proof.holds else None), proof.why
@@ -88,9 +88,11 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for random u and v on the first and last data of a batch."""
     if any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)):
         raise ValueError("X cannot be cut into data")
-    places = torch.tensor([*range(FEW // 2), *range(batch.size - FEW // 2, batch.size)], device=risk.space.device)
-    few = Batch(select(batch.X, batch.size, places), None, FEW, batch.start)
-    record = Recorder(FEW)
+    places = torch.tensor(
+        [*range(rules.FEW // 2), *range(batch.size - rules.FEW // 2, batch.size)], device=risk.space.device
+    )
+    few = Batch(select(batch.X, batch.size, places), None, rules.FEW, batch.start)
+    record = Recorder(rules.FEW)
     z = record.finish(risk.forward(few.X, record))
     generator = torch.Generator().manual_seed(0)
     # a random piece, over and over: to draw each entry would take as long as the proof
@@ -104,4 +106,4 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     difference = float(abs(inner - along) / (u.norm() * pushed.norm()).clamp(min=torch.finfo(wide).tiny))
     if not difference <= tolerance(z.dtype):
         return Proof(record, False, f"forward mode is not the adjoint of reverse mode ({difference:.1e})")
-    return Proof(record, True, f"equal to reverse mode's adjoint within {difference:.1e} on {FEW} data")
+    return Proof(record, True, f"equal to reverse mode's adjoint within {difference:.1e} on {rules.FEW} data")

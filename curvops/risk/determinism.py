@@ -21,19 +21,12 @@ from curvops.tree import tensors_of
 
 @dataclass
 class Pass:
-    """What one pass over the data saw.
+    """What one pass over the data saw."""
 
-    Attributes:
-        fingerprints: Of each batch.
-        value: The sum of the loss terms.
-        gradient: Their gradient, ``[D]``.
-        linear: Whether the loss of each batch is linear in the output.
-    """
-
-    fingerprints: list[tuple[float, ...]]
-    value: Tensor
-    gradient: Tensor
-    linear: list[bool]
+    fingerprints: list[tuple[float, ...]]  # of each batch
+    value: Tensor  # the sum of the loss terms
+    gradient: Tensor  # of this sum, ``[D]``
+    linear: list[bool]  # whether the loss of each batch is linear in the output
 
 
 def check_deterministic(risk: EmpiricalRisk) -> None:
@@ -122,8 +115,7 @@ def fingerprint(batch: Batch) -> tuple[float, ...]:
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not torch.isfinite(a).all() and not torch.isfinite(b).all():
         return True  # a diverged model is deterministic; the operator's own numbers will show it
-    scale = float(a.abs().max()) if a.numel() else 0.0
-    return bool((a - b).abs().max() <= tolerance * scale) if a.numel() else True
+    return not a.numel() or bool((a - b).abs().max() <= tolerance * a.abs().max())
 
 
 def _loader_message(first: Pass, second: Pass) -> str:
@@ -139,12 +131,11 @@ def _loader_message(first: Pass, second: Pass) -> str:
 def _model_message(risk: EmpiricalRisk) -> str:
     training = risk.model.training_modules
     dropout = [m for m in training if isinstance(m, _DropoutNd) and m.p > 0]
+    cause = "the model or the loss draws random numbers, keeps a state between calls, or uses operations that are not deterministic"
     if dropout:
         cause = f"the model has dropout in train mode ({len(dropout)} modules, the first {dropout[0]})"
     elif any(getattr(m, "dropout", 0) for m in training if isinstance(getattr(m, "dropout", 0), float)):
         cause = "the model has dropout in train mode"
-    else:
-        cause = "the model or the loss draws random numbers, keeps a state between calls, or uses operations that are not deterministic"
     return (
         f"model: two passes over the same data give different risks or gradients; {cause}. "
         "Call model.eval(), or pass check_deterministic=False to accept products that vary."

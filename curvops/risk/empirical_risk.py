@@ -120,9 +120,7 @@ class EmpiricalRisk:
     def forward(self, X: Any, mode: TorchFunctionMode | None = None) -> Tensor:
         """Output of the model as it stands, under the caller's autocast state; call within `evaluation`.
 
-        Args:
-            X: Input of a batch.
-            mode: What sees the model's operations; by default what replaces those without right second derivatives.
+        ``mode`` sees its operations; by default those without right second derivatives are replaced.
         """
         with self._autocast().on(), Substitutions() if mode is None else mode:
             return self.model(X)
@@ -142,14 +140,7 @@ class EmpiricalRisk:
     def sum_over_data(
         self, title: str, total: Tensor, add: Callable[[Batch, Walk], None], finish: Callable[[], None] | None = None
     ) -> Tensor:
-        """c · Σ over batches, in one pass.
-
-        Args:
-            title: For the progress bar.
-            total: Zeros, which become the sum.
-            add: Adds a batch's part to ``total``.
-            finish: Adds what ``add`` has put off, after the last batch.
-        """
+        """c · Σ over batches, in one pass: ``add`` adds a batch's part to ``total``, ``finish`` what it has put off."""
         with self.walk(title) as walk:
             for batch in walk:
                 add(batch, walk)
@@ -193,12 +184,7 @@ class EmpiricalRisk:
 
 
 class Walk:
-    """One pass over the data of a risk, and what is summed on it.
-
-    Attributes:
-        size: Number of data so far.
-        batches: Number of batches so far.
-    """
+    """One pass over the data of a risk: the numbers of data (`size`) and `batches` so far, and the constant c."""
 
     def __init__(self, risk: EmpiricalRisk, batches: Iterator[Batch], title: str) -> None:
         self._risk, self._batches, self._loss = risk, batches, risk.loss.walk()
@@ -222,9 +208,5 @@ class Walk:
 
     @property
     def constant(self) -> float:
-        """The factor c in front of the sum over loss terms, once all batches were seen.
-
-        Raises:
-            ValueError: If a mean runs over nothing, so that PyTorch's is 0/0.
-        """
+        """The factor c in front of the sum over loss terms, once all batches were seen; a ValueError where it is 1/0."""
         return self._loss.constant()

@@ -55,12 +55,9 @@ class Model:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, those of ``params`` too, and buffers."""
-        own = [
-            (f"{type(m).__name__}.{n}", t)
-            for m in self._modules()
-            for n, t in (*m._parameters.items(), *m._buffers.items())
-        ]
-        return {**{f"{name} {k}": t for k, (name, t) in enumerate(own) if t is not None}, **self.params}
+        own = ((m, n, t) for m in self._modules() for n, t in {**m._parameters, **m._buffers}.items())
+        named = {f"{type(m).__name__}.{n} {k}": t for k, (m, n, t) in enumerate(own) if t is not None}
+        return named | self.params
 
     def __call__(self, X: Any) -> Tensor:
         """Output of the model as it stands.
@@ -81,11 +78,8 @@ class Model:
         """A mode in which other tensors stand in for the parameters, wherever an operation is given one.
 
         A view of a parameter that was made before, or a `torch.autograd.Function` that takes one, is out of
-        reach, so this serves ways that are compared with the model as it stands.
-
-        Args:
-            params: The tensors by name.
-            dtype: Precision that everything else of the model is brought to.
+        reach, so this serves ways that are compared with the model as it stands. Everything else of the model is
+        brought to the precision ``dtype``.
         """
         stand_ins = {id(tensor): params[name] for name, tensor in self.params.items()}
         for module in self._modules():
@@ -104,18 +98,13 @@ class Model:
         return Model(lambda params, X: self._function({**self.params, **params}, X), some)
 
     def check_current(self) -> None:
-        """Refuse a module that has lost one of the tensors since this was made.
-
-        Raises:
-            ValueError: If it has; the message names it.
-        """
-        if self.module is not None and self._own:
-            own = {id(p) for p in self.module.parameters()}
-            if names := [name for name in self._own if id(self.params[name]) not in own]:
-                raise ValueError(
-                    f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
-                    "by others. Make the operator anew, with dict(model.named_parameters())."
-                )
+        """A ValueError if the module has lost one of the tensors since this was made; the message names it."""
+        own = {id(p) for p in self.module.parameters()} if self.module is not None and self._own else set()
+        if names := [name for name in self._own if id(self.params[name]) not in own]:
+            raise ValueError(
+                f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
+                "by others. Make the operator anew, with dict(model.named_parameters())."
+            )
 
     def _function(self, params: Mapping[str, Tensor], X: Any) -> Any:
         assert self.function is not None
@@ -123,10 +112,8 @@ class Model:
 
     @contextmanager
     def _buffers_kept(self, contents: bool = True) -> Iterator[None]:
-        """Put back buffers that change as the model runs: the tensors, and their contents unless copies stand in for them.
-
-        In place, so that a graph that needs what they had become notices, and its backward pass is an error.
-        """
+        """Put back buffers that change as the model runs, and their contents unless copies stand in for them."""
+        # in place, so that a graph that needs what they had become notices, and its backward pass is an error
         found = [(m, n, b) for m in self._modules() for n, b in m._buffers.items()]
         kept = [(m, n, b, b.detach().clone() if contents else b) for m, n, b in found if b is not None]
         try:
@@ -166,10 +153,9 @@ class Model:
             if isinstance(value, Module):
                 found[id(value)] = value
                 todo += value.children()
-            if isinstance(value, dict):
-                todo += value.values() if len(value) <= LARGEST else ()
-            elif isinstance(value, (list, tuple, set)):
-                todo += value if len(value) <= LARGEST else ()
+            if isinstance(value, (dict, list, tuple, set)):
+                items = value.values() if isinstance(value, dict) else value
+                todo += items if len(items) <= LARGEST else ()
             elif isinstance(value, Module) or (value is self.function and hasattr(value, "__dict__")):
                 own = [v for name, v in vars(value).items() if name not in STANDARD]
                 todo += [v for v in own if isinstance(v, (Module, dict, list, tuple, set, FunctionType))]
@@ -194,15 +180,16 @@ class Model:
             return
         own = dict(self.module.named_parameters(remove_duplicate=False))
         mine = {id(p) for p in own.values()}
-        self._own = [name for name, tensor in self.params.items() if id(tensor) in mine]
-        foreign = [name for name, tensor in self.params.items() if id(tensor) not in mine and _stands_for(name, own)]
+        others = {name: tensor for name, tensor in self.params.items() if id(tensor) not in mine}
+        self._own = [name for name in self.params if name not in others]
+        foreign = [n for n in others if n in own or n.removeprefix("module.").removeprefix("_orig_mod.") in own]
         if foreign:
             raise ValueError(
                 f"params: {describe(foreign)} are not the tensors of the module {type(self.module).__name__}, but others of the same "
                 "names (copies?). Curvature is taken where the module is: pass a subset of dict(model.named_parameters()), or a "
                 "function (params, X) such as lambda p, X: torch.func.functional_call(model, p, (X,))."
             )
-        unknown = [n for n, t in self.params.items() if id(t) not in mine and not (t.requires_grad or t.grad_fn)]
+        unknown = [name for name, tensor in others.items() if not (tensor.requires_grad or tensor.grad_fn)]
         if unknown:
             raise ValueError(
                 f"params: the module {type(self.module).__name__} has no parameter {describe(unknown)}; "
@@ -220,13 +207,7 @@ def _held(function: Any) -> list[Any]:
             held.append(cell.cell_contents)
         except ValueError:  # not filled yet
             continue
-    return [
-        value for value in held if isinstance(value, (Module, dict, list, tuple, FunctionType, MethodType, partial))
-    ]
-
-
-def _stands_for(name: str, own: Mapping[str, Tensor]) -> bool:
-    return name.removeprefix("module.").removeprefix("_orig_mod.") in own or name in own
+    return [v for v in held if isinstance(v, (Module, dict, list, tuple, FunctionType, MethodType, partial))]
 
 
 def _same(tensor: Tensor, before: Tensor) -> bool:

@@ -76,7 +76,7 @@ def cg(
 
 def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[int, str]:
     """The residuals are Q S, with QᵀMQ = I; the directions P are conjugate from one iteration to the next."""
-    q, s = residual, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    q, s = residual, torch.diag(lengths(residual)).sign()  # a column that is solved stays as it is
     p = None
     for iteration in range(1, limit + 1):
         z = system.preconditioned(q)

@@ -17,7 +17,7 @@ from curvops.spectrum.pairs import CONVERGED, EigenPairs
 
 SUBSPACE = 20  # basis vectors for each wanted one, where memory allows; no restart is needed before
 LEAST = 100  # but no fewer than so many in all
-CHECKS = 20  # the projection is judged each time that it has grown by one part in so many
+CHECKS = 50  # the projection is judged each time that it has grown by one part in so many
 PROBE = 20  # products that look for copies outside of an invariant space
 DENSE = 3  # with as many columns for each wanted pair the dense matrix takes no more products
 

@@ -17,7 +17,7 @@ from curvops.files import read_tensors, write_tensors
 _FORMAT = "curvature matrices"
 
 
-class OutputError(Exception):
+class OutputError(OSError):
     """The output folder cannot take the tour's files; the message is one line that says why."""
 
 

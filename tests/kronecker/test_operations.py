@@ -51,15 +51,19 @@ def test_dense_product_and_numbers(op):
     close(op.det(0.5), torch.det(dense + 0.5 * eye(op)), 1e-8)
 
 
-@pytest.mark.parametrize("largest", [True, False])
-def test_eigenpairs(op, largest):
+@pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])
+def test_eigenpairs(op, which):
     dense, k = op.to_dense(), 5
-    values, vectors = op.eigenpairs(k, largest)
+    pairs = op.eigenpairs(k, which)
+    values, vectors = pairs
     every = torch.linalg.eigvalsh(dense)
-    torch.testing.assert_close(values, every[-k:] if largest else every[:k], rtol=0, atol=1e-10 * float(every[-1]))
+    ends = {"smallest": every[:k], "both": torch.cat([every[:k], every[-k:]])}
+    expected = ends.get(which, every[-k:])  # psd: the largest are the largest in magnitude
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-10 * float(every[-1]))
     torch.testing.assert_close(dense @ vectors, vectors * values, rtol=0, atol=1e-10 * float(every[-1]))
-    close(vectors.T @ vectors, torch.eye(k, dtype=torch.float64))
-    with pytest.raises(ValueError, match="expected a number from 1 to"):
+    close(vectors.T @ vectors, torch.eye(len(expected), dtype=torch.float64))
+    assert pairs.products == 0 and pairs.named(0).keys() == op.domain.shapes.keys()
+    with pytest.raises(ValueError, match="expected an integer from 1 to"):
         op.eigenpairs(0)
 
 
@@ -274,7 +278,7 @@ def test_a_parameter_without_entries_has_no_block(kind, mixing, use):
     dense = op.to_dense() + torch.eye(len(op.to_dense()), dtype=torch.float64)
     close(op.inverse(1.0).to_dense(), torch.linalg.inv(dense), 1e-8)
     close(op.logdet(1.0), torch.logdet(dense), 1e-9)
-    assert op.eigenpairs(2)[0].shape == (2,) and op.sample(3, 1.0).shape == (len(dense), 3)
+    assert op.eigenpairs(2).values.shape == (2,) and op.sample(3, 1.0).shape == (len(dense), 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

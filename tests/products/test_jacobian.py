@@ -38,7 +38,7 @@ def expected(model, params, data):
 @pytest.mark.parametrize("forward", [False, True], ids=["reverse", "forward"])
 @pytest.mark.parametrize("name", MODELS)
 def test_jacobian_is_that_of_dense_autograd(name, forward, monkeypatch):
-    monkeypatch.setattr("curvops.products.proofs.forward_mode_pays", lambda record: forward and record.size > 4)
+    monkeypatch.setattr("curvops.products.rules.forward_mode_pays", lambda record: forward and record.size > 4)
     model, params, data = problem(name, (6, 5))
     matrix = expected(model, params, data) if name != "batch norm" else None
     op = JacobianLinearOperator(model, params, data)

@@ -1,0 +1,245 @@
+"""What is asked of an operator: exact where its structure gives it, else estimated from products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvops import estimators, spectrum
+from curvops.estimators import Estimate
+from curvops.estimators.groups import by_name, resolve
+from curvops.matrix import Products
+from curvops.operators.damping import Damping
+from curvops.solvers import SOLVERS, Solution
+from curvops.space import TensorSpace
+from curvops.spectrum import EigenPairs, SpectralDensity, Which
+from curvops.spectrum.choice import Choice
+
+
+class Quantities(ABC):
+    """The methods of a `LinearOperator` that give numbers; subclasses say what they know exactly.
+
+    "Exact" is but for rounding. Estimates come from as few products as are stated, from the random vectors of a ``seed``, and carry their standard
+    error; within one call batches' graphs are kept (`LinearOperator.linearized`).
+    """
+
+    shape: tuple[int, int]
+    domain: TensorSpace
+    symmetric: bool
+    psd: bool
+
+    @abstractmethod
+    def __matmul__(self, other: Any) -> Any:
+        """Products."""
+
+    @abstractmethod
+    def damped(self, damping: Damping) -> Any:
+        """The operator plus a damping on the diagonal."""
+
+    def trace(self, **options: Any) -> Any:
+        """The trace, an `Estimate` without axes: exact where the structure gives it.
+
+        Args:
+            options: As of `curvops.estimators.trace`: ``method``, ``num_products``, ``tolerance``, ``groups``, ``seed``, ….
+
+        Raises:
+            ValueError: If the operator is not square.
+
+        Example:
+            >>> import torch
+            >>> from curvops import HessianLinearOperator, KFACLinearOperator
+            >>> _ = torch.manual_seed(0)
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), data
+            >>> KFACLinearOperator(*problem, fisher_type="type-2").trace().exact
+            True
+            >>> HessianLinearOperator(*problem).trace(groups="tensors")
+            {'weight': Estimate(1.58679, exact, 8 products), 'bias': Estimate(2, exact, 8 products)}
+        """
+        diagonal = self._exact_diagonal() if options.get("groups") is not None else None
+        if diagonal is not None:
+            rows = resolve(options["groups"], Products(self, "trace"))
+            return by_name(_exact(torch.stack([diagonal[own].sum() for own in rows.values()])), options["groups"], rows)
+        known = self._exact_trace()
+        return estimators.trace(self, **options) if known is None else _exact(known)
+
+    def diagonal(self, **options: Any) -> Any:
+        """The diagonal, an `Estimate` ``[D]``: exact where the structure gives it.
+
+        Args:
+            options: As of `curvops.estimators.diagonal`: ``method``, ``num_products``, ``tolerance``, ``groups``, ``seed``, ….
+
+        Raises:
+            ValueError: If the operator is not square.
+        """
+        known = self._exact_diagonal()
+        if known is None:
+            return estimators.diagonal(self, **options)
+        if options.get("groups") is None:
+            return _exact(known)
+        rows = resolve(options["groups"], Products(self, "diagonal"))
+        return {name: _exact(known[own]) for name, own in rows.items()}
+
+    def frobenius_norm(self, **options: Any) -> Estimate:
+        """The Frobenius norm, an `Estimate` without axes: exact where the structure gives it.
+
+        Args:
+            options: As of `curvops.estimators.squared_norm`, whose root this is.
+        """
+        known = self._exact_norm()
+        if known is not None:
+            return _exact(known)
+        squared = estimators.squared_norm(self, **{**options, "groups": None})
+        root = squared.clamp(min=0).sqrt()
+        error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
+        return Estimate.of(root, error, products=squared.products, method=squared.method, exact=squared.exact)
+
+    def logdet(self, damping: Damping = 0.0, **options: Any) -> Estimate:
+        """Logarithm of the determinant of the matrix plus ``damping`` times the identity, an `Estimate` without axes.
+
+        Exact where the structure gives it, and then −∞ for a singular matrix, as every curvature with an unused
+        parameter is without damping; else by Lanczos quadrature. Differentiable in a damping that is a tensor (where it
+        is exact, or a dict of tensors): a marginal likelihood is tuned by it.
+
+        Args:
+            damping: δ ≥ 0, or one for each parameter by name.
+            options: As of `curvops.estimators.logdet`.
+
+        Raises:
+            ValueError: If an eigenvalue is not positive, a damping is negative, or names do not fit.
+
+        Example:
+            >>> import torch
+            >>> from curvops import DiagonalOperator
+            >>> tau = torch.tensor(1.0, requires_grad=True)
+            >>> (4 * DiagonalOperator(torch.tensor([0.25, 0.75]))).logdet(tau).backward()
+            >>> tau.grad  # 1 / 2 + 1 / 4
+            tensor(0.7500)
+        """
+        known = self._exact_logdet(damping)
+        if known is not None:
+            return _exact(known)
+        if isinstance(damping, Mapping):
+            return estimators.logdet(self.damped(damping), **options)
+        return estimators.logdet(self, damping=damping, **options)
+
+    def eigenpairs(self, k: int, which: Which = "largest", **options: Any) -> EigenPairs:
+        """Eigenvalues and eigenvectors at the ends of the spectrum, `EigenPairs`, which unpack to ``values, vectors``.
+
+        Exact where the structure gives them, else by block Lanczos.
+
+        Args:
+            k: How many, from each end if ``which`` is ``"both"``.
+            which: ``"largest"``, ``"smallest"``, ``"both"`` or ``"magnitude"``.
+            options: As of `curvops.spectrum.eigenpairs`: ``tolerance``, ``max_products``, ``start``, ``metric``, ….
+
+        Raises:
+            ValueError: If the operator is not symmetric, or ``k`` does not fit.
+
+        Example:
+            >>> import torch
+            >>> from curvops import HessianLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> hessian = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> pairs = hessian.eigenpairs(1)
+            >>> pairs.values.shape, pairs.vectors.shape, {name: t.shape for name, t in pairs.named(0).items()}
+            (torch.Size([1]), torch.Size([8, 1]), {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])})
+        """
+        if "metric" not in options and (values := self._exact_eigenvalues()) is not None:
+            chosen = Choice(which, k, len(values)).of(values)
+            return EigenPairs(
+                values[chosen],
+                self._exact_eigenvectors(chosen),
+                torch.zeros_like(values[chosen]),
+                0,
+                True,
+                "structure",
+                self.domain,
+            )
+        return spectrum.eigenpairs(self, k, which, **options)
+
+    def spectral_density(self, **options: Any) -> SpectralDensity:
+        """How many eigenvalues lie where, with an error band, by stochastic Lanczos quadrature.
+
+        Args:
+            options: As of `curvops.spectrum.spectral_density`: ``depth``, ``num_vectors``, ``deflate``, ``seed``, ….
+
+        Raises:
+            ValueError: If the operator is not symmetric.
+        """
+        return spectrum.spectral_density(self, **options)
+
+    def solve(self, b: Any, damping: Damping = 0.0, *, solver: str | None = None, **options: Any) -> Solution:
+        """Solve (A + δI) x = b: exactly where the structure gives the inverse, else by iteration.
+
+        Args:
+            b: Right-hand side or sides, in any format.
+            damping: δ ≥ 0, or one for each parameter by name.
+            solver: ``"cg"``, ``"minres"``, ``"lsmr"`` or ``"neumann"``. If not given: conjugate gradients for a psd
+                operator, MINRES for another symmetric one, else LSMR (least squares).
+            options: The solver's: ``tolerance``, ``preconditioner``, ``x0``, ``max_iterations``, ….
+
+        Returns:
+            A `Solution`: ``x`` in the format of b, its relative residual, products, and why the solver stopped.
+
+        Raises:
+            ValueError: If an option or a format does not fit, or a solver does not cover such a matrix.
+
+        Example:
+            >>> import torch
+            >>> from curvops import GGNLinearOperator, KFACLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), data
+            >>> ggn, kfac = GGNLinearOperator(*problem), KFACLinearOperator(*problem, fisher_type="type-2")
+            >>> solution = ggn.solve(torch.ones(8), 1e-2, preconditioner=kfac.inverse(1e-2))
+            >>> solution.converged, bool(solution.residual < 1e-5)
+            (True, True)
+        """
+        damped = self.damped(damping) if isinstance(damping, Mapping) or damping else self
+        inverse = self._exact_inverse(damping) if solver is None else None
+        if inverse is not None:
+            given = Products(self, "solve").given(b, left=True)
+            x = inverse @ given.columns
+            scale = torch.linalg.vector_norm(given.columns, dim=0)
+            size = torch.linalg.vector_norm(given.columns - damped @ x, dim=0)
+            residual = torch.where(scale > 0, size / scale, size)
+            return Solution(given.answer(x), residual, 0, 0, True, "the structure gives the inverse")
+        if solver is None:
+            solver = "cg" if self.psd else "minres" if self.symmetric else "lsmr"
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}.")
+        if solver in ("cg", "minres") and not isinstance(damping, Mapping):
+            return SOLVERS[solver](self, b, damping=float(damping), **options)
+        return SOLVERS[solver](damped, b, **options)
+
+    def _exact_trace(self) -> Tensor | None:
+        diagonal = self._exact_diagonal()
+        return None if diagonal is None else diagonal.sum()
+
+    def _exact_diagonal(self) -> Tensor | None:
+        return None
+
+    def _exact_norm(self) -> Tensor | None:
+        return None
+
+    def _exact_logdet(self, damping: Damping) -> Tensor | None:
+        return None
+
+    def _exact_eigenvalues(self) -> Tensor | None:
+        """All eigenvalues ``[D]``, in ascending order."""
+        return None
+
+    def _exact_eigenvectors(self, chosen: Tensor) -> Tensor:
+        """The eigenvectors ``[D, k]`` of some of them, where these are known."""
+        raise NotImplementedError
+
+    def _exact_inverse(self, damping: Damping) -> Any:
+        return None
+
+
+def _exact(value: Tensor) -> Estimate:
+    return Estimate.of(value, torch.zeros_like(value), products=0, method="structure", exact=True)

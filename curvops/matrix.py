@@ -96,11 +96,7 @@ class Products:
     @property
     def name(self) -> str:
         """What the matrix is called."""
-<<<<<<< HEAD
-        return str(getattr(self.matrix, "name", None) or type(self.matrix).__name__)
-=======
         return str(getattr(self.matrix, "name", None) or type(self.matrix).__name__)  # a tensor's name is None
->>>>>>> main
 
     def __enter__(self) -> Products:
         if hasattr(self.matrix, "linearized"):

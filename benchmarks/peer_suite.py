@@ -147,7 +147,9 @@ def started_with_compat() -> Iterator[None]:
         path = os.pathsep.join([folder, str(Path(compat.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with patch.dict(os.environ, PYTHONPATH=path, PATH=programs, MPLBACKEND="agg"):
+            os.chdir(folder)  # where the examples save their figures
             yield
+            os.chdir("/")
 
 
 def tests(repository: Path, arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.operators import submatrix
+from curvops.operators.damping import Damping
 from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.low_rank import LowRankPlusDiagonalOperator
@@ -55,21 +56,18 @@ class TensorLinearOperator(LinearOperator):
     def _dense(self) -> Tensor:
         return self.matrix
 
-    def trace(self) -> Tensor:
-        """The trace, a scalar tensor."""
-        return self.matrix.trace()
+    def _exact_diagonal(self) -> Tensor:
+        return self.matrix.diagonal()
+
+    def _exact_norm(self) -> Tensor:
+        return torch.linalg.matrix_norm(self.matrix)
+
+    def _exact_logdet(self, damping: Damping) -> Tensor | None:
+        return self.matrix.logdet() if isinstance(damping, float) and damping == 0 else None
 
     def det(self) -> Tensor:
         """The determinant, a scalar tensor."""
         return self.matrix.det()
-
-    def logdet(self) -> Tensor:
-        """The logarithm of the determinant, a scalar tensor."""
-        return self.matrix.logdet()
-
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm, a scalar tensor."""
-        return torch.linalg.matrix_norm(self.matrix)
 
 
 class IdentityLinearOperator(IdentityOperator):

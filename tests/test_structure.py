@@ -18,7 +18,7 @@ FLOORS = [
     "kronecker",
     "clients",
     "tour",
-    "clients",
+    "compat",
     "cli",
 ]
 TOOLBOX = ["solvers", "spectrum", "estimators"]  # for anybody's matrices

@@ -16,6 +16,7 @@ FLOORS = [
     "operators",
     "products",
     "kronecker",
+    "plots",
     "tour",
     "cli",
 ]

@@ -17,6 +17,7 @@ FLOORS = [
     "products",
     "kronecker",
     "clients",
+    "plots",
     "tour",
     "compat",
     "cli",

@@ -202,7 +202,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form, how", rotate([*FORMS, *FORMS], *CALLS, "nothing"))
+@pytest.mark.parametrize(
+    "form, how", [*rotate([*FORMS, *FORMS], *CALLS, "nothing"), *(("compiled", way) for way in CALLS)]
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler
 def test_a_loss_is_what_its_call_gives(form, how):
     loss, y = FORMS[form][0](), FORMS[form][1]

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 from sklearn.datasets import load_digits
@@ -52,7 +53,7 @@ def network(*widths: int) -> nn.Sequential:
     """A tanh network, with the same weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [part for n, m in zip(widths, widths[1:], strict=False) for part in (nn.Linear(n, m), nn.Tanh())]
+        layers = [part for n, m in pairwise(widths) for part in (nn.Linear(n, m), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
 
 

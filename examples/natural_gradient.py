@@ -24,7 +24,7 @@ class NaturalGradient:
 
     A single sample leaves whole directions without curvature, in which exact damping takes steps of up to 1/δ. With
     δ = 1e-2 the exact expectation (``"type-2"``), the average or heuristic damping, which lifts each factor, is enough
-    to train, with any of four seeds; 1e-3 takes all three of them.
+    to train; 1e-3 takes all three of them. The first row is the same with three other seeds.
     """
 
     def __init__(

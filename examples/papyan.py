@@ -33,7 +33,7 @@ def class_gradients(jacobian: JacobianLinearOperator, logits: Tensor, labels: Te
 
 
 def main() -> None:
-    _, setup = digits(epochs=3, num_data=150, dtype=torch.float64)
+    _, setup = digits(epochs=3, num_data=100, dtype=torch.float64)
     X, labels = (torch.cat(part) for part in zip(*setup.data, strict=True))
     with torch.no_grad():
         logits = setup.model(X)

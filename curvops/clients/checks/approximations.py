@@ -73,11 +73,13 @@ def monte_carlo_kfac(p: Problem) -> Outcome:
     _ = p.diagonal  # there is a factor
     samples = 8 if p.risk.space.dim <= 100_000 else 1
     _expect_samples(p, SEEDS * samples)
-    v = p.vectors[0]
-    expected = float(v @ (KFACLinearOperator.of(p.risk, fisher_type="type-2") @ v))
-    kfac = KFACLinearOperator.of(p.risk, mc_samples=samples, seed=p.seed)
+    operator, _, why = _of_small(p, KFACLinearOperator)
+    kfac = KFACLinearOperator.of(operator.risk, mc_samples=samples, seed=p.seed)
+    v = operator.domain.random(seeded(p.seed))
+    expected = float(v @ (operator @ v))
     found = [float(v @ (kfac.refresh(seed=p.seed + k) @ v)) for k in range(SEEDS)]
-    return _scored(p, found, expected, f"{SEEDS} seeds of {samples} samples")
+    why = "; ".join(filter(None, (f"{SEEDS} seeds of {samples} samples", why)))
+    return _scored(p, found, expected, why)
 
 
 def _of_small(p: Problem, cls: type[KroneckerOperator]) -> tuple[KroneckerOperator, list[int], str]:

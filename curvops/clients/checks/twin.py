@@ -149,22 +149,16 @@ def _standing_in(risk: EmpiricalRisk, X: Any, space: TensorSpace) -> tuple[At, C
 
 def slope(at: Callable[[float], Tensor]) -> Tensor:
     """The derivative at 0 of a function of the step, by central differences; NotJudged where steps or sides disagree."""
-    wide, before = STEPS[0], _central(at, STEPS[0])
-    for step in STEPS[1:]:
-        found = _central(at, step)
-        if float((found - before).norm()) <= STEADY * float(before.norm()):
-            if _kinked(at, wide, step, STEADY * float(found.norm())):
+    wide: tuple[float, Tensor, Tensor] | None = None
+    for step in STEPS:
+        right, left = at(step), at(-step)
+        found = (right - left) / (2 * step)
+        if wide is not None and float((found - wide[1]).norm()) <= STEADY * float(wide[1].norm()):
+            # at a kink the derivatives from both sides differ, and by as much for a narrower step
+            middle = 2 * at(0.0)
+            near, far = float((right + left - middle).norm()) / step, float((wide[2] - middle).norm()) / wide[0]
+            if near > max(0.5 * far, STEADY * float(found.norm())):
                 break
             return found
-        wide, before = step, found
+        wide = step, found, right + left
     raise NotJudged("central differences disagree: at a kink, or where there is nothing but rounding")
-
-
-def _central(at: Callable[[float], Tensor], step: float) -> Tensor:
-    return (at(step) - at(-step)) / (2 * step)
-
-
-def _kinked(at: Callable[[float], Tensor], wide: float, narrow: float, least: float) -> bool:
-    """Whether one-sided derivatives at 0 differ, so that their mean is no derivative: by as much for a narrower step."""
-    near, far = (float((at(step) - 2 * at(0.0) + at(-step)).norm()) / step for step in (narrow, wide))
-    return near > max(least, 0.5 * far)

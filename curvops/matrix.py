@@ -126,6 +126,8 @@ class Products:
 
     def _product(self, matrix: Any, columns: Tensor) -> Tensor:
         self.count += columns.shape[1]
+        if isinstance(dtype := getattr(matrix, "dtype", None), torch.dtype):
+            columns = columns.to(dtype)  # the adjoint may take vectors of another one
         with torch.no_grad():
             found = matrix @ columns if self._torch else torch.as_tensor(matrix @ columns.numpy())
         if self._bar is not None:
@@ -173,6 +175,8 @@ def seeded(seed: int) -> torch.Generator:
     """A CPU generator of its own, so that the global random state stays as it is."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: expected an integer, got {seed!r}.")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}.")
     return torch.Generator().manual_seed(seed)
 
 

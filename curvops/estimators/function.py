@@ -50,7 +50,8 @@ def trace_function(
         An `Estimate` without axes.
 
     Raises:
-        TypeError, ValueError: If an argument is not as described, or f gives values that are not finite.
+        TypeError, ValueError: If an argument is not as described, or f gives values that are not finite; if the dense
+            matrix, where it is made, is not symmetric.
 
     Example:
         >>> import torch
@@ -145,6 +146,8 @@ class _Quadrature:
         products, probes = self.probes.products, self.probes
         check_fits(*products.shape, probes.dtype, products.device, products.title)
         dense = torch.cat([product for _, product in probes.identity()], 1)
+        if (dense - dense.mT).norm() > 10 * torch.finfo(products.dtype).eps ** 0.5 * dense.norm():
+            raise ValueError(f"{products.title}: products with {products.name} are not symmetric.")
         return self._values(torch.linalg.eigvalsh((dense + dense.mT) / 2)).sum(0, keepdim=True)
 
     def _values(self, eigenvalues: Tensor) -> Tensor:

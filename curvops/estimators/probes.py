@@ -31,6 +31,8 @@ class Probes:
         kinds = {"rademacher": signs, "normal": normal}
         if distribution not in kinds:
             raise ValueError(f"distribution: expected 'rademacher' or 'normal', got {distribution!r}.")
+        if not products.shape[1]:
+            raise ValueError(f"{products.title}: expected a matrix with columns, got shape {products.shape}.")
         self.products, self._generator, self._entries = products, seeded(seed), kinds[distribution]
         self.size = products.shape[1]
         self.dtype = torch.promote_types(products.dtype, torch.float32)

@@ -49,7 +49,7 @@ class Budget(NamedTuple):
                 raise ValueError(f"{name}: expected a positive integer, got {number!r}.")
         if self.tolerance is None:
             return
-        if not 0 < self.tolerance < float("inf"):
+        if not isinstance(self.tolerance, (int, float)) or not 0 < self.tolerance < float("inf"):
             raise ValueError(
                 f"tolerance: expected a positive number (a relative standard error), got {self.tolerance!r}."
             )

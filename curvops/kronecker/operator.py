@@ -210,6 +210,7 @@ class KroneckerOperator(StateOperator):
 
     def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False, proofs: Sequence[Proof] = ()) -> None:
         self.risk, self.options = risk, options
+        risk.model.check_current()
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs
         collection = Collection(sweep, type(self).__name__, planned)

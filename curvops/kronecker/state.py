@@ -144,7 +144,7 @@ class State:
 
     def average(self, other: State, decay: float) -> State:
         """``decay`` · this + (1 − ``decay``) · the other, of the factors as they enter the blocks."""
-        if not 0 <= decay <= 1:
+        if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}.")
 
         def mix(a: Entry, b: Entry) -> Entry:

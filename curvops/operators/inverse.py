@@ -40,6 +40,11 @@ class InverseOperator(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, solver: str = "cg", *, strict: bool = True, **options: Any) -> None:
+        if not isinstance(operator, LinearOperator):
+            raise TypeError(
+                f"InverseOperator: expected a LinearOperator, got {type(operator).__name__}. Call the solver, which takes "
+                "any matrix, or torch.linalg.inv."
+            )
         if solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}.")
         if unknown := options.keys() - (signature(SOLVERS[solver]).parameters.keys() - {"matrix", "b", "x0"}):

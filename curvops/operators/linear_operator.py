@@ -203,6 +203,8 @@ class LinearOperator(Quantities):
                 f"{self.name}[…]: expected names or patterns such as 'layer1.*', a list of them, or a pair for rows and "
                 f"columns, got {key!r}. For entries by number use SubmatrixLinearOperator(op, rows, columns)."
             )
+        if [] in pair:
+            raise ValueError(f"{self.name}[…]: expected at least one name or pattern, got an empty list.")
         rows, columns = (s.subspace(s.match(k)) for s, k in zip((self.codomain, self.domain), pair, strict=True))
         return self._restricted(rows, columns)
 

@@ -136,7 +136,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         total = sign * parts.signs.prod() * parts.diagonal.sign().prod()
         if total < 0:
             raise ValueError(f"{self.name}.logdet(): the determinant is negative. Pass a larger damping.")
-        return parts.diagonal.abs().log().sum() + size
+        return (parts.diagonal.abs().log().sum() + size).to(self.dtype)
 
     def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:
         """The inverse of the matrix plus ``damping`` times the identity, of the same rank.
@@ -150,7 +150,8 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         if len(values) and not values.abs().amin() > torch.finfo(self.dtype).eps * values.abs().amax():
             raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
         columns = (parts.columns / parts.diagonal[:, None]) @ basis
-        return LowRankPlusDiagonalOperator(columns, 1 / parts.diagonal, -1 / values, self.domain, self.psd)
+        inverse = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, -1 / values))
+        return LowRankPlusDiagonalOperator(*inverse, self.domain, self.psd)
 
     def _exact_inverse(self, damping: Damping) -> LinearOperator:
         return self.inverse(damping)
@@ -176,10 +177,11 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         return part
 
     def _capacitance(self, damping: Damping) -> _Capacitance:
-        diagonal = self._diagonal + _spread(by_parameter(damping, self.domain), self.domain)
+        wide = torch.promote_types(self.dtype, torch.float32)  # half precisions know no decompositions
+        diagonal = (self._diagonal + _spread(by_parameter(damping, self.domain), self.domain)).to(wide)
         used = self.weights != 0
-        weights = self.weights[used]
-        columns = self.columns[:, used] * weights.abs().sqrt()
+        weights = self.weights[used].to(wide)
+        columns = self.columns[:, used].to(wide) * weights.abs().sqrt()
         if (diagonal == 0).any() and (diagonal == 0).sum() <= columns.shape[1]:
             raise ValueError(
                 f"{self.name}: expected a diagonal without zeros, where the rank reaches their number. "

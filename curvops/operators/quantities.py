@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from curvops import estimators, spectrum
 from curvops.estimators import Estimate
 from curvops.estimators.groups import by_name, resolve
 from curvops.matrix import Products
-from curvops.operators.damping import Damping
+from curvops.operators.damping import Damping, by_parameter, number
 from curvops.solvers import SOLVERS, Solution
-from curvops.space import TensorSpace
+from curvops.space import TensorSpace, describe
 from curvops.spectrum import EigenPairs, SpectralDensity, Which
 from curvops.spectrum.choice import Choice
 
@@ -60,6 +61,7 @@ class Quantities(ABC):
             >>> HessianLinearOperator(*problem).trace(groups="tensors")
             {'weight': Estimate(1.58679, exact, 8 products), 'bias': Estimate(2, exact, 8 products)}
         """
+        _check_names("trace", options, estimators.trace)
         diagonal = self._exact_diagonal() if options.get("groups") is not None else None
         if diagonal is not None:
             rows = resolve(options["groups"], Products(self, "trace"))
@@ -76,6 +78,7 @@ class Quantities(ABC):
         Raises:
             ValueError: If the operator is not square.
         """
+        _check_names("diagonal", options, estimators.diagonal)
         known = self._exact_diagonal()
         if known is None:
             return estimators.diagonal(self, **options)
@@ -88,12 +91,17 @@ class Quantities(ABC):
         """The Frobenius norm, an `Estimate` without axes: exact where the structure gives it.
 
         Args:
-            options: As of `curvops.estimators.squared_norm`, whose root this is.
+            options: As of `curvops.estimators.squared_norm`, whose root this is, without ``groups``.
         """
+        _check_names("frobenius_norm", options, estimators.squared_norm)
+        if "groups" in options:
+            raise TypeError(
+                "frobenius_norm: it has no groups. Take the root of curvops.estimators.squared_norm(op, groups=…)."
+            )
         known = self._exact_norm()
         if known is not None:
             return _exact(known)
-        squared = estimators.squared_norm(self, **{**options, "groups": None})
+        squared = estimators.squared_norm(self, **options)
         root = squared.clamp(min=0).sqrt()
         error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
         return Estimate.of(root, error, products=squared.products, method=squared.method, exact=squared.exact)
@@ -120,6 +128,8 @@ class Quantities(ABC):
             >>> tau.grad  # 1 / 2 + 1 / 4
             tensor(0.7500)
         """
+        _check_names("logdet", options, estimators.logdet)
+        by_parameter(damping, self.domain)
         known = self._exact_logdet(damping)
         if known is not None:
             return _exact(known)
@@ -149,6 +159,7 @@ class Quantities(ABC):
             >>> pairs.values.shape, pairs.vectors.shape, {name: t.shape for name, t in pairs.named(0).items()}
             (torch.Size([1]), torch.Size([8, 1]), {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])})
         """
+        _check_names("eigenpairs", options, spectrum.eigenpairs)
         if "metric" not in options and (values := self._exact_eigenvalues()) is not None:
             chosen = Choice(which, k, len(values)).of(values)
             return EigenPairs(
@@ -199,10 +210,15 @@ class Quantities(ABC):
             >>> solution.converged, bool(solution.residual < 1e-5)
             (True, True)
         """
-        damped = self.damped(damping) if isinstance(damping, Mapping) or damping else self
+        _check_names("solve", options, *([SOLVERS[solver]] if solver in SOLVERS else SOLVERS.values()))
+        damped = self.damped(damping) if any(map(number, by_parameter(damping, self.domain).values())) else self
         inverse = self._exact_inverse(damping) if solver is None else None
         if inverse is not None:
             given = Products(self, "solve").given(b, left=True)
+            if not torch.isfinite(given.columns).all():
+                raise ValueError(
+                    "solve: expected a finite right-hand side, got entries that are infinite or no numbers."
+                )
             x = inverse @ given.columns
             scale = torch.linalg.vector_norm(given.columns, dim=0)
             size = torch.linalg.vector_norm(given.columns - damped @ x, dim=0)
@@ -239,6 +255,14 @@ class Quantities(ABC):
 
     def _exact_inverse(self, damping: Damping) -> Any:
         return None
+
+
+def _check_names(what: str, options: Mapping[str, Any], *functions: Callable[..., Any]) -> None:
+    """Refuse options that no function has, also where the structure gives the answer and nobody else looks at them."""
+    parameters = {name: each for function in functions for name, each in signature(function).parameters.items()}
+    known = {name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY} - {"damping"}
+    if unknown := options.keys() - known:
+        raise TypeError(f"{what}: unknown options {describe(sorted(unknown))}; there are {', '.join(sorted(known))}.")
 
 
 def _exact(value: Tensor) -> Estimate:

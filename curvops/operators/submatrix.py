@@ -37,12 +37,16 @@ class SubmatrixLinearOperator(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, rows: Index, columns: Index | None = None) -> None:
+        if not isinstance(operator, LinearOperator):
+            raise TypeError(f"SubmatrixLinearOperator: expected a LinearOperator, got {type(operator).__name__}.")
         row_places = _places(rows, operator.codomain, f"{operator.name}, rows")
         column_places = _places(rows if columns is None else columns, operator.domain, f"{operator.name}, columns")
-        flat = [TensorSpace.flat(_size(p), operator.dtype, operator.device) for p in (column_places, row_places)]
-        self._set(
-            operator, (row_places, column_places), (flat[0], flat[1]), f"{operator.name}[{_size(row_places)} rows]"
+        places = row_places, column_places
+        codomain, domain = (
+            TensorSpace.flat(len(some), space.dtype, space.device)
+            for some, space in zip(places, (operator.codomain, operator.domain), strict=True)
         )
+        self._set(operator, places, (domain, codomain), f"{operator.name}[{len(row_places)} rows]")
 
     @classmethod
     def of(cls, operator: LinearOperator, rows: TensorSpace, columns: TensorSpace) -> SubmatrixLinearOperator:
@@ -115,10 +119,6 @@ def _range(space: TensorSpace, subspace: TensorSpace) -> slice | Tensor:
     first, last = space.slice(subspace.names[0]), space.slice(subspace.names[-1])
     whole = last.stop - first.start == subspace.dim
     return slice(first.start, last.stop) if whole else space.positions(subspace.names)
-
-
-def _size(places: slice | Tensor) -> int:
-    return places.stop - places.start if isinstance(places, slice) else len(places)
 
 
 def _same(rows: slice | Tensor, columns: slice | Tensor) -> bool:

@@ -78,11 +78,16 @@ class JacobianLinearOperator(LinearOperator):
         Raises:
             IndexError: If there is no such datum.
         """
+        if not isinstance(n, int):
+            raise TypeError(f"datum: expected the number of a datum, got {n!r}.")
         one = copy(self)
         one._datum = n
         LinearOperator.__init__(one, self.domain, one._outputs())
         one._name = f"{self.name}.datum({n})"
         return one
+
+    def _leaves(self) -> Iterable[Tensor]:
+        return self.risk.params.values()
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != self.codomain:
@@ -95,7 +100,7 @@ class JacobianLinearOperator(LinearOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         if matrix_pays(columns.shape[1], self.domain.dim):
-            return self._dense() @ columns
+            return (self._matrix() @ columns).to(self.codomain.dtype)
         pieces = []
         for z, jacobian, push, _ in self._batches(1):
             found = [z.new_zeros(z.numel(), 0)]
@@ -115,6 +120,9 @@ class JacobianLinearOperator(LinearOperator):
         return total.T.to(self.domain.dtype)
 
     def _dense(self) -> Tensor:
+        return self._matrix().to(self.codomain.dtype)
+
+    def _matrix(self) -> Tensor:
         """By `vmap` over the data, or by as many products as there are outputs or parameters in a batch's graph."""
         rows = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
         start = 0
@@ -130,7 +138,7 @@ class JacobianLinearOperator(LinearOperator):
                 for k, v in enumerate(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device)):
                     own[:, k] = (jacobian.push(v) if push is None else push(v)).flatten()
             start += z.numel()
-        return rows.to(self.codomain.dtype)
+        return rows
 
     def _rows(self, batch: Batch, z: Tensor, jacobian: OutputLinearization) -> Tensor | None:
         """All rows of a batch by `vmap` over its data, if a random combination of them is that of the batch's graph."""

@@ -135,6 +135,9 @@ class RiskOperator(LinearOperator):
                 if not self._open:
                     self._kept = None
 
+    def _leaves(self) -> Iterable[Tensor]:
+        return self.risk.params.values()
+
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != columns:
             return CrossOperator(self, rows, columns)
@@ -266,6 +269,12 @@ class CrossOperator(LinearOperator):
     def __init__(self, operator: RiskOperator, rows: TensorSpace, columns: TensorSpace) -> None:
         super().__init__(columns, rows)
         self.operator, self._name = operator, restricted_name(operator, rows, columns)
+
+    def _leaves(self) -> Iterable[Tensor]:
+        return self.operator._leaves()
+
+    def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
+        return self.operator._restricted(rows, columns)
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self._sum(columns, self.codomain, self.domain)

@@ -11,7 +11,7 @@ from curvops.solvers.descent import solved
 from curvops.solvers.solution import Solution
 from curvops.solvers.system import System, dots, lengths
 
-_INDEFINITE = "the preconditioner is not positive definite (rᵀMr < 0): damp it more"
+_INDEFINITE = "the preconditioner is not positive definite (rᵀMr ≤ 0): damp it more"
 _SINGULAR = "the matrix is singular, but for rounding, where b is not zero: x minimises the residual; add damping"
 
 
@@ -90,7 +90,7 @@ class _State(NamedTuple):
 def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[int, str]:
     z = system.preconditioned(residual)
     square, none, one = dots(residual, z), torch.zeros_like(residual), torch.ones_like(residual[0])
-    if (square < 0).any():
+    if ((square < 0) | (square == 0) & (lengths(residual) > system.within_reach(x))).any():
         return 0, _INDEFINITE
     gamma, zero = square.sqrt(), torch.zeros_like(one)
     unit, live = _inverse(gamma), torch.arange(x.shape[1], device=x.device)
@@ -134,7 +134,8 @@ def _step(system: System, x: Tensor, t: _State) -> _State | None:
     singular = lengths(c / t.eta * t.r + s * v) <= 100 * system.eps * system.largest * lengths(w)
     x[:, t.live] += torch.where(singular, 0.0, c * t.eta) * w
     eta = -s * t.eta
-    r = s * s * t.r + c * eta * v
+    # where A w is zero the rotation is none, and the residual stays
+    r = torch.where(diagonal == 0, t.r, s * s * t.r + c * eta * v)
     return _State(t.live, r, v, t.v, z, w, t.w, gamma, eta, c, t.c, s, t.s, singular)
 
 

@@ -63,6 +63,9 @@ class SpectralDensity:
 
         if scale not in ("linear", "symlog"):
             raise ValueError(f"scale: expected 'linear' or 'symlog', got {scale!r}.")
+        for name, given in (("width", width), ("threshold", threshold)):
+            if given is not None and not given > 0:
+                raise ValueError(f"{name}: expected a positive number, got {given!r}.")
         seen = place(torch.cat([self.nodes[self.weights > 0], self.outliers if outliers else self.outliers[:0]]))
         low, high = float(seen.min()), float(seen.max())
         width = width or (high - low) / 100 or max(abs(high), 1.0) / 100
@@ -127,7 +130,7 @@ def spectral_density(
         seed: Of the start vectors.
         memory_budget: Bytes for the bases; starts go in groups whose bases fit. Default: a quarter of what is free.
         basis_device: Where the bases live. Default: the matrix's device.
-        basis_dtype: Their precision, to which orthogonality is kept. Default: that of the matrix.
+        basis_dtype: Their precision, to which orthogonality is kept. Default: that of the matrix, at least single.
         progressbar: Show a bar that counts products.
 
     Raises:
@@ -141,22 +144,28 @@ def spectral_density(
     """
     with Products(matrix, "spectral density", symmetric=True, progressbar=progressbar) as products:
         size = products.shape[0]
-        vectors = deflate.vectors.to(products.device, products.dtype) if deflate is not None else None
+        wide = torch.promote_types(products.dtype, torch.float32)  # half precisions know no QR decomposition
+        vectors = deflate.vectors.to(products.device, wide) if deflate is not None else None
         if vectors is not None and not (len(vectors) == size and vectors.shape[1] < size):
             raise ValueError(f"deflate: expected fewer than {size} vectors of this length, got {tuple(vectors.shape)}.")
         bulk = size if vectors is None else size - vectors.shape[1]
-        if num_vectors < 1:
-            raise ValueError(f"num_vectors: expected a positive number, got {num_vectors}.")
+        if not isinstance(num_vectors, int) or num_vectors < 1:
+            raise ValueError(f"num_vectors: expected a positive integer, got {num_vectors!r}.")
+        if not bulk:
+            raise ValueError(f"spectral density: expected a matrix with columns, got shape {products.shape}.")
 
         def outside(columns: Tensor) -> Tensor:
             return columns if vectors is None else columns - vectors @ (vectors.T @ columns)
 
-        starts = normal((size, min(num_vectors, bulk)), seeded(seed), products)
+        def image(columns: Tensor) -> Tensor:
+            return outside(products(columns.to(products.dtype)).to(wide))
+
+        starts = normal((size, min(num_vectors, bulk)), seeded(seed), products).to(wide)
         starts = torch.linalg.qr(outside(torch.linalg.qr(outside(starts))[0]))[0]
-        device, dtype = torch.device(basis_device or products.device), basis_dtype or products.dtype
+        device, dtype = torch.device(basis_device or products.device), basis_dtype or wide
         together = max(1, budget(device, memory_budget) // (max(1, depth) * size * dtype.itemsize))
         rules = [
-            quadrature(lambda v: outside(products(v)), some, depth, basis_device=device, basis_dtype=dtype)
+            quadrature(image, some, depth, basis_device=device, basis_dtype=dtype)
             for some in starts.split(together, dim=1)
         ]
         nodes, weights = (torch.cat(parts) for parts in zip(*rules, strict=True))

@@ -89,8 +89,13 @@ def eigenpairs(
         )
         if (metric is None) != (metric_inverse is None):
             raise ValueError("eigenpairs: expected 'metric' and 'metric_inverse' together, got only one of them.")
-        if max_products is not None and max_products < choice.count:
-            raise ValueError(f"max_products: expected at least the {choice.count} pairs asked, got {max_products}.")
+        for other in (metric, metric_inverse):
+            if other is not None and tuple(other.shape) != products.shape:
+                raise ValueError(f"metric: expected shape {products.shape}, got {tuple(other.shape)}.")
+        if max_products is not None and not (isinstance(max_products, int) and max_products >= choice.count):
+            raise ValueError(f"max_products: expected at least the {choice.count} pairs asked, got {max_products!r}.")
+        if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
+            raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}.")
         tolerance = torch.finfo(products.dtype).eps ** 0.5 if tolerance is None else tolerance
         if size <= DENSE * choice.count and (max_products is None or max_products >= size):
             return dense_pairs(products, None if metric is None else weigh, choice)

@@ -88,8 +88,8 @@ def test_a_subset_of_the_parameters_and_a_function():
 def test_many_columns_take_the_matrix_and_few_do_not(monkeypatch):
     model, params, data = problem("mlp")
     op, calls = JacobianLinearOperator(model, params, data), []
-    original = op._dense
-    monkeypatch.setattr(op, "_dense", lambda: calls.append(1) or original())
+    original = op._matrix
+    monkeypatch.setattr(op, "_matrix", lambda: calls.append(1) or original())
     for columns in (1, rules.TOGETHER - 1, 26):
         V = torch.randn(26, columns, dtype=torch.float64)
         close(op @ V, expected(model, params, data) @ V)

@@ -1,6 +1,7 @@
 """Random expressions of operators, formats and calls against dense linear algebra; what repeated work leaves behind."""
 
 import pytest
+
 from benchmarks.fuzz import run
 from benchmarks.fuzz_memory import memory
 

@@ -5,7 +5,7 @@ ARGS ?=
 TORCH ?= 2.6.0
 BIN := .venv/bin
 
-.PHONY: help tour test test-torch check format docs support bench bench-minilm calibrate peer others memory minilm picture clean
+.PHONY: help tour test test-torch check format docs support bench bench-minilm calibrate peer others clients memory minilm picture clean
 .NOTPARALLEL:
 
 help:
@@ -14,13 +14,14 @@ help:
 	@echo "make test-torch TORCH=2.6.0  the tests with another PyTorch, oldest supported to newest; several gigabytes"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into the format that check asks for"
-	@echo "make docs     run the examples of the docstrings, the README and examples/"
+	@echo "make docs     run the examples of the docstrings, the README, docs/howto.md and examples/"
 	@echo "make support  write docs/support.md: what each operator does with each layer"
 	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside other libraries; and growth"
 	@echo "make bench-minilm  the same page: products and factors of a pretrained transformer, beside the peer library"
 	@echo "make calibrate  the measurements behind the rules that choose between ways of computing a product"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
+	@echo "make clients  the backends for laplace-torch beside its own: tests, an example, and seconds"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
 	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, and the doubts that follow from them"
 	@echo "make picture  the README's picture, after make tour"
@@ -45,7 +46,8 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 docs: .venv/.dev
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules curvops tests/tour/test_readme.py
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules --ignore=curvops/clients/laplace.py \
+	  --ignore=curvops/clients/laplace_kron.py curvops tests/tour/test_readme.py tests/test_howto.py
 	MPLBACKEND=agg $(BIN)/python examples/visual_tour.py
 
 support: .venv/.dev
@@ -72,6 +74,11 @@ peer: .venv-peer/.peer
 
 others: .venv-others/.others
 	.venv-others/bin/python benchmarks/peers.py $(ARGS)
+
+clients: .venv-others/.others
+	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -q --doctest-modules curvops/clients tests/clients
+	OMP_NUM_THREADS=1 .venv-others/bin/python examples/laplace_transformer.py
+	OMP_NUM_THREADS=1 .venv-others/bin/python benchmarks/laplace_backends.py $(ARGS)
 
 memory: .venv/.dev
 	$(BIN)/python benchmarks/gpt2_memory.py $(ARGS)
@@ -125,7 +132,7 @@ endef
 # torchvision goes again: torchmetrics imports it where it is, and it fails beside a PyTorch of another build
 .venv-others/.others: .venv-others/.tour
 	.venv-others/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt backpack-for-pytorch \
-	  nngeometry laplace-torch pyhessian hessian-eigenthings
+	  nngeometry laplace-torch pyhessian hessian-eigenthings pytest
 	.venv-others/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision
 	@touch $@
 

@@ -1,5 +1,6 @@
 """Curvature of PyTorch models as linear operators: correct on any model, fast, and visible."""
 
+from curvops.clients.check import check
 from curvops.estimators.estimate import Estimate
 from curvops.kronecker.diagonal import GGNDiagonalLinearOperator
 from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
@@ -40,6 +41,7 @@ __all__ = [
     "TensorSpace",
     "TransposedJacobianLinearOperator",
     "block_diagonal",
+    "check",
     "kronecker_product",
     "load",
 ]

@@ -6,10 +6,10 @@ import importlib
 from typing import Any
 
 
-def extra(module: str, feature: str) -> Any:
-    """A module that a feature needs; if it is not installed, a ModuleNotFoundError says what to install."""
+def extra(module: str, feature: str, package: str = "") -> Any:
+    """A module that a feature needs; if it is missing, a ModuleNotFoundError says to install it, or the ``package``."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
+        package = package or module.partition(".")[0]
         raise ModuleNotFoundError(f"{feature} needs {package}: pip install {package}.", name=error.name) from None

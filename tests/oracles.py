@@ -231,7 +231,7 @@ def flat(parts: Any, like: list[Tensor]) -> Tensor:
 def slopes(value: Tensor, leaves: list[Tensor], graph: bool = False) -> Tensor:
     """The gradient as one vector; the graph of ``value`` stays."""
     if not value.requires_grad:
-        return torch.zeros(sum(p.numel() for p in leaves))
+        return torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype)
     return flat(grad(value, leaves, create_graph=graph, retain_graph=True, allow_unused=True), leaves)
 
 

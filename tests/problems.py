@@ -43,10 +43,6 @@ class Problem:
     def args(self, *sizes: int) -> tuple[Any, ...]:
         return self.model, self.loss, self.params, self.data(*sizes)
 
-    def risk(self, values: dict[str, Tensor]) -> Tensor:
-        """PyTorch's loss on all data, as a function of the parameters."""
-        return self.loss(torch.func.functional_call(self.model, values, (self.X,)), self.y)
-
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {}
 LOSSES: dict[str, Callable[[], Problem]] = {}

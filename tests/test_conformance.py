@@ -47,7 +47,12 @@ PAIRS = [
     for loss in LOSSES
     for operator in [*RISK, *KRONECKER]
     if operator in RISK or loss in FEW_LOSSES or (operator in SOME and "mean" in loss)
-] + [(operator, problem) for operator in SOME if operator not in ALGEBRA for problem in PROBLEMS]
+] + [
+    (operator, problem)
+    for problem in PROBLEMS
+    for operator in [*RISK, *KRONECKER]
+    if operator in SOME or problem in ("cnn", "odd")
+]
 
 
 def tolerance(operator, problem):

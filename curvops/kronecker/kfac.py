@@ -37,7 +37,8 @@ class KFACLinearOperator(KroneckerOperator):
         fisher_type: ``"type-2"`` (all columns of the output Hessian's root), ``"mc"`` (gradients at sampled
             labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity). ``"mc"`` if not given, for
             `GGNDiagonalLinearOperator` ``"type-2"``.
-        mc_samples: Samples for ``"mc"``.
+        mc_samples: Samples for ``"mc"``. One leaves directions without curvature, in which a small exact damping takes
+            steps that are too long: see ``NaturalGradient`` in ``examples/natural_gradient.py`` for what trains.
         kfac_approx: ``"expand"`` or ``"reduce"`` for weights shared over positions (Eschenhagen et al. 2023,
             arXiv 2311.00636).
         separate_weight_and_bias: Whether weight and bias of a layer get a block each.

@@ -178,10 +178,14 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def _uncompiled(loss_func: Any) -> Any:
-    """The eager module or function in a compiled one, unless hooks hang on the compiled one."""
-    for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):
-        hooked = isinstance(loss_func, nn.Module) and any(vars(loss_func).get(name) for name in _HOOKS)
-        loss_func = loss_func if hooked else getattr(loss_func, attribute, loss_func)
+    """The eager module or function in a compiled one, unless the compiled one has hooks or methods of its own."""
+    if hasattr(loss_func, "_orig_mod"):
+        own = vars(loss_func)
+        plain = type(loss_func).__module__ == "torch._dynamo.eval_frame" and not any(own.get(name) for name in _HOOKS)
+        if not plain or not hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+            return loss_func
+        loss_func = loss_func._orig_mod
+    loss_func = getattr(loss_func, "_torchdynamo_orig_callable", loss_func)
     # PyTorch's own functions are compiled inside one more wrapper
     if getattr(loss_func, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
         loss_func = getattr(loss_func, "__wrapped__", loss_func)

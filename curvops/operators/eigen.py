@@ -41,10 +41,13 @@ def within_rounding(values: Tensor, vectors: Tensor | None) -> Tensor:
 
 
 def _decompose(factor: Tensor, label: str) -> tuple[Tensor, Tensor]:
-    for dtype in (factor.dtype, torch.float64):  # single precision may fail to converge where double does not
+    failure = RuntimeError("its eigenvalues are not finite")
+    # single precision may fail to converge, or underflow and say nothing, where double does not
+    for dtype in (factor.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(factor.to(dtype))
-            return values.to(factor.dtype), vectors.to(factor.dtype)
+            if torch.isfinite(values).all():
+                return values.to(factor.dtype), vectors.to(factor.dtype)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

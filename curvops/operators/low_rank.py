@@ -150,8 +150,8 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         if len(values) and not values.abs().amin() > torch.finfo(self.dtype).eps * values.abs().amax():
             raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
         columns = (parts.columns / parts.diagonal[:, None]) @ basis
-        columns, d, s = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, -1 / values))
-        return LowRankPlusDiagonalOperator(columns, d, s, self.domain, self.psd)
+        columns, diagonal, weights = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, -1 / values))
+        return LowRankPlusDiagonalOperator(columns, diagonal, weights, self.domain, self.psd)
 
     def _exact_inverse(self, damping: Damping) -> LinearOperator:
         return self.inverse(damping)

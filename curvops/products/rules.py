@@ -36,8 +36,8 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> 
     if columns < 2 or rows * parameters > LARGEST_ROWS:
         return False
     if work <= SMALL:
-        # overhead rules: a batched backward pass against one for each column
-        return rows * parameters <= FEW_ROWS and rows <= 2 * data * columns
+        # overhead rules: a batched backward pass against one for each column; a Gram matrix takes next to nothing
+        return rows <= columns or (rows * parameters <= FEW_ROWS and rows <= 2 * data * columns)
     return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
 
 

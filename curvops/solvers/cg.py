@@ -19,7 +19,7 @@ def cg(
     damping: float = 0.0,
     preconditioner: Any = None,
     x0: Any = None,
-    tolerance: float = 1e-6,
+    tolerance: float | None = None,
     max_iterations: int | None = None,
     progressbar: bool = False,
 ) -> Solution:
@@ -28,7 +28,7 @@ def cg(
     One column: Hestenes & Stiefel 1952. Several: the block method (O'Leary 1980) with orthonormal residuals (Dubrulle
     2001), in which all columns search the space of all; what depends linearly on other columns leaves it.
 
-    Memory: five blocks of the size of b.
+    Memory: about ten blocks of the size of b.
 
     Args:
         matrix: A: anything with a shape and products.
@@ -37,7 +37,8 @@ def cg(
         preconditioner: A symmetric positive definite matrix close to (A + δI)⁻¹, such as ``kfac.inverse(damping)``,
             or a tensor ``[D]``, the diagonal of one.
         x0: Where to start, in the format of b; at zero if not given.
-        tolerance: Largest relative residual ‖b − (A + δI) x‖ / ‖b‖ of each column.
+        tolerance: Largest relative residual ‖b − (A + δI) x‖ / ‖b‖ of each column; 1e-6 if not given, or a hundred
+            times the dtype's precision if that is more.
         max_iterations: Most iterations; ten times the dimension and at most 1000 if not given.
         progressbar: Show a bar that counts products (needs ``tqdm``).
 
@@ -52,12 +53,6 @@ def cg(
         >>> solution.iterations, solution.x
         (3, tensor([1.0000, 0.5000, 0.2500]))
     """
-    if getattr(matrix, "psd", None) is False and not damping:
-        name = getattr(matrix, "name", type(matrix).__name__)
-        raise ValueError(
-            f"cg: expected a positive semi-definite matrix, got {name}, which does not declare itself psd. Use minres, "
-            "or a damping that makes it positive definite."
-        )
     system = System(
         "cg",
         matrix,
@@ -70,13 +65,18 @@ def cg(
         symmetric=True,
         progressbar=progressbar,
     )
+    if getattr(matrix, "psd", None) is False and not damping:
+        raise ValueError(
+            f"cg: expected a positive semi-definite matrix, got {system.products.name}, which does not declare itself psd. Use minres, "
+            "or a damping that makes it positive definite."
+        )
     with system:
         return solved(system, _descent)
 
 
 def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[int, str]:
     """The residuals are Q S, with QᵀMQ = I; the directions P are conjugate from one iteration to the next."""
-    q, s = residual, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    q, s = residual, torch.diag(lengths(residual)).sign()  # a column that is solved stays as it is
     p = None
     for iteration in range(1, limit + 1):
         z = system.preconditioned(q)

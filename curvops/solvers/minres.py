@@ -22,13 +22,13 @@ def minres(
     damping: float = 0.0,
     preconditioner: Any = None,
     x0: Any = None,
-    tolerance: float = 1e-6,
+    tolerance: float | None = None,
     max_iterations: int | None = None,
     progressbar: bool = False,
 ) -> Solution:
     """Solve (A + δI) x = b with A symmetric (Paige & Saunders 1975; preconditioned: Elman, Silvester & Wathen 2014).
 
-    Columns are iterated together and leave as they converge. Memory: about fifteen blocks of the size of b.
+    Columns are iterated together and leave as they converge. Memory: about twenty blocks of the size of b.
 
     Args:
         matrix: A: anything with a shape and products.
@@ -37,7 +37,8 @@ def minres(
         preconditioner: A symmetric positive definite matrix, close to (A + δI)⁻¹ or that of its absolute value, or a
             tensor ``[D]``, the diagonal of one.
         x0: Where to start, in the format of b; at zero if not given.
-        tolerance: Largest relative residual ‖b − (A + δI) x‖ / ‖b‖ of each column.
+        tolerance: Largest relative residual ‖b − (A + δI) x‖ / ‖b‖ of each column; 1e-6 if not given, or a hundred
+            times the dtype's precision if that is more.
         max_iterations: Most iterations; ten times the dimension and at most 1000 if not given.
         progressbar: Show a bar that counts products (needs ``tqdm``).
 

@@ -37,7 +37,7 @@ class System:
         b: Any,
         *,
         damping: float,
-        tolerance: float,
+        tolerance: float | None,
         max_iterations: int | None,
         preconditioner: Any = None,
         x0: Any = None,
@@ -50,7 +50,8 @@ class System:
             raise ValueError(f"{title}: expected a symmetric matrix, got {name}, which is not. Use lsmr.")
         self.products = Products(matrix, title, square=square, progressbar=progressbar)
         self.title, self.damping = title, _number(f"{title}: damping", damping, 0)
-        self.tolerance = _number(f"{title}: tolerance", tolerance, 0)
+        reachable = max(1e-6, 100 * torch.finfo(self.products.dtype).eps)
+        self.tolerance = _number(f"{title}: tolerance", reachable if tolerance is None else tolerance, 0)
         self.max_iterations = _limit(title, max_iterations, min(10 * max(self.products.shape), MOST_ITERATIONS))
         given = self.products.given(b, left=True)
         self._answer = given.answer
@@ -62,10 +63,12 @@ class System:
             raise ValueError(
                 f"{title}: expected a finite right-hand side, got entries that are infinite or no numbers."
             )
-        lengths = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
-        self._lengths = torch.where(lengths > 0, lengths, 1.0)
-        self.b = (columns / self._lengths).to(self.dtype)
-        self._x0 = None if x0 is None else self._start_from(x0, lengths > 0)
+        # by the largest entry first, whose square may be no number of this dtype
+        entries = columns.abs().amax(0)
+        columns = columns / torch.where(entries > 0, entries, 1.0)
+        norms = torch.where(entries > 0, lengths(columns), 1.0)
+        self.b, self._scales = columns / norms, (norms, torch.where(entries > 0, entries, 1.0))
+        self._x0 = None if x0 is None else self._start_from(x0, entries > 0)
         self.preconditioner = preconditioner
         self._diagonal, self._preconditioner = self._read(preconditioner)
         self._stack = ExitStack()
@@ -122,7 +125,8 @@ class System:
 
     def solution(self, x: Tensor, residual: Tensor, iterations: int, converged: bool, reason: str) -> Solution:
         """The answer in the user's format and scale."""
-        x = (x * self._lengths).to(self.products.dtype)
+        norms, entries = self._scales
+        x = (x * norms * entries).to(self.products.dtype)
         return Solution(self._answer(x), lengths(residual), self.products.count, iterations, converged, reason)
 
     def _finite(self, found: Tensor, what: str = "a product with the matrix") -> Tensor:
@@ -139,7 +143,8 @@ class System:
             raise ValueError(f"{self.title}: x0: expected {self.b.shape[1]} columns as b has, got {columns.shape[1]}.")
         if not torch.isfinite(columns).all():
             raise ValueError(f"{self.title}: x0: expected finite entries.")
-        return (columns / self._lengths * nonzero).to(self.dtype)
+        norms, entries = self._scales
+        return columns.to(self.dtype) / entries / norms * nonzero
 
     def _read(self, preconditioner: Any) -> tuple[Tensor | None, Products | None]:
         """The preconditioner as a diagonal ``[D, 1]``, or as products."""

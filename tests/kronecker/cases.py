@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from conformance import close
+from oracles import Case, real
 from torch import Tensor, nn
 
-from curvops import (
-    EKFACLinearOperator,
-    GGNDiagonalLinearOperator,
-    KFACLinearOperator,
-    KFOCLinearOperator,
-)
+from curvops import EKFACLinearOperator, GGNDiagonalLinearOperator, KFACLinearOperator, KFOCLinearOperator
 
 KINDS = {
     "kfac": KFACLinearOperator,
@@ -26,24 +23,23 @@ APPROXIMATIONS = ("expand", "reduce")
 
 
 class Net(nn.Module):
-    """Modules and a function of them and the input."""
+    """A model from a function ``(parts, X)`` and its parts: modules, parameters or constants."""
 
-    def __init__(self, forward: Callable[[Any, Any], Tensor], **modules: nn.Module) -> None:
+    def __init__(self, function: Callable[[Any, Any], Any], **parts: Any) -> None:
         super().__init__()
-        self._forward = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self.function = function
 
-    def forward(self, X: Any) -> Tensor:
-        return self._forward(self, X)
+    def forward(self, X: Any) -> Any:
+        return self.function(self, X)
 
 
 def params(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def real(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -103,6 +99,29 @@ def tied() -> tuple[nn.Module, Any, Tensor, Tensor]:
     return seeded(make), nn.CrossEntropyLoss(reduction="sum"), integers(5, 6, 2), integers(5, 6, 2, seed=1)
 
 
+def layers() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """One layer of each kind that applies a matrix, and a free tensor."""
+
+    def forward(net: Any, ids: Tensor) -> Tensor:
+        h = net.convolution(net.linear(net.embedding(ids)).movedim(-1, 1))
+        h = net.transposed(h.tanh()).movedim(1, -1)
+        h = net.bilinear(h, h).unflatten(-1, (1, 3)).expand(-1, -1, 2, -1)
+        return torch.einsum("nthc,hcd->nthd", h, net.free).sum(1).flatten(1)
+
+    def make() -> nn.Module:
+        return Net(
+            forward,
+            embedding=nn.Embedding(5, 4),
+            linear=nn.Linear(4, 6),
+            convolution=nn.Conv1d(6, 4, 2, stride=2, groups=2, padding=1),
+            transposed=nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2, padding=1, dilation=2),
+            bilinear=nn.Bilinear(6, 6, 3),
+            free=nn.Parameter(torch.randn(2, 3, 2)),
+        )
+
+    return seeded(make), nn.MSELoss(), integers(5, 6, 4), real(6, 4)
+
+
 PROBLEMS = {"mlp": mlp, "cnn": cnn, "tokens": tokens, "tied": tied}
 
 
@@ -120,38 +139,35 @@ def plan(kind: str, problem: tuple[nn.Module, Any, Any, Any], *sizes: int, **opt
     return build(kind, problem, *sizes, make="plan", **options)
 
 
-def dense_ggn(problem: tuple[nn.Module, Any, Any, Any]) -> Tensor:
-    """Jᵀ (∇² ℓ) J, all of it dense and by PyTorch alone."""
+def dense_ggn(problem: tuple[nn.Module, Any, Any, Any], *sizes: int) -> Tensor:
+    """The GGN of the risk, all of it dense and by PyTorch alone."""
     model, loss, X, y = problem
-    z = model(X)
-    rows = [torch.autograd.grad(entry, list(params(model).values()), retain_graph=True) for entry in z.flatten()]
-    J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    curvature = torch.autograd.functional.hessian(lambda flat: loss(flat.view(z.shape), y), z.detach().flatten())
-    return J.T @ curvature @ J
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    """Equal up to a tolerance relative to the largest entry."""
-    scale = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * (scale or 1.0))
+    data = list(zip(X.split(sizes), y.split(sizes), strict=True)) if sizes else [(X, y)]
+    return Case(model, loss, data, params=params(model)).truth("GGN")
 
 
 def masked(matrix: Tensor, op: Any) -> Tensor:
     """The matrix with zeros outside of the operator's blocks."""
     result = torch.zeros_like(matrix)
-    for placed in op.blocks:
-        for where in placed.positions.view(placed.block.shape[0], -1):  # one block a group
-            result[where[:, None], where] = matrix[where[:, None], where]
+    for _, where, _ in blocks(op):
+        result[where[:, None], where] = matrix[where[:, None], where]
     return result
 
 
-def ggn_of_batches(model, batches):
-    """The GGN of a mean cross-entropy, batch by batch, with zeros for parameters that a batch does not use."""
-    zero = 0.0 * sum(p.sum() for p in model.parameters())
-    whole = lambda x: model(x) + zero  # noqa: E731
-    whole.named_parameters = model.named_parameters
-    loss = nn.CrossEntropyLoss(reduction="sum")
-    return sum(dense_ggn((whole, loss, x, y)) for x, y in batches) / sum(len(x) for x, _ in batches)
+def blocks(op: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each group of each block: where it is placed, the places of its rows, and its matrix."""
+    for placed in op.blocks:
+        dense, groups = placed.block.dense(), placed.positions.view(placed.block.shape[0], -1)
+        for k, where in enumerate(groups):
+            own = slice(k * len(where), (k + 1) * len(where))
+            yield placed, where, dense[own, own]
+
+
+def nearest_kronecker(matrix: Tensor, left: int, right: int) -> Tensor:
+    """Van Loan & Pitsianis: rows are the entries of the left factor, columns those of the right one."""
+    rearranged = matrix.view(left, right, left, right).permute(0, 2, 1, 3).reshape(left**2, right**2)
+    u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
+    return torch.kron((u[:, 0] * s[0]).view(left, left), v[0].view(right, right))
 
 
 def check(kind, op, matrix):

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is run as a script
+
 import torch
 import torch.nn.functional as F
+from oracles import Case, slopes
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from curvops import (
     EFLinearOperator,
@@ -26,6 +30,7 @@ from curvops import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
+from kronecker.cases import Net
 
 FILE = Path(__file__).parents[2] / "docs" / "support.md"
 WHOLE = {"Hessian": HessianLinearOperator, "GGN": GGNLinearOperator, "EF": EFLinearOperator}
@@ -47,35 +52,17 @@ each, unless `separate_weight_and_bias=False`.
 """
 
 
-class Layer(nn.Module):
-    """A layer between the input and a head of two outputs."""
-
-    def __init__(self, make: Callable[[], nn.Module], apply: Callable[[Any, Any], Tensor]) -> None:
-        super().__init__()
-        self.layer, self._apply_layer, self.head = make(), apply, nn.LazyLinear(2)
-
-    def forward(self, X: Any) -> Tensor:
-        return self.head(torch.tanh(self._apply_layer(self.layer, X)).flatten(1))
-
-
-class Free(nn.Module):
+def free() -> nn.Module:
     """Parameters that enter by arithmetic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.free = nn.Parameter(torch.randn(3))
-        self.scalar = nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scalar + self.free).sin()
+    parts = {"free": nn.Parameter(torch.randn(3)), "scalar": nn.Parameter(torch.tensor(0.7))}
+    return Net(lambda net, x: (x * net.scalar + net.free).sin(), **parts)
 
 
-class Unused(nn.Linear):
+def unused() -> nn.Module:
     """A layer with a parameter that nothing uses."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 2)
-        self.unused = nn.Parameter(torch.randn(4))
+    layer = nn.Linear(3, 2)
+    layer.register_parameter("unused", nn.Parameter(torch.randn(4)))
+    return layer
 
 
 def once(layer: Any, X: Any) -> Tensor:
@@ -145,17 +132,20 @@ ROWS = [
     Row("`GRU`", lambda: nn.GRU(2, 2, batch_first=True), real(3, 2), lambda layer, X: layer(X)[0]),
     Row("`PReLU`", lambda: nn.PReLU(), real(3)),
     Row("weight norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), real(3)),
-    Row("free parameters, scalars", Free, real(3)),
-    Row("unused parameters", Unused, real(3)),
+    Row("free parameters, scalars", free, real(3)),
+    Row("unused parameters", unused, real(3)),
 ]
 
 
 def problem(row: Row) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
-    """The row's model and data, always the same."""
+    """The row's layer before a head of two outputs, and its data, always the same."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lazy modules warn that they are new
         torch.manual_seed(0)
-        model, X, y = Layer(row.make, row.apply), row.X(), torch.randint(2, (4,))
+        layer, X, y = row.make(), row.X(), torch.randint(2, (4,))
+        model: nn.Module = Net(
+            lambda net, X: net.head(torch.tanh(row.apply(net.layer, X)).flatten(1)), layer=layer, head=nn.LazyLinear(2)
+        )
         model = model.double()
         with torch.no_grad():
             model(X)  # the head learns its width
@@ -164,26 +154,17 @@ def problem(row: Row) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
 
 def exact(model: nn.Module, loss: Any, params: dict[str, Tensor], data: list[Any]) -> dict[str, Tensor]:
     """The GGN by first derivatives, and the Hessian by central differences of the gradient: no rule of second order."""
-    ((X, y),) = data
-    sizes = [p.numel() for p in params.values()]
+    ((X, y),), leaves = data, list(params.values())
 
-    def output(flat: Tensor) -> Tensor:
-        parts = flat.split(sizes)
-        values = {name: part.view(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
-        return torch.func.functional_call(model, values, (X,))
+    def gradient(k: int, step: float) -> Tensor:
+        values = parameters_to_vector(leaves).detach()
+        vector_to_parameters(values.index_add(0, torch.tensor([k]), values.new_tensor([step])), leaves)
+        slope = slopes(loss(model(X), y), leaves)
+        vector_to_parameters(values, leaves)
+        return slope
 
-    flat = torch.cat([p.detach().flatten() for p in params.values()])
-    z = output(flat)
-    J = torch.autograd.functional.jacobian(output, flat).reshape(z.numel(), -1)
-    C = torch.autograd.functional.hessian(lambda v: loss(v.view(z.shape), y), z.flatten())
-
-    def gradient(at: Tensor) -> Tensor:
-        at = at.detach().requires_grad_()
-        return torch.autograd.grad(loss(output(at), y), at)[0]
-
-    steps = 1e-5 * torch.eye(len(flat), dtype=flat.dtype)
-    H = torch.stack([(gradient(flat + step) - gradient(flat - step)) / 2e-5 for step in steps])
-    return {"Hessian": H, "GGN": J.T @ C @ J}
+    H = [(gradient(k, 1e-5) - gradient(k, -1e-5)) / 2e-5 for k in range(sum(p.numel() for p in leaves))]
+    return {"Hessian": torch.stack(H), "GGN": Case(model, loss, data, params=params).truth("GGN")}
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-8) -> bool:

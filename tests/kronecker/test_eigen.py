@@ -36,6 +36,19 @@ def test_single_precision_is_tried_again_in_double(monkeypatch):
     close((vectors * values.unsqueeze(1)) @ vectors.mT, factor, 1e-6)
 
 
+def test_eigenvalues_that_come_back_as_no_numbers_are_tried_again_in_double(monkeypatch):
+    own = torch.linalg.eigh
+
+    def underflowing(factor):
+        values, vectors = own(factor)
+        return (values * torch.nan if factor.dtype == torch.float32 else values), vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", underflowing)
+    factor = psd(torch.float32)
+    values, _ = eigh(factor, "block of 'w'")
+    close(values, torch.linalg.eigvalsh(factor.double()).float(), 1e-6)
+
+
 def test_a_second_failure_names_the_block(monkeypatch):
     failing(monkeypatch, 2)
     with pytest.raises(ValueError, match=r"of 'w': .* side 3 failed in double precision too \(failed to converge\)"):

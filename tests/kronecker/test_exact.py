@@ -4,64 +4,60 @@ import pytest
 import torch
 from torch import nn
 
-from curvops import EFLinearOperator
-from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, dense_ggn, integers, masked, real, seeded
+from curvops import EFLinearOperator, GGNLinearOperator
+from kronecker.cases import (
+    APPROXIMATIONS,
+    PROBLEMS,
+    blocks,
+    build,
+    close,
+    dense_ggn,
+    integers,
+    masked,
+    mlp,
+    nearest_kronecker,
+    real,
+    seeded,
+)
+from kronecker.support import Row, ids
+from kronecker.support import problem as layer_and_data
+from kronecker.support import real as inputs
 
-
-def _net(layer, features, inputs=None):
-    def make():
-        inner = layer()
-        take = inputs if inputs is not None else lambda net, X: net.layer(X)
-        return Net(
-            lambda net, X: net.head(torch.tanh(take(net, X).flatten(1))), layer=inner, head=nn.Linear(features, 3)
-        )
-
-    return seeded(make)
-
-
-LAYERS = {
-    "linear": (lambda: _net(lambda: nn.Linear(3, 4), 4), lambda n: real(n, 3)),
-    "conv1d": (lambda: _net(lambda: nn.Conv1d(2, 3, 3), 3), lambda n: real(n, 2, 3)),
-    "conv2d": (lambda: _net(lambda: nn.Conv2d(2, 3, 2, dilation=2), 3), lambda n: real(n, 2, 3, 3)),
-    "conv3d": (lambda: _net(lambda: nn.Conv3d(1, 2, 2), 2), lambda n: real(n, 1, 2, 2, 2)),
-    "grouped": (lambda: _net(lambda: nn.Conv2d(4, 6, 2, groups=2), 6), lambda n: real(n, 4, 2, 2)),
-    "depthwise": (lambda: _net(lambda: nn.Conv1d(3, 3, 2, groups=3), 3), lambda n: real(n, 3, 2)),
-    "transposed": (lambda: _net(lambda: nn.ConvTranspose2d(3, 2, 2), 8), lambda n: real(n, 3, 1, 1)),
-    "transposed grouped": (lambda: _net(lambda: nn.ConvTranspose1d(4, 2, 2, groups=2), 4), lambda n: real(n, 4, 1)),
-    "embedding": (lambda: _net(lambda: nn.Embedding(5, 3), 3), lambda n: integers(5, n)),
-    "bilinear": (
-        lambda: _net(lambda: nn.Bilinear(2, 3, 4), 4, lambda net, X: net.layer(X[:, :2], X[:, 2:])),
-        lambda n: real(n, 5),
-    ),
-}
+# each with one position
+LAYERS = [
+    Row("linear", lambda: nn.Linear(3, 4), inputs(3)),
+    Row("conv1d", lambda: nn.Conv1d(2, 3, 3), inputs(2, 3)),
+    Row("conv2d", lambda: nn.Conv2d(2, 3, 2, dilation=2), inputs(2, 3, 3)),
+    Row("conv3d", lambda: nn.Conv3d(1, 2, 2), inputs(1, 2, 2, 2)),
+    Row("grouped", lambda: nn.Conv2d(4, 6, 2, groups=2), inputs(4, 2, 2)),
+    Row("depthwise", lambda: nn.Conv1d(3, 3, 2, groups=3), inputs(3, 2)),
+    Row("transposed", lambda: nn.ConvTranspose2d(3, 2, 2), inputs(3, 1, 1)),
+    Row("transposed grouped", lambda: nn.ConvTranspose1d(4, 2, 2, groups=2), inputs(4, 1)),
+    Row("embedding", lambda: nn.Embedding(5, 3), ids()),
+    Row("bilinear", lambda: nn.Bilinear(2, 3, 4), inputs(5), lambda layer, X: layer(X[:, :2], X[:, 2:])),
+]
 LOSSES = {
     "ce": lambda: (nn.CrossEntropyLoss(), torch.tensor([1])),
-    "mse": lambda: (nn.MSELoss(), real(1, 3, seed=1)),
-    "bce": lambda: (nn.BCEWithLogitsLoss(reduction="sum"), torch.rand(1, 3, dtype=torch.float64)),
+    "mse": lambda: (nn.MSELoss(), real(1, 2, seed=1)),
+    "bce": lambda: (nn.BCEWithLogitsLoss(reduction="sum"), torch.rand(1, 2, dtype=torch.float64)),
 }
 
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.title)
 def test_one_datum_and_one_position_give_the_ggn_block(layer, loss, approximation, separate):
-    make, inputs = LAYERS[layer]
-    function, y = LOSSES[loss]()
-    problem = make(), function, inputs(1), y
+    model, _, _, [(X, _)] = layer_and_data(layer)
+    problem = model, LOSSES[loss]()[0], X[:1], LOSSES[loss]()[1]
     ggn = dense_ggn(problem)
     for kind in ("kfac", "ekfac", "kfoc"):
         op = build(kind, problem, kfac_approx=approximation, separate_weight_and_bias=separate)
-        for placed in op.blocks:
-            groups = placed.block.shape[0]
-            if "transposed" in layer and placed.names == ("layer.bias",):
+        for placed, where, block in blocks(op):
+            if "transposed" in layer.title and placed.names == ("layer.bias",):
                 continue  # its position is each entry of the map, not each entry of the input
-            for k, where in enumerate(placed.positions.view(groups, -1)):
-                size = len(where)
-                block = placed.block.dense()[k * size : (k + 1) * size, k * size : (k + 1) * size]
-                torch.testing.assert_close(
-                    block, ggn[where[:, None], where], rtol=0, atol=1e-8 * float(ggn.abs().max())
-                )
+            expected = ggn[where[:, None], where]
+            torch.testing.assert_close(block, expected, rtol=0, atol=1e-8 * float(ggn.abs().max()))
 
 
 @pytest.mark.parametrize("separate", [True, False])
@@ -83,10 +79,10 @@ def test_deep_linear_networks_with_mse(first, reduction, separate):
 
 
 def _distances(op, matrix):
-    return [
-        float((placed.block.dense() - matrix[placed.positions[:, None], placed.positions]).norm())
-        for placed in op.blocks
-    ]
+    return {
+        (placed.names, k): float((block - matrix[where[:, None], where]).norm())
+        for k, (placed, where, block) in enumerate(blocks(op))
+    }
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
@@ -103,14 +99,10 @@ def test_corrected_and_nearest_forms_are_nearer_than_kfac(name, separate, approx
     else:
         matrix = EFLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)]).to_dense()
     matrix = masked(matrix, kfac)
-    scale = float(matrix.norm())
-    for names, far, near, nearest in zip(
-        [p.names for p in kfac.blocks],
-        *(_distances(op, matrix) for op in (kfac, ekfac, kfoc)),
-        strict=True,
-    ):
-        assert near <= far + 1e-12 * scale, names
-        assert nearest <= far + 1e-12 * scale, names
+    rounding = 1e-12 * float(matrix.norm())
+    far, near, nearest = (_distances(op, matrix) for op in (kfac, ekfac, kfoc))
+    for block, distance in far.items():
+        assert near[block] <= distance + rounding and nearest[block] <= distance + rounding, block
     close(ekfac.trace(), matrix.trace())
 
 
@@ -121,21 +113,36 @@ def test_the_nearest_product_is_the_one_of_the_singular_value_decomposition(name
     problem = PROBLEMS[name]()
     kfoc = build("kfoc", problem, kfac_approx=approximation, separate_weight_and_bias=separate)
     ggn, looked_at = dense_ggn(problem), 0
-    for placed in kfoc.blocks:
-        groups, left, right = placed.block.shape
-        one_hot = placed.names == ("embedding.weight",)  # its left factor is a diagonal by construction
-        if right == 1 or one_hot:
+    for placed, where, found in blocks(kfoc):
+        _, left, right = placed.block.shape
+        if right == 1 or placed.names == ("embedding.weight",):  # its left factor is a diagonal by construction
             continue
-        for k, where in enumerate(placed.positions.view(groups, -1)):
-            block = ggn[where[:, None], where]
-            # Van Loan & Pitsianis: rows are the entries of the left factor, columns those of the right one
-            rearranged = block.view(left, right, left, right).permute(0, 2, 1, 3).reshape(left**2, right**2)
-            u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
-            best = torch.kron((u[:, 0] * s[0]).view(left, left), v[0].view(right, right))
-            size = len(where)
-            found = placed.block.dense()[k * size : (k + 1) * size, k * size : (k + 1) * size]
-            distances = (found - block).norm(), (best - block).norm()
-            torch.testing.assert_close(*distances, rtol=1e-8, atol=1e-10 * float(block.norm()))
-            close(found, best, 1e-6)
-            looked_at += 1
+        block = ggn[where[:, None], where]
+        best = nearest_kronecker(block, left, right)
+        distances = (found - block).norm(), (best - block).norm()
+        torch.testing.assert_close(*distances, rtol=1e-8, atol=1e-10 * float(block.norm()))
+        close(found, best, 1e-6)
+        looked_at += 1
     assert looked_at >= 2
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_autograd_and_the_empirical_fisher(name):
+    model, loss, X, y = problem = PROBLEMS[name]()
+    close(build("diagonal", problem, 4, 2).diagonal(), dense_ggn(problem).diagonal())
+    expected = EFLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)]).to_dense().diagonal()
+    close(build("diagonal", problem, 4, 2, fisher_type="empirical").diagonal(), expected)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_monte_carlo_fisher_with_the_same_samples(samples):
+    model, loss, X, y = problem = mlp()
+    fisher = GGNLinearOperator(model, loss, dict(model.named_parameters()), [(X, y)], mc_samples=samples, seed=4)
+    diagonal = build("diagonal", problem, 4, 2, fisher_type="mc", mc_samples=samples, seed=4)
+    close(diagonal.diagonal(), fisher.to_dense().diagonal())
+
+
+def test_no_gradients_no_diagonal():
+    for kind, rest in (("diagonal", "there is no diagonal"), ("ekfac", "there is nothing"), ("kfoc", "no product")):
+        with pytest.raises(ValueError, match=f"'forward-only' takes no gradients, so {rest}"):
+            build(kind, mlp(), fisher_type="forward-only").trace()

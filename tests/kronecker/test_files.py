@@ -1,7 +1,9 @@
-"""Saved operators come back bit for bit; broken files and other models are refused, in one line."""
+"""Saved operators and copies come back bit for bit; broken files and other models are refused, in one line."""
 
+import copy
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -10,9 +12,15 @@ from torch import nn
 
 import curvops
 import curvops.files
-from kronecker.cases import PROBLEMS, build, cnn, mlp, params
+from curvops.tour.files import load_matrices, save_matrices
+from kronecker.cases import PROBLEMS, build, close, cnn, mlp, params
 
-OPTIONS = [{}, {"separate_weight_and_bias": False, "kfac_approx": "reduce"}, {"fisher_type": "empirical"}]
+OPTIONS = [
+    {},
+    {"separate_weight_and_bias": False},
+    {"separate_weight_and_bias": False, "kfac_approx": "reduce"},
+    {"fisher_type": "empirical"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -23,10 +31,16 @@ def test_equal_bit_for_bit(kind, name, options, tmp_path):
     op = build(kind, problem, 4, 2, **options)
     op.save(tmp_path / "op")
     loaded = curvops.load(tmp_path / "op", params(problem[0]))
-    assert torch.equal(loaded.to_dense(), op.to_dense())
-    assert torch.equal(loaded.inverse(0.1).to_dense(), op.inverse(0.1).to_dense())
-    assert loaded.name == op.name and loaded.domain == op.domain and loaded.state.settings == op.state.settings
-    assert [r.block for r in loaded.explain().rows] == [r.block for r in op.explain().rows]
+    for other in (loaded, copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
+        assert torch.equal(other.to_dense(), op.to_dense())
+        assert torch.equal(other.inverse(0.1).to_dense(), op.inverse(0.1).to_dense())
+        assert other.name == op.name and other.domain == op.domain and other.state.settings == op.state.settings
+        if other is loaded:
+            assert [r.block for r in other.explain().rows] == [r.block for r in op.explain().rows]
+        else:
+            assert type(other) is type(op) and other.explain().rows == op.explain().rows
+        if kind in ("kfac", "diagonal"):
+            close(other.merge(op).to_dense(), op.merge(op).to_dense())
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "op").read_bytes()
 
@@ -41,25 +55,34 @@ def test_what_is_loaded_can_be_merged(tmp_path):
         curvops.load(tmp_path / "average").merge(op)
 
 
-def test_a_file_that_is_cut_anywhere_is_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "save, load",
+    [
+        (lambda path: build("ekfac", mlp()).save(path), curvops.load),
+        (lambda path: save_matrices(path, {"a": torch.randn(9, 9)}), load_matrices),
+    ],
+)
+def test_a_file_that_is_cut_anywhere_is_refused_in_one_line(save, load, tmp_path):
     path = tmp_path / "op"
-    build("ekfac", mlp()).save(path)
+    save(path)
     content = path.read_bytes()
     for keep in [len(content) * k // 50 for k in range(50)] + [1, 7, 8, 9, len(content) - 1]:
         path.write_bytes(content[:keep])
         with pytest.raises(ValueError, match="is truncated or not a safetensors file") as caught:
-            curvops.load(path)
+            load(path)
         assert "\n" not in str(caught.value)
 
 
 def test_other_files_are_refused(tmp_path):
-    from curvops.tour import save_matrices
-
-    with pytest.raises(FileNotFoundError, match="nothing' is not a file"):
-        curvops.load(tmp_path / "nothing")
+    for load in (curvops.load, load_matrices):
+        with pytest.raises(FileNotFoundError, match="nothing' is not a file"):
+            load(tmp_path / "nothing")
     save_matrices(tmp_path / "matrices", {"a": torch.eye(2)})
     with pytest.raises(ValueError, match="is a safetensors file, but not one of Kronecker factors"):
         curvops.load(tmp_path / "matrices")
+    build("kfac", mlp()).save(tmp_path / "factors")
+    with pytest.raises(ValueError, match="but not one of curvature matrices"):
+        load_matrices(tmp_path / "factors")
     (tmp_path / "text").write_text("not a file of tensors")
     with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
         curvops.load(tmp_path / "text")

@@ -1,21 +1,25 @@
 """Sampled factors approach the exact ones at the rate 1/√M, and shared backward passes are unbiased."""
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
+from problems import LOSSES
+from problems import PROBLEMS as MODELS
 
 import curvops.kronecker.cotangents as cotangents
+from curvops import GGNLinearOperator
 from kronecker.cases import PROBLEMS, build, plan, tokens
 
 KINDS = ("kfac", "diagonal")
 SEEDS = 40
+ALL = MODELS | LOSSES
 
 
-def draws(kind, problem, exact, **options):
+def draws(make, exact, **options):
     """Relative differences of draws with seeds of their own from the exact matrix."""
-    scale = exact.norm()
-    return [(build(kind, problem, seed=s, **options).to_dense() - exact) / scale for s in range(SEEDS)]
+    return [(make(seed=s, **options).to_dense() - exact) / exact.norm() for s in range(SEEDS)]
 
 
 def check_unbiased(differences):
@@ -25,22 +29,38 @@ def check_unbiased(differences):
     assert float(mean.norm() ** 2) < 9 * variance / len(differences)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "approximation"),
-    [
-        ("kfac", "mlp", "expand"),
-        ("kfac", "tokens", "expand"),
-        ("kfac", "tokens", "reduce"),
-        ("diagonal", "tokens", "expand"),
-    ],
-)
-def test_the_rate(kind, name, approximation):
+def fisher(name):
+    p = ALL[name]()
+    return lambda **options: GGNLinearOperator(*p.args(), check_deterministic=False, **options)
+
+
+def factors(kind, name, **options):
     problem = PROBLEMS[name]()
-    options = {"kfac_approx": approximation, "check_deterministic": False}
-    exact = build(kind, problem, **options).to_dense()
-    errors = []
+
+    def make(**given):
+        sampled = {"fisher_type": "mc"} if "seed" in given else {}
+        return build(kind, problem, check_deterministic=False, **options, **sampled, **given)
+
+    return make
+
+
+SAMPLED = {
+    **{
+        name: fisher(name) for name in ("mlp", "transformer", "bce_weight_sum", "mse_mean", "ce_all_mean", "huber_mean")
+    },
+    "KFAC": factors("kfac", "mlp"),
+    "KFAC of tokens": factors("kfac", "tokens"),
+    "KFAC of tokens, reduced": factors("kfac", "tokens", kfac_approx="reduce"),
+    "diagonal of tokens": factors("diagonal", "tokens"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_rate(name):
+    make = SAMPLED[name]
+    exact, errors = make().to_dense(), []
     for samples in (1, 16):
-        differences = draws(kind, problem, exact, fisher_type="mc", mc_samples=samples, **options)
+        differences = draws(make, exact, mc_samples=samples)
         check_unbiased(differences)
         errors.append(statistics.mean(float(d.norm() ** 2) for d in differences) ** 0.5)
     assert 3 < errors[0] / errors[1] < 5.3  # 16 times the samples, a quarter of the distance
@@ -54,7 +74,7 @@ def test_terms_that_share_a_backward_pass_have_random_signs(kind, monkeypatch):
     assert "random signs" not in str(exact.explain())
     monkeypatch.setattr(cotangents, "LIMIT", 5)  # two terms a datum with three columns each take six
     signed = build(kind, problem)
-    differences = draws(kind, problem, separate, check_deterministic=False)
+    differences = draws(partial(build, kind, problem), separate, check_deterministic=False)
     check_unbiased(differences)
     assert statistics.mean(float(d.norm()) for d in differences) > 1e-3
     assert "random signs" in str(plan(kind, problem))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from kronecker.cases import build, close, cnn, dense_ggn, integers, mlp, real, seeded, tied, tokens
+from kronecker.cases import Net, build, close, cnn, dense_ggn, integers, layers, mlp, real, seeded, tied, tokens
 
 
 def weight_gradients(row, shapes):
@@ -38,12 +38,7 @@ def collected(op):
 PROBLEMS = {
     "mlp": mlp,
     "cnn": cnn,
-    "transposed": lambda: (
-        seeded(lambda: nn.Sequential(nn.ConvTranspose1d(4, 2, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))),
-        nn.MSELoss(),
-        real(6, 4, 3),
-        real(6, 2),
-    ),
+    "layers": layers,
     "one term": lambda: (*tied()[:2], tied()[2][:, :1], integers(5, 6, 1, seed=2)),
 }
 
@@ -83,16 +78,12 @@ def test_squares_of_all_passes_are_the_ggn_blocks(problem):
 def test_data_that_are_seen_alone_are_told_apart():
     """Rows that are sorted by value belong to no datum by their place."""
 
-    class Sorted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.head = nn.Linear(2, 3), nn.Linear(3, 2)
+    def forward(net, x):
+        order = x[:, 0].argsort()
+        return net.head(torch.tanh(net.layer(x[order]))[order.argsort()])
 
-        def forward(self, x):
-            order = x[:, 0].argsort()
-            return self.head(torch.tanh(self.layer(x[order]))[order.argsort()])
-
-    problem = seeded(Sorted), nn.MSELoss(), real(5, 2), real(5, 2)
+    model = seeded(lambda: Net(forward, layer=nn.Linear(2, 3), head=nn.Linear(3, 2)))
+    problem = model, nn.MSELoss(), real(5, 2), real(5, 2)
     op = build("kfac", problem, fisher_type="empirical")
     rows = [row for row in op.layers() if row.names == ("layer.weight",)]
     assert [row.datum for row in rows] == list(range(5)) and all(len(row.inputs) == 1 for row in rows)

@@ -1,11 +1,12 @@
-"""Merging halves is computing the whole; a moving average mixes what enters the blocks."""
+"""Merging halves is computing the whole; a moving average mixes what enters the blocks; the nearest product to a sum."""
 
 import pytest
 import torch
 from torch import nn
 
 from curvops import BlockRule
-from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, integers, mlp, real, seeded
+from curvops.kronecker.state import nearest_product
+from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, integers, mlp, nearest_kronecker, real, seeded
 
 
 def half(problem, part):
@@ -95,6 +96,22 @@ def test_what_does_not_fit_is_refused(make, message):
         build("kfac", mlp()).merge(make())
 
 
+@pytest.mark.parametrize("kind", ["kfac", "diagonal"])
+def test_blocks_that_overlap_do_not_merge(kind):
+    """The second half uses a part of a weight once more."""
+
+    def forward(net, X):
+        z = net.head(net.layer(X))
+        return z @ net.head.weight[:, :2] if X[0, 0] < 0 else z
+
+    model = seeded(lambda: Net(forward, layer=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+    X, y = real(3, 3).abs(), integers(2, 3)
+    halves = [build(kind, (model, nn.CrossEntropyLoss(), sign * X, y)) for sign in (1, -1)]
+    for first, second in (halves, halves[::-1]):
+        with pytest.raises(ValueError, match=r"merge: 'head.weight' has blocks that overlap, here \w+ \("):
+            first.merge(second)
+
+
 @pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
 def test_what_does_not_add_is_refused(kind):
     op = build(kind, mlp())
@@ -103,3 +120,34 @@ def test_what_does_not_add_is_refused(kind):
             combine()
     with pytest.raises(ValueError, match="decay: expected a number from 0 to 1, got 2"):
         op.moving_average(op, 2)
+
+
+def psd(groups, size, seed):
+    root = real(groups, size, size, seed=seed)
+    return root @ root.mT
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_dense_terms(seed):
+    terms = [(psd(2, 3, 4 * seed), psd(2, 4, 4 * seed + 1)), (psd(2, 3, 4 * seed + 2), psd(2, 4, 4 * seed + 3))]
+    left, right = nearest_product(terms)
+    for g in range(2):
+        whole = sum(torch.kron(a[g], b[g]) for a, b in terms)
+        close(torch.kron(left[g], right[g]), nearest_kronecker(whole, 3, 4))
+
+
+def test_a_factor_that_is_diagonal_in_one_term_is_diagonal_in_both():
+    diagonal, other = real(1, 3).square(), psd(1, 2, 1)
+    dense, second = psd(1, 3, 2), psd(1, 2, 3)
+    left, right = nearest_product([(diagonal, other), (dense, second)])
+    assert left.shape == (1, 3) and right.shape == (1, 2, 2)
+    kept = [(torch.diag(diagonal[0]), other[0]), (torch.diag(dense[0].diagonal()), second[0])]
+    close(torch.kron(torch.diag(left[0]), right[0]), nearest_kronecker(sum(torch.kron(a, b) for a, b in kept), 3, 2))
+
+
+def test_a_term_of_zeros_changes_nothing():
+    a, b = psd(1, 3, 0), psd(1, 2, 1)
+    left, right = nearest_product([(a, b), (torch.zeros_like(a), psd(1, 2, 2))])
+    close(torch.kron(left[0], right[0]), torch.kron(a[0], b[0]))
+    left, right = nearest_product([(torch.zeros_like(a), b), (torch.zeros_like(a), b)])
+    assert not torch.kron(left[0], right[0]).any() and torch.isfinite(right).all()

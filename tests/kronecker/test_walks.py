@@ -1,7 +1,6 @@
-"""What is seen on a walk over the data: batches that differ, data run alone, and what is held meanwhile."""
+"""What is seen on a walk over the data: any cut into batches, batches that differ, data run alone, what is kept."""
 
 import copy
-import pickle
 import weakref
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from curvops import EKFACLinearOperator, EmpiricalRisk, GGNDiagonalLinearOperator, KFACLinearOperator
 from curvops.kronecker import uses
 from kronecker.cases import (
+    APPROXIMATIONS,
     KINDS,
     PROBLEMS,
     Net,
@@ -20,12 +20,13 @@ from kronecker.cases import (
     close,
     cnn,
     dense_ggn,
-    ggn_of_batches,
     integers,
     mlp,
     params,
+    plan,
     real,
     seeded,
+    tokens,
 )
 
 SIZES = (6, 5, 6)
@@ -44,11 +45,6 @@ def three(forward):
         )
     )
     return model, nn.CrossEntropyLoss(), real(sum(SIZES), 3), integers(3, sum(SIZES))
-
-
-def expected(problem):
-    model, _, X, y = problem
-    return ggn_of_batches(model, list(zip(X.split(SIZES), y.split(SIZES), strict=True)))
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
@@ -110,7 +106,7 @@ def test_batches_that_use_parameters_in_different_ways(name, kind, separate):
     assert len(places.unique()) == len(places) == op.shape[0]
     for row in op.explain().rows:
         assert row.size <= sum(op.domain.shapes[n].numel() for n in row.names)
-    check(kind, op, expected(problem))
+    check(kind, op, dense_ggn(problem, *SIZES))
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -121,44 +117,6 @@ def test_rows_of_batches_that_differ(name):
     assert {row.batch for row in rows} == {0, 1, 2}
     total = sum(torch.einsum("npgo,npgi->noi", r.output_gradients, r.inputs).square().sum(0) for r in rows)
     close(op.state.constant * total.flatten(), op.diagonal()[op.domain.slice("head.weight")])
-
-
-def test_data_that_agree_at_the_ends_only():
-    """Rows are sorted, so that data are run alone; those in the middle need each other."""
-
-    def forward(net, X):
-        order = X[:, 0].argsort()
-        h = net.hidden(X)[order].tanh()[order.argsort()]
-        if len(X) > 4:
-            h = torch.cat([h[:2], h[2:-2].flip(0), h[-2:]])
-        return net.head(h)
-
-    problem = three(forward)
-    close(build("diagonal", problem, *SIZES).diagonal(), expected(problem).diagonal())
-
-
-class Masked(nn.Module):
-    """Attention within a datum, with a mask ``[positions, positions]`` that all data share."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.head, self.norm = nn.Linear(3, 9), nn.Linear(3, 2), nn.Parameter(torch.ones(()))
-
-    def forward(self, X):
-        q, k, v = self.qkv(X["x"]).chunk(3, -1)
-        scores = (q @ k.mT * self.norm.exp()).masked_fill(X["mask"], float("-inf"))
-        return self.head((scores.softmax(-1) @ v).mean(1))
-
-
-@pytest.mark.parametrize("length", [6, 4])
-@pytest.mark.parametrize("kind", ["ekfac", "diagonal", "kfac"])
-def test_a_mask_with_as_many_positions_as_data(kind, length):
-    model, y = seeded(Masked), integers(2, 6)
-    X = {"x": real(6, length, 3), "mask": torch.ones(length, length, dtype=torch.bool).triu(1)}
-    options = {"fisher_type": "type-2", "batch_size_fn": lambda X: len(X["x"])}
-    op = KINDS[kind](model, nn.CrossEntropyLoss(), params(model), [(X, y)], **options)
-    check(kind, op, dense_ggn((model, nn.CrossEntropyLoss(), X, y)))
-    assert "whole" not in str(op.explain()) and all(row.size for row in op.explain().rows)
 
 
 def test_running_out_of_memory_is_no_mixing():
@@ -217,19 +175,6 @@ def test_the_windows_of_one_layer_at_a_time(kind, windows):
     assert len(formed) > 3 and most[0] == 1
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda op: pickle.loads(pickle.dumps(op))])
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies(kind, name, separate, way):
-    op = build(kind, PROBLEMS[name](), separate_weight_and_bias=separate)
-    other = way(op)
-    assert type(other) is type(op) and torch.equal(other.to_dense(), op.to_dense())
-    assert other.explain().rows == op.explain().rows
-    if kind in ("kfac", "diagonal"):
-        close(other.merge(op).to_dense(), op.merge(op).to_dense())
-
-
 def test_a_copy_without_model_and_data():
     op = copy.deepcopy(build("kfac", mlp()))
     with pytest.raises(RuntimeError, match="a copy holds neither model nor data"):
@@ -257,3 +202,43 @@ def test_operators_of_one_risk():
         EKFACLinearOperator.of(risk, fisher_type="forward-only")
     diagonal = GGNDiagonalLinearOperator.of(risk)
     close(diagonal.diagonal(), dense_ggn(cnn()).diagonal())
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_any_cut_gives_the_same_corrected_factors(fisher_type, approximation):
+    """So many data that no eigenvalue is zero, and none is repeated."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Flatten()))
+    problem = model, nn.MSELoss(), real(40, 2, 3), real(40, 8)
+    options = {"fisher_type": fisher_type, "kfac_approx": approximation, "mc_samples": 2}
+    whole, parts = build("ekfac", problem, **options), build("ekfac", problem, 1, 19, 20, **options)
+    close(parts.to_dense(), whole.to_dense(), 1e-9)
+
+
+def kept_bytes(op):
+    (note,) = [note for note in op.explain().notes if note.startswith("rows kept")]
+    number, unit = note.split(": ")[1].split()
+    return float(number) * {"B": 1, "KiB": 1024}[unit]
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("kind", ["ekfac", "kfoc"])
+def test_a_second_walk_gives_what_kept_rows_give(kind, name, fisher_type):
+    problem, options = PROBLEMS[name](), {"fisher_type": fisher_type, "check_deterministic": False}
+    kept = build(kind, problem, 3, 2, 1, **options)
+    dense = kept.to_dense()
+    some = build(kind, problem, 3, 2, 1, memory_budget=int(0.9 * kept_bytes(kept)), **options)
+    swept = build(kind, problem, 3, 2, 1, memory_budget=0, **options)
+    for other in (some, swept):
+        close(other.to_dense(), dense, 1e-12)
+    passes = [int(next(n for n in op.explain().notes if "backward" in n).split()[0]) for op in (kept, some, swept)]
+    assert passes[0] < passes[1] < passes[2]
+    assert kept_bytes(swept) == 0 < kept_bytes(kept)
+
+
+@pytest.mark.parametrize("problem", [cnn, tokens])
+def test_the_plan_knows_what_will_be_kept(problem):
+    (planned,) = [n for n in plan("ekfac", problem()).notes if n.startswith("rows of this batch")]
+    (kept,) = [n for n in build("ekfac", problem()).explain().notes if n.startswith("rows kept")]
+    assert planned.startswith(f"rows of this batch: {kept.removeprefix('rows kept for the second look: ')};")

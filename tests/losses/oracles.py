@@ -1,6 +1,11 @@
 """Dense derivatives of PyTorch's own losses, by autograd in float64."""
 
+import copy
+
+import pytest
 import torch
+
+from curvops.losses import output_loss
 
 
 def gradient(total, z):
@@ -48,25 +53,53 @@ def check_factor(factor):
     close(factor.product(u), expected)
 
 
-def check_closed_form(loss, torch_loss, z, y, batch_size):
-    def total(z):
-        return torch_loss(z, y)
+def differences(total, z):
+    """The Hessian by central differences of PyTorch's own gradient."""
+    columns = []
+    for step in 1e-5 * torch.eye(z.numel(), dtype=z.dtype):
+        ahead, behind = (gradient(total, z + sign * step.view_as(z)) for sign in (1, -1))
+        columns.append((ahead - behind).flatten() / 2e-5)
+    return torch.stack(columns)
 
-    curvature = loss.curvature(z, y, batch_size)
-    assert curvature.psd
+
+def check_loss(module, z, y, size, root=None):
+    """All that a loss gives, beside PyTorch's own; `root` times the gradient is the empirical factor."""
+    plain = copy.deepcopy(module)
+    plain.reduction = "sum"
+
+    def total(z):
+        return plain(z, y)
+
+    loss = output_loss(module)
+    curvature = loss.curvature(z, y, size)
     leaf = z.clone().requires_grad_()
-    close(loss.curvature(leaf, y, batch_size).value(), total(z))
-    close(hessian(lambda z: loss.curvature(z, y, batch_size).value(), z), hessian(total, z))
+    close(loss.curvature(leaf, y, size).value(), total(z))
     close(curvature.outputs(curvature.gradient()), gradient(total, z))
-    H = hessian(total, z)
     eye = torch.eye(z.numel(), dtype=torch.float64)
-    products = [curvature.hessian_product(e.reshape(z.shape)).reshape(-1) for e in eye]
-    close(torch.stack(products), H)
-    exact = curvature.factor("type-2")
-    check_factor(exact)
+    H = torch.stack([curvature.hessian_product(e.reshape(z.shape)).reshape(-1) for e in eye])
+    if curvature.closed_form:
+        close(H, hessian(total, z))
+        close(hessian(lambda z: loss.curvature(z, y, size).value(), z), H)
+    else:
+        close(H, differences(total, z), 1e-8)
+    exact, empirical = curvature.factor("type-2"), curvature.factor("empirical")
+    for factor in (exact, empirical):
+        check_factor(factor)
     close(factor_matrix(curvature, exact), H)
     rows = curvature.rows(z)
     assert rows.shape == (curvature.num_terms, curvature.width)
     assert torch.equal(curvature.outputs(rows), z)
     assert curvature.factor("forward-only").dense().shape == (*rows.shape, 0)
+    if root is not None:
+        close(empirical.dense()[..., 0], curvature.rows(root * gradient(total, z)))
+    # the shares of a cut add up, and give the mean
+    cuts = ((0, 1), (1, len(z))) if z.ndim and size == len(z) > 1 else ((0, None),)
+    batches = [(z[a:b], y[a:b], len(z[a:b])) for a, b in cuts] if len(cuts) > 1 else [(z, y, size)]
+    mean = copy.deepcopy(module)
+    mean.reduction = "mean" if module.reduction == "sum" else module.reduction
+    if mean(z, y).isfinite():
+        close(curvature.value() / count(output_loss(mean), *batches), mean(z, y))
+    else:
+        with pytest.raises(ValueError, match="the mean runs over 0 entries"):
+            count(output_loss(mean), *batches)
     return curvature

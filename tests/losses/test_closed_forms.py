@@ -11,7 +11,7 @@ from torch import nn
 from curvops.losses import Noise, output_loss
 from curvops.losses.cross_entropy import sample_classes
 
-from .oracles import check_closed_form, check_factor, close, count, factor_matrix, gradient, hessian
+from .oracles import check_factor, check_loss, close, count, factor_matrix, gradient, hessian
 
 CLASSES = torch.tensor([0.2, 0.0, 3.0, 1.0], dtype=torch.float64)
 WEIGHT = torch.tensor([0.0, 2.0, 0.5], dtype=torch.float64)
@@ -37,23 +37,14 @@ def test_cross_entropy(shape, weight, smoothing, targets, randn, rand, randint):
     options = {"weight": weight, "label_smoothing": smoothing, "ignore_index": -7}
     plain = nn.CrossEntropyLoss(**options, reduction="sum")
     batch_size = shape[0] if len(shape) > 1 else 1
-    curvature = check_closed_form(output_loss(plain), plain, z, y, batch_size)
-    assert (curvature.terms_per_datum or 0) * batch_size == z.numel() // 4
+    curvature = check_loss(plain, z, y, batch_size)
+    assert curvature.psd and (curvature.terms_per_datum or 0) * batch_size == z.numel() // 4
     # Σ_n of the empirical factor against per-term gradients over √ω
-    empirical = curvature.factor("empirical")
-    check_factor(empirical)
     rows = curvature.rows(z)
     omega = torch.stack([term_weight(rows, curvature, t) for t in range(curvature.num_terms)])
     g = curvature.rows(gradient(lambda z: plain(z, y), z))
     expected = torch.where(omega > 1e-14, omega, 1).rsqrt()[:, None] * g
-    close(empirical.dense()[..., 0], expected * (omega > 1e-14)[:, None])
-    # the share of the denominator
-    mean = nn.CrossEntropyLoss(**options)
-    if mean(z, y).isfinite():
-        close(curvature.value() / count(output_loss(mean), (z, y, batch_size)), mean(z, y))
-    else:
-        with pytest.raises(ValueError, match="the mean runs over 0 entries"):
-            count(output_loss(mean), (z, y, batch_size))
+    close(curvature.factor("empirical").dense()[..., 0], expected * (omega > 1e-14)[:, None])
 
 
 def term_weight(rows, curvature, t):
@@ -68,8 +59,7 @@ def term_weight(rows, curvature, t):
 
 def test_unnormalised_probabilities(randn, rand):
     """PyTorch accepts them; the weight of a term is then their sum."""
-    plain = nn.CrossEntropyLoss(reduction="sum")
-    check_closed_form(output_loss(plain), plain, randn(4, 3), rand(4, 3), 4)
+    check_loss(nn.CrossEntropyLoss(reduction="sum"), randn(4, 3), rand(4, 3), 4)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -81,36 +71,26 @@ def test_binary_cross_entropy(shape, weight, pos_weight, soft, randn, rand):
     y = y if soft else y.round()
     # a weight for the last axis; of a one-axis output, a lone one
     weight, pos_weight = (w if w is None or len(shape) > 1 else w[2:] for w in (weight, pos_weight))
-    plain = nn.BCEWithLogitsLoss(weight, reduction="sum", pos_weight=pos_weight)
-    mean = nn.BCEWithLogitsLoss(weight, pos_weight=pos_weight)
-    curvature = check_closed_form(output_loss(mean), plain, z, y, shape[0])
-    close(curvature.value() / count(output_loss(mean), (z, y, shape[0])), mean(z, y))
+    curvature = check_loss(nn.BCEWithLogitsLoss(weight, pos_weight=pos_weight), z, y, shape[0])
     # the weight enters by its root, and a zero contributes nothing
-    empirical = curvature.factor("empirical")
-    check_factor(empirical)
     g = gradient(lambda z: F.binary_cross_entropy_with_logits(z, y, pos_weight=pos_weight, reduction="sum"), z)
-    close(empirical.dense()[..., 0], curvature.rows((1 if weight is None else weight.sqrt()) * g))
+    expected = curvature.rows((1 if weight is None else weight.sqrt()) * g)
+    close(curvature.factor("empirical").dense()[..., 0], expected)
 
 
 def test_binary_weights_with_inner_axes(randn, rand):
     z, y = randn(2, 4, 3), rand(2, 4, 3)
     for shape in ((4, 3), (1, 4, 3), (4, 1), (1, 1, 3), ()):
-        plain = nn.BCEWithLogitsLoss(rand(*shape), pos_weight=rand(*shape), reduction="sum")
-        check_closed_form(output_loss(plain), plain, z, y, 2)
+        check_loss(nn.BCEWithLogitsLoss(rand(*shape), pos_weight=rand(*shape), reduction="sum"), z, y, 2)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 2, 3, 2), (4,), ()], ids=str)
 def test_squared_error(shape, randn):
     z, y = randn(*shape), randn(*shape)
-    plain, batch_size, width = nn.MSELoss(reduction="sum"), shape[0] if shape else 1, shape[-1] if len(shape) > 1 else 1
-    loss = output_loss(nn.MSELoss())
-    curvature = check_closed_form(loss, plain, z, y, batch_size)
-    assert curvature.width == width
+    batch_size, width = shape[0] if shape else 1, shape[-1] if len(shape) > 1 else 1
+    curvature = check_loss(nn.MSELoss(), z, y, batch_size, root=1)
+    assert curvature.psd and curvature.width == width
     assert curvature.terms_per_datum == z.numel() // width // batch_size
-    empirical = curvature.factor("empirical")
-    check_factor(empirical)
-    close(empirical.dense()[..., 0], curvature.rows(gradient(lambda z: plain(z, y), z)))
-    close(curvature.value() / count(loss, (z, y, batch_size)), nn.MSELoss()(z, y))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -270,20 +250,6 @@ LABELLED = nn.CrossEntropyLoss()
 def test_rejects_what_does_not_fit(loss, z, y, message):
     with pytest.raises(ValueError, match=message):
         output_loss(loss).curvature(z, y, len(z) if z.ndim else 1)
-
-
-@pytest.mark.parametrize(
-    "loss,option,value,message",
-    [
-        (nn.CrossEntropyLoss, "weight", -CLASSES, "non-negative class weights"),
-        (nn.CrossEntropyLoss, "label_smoothing", 1.5, "label_smoothing between 0 and 1"),
-        (nn.BCEWithLogitsLoss, "weight", -WEIGHT, "non-negative weight"),
-        (nn.BCEWithLogitsLoss, "pos_weight", -WEIGHT, "non-negative pos_weight"),
-    ],
-)
-def test_rejects_options_at_the_door(loss, option, value, message):
-    with pytest.raises(ValueError, match=message):
-        output_loss(loss(**{option: value}))
 
 
 def test_factor_arguments(randn, randint):

@@ -85,6 +85,13 @@ REFUSED = [
     (lambda z: z.sum(), "sum", TypeError, "cannot be called as loss"),
     (functools.partial(F.mse_loss, weight=torch.ones(2, 2)), None, ValueError, "weight of 'mse_loss' has a batch axis"),
 ]
+for module, option, value, message in (
+    (nn.CrossEntropyLoss, "weight", -torch.ones(4), "non-negative class weights"),
+    (nn.CrossEntropyLoss, "label_smoothing", 1.5, "label_smoothing between 0 and 1"),
+    (nn.BCEWithLogitsLoss, "weight", -torch.ones(3), "non-negative weight"),
+    (nn.BCEWithLogitsLoss, "pos_weight", -torch.ones(3), "non-negative pos_weight"),
+):
+    REFUSED.append((module(**{option: value}), None, ValueError, message))
 for module, function in [*CLOSED, (nn.HuberLoss, F.huber_loss)]:
     for loss in (module(reduction="none"), functools.partial(function, reduction="none")):
         REFUSED.append((loss, None, ValueError, "expected a reduction 'mean' or 'sum'"))

@@ -110,3 +110,9 @@ def test_what_does_not_fit_is_refused():
         )
     with pytest.raises(RuntimeError, match="deterministic"):
         JacobianLinearOperator(nn.Sequential(model, nn.Dropout()), params, data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_about_a_loss():
+    model, params, data = problem("mlp")
+    JacobianLinearOperator(model, params, data)

@@ -84,19 +84,6 @@ def test_the_order_and_values_of_the_dict_count(model, cls):
     assert (make(cls, model).to_dense() - dense).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_wrappers_are_seen_through(model, cls, backend):
-    compiled = torch.compile(model, backend=backend)
-    expected = make(cls, model).to_dense()
-    close(make(cls, compiled).to_dense(), expected)  # names with the prefix `_orig_mod.`
-    close(make(cls, compiled, dict(model.named_parameters())).to_dense(), expected)
-    inner = nn.Sequential(torch.compile(model[0], backend=backend), model[1], model[2])
-    close(make(cls, inner).to_dense(), expected)
-    close(make(cls, nn.DataParallel(model)).to_dense(), expected)
-    model.compile(backend=backend)
-    close(make(cls, model).to_dense(), expected)
-
-
 def test_frozen_and_unused_parameters(cls):
     model = Odd().double()
     params = {n: p for n, p in model.named_parameters() if "parametrizations" not in n}
@@ -115,19 +102,6 @@ def test_both_names_of_a_tied_parameter():
     expected = make(HessianLinearOperator, model, {"tied.weight": model.tied.weight}, data, nn.MSELoss())
     again = make(HessianLinearOperator, model, {"head.weight": model.tied.weight}, data, nn.MSELoss())
     close(again.to_dense(), expected.to_dense())
-
-
-@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
-def test_empty_and_scalar_parameters(cls):
-    def forward(net, x):
-        return net.linear(x * net.scale).tanh() + net.empty.sum()
-
-    tensors = {"empty": nn.Parameter(torch.zeros(0, 3)), "scale": nn.Parameter(torch.tensor(0.5))}
-    model = Net(forward, **tensors, linear=nn.Linear(3, 2)).double()
-    op = make(cls, model)
-    close(op.to_dense(), op @ torch.eye(9).double())
-    v = op.domain.split(draws(9, 2))
-    assert [tuple(t.shape) for t in op @ v] == [(0, 3, 2), (2,), (2, 3, 2), (2, 2)]
 
 
 def test_mixed_precisions_of_parameters(cls):
@@ -154,6 +128,8 @@ def test_lower_precisions(model, cls, dtype, tolerance):
     assert op.dtype == dtype and (op @ torch.ones(20, dtype=dtype)).dtype == dtype
     close(op.to_dense().double(), expected, tolerance)
     close((op @ torch.eye(20, dtype=dtype)).double(), expected, tolerance)
+    if cls is KFACLinearOperator and dtype == torch.float32:
+        close(op.inverse(0.1).to_dense().double(), torch.linalg.inv(expected + 0.1 * torch.eye(20).double()), tolerance)
 
 
 def test_autocast_of_the_caller(cls):
@@ -192,26 +168,6 @@ def test_models_made_in_inference_mode(cls):
         model = nn.Linear(3, 2).double()
     with pytest.raises(ValueError, match=r"params\['weight'\]: it was made in inference mode"):
         make(cls, model)
-
-
-def test_buffers_that_change_are_put_back(cls):
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))
-            self.register_buffer("calls", torch.zeros(()), persistent=False)
-            self.register_buffer("none", None)
-
-        def forward(self, x):
-            self.calls += 1
-            return self.linear(x)
-
-    model = Counting().double()
-    model.linear.eval()
-    with Untouched(model):
-        op = make(cls, model)
-        op @ draws(8)
-        op.to_dense()
 
 
 def test_a_bound_on_embedding_norms_does_not_change_the_callers_table(cls):

@@ -1,9 +1,10 @@
-"""The tutorial's task is the tutorial's, the digits are learned, and the caller's randomness is left alone."""
+"""The tutorial's task is the tutorial's, the digits are learned, randomness is left alone; matrices come back as written."""
 
 import pytest
 import torch
 from torch import nn
 
+from curvops.tour.files import load_matrices, save_matrices
 from curvops.tour.setups import SIZES, digits, tutorial
 
 
@@ -49,3 +50,20 @@ def test_digits_are_learned_and_both_setups_look_at_the_same_images():
 def test_sizes_are_announced(name, made):
     assert SIZES[name] == tuple(setup.num_params for setup in made())
     assert all(sum(setup.layers) == setup.num_params <= 1000 for setup in made())
+
+
+def write(path, **matrices):
+    parameters = {"weight": (1, 2), "bias": (1,)}
+    return save_matrices(path, matrices, parameters=parameters, groups={"1": 3}, settings={"seed": 7})
+
+
+def test_round_trip_keeps_order_values_and_description(tmp_path):
+    z, a = torch.randn(3, 3), torch.randn(3, 3, dtype=torch.float64).T
+    found = load_matrices(write(tmp_path / "m.safetensors", z=z, a=a, again=z))
+    assert list(found.matrices) == ["z", "a", "again"]
+    assert torch.equal(found.matrices["z"], z) and torch.equal(found.matrices["a"], a)
+    assert found.matrices["a"].dtype == torch.float64
+    assert found.parameters == {"weight": (1, 2), "bias": (1,)}
+    assert list(found.parameters) == ["weight", "bias"]
+    assert found.groups == {"1": 3} and found.settings == {"seed": 7}
+    assert found.versions["torch"].startswith(torch.__version__.split("+")[0])

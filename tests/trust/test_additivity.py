@@ -8,7 +8,7 @@ from oracles import KINDS, Case, real
 from torch import nn
 
 from curvops import EmpiricalRisk
-from trust.support import CE, Net, labels, right_or_refused, rotate, used
+from trust.support import Net, labels, right_or_refused, rotate, used
 
 REFUSAL = r"(?s)reduction.*sum|sum.*reduction"
 
@@ -33,19 +33,58 @@ def pair(n, k):
     return labels(n), weights(n, k)
 
 
-def table(n, k):
-    return {"y": labels(n), "w": weights(n, k), "mask": torch.arange(n) > 0}
+def masked(n, k):
+    return {"y": labels(n), "mask": torch.arange(n) > 0}
 
 
 def weighted(z, y, w, mean=True):
     return (F.cross_entropy(z, y, reduction="none") * w).sum() / (w.sum() if mean else 1)
 
 
+FORMATS = {
+    "tuple": (lambda y, w: (y, w), lambda t: t),
+    "list": (lambda y, w: [y, w], lambda t: t),
+    "dict": (lambda y, w: {"labels": y, "mask": w, "name": "masked", "scale": 1.0}, lambda t: (t["labels"], t["mask"])),
+    "nested": (lambda y, w: {"a": [(y, None)], "b": {"c": w}}, lambda t: (t["a"][0][0], t["b"]["c"])),
+    "tensor": (lambda y, w: torch.stack([y, w], 1), lambda t: (t[:, 0].long(), t[:, 1])),
+    "items": (
+        lambda y, w: [{"y": int(a), "w": float(b)} for a, b in zip(y, w, strict=True)],
+        lambda t: (torch.tensor([d["y"] for d in t]), torch.tensor([d["w"] for d in t])),
+    ),
+}
+
+
+@pytest.mark.parametrize("form, kinds", rotate(FORMATS, ("Hessian", "EKFAC"), ("GGN", "GGNDiagonal")))
+def test_weights_in_any_format(form, kinds):
+    build, read = FORMATS[form]
+    net = Net()
+
+    def case(w, reduction, sizes):
+        batches = [(X, (y, w(len(X), k))) for k, (X, y) in enumerate(data(classes, sizes))]
+        together = [torch.cat(parts) for parts in zip(*(y for _, y in batches), strict=True)]
+        return Case(
+            net,
+            lambda z, t: weighted(z, *read(t), mean=reduction == "mean"),
+            [(X, build(*y)) for X, y in batches],
+            {"reduction": reduction},
+            total=lambda zs, _: weighted(torch.cat(zs), *together, mean=reduction == "mean"),
+        )
+
+    for sizes in ((9,), (5, 4), (1, 1, 1, 1), (1, 7)):
+        case(weights, "sum", sizes).check(*kinds)
+        case(lambda n, k: torch.ones(n), "mean", sizes).check(*kinds)
+    # weighted; masked as a whole, so that some means are no number; and alike within each batch, but not between them
+    first, apart = (lambda n, k: (torch.arange(n) > 0).double()), (lambda n, k: torch.full((n,), 1 - k / 2))
+    refused = [(weights, (5, 4)), (weights, (1, 7)), (first, (3, 5)), (first, (3, 3, 2)), (apart, (4, 4))]
+    for w, sizes in refused:
+        for kind in kinds:
+            with pytest.raises(ValueError, match=REFUSAL):
+                used(case(w, "mean", sizes), kind)
+
+
 REFUSED = {
     "weighted mean": (lambda z, y: weighted(z, *y), pair, "mean"),
-    "weighted mean, y in a dict": (lambda z, y: weighted(z, y["y"], y["w"]), table, "mean"),
-    "weighted mean, y in one tensor": (lambda z, y: weighted(z, y[:, 0].long(), y[:, 1]), lambda n, k: torch.stack(pair(n, k), 1), "mean"),
-    "masked mean": (lambda z, y: F.cross_entropy(z[y["mask"]], y["y"][y["mask"]]), table, "mean"),
+    "masked mean": (lambda z, y: F.cross_entropy(z[y["mask"]], y["y"][y["mask"]]), masked, "mean"),
     "mean that is called a sum": (lambda z, y: F.cross_entropy(z, y), classes, "sum"),
     "sum that is called a mean": (lambda z, y: F.cross_entropy(z, y, reduction="sum"), classes, "mean"),
     "ignored labels": (lambda z, y: F.cross_entropy(z, y), lambda n, k: labels(n).masked_fill(torch.arange(n) < 1, -100), "mean"),
@@ -57,6 +96,7 @@ REFUSED = {
     "mean over entries of the target": (lambda z, y: (z[:, 0].cosh() * y).sum() / y.sum(), weights, "mean"),
     "divided by a number in y": (lambda z, y: F.cross_entropy(z, y[0], reduction="sum") / y[1], lambda n, k: (labels(n), n + k), "mean"),
     "mean over the labels seen": (lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(y.unique()), lambda n, k: labels(n) % (2 + k), "mean"),
+    "sum and a constant": (lambda z, y: F.cross_entropy(z, y, reduction="sum") + 0.3, classes, "sum"),
     "squared sum": (lambda z, y: F.cross_entropy(z, y, reduction="sum") ** 2, classes, "sum"),
 }  # fmt: skip
 
@@ -110,8 +150,7 @@ def test_other_sums_and_means_over_tokens(size, kinds):
 
 
 ACCEPTED = {
-    "weighted sum": (lambda z, y: weighted(z, *y, mean=False), pair, "sum"),
-    "equal weights": (lambda z, y: weighted(z, *y), lambda n, k: (labels(n), torch.ones(n)), "mean"),
+    "mean and a constant": (lambda z, y: F.cross_entropy(z, y) + 0.3, classes, "mean"),
     "no target": (lambda z, y: z.cosh().mean(), lambda n, k: None, "mean"),
     "numbers": (lambda z, y: F.cross_entropy(z, torch.tensor(y)), lambda n, k: classes(n, k).tolist(), "mean"),
     "reconstruction": (lambda z, y: (z - y).pow(4).mean(), targets, "mean"),
@@ -139,6 +178,11 @@ def own_class(method, change):
     return become
 
 
+class OtherOption(nn.CrossEntropyLoss):
+    def __getattribute__(self, name):
+        return 0.3 if name == "label_smoothing" else super().__getattribute__(name)
+
+
 CALLS = {
     "hook": lambda loss: loss.register_forward_hook(lambda m, args, out: 3 * out),
     "pre-hook": lambda loss: loss.register_forward_pre_hook(lambda m, args: (args[0] * 1.5 + 0.3, args[1])),
@@ -150,23 +194,49 @@ FORMS = {
     "cross-entropy": (lambda: nn.CrossEntropyLoss(), classes),
     "cross-entropy with options": (lambda: nn.CrossEntropyLoss(torch.arange(3.0) + 1, label_smoothing=0.2), classes),
     "cross-entropy, sum": (lambda: nn.CrossEntropyLoss(reduction="sum"), classes),
+    "an option of its own": (OtherOption, classes),
     "binary cross-entropy": (lambda: nn.BCEWithLogitsLoss(), lambda n, k: (targets(n, k) > 0).double()),
+    "compiled": (lambda: torch.compile(nn.CrossEntropyLoss(), backend="eager"), classes),
     "squared error": (lambda: nn.MSELoss(), targets),
     "huber": (lambda: nn.HuberLoss(delta=0.5), targets),
 }
 
 
-@pytest.mark.parametrize("form, how", rotate([*FORMS, *FORMS], *CALLS))
+@pytest.mark.parametrize(
+    "form, how", [*rotate([*FORMS, *FORMS], *CALLS, "nothing"), *(("compiled", way) for way in CALLS)]
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler
 def test_a_loss_is_what_its_call_gives(form, how):
     loss, y = FORMS[form][0](), FORMS[form][1]
-    CALLS[how](loss)
+    CALLS.get(how, lambda loss: loss)(loss)
     case, message = Case(Net(), loss, data(y)), REFUSAL if how == "own forward" else "never"
     right_or_refused(case, ["Hessian", "GGN", "GGNDiagonal"], message)
 
 
-def test_a_hook_on_every_module():
-    hooked = nn.modules.module.register_module_forward_hook(lambda m, _, out: 2 * out if m is CE else None)
+ALTERED = {
+    "value": lambda out, z: 2 * out,
+    "gradient": lambda out, z: out + (z - z.detach()).sum(),
+    "curvature": lambda out, z: out.detach() * z.sum() / z.sum().detach(),
+}
+
+
+@pytest.mark.parametrize(
+    "form, how", rotate(["cross-entropy, sum", "binary cross-entropy", "squared error"] * 3, *ALTERED)
+)
+def test_a_hook_on_every_module(form, how):
+    loss, y = FORMS[form][0](), FORMS[form][1]
+    loss.reduction = "sum"
+    case = Case(Net(), loss, data(y, (1,)))
+    before = case.truth("Hessian")
+
+    def alter(module, inputs, out):
+        return ALTERED[how](out, inputs[0]) if module is loss else None
+
+    hooked = nn.modules.module.register_module_forward_hook(alter)
     try:
-        Case(Net(), CE, data(classes)).check("Hessian", "GGN", "EKFAC")
+        truth = case.truth("Hessian")
+        case.check("Hessian", "GGN", "EKFAC")
     finally:
         hooked.remove()
+    assert not torch.equal(before, truth)
+    case.check("Hessian")

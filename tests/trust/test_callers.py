@@ -42,17 +42,24 @@ def test_a_loader_that_reuses_its_buffer(kind):
 
 @pytest.mark.parametrize("kind", IMPLICIT)
 def test_power_iterations_are_put_back_after_fast_ways(kind):
-    net = Net()
+    def counting(net, X):
+        net.calls += 1
+        return net.b(net.a(X).tanh())
+
+    net = Model(counting)
+    net.register_buffer("calls", torch.zeros(()), persistent=False)
+    net.register_buffer("none", None)
     parametrizations.spectral_norm(net.b)
     state = net.b.parametrizations.weight[0]
     with torch.no_grad():
         net.b.parametrizations.weight.original.copy_(real(3, 4))
-    case = Case(net, CE, data())
+    case = Case(net, CE, data(), params={n: p for n, p in net.named_parameters() if n[0] != "c"})
     op, before, V = case.make(kind), copy.deepcopy(state.state_dict()), real(31, 31)
     expected = op @ V[:, 0]
     op @ V
     op.to_dense()
     assert all(torch.equal(state.state_dict()[name], b) for name, b in before.items())
+    assert net.calls == 0 and net.none is None
     close(op @ V[:, 0], expected)
 
 

@@ -12,17 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import IMPLICIT, KINDS, Case, close, real
-from problems import custom
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused, rotate, used
+from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused, rotate, times, used
 
 GLOBAL = {}
-times = custom("Times", lambda x, w: x @ w.T, lambda g, x, w: (g @ w, g.T @ x))
 
 
 def net_with(reach):
@@ -59,9 +57,14 @@ def by_force(net):
 
 
 def without_entries(net):
-    """As in MobileBERT: a tensor that holds nothing."""
-    net.none = nn.Parameter(torch.ones(0, 4))
-    return lambda h: net.b(torch.cat([h, F.linear(h, net.none)], 1)) + F.linear(h[:, :0], net.b.weight[:, :0])
+    """As in MobileBERT: a tensor that holds nothing; and slices that do."""
+    net.none, net.p = nn.Parameter(torch.ones(0, 4)), nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
+
+    def use(h):
+        z = net.b(torch.cat([h, F.linear(h, net.none)], 1)) + F.linear(h[:, :0], net.b.weight[:, :0])
+        return torch.cat([z, h @ net.b.weight[:0].T], 1) * net.p.split([3, 0])[0] + net.p[2:2].sum()
+
+    return use
 
 
 def bind(tensor, use):
@@ -95,6 +98,11 @@ REACH = {
     "penalty on all": lambda n: lambda h: n.b(h) * sum(p.square().sum() for p in n.parameters()),
     "detached scale": lambda n: lambda h: n.b(h) / n.b.weight.detach().norm(),
     "straight-through": lambda n: lambda h: F.linear(h, n.b.weight + (n.b.weight.sign() - n.b.weight).detach()),
+    "straight-through activation": lambda n: lambda h: n.b(h + (h.sign() - h).detach() * 0.5),
+    "tied to its transpose": lambda n: lambda h: (torch.sigmoid(n.b(h)) @ n.b.weight).sin()[:, :3] + n.a.bias[:3],
+    "two heads and a mask": lambda n: lambda h: n.b(h) + torch.tensor([1.0, 0.0, 1.0]) * F.linear(h, n.a.weight.T),
+    "siamese": lambda n: lambda h: (n.b(h) - n.b(h.flip(1))).abs() * n.b(h.roll(1, 1)),
+    "bilinear": lambda n: lambda h: n.b(h) * F.bilinear(h, n.b(h), torch.stack([n.a.weight] * 3)),
     "parametrized": lambda n: parametrize.register_parametrization(n.b, "weight", Exp()),
     "orthogonal": lambda n: parametrizations.orthogonal(n.b),
     "spectral norm": lambda n: parametrizations.spectral_norm(n.b).eval(),
@@ -201,6 +209,9 @@ MADE = {
     "scripted": torch.jit.script,
     "traced": lambda net: torch.jit.trace(net, real(5, 3)),
     "compiled": compiled,
+    "compiled inside": lambda net: nn.Sequential(torch.compile(net.a, backend="aot_eager"), nn.Tanh(), net.b),
+    "compiled in place": lambda net: net.compile(backend="aot_eager") or net,
+    "data parallel": nn.DataParallel,
 }
 
 
@@ -212,8 +223,13 @@ def test_modules_of_every_make(way, kinds):
         net(real(2, 3))
     case = Case(net, CE, data(), params={n: p for n, p in net.named_parameters() if p.requires_grad})
     for kind in kinds:
-        case.check(kind, truth=Case(getattr(net, "_orig_mod", net), CE, case.data, params=case.params).truth(kind))
+        with torch.compiler.set_stance("force_eager"):  # compiled code has no second derivatives
+            truth = case.truth(kind)
+        case.check(kind, truth=truth)
     assert case.make("KFAC").to_dense().trace() > 0
+    if way == "compiled":  # names without the prefix `_orig_mod.`
+        plain = Case(net._orig_mod, CE, data())
+        Case(net, CE, data(), params=plain.params).check("GGN", "EKFAC", truth=plain.truth("GGN"))
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -240,7 +256,9 @@ def test_a_mask_as_long_as_the_batch(first, sizes, kind):
 
     mask, at = real(4, 4, seed=8).softmax(1), int(first == "mask")
     batches = [((mask, real(n, 4, 3, seed=n))[:: 1 if at else -1], labels(n)) for n in sizes]
-    Case(Model(run), CE, batches, {"batch_size_fn": lambda X: len(X[at])}).check(kind)
+    case = Case(Model(run), CE, batches, {"batch_size_fn": lambda X: len(X[at])})
+    case.check(kind)
+    assert "whole" not in str(case.make("KFAC").explain())
     right_or_refused(Case(Model(run), CE, batches), [kind], "batch_size_fn")
 
 

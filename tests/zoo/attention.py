@@ -19,7 +19,6 @@ from zoo.entries import (
     sequences,
     shifted,
     tokens,
-    vectors,
 )
 
 WORDS = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
@@ -129,27 +128,6 @@ def huggingface_t5():
 
 
 @entry()
-def huggingface_distilbert():
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    sizes = {"dim": 8, "hidden_dim": 12, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 6}
-    model = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=9, num_labels=3, **sizes)).eval()
-    ids = torch.randint(1, 9, (3, 5))
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
-    X = {"input_ids": ids, "attention_mask": mask}
-    return Net(lambda m, x: m.m(**x).logits, m=model), X, torch.randint(3, (3,)), CE
-
-
-@entry()
-def huggingface_vit():
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ViTConfig(**sizes, image_size=6, patch_size=3, num_channels=2, num_labels=3)
-    return Net(lambda m, x: m.m(pixel_values=x).logits, m=ViTForImageClassification(config).eval()), *images(), CE
-
-
-@entry()
 def encoder_decoder_with_masks():
     def run(m, x):
         source, target, padding = x
@@ -171,25 +149,6 @@ def decoder_layer_sequence_first(m, x):
     return m.head(m.d(h[:2], m.memory(h))).mean(0)
 
 
-@net(
-    sequences,
-    a=nn.MultiheadAttention(6, 2, kdim=4, vdim=5, batch_first=True),
-    **linears(k=(6, 4), v=(6, 5), head=(6, 3)),
-)
-def attention_with_own_key_and_value_widths(m, x):
-    return m.head(m.a(x, m.k(x), m.v(x), need_weights=False)[0].mean(1))
-
-
-@net(
-    sequences,
-    a=nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
-    head=nn.Linear(6, 3),
-)
-def attention_with_bias_rows_and_zero_row(m, x):
-    h, weights = m.a(x, x, x, average_attn_weights=True)
-    return m.head(h.mean(1)) + weights.mean(1)[:, :3]
-
-
 @entry()
 def encoder_in_eval_mode_with_padding():
     def run(m, x):
@@ -202,16 +161,6 @@ def encoder_in_eval_mode_with_padding():
     X = {"h": torch.randn(3, 5, 6), "padding": padding}
     model = Net(run, e=nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), head=nn.Linear(6, 3)).eval()
     return model, X, torch.randint(3, (3,)), CE
-
-
-@net(sequences, qkv=nn.Linear(6, 12), bias=nn.Embedding(9, 2), head=nn.Linear(4, 3))
-def relative_position_bias(m, x):
-    """One table of biases is looked up once and broadcast over the batch."""
-    t = x.shape[1]
-    q, k, v = (_heads(part, 2) for part in m.qkv(x).chunk(3, -1))
-    steps = torch.arange(t)
-    bias = m.bias(steps[None] - steps[:, None] + t - 1).permute(2, 0, 1)
-    return m.head(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2).mean(1))
 
 
 @net(sequences, latents=free(2, 6), head=nn.Linear(12, 3), **{name: nn.Linear(6, 6) for name in "qkv"})
@@ -230,20 +179,22 @@ def linear_attention_by_einsum(m, x):
     return torch.einsum("nthf,hfc->nc", h, m.out) / 10
 
 
-@net(sequences, slopes=free(2), temperature=free(), **linears(qkv=(6, 12), head=(4, 3)))
-def alibi_with_learned_slopes(m, x):
+@net(
+    sequences,
+    a=nn.MultiheadAttention(6, 2, kdim=4, vdim=5, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+    **linears(k=(6, 4), v=(6, 5), head=(6, 3)),
+)
+def attention_with_own_widths_bias_rows_and_zero_row(m, x):
+    h, weights = m.a(x, m.k(x), m.v(x), average_attn_weights=True)
+    return m.head(h.mean(1)) + weights.mean(1)[:, :3]
+
+
+@net(sequences, slopes=free(2), temperature=free(), table=nn.Embedding(9, 2), **linears(qkv=(6, 12), head=(4, 3)))
+def relative_position_bias_and_learned_slopes(m, x):
+    """One table of biases is looked up once and broadcast over the batch; ALiBi's slopes are learned."""
     q, k, v = (_heads(part, 2) for part in m.qkv(x).chunk(3, -1))
-    steps = torch.arange(x.shape[1], dtype=x.dtype)
-    bias = -(steps[None] - steps[:, None]).abs() * m.slopes.exp()[:, None, None]
-    return m.head((((q @ k.mT) * m.temperature + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)[:, -1])
-
-
-@entry()
-def lora_by_hand():
-    def run(m, x):
-        h = m.base(x) + (x @ m.down.T @ m.up.T) * 2.0
-        return m.head(h.tanh())
-
-    model = Net(run, base=nn.Linear(6, 8), down=free(2, 6), up=free(8, 2), head=nn.Linear(8, 3))
-    model.base.requires_grad_(False)
-    return model, *vectors(), CE
+    steps = torch.arange(x.shape[1])
+    distances = steps[None] - steps[:, None]
+    bias = m.table(distances + 4).permute(2, 0, 1) - distances.abs() * m.slopes.exp()[:, None, None]
+    h = ((q @ k.mT) * m.temperature + bias).softmax(-1) @ v
+    return m.head(h.transpose(1, 2).flatten(2)[:, -1])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kronecker.cases import Net
 from torch import Tensor, nn
 
 torch.manual_seed(1)
@@ -52,22 +53,6 @@ def entry(exists: bool = True, **facts: Any) -> Callable[[Any], Any]:
         return build
 
     return register
-
-
-class Net(nn.Module):
-    """A model from a function ``(parts, X)`` and its parts: modules, parameters or constants."""
-
-    def __init__(self, function: Callable[[Any, Any], Tensor], **parts: Any) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-        self.function = function
-
-    def forward(self, X: Any) -> Tensor:
-        return self.function(self, X)
 
 
 def net(data: Callable[[], Any], loss: Any = CE, **given: Any) -> Callable[[Any], Any]:

@@ -75,10 +75,3 @@ def experts_by_grouped_products(m, x):
     else:
         h = torch.cat([rows[a:b] @ W.T for a, b, W in zip([0, *ends], ends, m.W, strict=False)])
     return m.head(h.tanh()[order.argsort()])
-
-
-@net(vectors, W=free(2, 6, 4), head=nn.Linear(4, 3))
-def experts_gathered_for_each_datum(m, x):
-    """The weight of a datum is looked up: W[choice] has the data's axis."""
-    choice = x[:, 0].gt(0).long()
-    return m.head(torch.einsum("nd,ndh->nh", x, m.W[choice]).tanh())

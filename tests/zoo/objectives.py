@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.entries import CE, ZOO, Entry, Net, entry, free, linears, net, sequences, shifted, tokens, vectors
+from zoo.entries import CE, ZOO, Entry, Net, entry, free, net, sequences, shifted, tokens, vectors
 
 
 def _mlp(*widths):
@@ -100,11 +100,6 @@ def value_of_one_axis(m, x):
 
 
 @entry(dtype=torch.float32)
-def single_precision():
-    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)), *vectors(), CE
-
-
-@entry(dtype=torch.float32)
 def single_precision_attention():
     layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
     return Net(lambda m, x: m.o(m.e(x)[:, 0]), e=layer, o=nn.Linear(6, 3)), *sequences(), CE
@@ -125,14 +120,6 @@ def physics_informed(m, x):
 def regression_of_matrices(m, x):
     L = m.net(x).view(-1, 2, 2).tril()
     return L @ L.mT + torch.eye(2)
-
-
-@net(
-    vectors, body=_mlp(6, 4), mean=torch.randn(6), mask=torch.tensor([1.0, 0.0, 1.0]), **linears(one=(4, 3), two=(4, 3))
-)
-def two_heads_and_a_buffer(m, x):
-    h = m.body((x - m.mean) / 2)
-    return m.one(h) + m.mask * m.two(h)
 
 
 @net(lambda: tokens(2, 1), embed=nn.Embedding(9, 4), head=nn.Linear(4, 3))

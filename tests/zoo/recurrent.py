@@ -11,10 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from zoo.entries import CE, Net, entry, free, frees, linears, net, sequences, shifted, tokens, vectors
 
 
-@entry()
-def bidirectional_gru():
-    gru = nn.GRU(6, 3, num_layers=2, bidirectional=True, batch_first=True)
-    return Net(lambda m, x: m.head(m.gru(x)[0].mean(1)), gru=gru, head=nn.Linear(6, 3)), *sequences(), CE
+@net(
+    sequences,
+    gru=nn.GRU(6, 3, num_layers=2, bidirectional=True, batch_first=True),
+    rnn=nn.RNN(6, 4, nonlinearity="relu", bias=False, batch_first=True, bidirectional=True),
+    cell=nn.GRUCell(6, 4),
+    **linears(head=(6, 3), last=(8, 4), leave=(4, 3)),
+)
+def recurrent_layers_and_cells(m, x):
+    h = m.last(m.rnn(x)[0][:, -1])
+    for step in x.unbind(1):
+        h = m.cell(step, h)
+    return m.head(m.gru(x)[0].mean(1)) + m.leave(h)
 
 
 @net(sequences, lstm=nn.LSTM(6, 4, proj_size=2), h=free(1, 1, 2), c=free(1, 1, 4), head=nn.Linear(2, 3))
@@ -23,36 +31,6 @@ def lstm_with_projection(m, x):
     h = x.transpose(0, 1)
     state = (m.h.expand(-1, len(x), -1).contiguous(), m.c.expand(-1, len(x), -1).contiguous())
     return m.head(m.lstm(h, state)[1][0][0])
-
-
-@entry()
-def plain_rnn():
-    rnn = nn.RNN(6, 4, nonlinearity="relu", bias=False, batch_first=True, bidirectional=True)
-    return Net(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=rnn, head=nn.Linear(8, 3)), *sequences(), CE
-
-
-@entry()
-def packed_lstm():
-    def run(m, x):
-        lengths = x[:, :, 0].ne(0).sum(1)
-        packed = pack_padded_sequence(m.embed(x[..., 0]), lengths, batch_first=True, enforce_sorted=False)
-        h, _ = pad_packed_sequence(m.lstm(packed)[0], batch_first=True)
-        return m.head(h.sum(1))
-
-    X = torch.randint(1, 9, (4, 5, 1))
-    X[0, 3:], X[2, 2:] = 0, 0
-    model = Net(
-        run, embed=nn.Embedding(9, 4, padding_idx=0), lstm=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 3)
-    )
-    return model, X, torch.randint(3, (4,)), CE
-
-
-@net(sequences, cell=nn.GRUCell(6, 4), head=nn.Linear(4, 3))
-def cells_in_a_loop(m, x):
-    h = x.new_zeros(len(x), 4)
-    for step in x.unbind(1):
-        h = m.cell(step, h)
-    return m.head(h)
 
 
 @net(lambda: shifted(3, 4, 7), class_axis=1, embed=nn.Embedding(7, 4), cell=nn.LSTMCell(4, 4), bias=free(7))
@@ -83,26 +61,14 @@ def state_space(m, x):
     return m.leave(h.real)
 
 
-@net(vectors, encode=nn.Linear(3, 4), head=nn.Linear(8, 3))
-def siamese(m, x):
-    a, b = (torch.tanh(m.encode(part)) for part in x.chunk(2, 1))
-    return m.head(torch.cat([(a - b).abs(), a * b], 1))
-
-
-@net(vectors, B=nn.Linear(6, 5, bias=False), **linears(A=(5, 5), head=(5, 3)))
-def equilibrium(m, x):
-    z = torch.zeros(len(x), 5)
-    for _ in range(12):
-        z = torch.tanh(m.A(z) / 4 + m.B(x))
-    return m.head(z)
-
-
-@net(vectors, up=nn.Linear(7, 5), down=nn.Linear(5, 6), head=nn.Linear(6, 3))
+@net(vectors, inject=nn.Linear(6, 5, bias=False), **linears(up=(7, 5), down=(5, 6), head=(6, 3)))
 def neural_ode(m, x):
-    for k in range(4):
-        t = torch.full((len(x), 1), k / 4)
-        x = x + 0.25 * m.down(torch.tanh(m.up(torch.cat([x, t], 1))))
-    return m.head(x)
+    """The same layers many times, and the input anew each time, as in an equilibrium."""
+    z = x
+    for k in range(8):
+        t = torch.full((len(x), 1), k / 8)
+        z = z + 0.125 * m.down(torch.tanh(m.up(torch.cat([z, t], 1)) + m.inject(x)))
+    return m.head(z)
 
 
 @net(vectors, W=free(6, 7), steps=free(2, scale=0.1), thresholds=free(2), head=nn.Linear(7, 3))
@@ -113,27 +79,6 @@ def unrolled_sparse_coding(m, x):
         code = F.softshrink(code - step * (code @ m.W.T - x) @ m.W, 0.0)
         code = torch.sign(code) * (code.abs() - threshold.exp() / 10).relu()
     return m.head(code)
-
-
-@entry(class_axis=-1)
-def tied_autoencoder():
-    def run(m, x):
-        h = torch.sigmoid(F.linear(x, m.W, m.b))
-        return F.linear(h, m.W.T, m.c)
-
-    X = torch.rand(5, 6)
-    return Net(run, W=free(4, 6), b=free(4), c=free(6)), X, X.clone(), nn.MSELoss()
-
-
-@net(
-    vectors,
-    layers=nn.Sequential(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(2))),
-    head=nn.Linear(6, 3),
-)
-def checkpointed_blocks(m, x):
-    for layer in m.layers:
-        x = x + checkpoint(layer, x, use_reentrant=False)
-    return m.head(x)
 
 
 @entry(axis=1)
@@ -173,24 +118,29 @@ def embedding_bags(m, x):
     return m.head(torch.cat([bags, flat], 1))
 
 
-@entry()
-def packed_bidirectional_layers():
-    def run(m, x):
-        lengths = x.isfinite().all(-1).sum(1)
-        packed = pack_padded_sequence(x.nan_to_num(), lengths, batch_first=True, enforce_sorted=False)
-        h, last = m.gru(packed)
-        return m.head(pad_packed_sequence(h, batch_first=True)[0].sum(1)) + m.last(last[-1])
-
-    X = torch.randn(4, 5, 3)
-    X[0, 2:], X[3, 4:] = torch.nan, torch.nan
-    gru = nn.GRU(3, 2, num_layers=2, bidirectional=True, batch_first=True)
-    return Net(run, gru=gru, head=nn.Linear(4, 3), last=nn.Linear(2, 3)), X, torch.randint(3, (4,)), CE
-
-
 @net(
     vectors,
-    body=nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()),
+    **{part: nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.GELU()) for part in ("body", "again")},
     **linears(enter=(6, 5), head=(5, 3)),
 )
-def checkpointed_reentrantly(m, x):
-    return m.head(checkpoint(m.body, m.enter(x), use_reentrant=True))
+def checkpointed_reentrantly_and_not(m, x):
+    h = checkpoint(m.body, m.enter(x), use_reentrant=True)
+    return m.head(h + checkpoint(m.again, h, use_reentrant=False))
+
+
+@entry()
+def packed_layers():
+    def run(m, x):
+        h, padding = x["h"], {"batch_first": True, "enforce_sorted": False}
+        lengths = h.isfinite().all(-1).sum(1)
+        gru, last = m.gru(pack_padded_sequence(h.nan_to_num(), lengths, **padding))
+        lstm = m.lstm(pack_padded_sequence(m.embed(x["ids"]), lengths, **padding))[0]
+        both = [pad_packed_sequence(packed, batch_first=True)[0].sum(1) for packed in (gru, lstm)]
+        return m.head(torch.cat(both, 1)) + m.last(last[-1])
+
+    X = {"h": torch.randn(4, 5, 3), "ids": torch.randint(1, 9, (4, 5))}
+    X["h"][0, 2:], X["h"][3, 4:] = torch.nan, torch.nan
+    X["ids"][0, 2:], X["ids"][3, 4:] = 0, 0
+    gru = nn.GRU(3, 2, num_layers=2, bidirectional=True, batch_first=True)
+    parts = {"gru": gru, "lstm": nn.LSTM(4, 3, batch_first=True), "embed": nn.Embedding(9, 4, padding_idx=0)}
+    return Net(run, **parts, **linears(head=(7, 3), last=(2, 3))), X, torch.randint(3, (4,)), CE

@@ -42,58 +42,10 @@ def mixer(m, x):
     return m.head((x + F.gelu(m.channels(m.n2(x)))).mean(1))
 
 
-@entry(class_axis=-1)
-def bilinear_layer():
-    model = Net(lambda m, x: m.b(x[0].tanh(), m.a(x[1])), a=nn.Linear(4, 3), b=nn.Bilinear(5, 3, 2))
-    return model, (torch.randn(5, 5), torch.randn(5, 4)), torch.randn(5, 2), nn.MSELoss()
-
-
-@net(
-    vectors,
-    **frees(shift=(1,), temperature=(), bias=(3,), common=()),
-    b=nn.Linear(4, 3, bias=False),
-    **linears(a=(6, 4), unused=(2, 2)),
-)
-def scalars_and_free_parameters(m, x):
-    """A temperature, a free bias, a parameter that is never used, and one that cannot matter."""
-    h = m.a(x).tanh() + m.shift
-    return m.b(h) / m.temperature.exp() + m.bias + m.common
-
-
-@entry()
-def frozen_parts():
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    model[0].requires_grad_(False)
-    model[1].bias.requires_grad_(False)
-    model[3].weight.requires_grad_(False)
-    return model, *vectors(), CE
-
-
 @net(vectors, hyper=nn.Linear(5, 24), code=free(5), head=nn.Linear(4, 3))
 def hypernetwork(m, x):
     W = m.hyper(m.code).view(4, 6)
     return m.head(F.linear(x, W, m.code[:4]).tanh())
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x, scale)
-        return scale * x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        x, scale = ctx.saved_tensors
-        return 3 * g * scale * x**2, (g * x**3).sum_to_size(scale.shape)
-
-
-@entry()
-def own_autograd_function():
-    return (
-        Net(lambda m, x: m.b(Cube.apply(m.a(x), m.s)), a=nn.Linear(6, 4), b=nn.Linear(4, 3), s=free(4)),
-        *vectors(),
-        CE,
-    )
 
 
 @net(vectors, a=nn.Linear(6, 4), shift=free(4), edge=free(), b=nn.Linear(4, 3))
@@ -105,32 +57,6 @@ def operations_in_place(m, x):
     out = torch.zeros(len(x), 3)
     out += m.b(h)
     return out
-
-
-@net(vectors, surrogate=True, a=nn.Linear(6, 4), b=nn.Linear(4, 3))
-def straight_through_quantisation(m, x):
-    W = m.a.weight
-    W = W + ((W * 8).round() / 8 - W).detach()
-    h = F.linear(x, W, m.a.bias).tanh()
-    return m.b(h + (h.sign() - h).detach() * 0.5)
-
-
-@net(vectors, enter=nn.Linear(6, 5), out=nn.Linear(5, 1), head=nn.Linear(6, 3))
-def gradient_inside_the_model(m, x):
-    """An energy's gradient in the input, by `torch.func`."""
-
-    def energy(row):
-        return m.out(torch.tanh(m.enter(row))).sum()
-
-    return m.head(torch.func.vmap(torch.func.grad(energy))(x))
-
-
-@net(vectors, W=free(3, 4, 6), b=free(3, 4), head=nn.Linear(4, 3))
-def vmap_over_an_ensemble(m, x):
-    def one(W, b):
-        return torch.tanh(F.linear(x, W, b))
-
-    return m.head(torch.func.vmap(one)(m.W, m.b).mean(0))
 
 
 @net(vectors, W=free(3, 6, 4), b=free(3, 4), V=free(3, 4, 3))
@@ -163,12 +89,6 @@ def graph_attention(m, x):
     score = F.leaky_relu(m.attend(torch.cat([h[source], h[target]], 1)), 0.2).exp()
     out = torch.zeros_like(h).index_add(0, target, score * h[source])
     return m.head(out.view(n, t, -1).sum(1))
-
-
-@net(sequences, a=nn.Conv1d(6, 4, 1), b=nn.Conv1d(4, 5, 1), head=nn.Linear(5, 3))
-def point_net(m, x):
-    h = m.a(x.transpose(1, 2)).relu()
-    return m.head(m.b(h).max(2).values)
 
 
 @net(sequences, W=free(5, 3, 6, 2))
@@ -232,34 +152,18 @@ def embedding_with_offsets_and_subsets(m, x):
     return m.head(torch.cat([h.flatten(1), interactions], 1).tanh()) + m.first(x + torch.arange(3) * 4).sum(1)
 
 
-@entry()
-def dropout_in_eval_mode():
-    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(5, 3)).eval()
-    return model, *vectors(), CE
-
-
 @net(vectors, mask=torch.ones(6, 6).tril(), head=nn.Linear(6, 3), **frees(U=(6, 2), V=(6, 2), d=(6,), b=(6,)))
 def low_rank_and_masked_weights(m, x):
     W = m.U @ m.V.T * m.mask + torch.diag(m.d)
     return m.head((x @ W.T + m.b).tanh())
 
 
-@net(vectors, W=free(3, 6, 6))
-def quadratic_form(m, x):
-    return torch.stack([((x @ W) * x).sum(1) for W in m.W], 1) + F.bilinear(x, x, m.W) * 0.1
-
-
-@net(tokens, W=free(9, 4), v=free(4), a=nn.Linear(4, 3))
+@net(tokens, W=free(9, 4), v=free(4), b=free(3), a=nn.Linear(4, 3, bias=False))
 def parameter_in_two_roles(m, x):
-    """One vector is a norm's scale and a linear map's bias; one matrix is a weight and a table."""
+    """A vector is a norm's scale and a linear map's bias, a matrix a weight and a table, a bias that of two layers."""
     h = F.layer_norm(m.W[x].mean(1), (4,), m.v, None)
-    return F.linear(h.tanh(), m.W[:3] * 2, m.v[:3]) + m.a(h)
-
-
-@net(vectors, W=free(4, 6), V=free(4, 4), b=free(4), head=nn.Linear(4, 3))
-def one_bias_for_two_layers(m, x):
-    h = F.linear(x, m.W, m.b).tanh()
-    return m.head(F.linear(h, m.V, m.b).tanh() + h)
+    z = F.linear(h.tanh(), m.W[:3] * 2, m.v[:3]) + F.linear(h, m.a.weight, m.b)
+    return z + F.linear(z.sin(), m.W[:3, :3], m.b)
 
 
 @net(
@@ -295,3 +199,18 @@ def table_in_several_places(m, x):
     h = m.word(x) + rows
     h = h * rows.flip(0).sigmoid() + m.kind(torch.arange(5) % 2)[None].expand(len(x), -1, -1)
     return m.head(h.transpose(0, 1).tanh().sum(0))
+
+
+@entry()
+def frozen_parts():
+    """With low-rank layers beside a frozen one, as in LoRA; dropout in eval mode is nothing."""
+
+    def run(m, x):
+        h = m.base(x) + (x @ m.down.T @ m.up.T) * 2.0
+        return m.head(m.last(m.drop(m.norm(h).tanh())).tanh())
+
+    parts = {**frees(down=(2, 6), up=(5, 2)), **linears(base=(6, 5), last=(5, 4), head=(4, 3))}
+    model = Net(run, norm=nn.LayerNorm(5), drop=nn.Sequential(nn.Dropout(0.5), nn.AlphaDropout(0.2)), **parts)
+    for part in (model.base, model.norm.bias, model.last.weight):
+        part.requires_grad_(False)
+    return model.eval(), *vectors(), CE

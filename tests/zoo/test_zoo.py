@@ -110,16 +110,14 @@ def test_no_factor_without_convexity(name):
 
 IN_ONE_PASS = [
     "vit_by_hand",
-    "huggingface_vit",
     "huggingface_llama",
     "huggingface_mixtral",
-    "huggingface_distilbert",
     "llama_by_hand",
     "gpt_with_positions",
     "encoder_decoder_with_masks",
-    "attention_with_bias_rows_and_zero_row",
+    "attention_with_own_widths_bias_rows_and_zero_row",
     "linear_attention_by_einsum",
-    "bidirectional_gru",
+    "recurrent_layers_and_cells",
     "lstm_with_projection",
     "recurrence_by_hand",
     "experts_in_one_tensor",

@@ -7,7 +7,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 from zoo.entries import CE, ZOO, Entry, Net, entry, free, images, linears, net, vectors
 
@@ -36,37 +36,16 @@ def resnet_in_eval_mode():
 
 
 @entry()
-def resnet_with_instance_norm():
-    return _residual_net(lambda c: nn.InstanceNorm2d(c, affine=True)), *images(), CE
-
-
-@entry()
 def depthwise_separable():
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2, padding="same", padding_mode="circular"),
         nn.Hardswish(),
         nn.Conv2d(4, 4, 3, groups=4, dilation=2, padding=2, padding_mode="reflect"),
-        nn.GroupNorm(2, 4),
-        nn.SiLU(),
+        *(nn.GroupNorm(2, 4), nn.SiLU(), nn.LocalResponseNorm(2), nn.Softplus()),
         nn.Conv2d(4, 6, 1),
         *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
     )
     return model, *images(), CE
-
-
-@entry()
-def temporal_convolutions():
-    model = nn.Sequential(
-        nn.Conv1d(4, 6, 3, dilation=2, padding="same", groups=2),
-        nn.PReLU(6),
-        nn.Conv1d(6, 4, 4, padding="same", padding_mode="replicate"),
-        nn.Tanh(),
-        nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
-        *(nn.AvgPool1d(2), nn.Flatten(), nn.LazyLinear(3)),
-    )
-    X = torch.randn(3, 4, 7)
-    model(X)
-    return model, X, torch.randint(3, (3,)), CE
 
 
 @entry(class_axis=-1)
@@ -97,12 +76,6 @@ def unet_segmentation():
     return model, torch.rand(3, 2, 4, 4), y, nn.CrossEntropyLoss(ignore_index=-1, weight=torch.tensor([1.0, 0.3, 2.0]))
 
 
-@entry()
-def local_response_norm():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LocalResponseNorm(2), nn.Softplus(), nn.Flatten(), nn.Linear(64, 3))
-    return model, *images(), CE
-
-
 @net(
     images,
     stem=nn.Conv2d(2, 4, 2, 2),
@@ -120,25 +93,14 @@ def channel_norm_and_layer_scale(m, x):
 
 
 @entry()
-def weight_norm_of_old():
+def weight_norm_of_old_and_new():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = nn.utils.weight_norm(nn.Conv2d(2, 3, 3), dim=0)
-        second = nn.utils.weight_norm(nn.Linear(48, 3), dim=None)
-    return nn.Sequential(first, nn.Tanh(), nn.Flatten(), second), *images(), CE
-
-
-@entry()
-def weight_norm_of_convolutions():
+        last = nn.utils.weight_norm(nn.Linear(50, 3), dim=None)
     wn = parametrizations.weight_norm
-    model = nn.Sequential(wn(nn.Conv2d(2, 3, 3)), nn.Tanh(), wn(nn.ConvTranspose2d(3, 2, 2), dim=1), nn.Flatten())
-    return nn.Sequential(model, nn.Linear(50, 3)), *images(), CE
-
-
-@entry()
-def spectral_norm_in_eval_mode():
-    sn = parametrizations.spectral_norm
-    return nn.Sequential(sn(nn.Linear(6, 8)), nn.Tanh(), sn(nn.Linear(8, 3))).eval(), *vectors(), CE
+    new = wn(nn.Conv2d(3, 3, 1)), nn.Tanh(), wn(nn.ConvTranspose2d(3, 2, 2), dim=1)
+    return nn.Sequential(first, nn.Tanh(), *new, nn.Flatten(), last), *images(), CE
 
 
 @entry(surrogate=True)
@@ -146,39 +108,6 @@ def spectral_norm_in_train_mode():
     """Each forward pass makes one step of the power iteration from the caller's buffers."""
     sn = parametrizations.spectral_norm
     return nn.Sequential(sn(nn.Linear(6, 8), n_power_iterations=2), nn.Tanh(), nn.Linear(8, 3)), *vectors(), CE
-
-
-@entry()
-def orthogonal():
-    return nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
-
-
-class Symmetric(nn.Module):
-    """Of a matrix its upper triangle counts, twice; a vector is doubled."""
-
-    def forward(self, W):
-        return W.triu() + W.triu(1).mT if W.ndim == 2 else 2 * W
-
-
-@entry()
-def own_parametrization():
-    layer = nn.Linear(6, 6)
-    parametrize.register_parametrization(layer, "weight", Symmetric())
-    parametrize.register_parametrization(layer, "bias", Symmetric())
-    return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3)), *vectors(), CE
-
-
-@net(images, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(48, 3))
-def weight_standardisation(m, x):
-    W = m.conv.weight
-    W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
-    return m.head(F.conv2d(x, W, m.conv.bias).relu().flatten(1))
-
-
-@entry(mixes=True)
-def batch_norm_without_running_statistics():
-    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.GELU(), nn.Flatten())
-    return nn.Sequential(model, nn.Linear(12, 3)).eval(), torch.randn(4, 2, 6), torch.randint(3, (4,)), CE
 
 
 @entry()
@@ -208,7 +137,10 @@ def dynamic_convolution(m, x):
 
 @net(images, conv=nn.Conv2d(2, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1), head=nn.Linear(64, 3))
 def squeeze_and_excite(m, x):
-    h = m.conv(x)
+    """With weights that are standardised."""
+    W = m.conv.weight
+    W = (W - W.mean((1, 2, 3), keepdim=True)) / W.std((1, 2, 3), keepdim=True)
+    h = F.conv2d(x, W, m.conv.bias)
     gate = m.up(F.relu(m.down(h.mean((2, 3), keepdim=True)))).sigmoid()
     return m.head((h * gate).flatten(1))
 

@@ -1,0 +1,83 @@
+"""Plot of a spectral density: the bulk with its error band, and the outliers."""
+
+from __future__ import annotations
+
+from math import ceil, floor, log10
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from curvops.plots.axes import BLUE, RED, drawn_on
+from curvops.spectrum.density import Scale, SpectralDensity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_spectral_density(
+    density: SpectralDensity,
+    *,
+    ax: Axes | None = None,
+    scale: Scale = "symlog",
+    width: float | None = None,
+    threshold: float | None = None,
+    errors: float = 2.0,
+) -> Axes:
+    """Plot the density of eigenvalues that were not deflated, with a band of its error, and mark those that were.
+
+    Both axes are true to area: the density is per unit of the scale that the eigenvalues are drawn on. Its own axis is
+    logarithmic and ends at the height of about one eigenvalue; for a linear one call ``ax.set_yscale("linear")``.
+
+    Args:
+        density: From ``op.spectral_density()``, with outliers where pairs were given to ``deflate``.
+        ax: Axes to draw on. Default: new ones.
+        scale: ``"linear"``, or ``"symlog"``: asinh(λ / threshold), linear near zero and logarithmic on both sides.
+        width: Standard deviation of the smoothing Gaussian on the scale. Default: 1 % of what is drawn.
+        threshold: Where the symmetric logarithm turns. Default: 1e-4 of the largest |λ|.
+        errors: Half of the band's height in standard errors; there is none from one start vector.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: If it is no `SpectralDensity`.
+        ValueError: If there is no such scale.
+
+    Example:
+        >>> import torch
+        >>> from curvops.spectrum import spectral_density
+        >>> found = spectral_density(torch.diag(torch.arange(50.0)))
+        >>> plot_spectral_density(found, scale="linear").get_xlabel()
+        'Eigenvalue'
+    """
+    if not isinstance(density, SpectralDensity):
+        raise TypeError(
+            f"plot_spectral_density: expected a SpectralDensity, from op.spectral_density(), got {type(density).__name__}."
+        )
+    largest = torch.cat([density.nodes.flatten(), density.outliers]).abs().max()
+    turn = float(threshold or 1e-4 * largest or 1.0)
+    points, values, band = density.density(width=width, scale=scale, threshold=turn, outliers=False)
+    with drawn_on(ax, "plot_spectral_density") as ax:
+        ax.fill_between(points, values - errors * band, values + errors * band, color=BLUE, alpha=0.25, lw=0)
+        ax.plot(points, values, color=BLUE, label="density")
+        if len(density.outliers):
+            # at the bottom, whatever the scale of the density
+            at_bottom: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 3}
+            ax.plot(density.outliers, torch.full_like(density.outliers, 0.03), "v", color=RED, ms=3, **at_bottom)
+            ax.lines[-1].set_label(f"{len(density.outliers)} outliers")
+            ax.legend()
+        if scale == "symlog":
+            ax.set_xscale("asinh", linear_width=turn)
+            ax.set_xticks(_decades(turn, *ax.get_xlim()))
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=float(values.max()) / density.dim)
+        ax.set_xlabel("Eigenvalue")
+        ax.set_ylabel("Density" if scale == "linear" else "Density on this scale")
+        return ax
+
+
+def _decades(turn: float, low: float, high: float) -> list[float]:
+    """Zero, and powers of ten on both sides that the scale keeps apart, some five at most."""
+    first, last = ceil(log10(3 * turn)), floor(log10(max(-low, high, 3 * turn)))
+    powers = [10.0**k for k in range(last, first - 1, -1 - (last - first) // 5)]
+    return [x for x in (*(-power for power in powers), 0.0, *powers[::-1]) if low <= x <= high]

@@ -1,0 +1,116 @@
+"""A natural-gradient optimizer with Kronecker factors that follow the training, on handwritten digits."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from curvops import KFACLinearOperator
+
+
+class NaturalGradient:
+    """θ ← θ − η (F̄ + δI)⁻¹ g, with g of a batch and F̄ the moving average of the batches' KFAC (Martens & Grosse 2015).
+
+    The defaults train. Measured with ``--compare --steps 100``: the loss at the end, and the largest on the way.
+
+        δ     decay  exact damping, mc_samples=1  exact, type-2     heuristic, mc_samples=1  heuristic, type-2
+        1e-2  0      770, of 1400: diverges       0.0021, of 1.7    0.0088, of 1.7           0.0098, of 1.7
+        1e-2  0.9    0.028, of 8                  0.013, of 10      0.0087, of 1.7           0.0088, of 1.7
+        1e-3  0      8100, of 13000: diverges     11000: diverges   6, of 30                 0.72, of 9.9
+        1e-3  0.9    0.89, of 15                  2.6, of 33        0.12, of 24              0.00022, of 2.5
+
+    A single sample leaves whole directions without curvature, in which exact damping takes steps of up to 1/δ. With
+    δ = 1e-2 the exact expectation (``"type-2"``), the average or heuristic damping, which lifts each factor, is enough
+    to train; 1e-3 takes all three of them. The first row is the same with three other seeds.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable, params: Mapping[str, Tensor], learning_rate: float = 0.3,
+        damping: float = 1e-2, kind: str = "heuristic", decay: float = 0.9, **options: object,
+    ) -> None:  # fmt: skip
+        self.problem, self.options = (model, loss, params), {"fisher_type": "type-2", **options}
+        self.learning_rate, self.damping, self.kind, self.decay = learning_rate, damping, kind, decay
+        self.kfac: KFACLinearOperator | None = None
+
+    def step(self, X: Tensor, y: Tensor) -> float:
+        """One step on a batch; its loss before."""
+        if self.kfac is None:
+            options = {"separate_weight_and_bias": False, **self.options}
+            self.kfac = KFACLinearOperator(*self.problem, [(X, y)], **options)
+        else:
+            self.kfac = self.kfac.refresh([(X, y)], decay=self.decay)
+        value, gradient = self.kfac.risk.value_and_gradient()
+        step = self.kfac.inverse(self.damping, kind=self.kind) @ gradient
+        with torch.no_grad():
+            for p, change in zip(self.kfac.risk.params.values(), self.kfac.domain.split(step), strict=True):
+                p -= self.learning_rate * change
+        return float(value)
+
+
+def network(*widths: int) -> nn.Sequential:
+    """A tanh network, with the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [part for n, m in pairwise(widths) for part in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+def check_one_step() -> None:
+    """A step without an average is that of the dense matrix."""
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.rand(30, 5, generator=generator).double(), torch.randint(3, (30,), generator=generator)
+    model, loss = network(5, 4, 3).double(), nn.CrossEntropyLoss()
+    params = dict(model.named_parameters())
+    kfac = KFACLinearOperator(model, loss, params, [(X, y)], fisher_type="type-2", separate_weight_and_bias=False)
+    before = torch.cat([p.detach().flatten() for p in params.values()])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(X), y), list(params.values()))])
+    NaturalGradient(model, loss, params, kind="exact", damping=1e-2).step(X, y)
+    after = torch.cat([p.detach().flatten() for p in params.values()])
+    dense = torch.linalg.solve(kfac.to_dense() + 1e-2 * torch.eye(len(before)), gradient)
+    torch.testing.assert_close(after, before - 0.3 * dense)
+    print("a step equals that of the dense matrix")
+
+
+def train(steps: int, **options: object) -> tuple[list[float], float]:
+    """Losses of all training data along the way, and the accuracy on unseen data."""
+    source = load_digits()
+    X, y = torch.tensor(source.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(source.target)
+    generator = torch.Generator().manual_seed(0)
+    seen, unseen = torch.randperm(len(X), generator=generator).split([1400, len(X) - 1400])
+    model, loss = network(64, 64, 10), nn.CrossEntropyLoss()
+    optimizer = NaturalGradient(model, loss, dict(model.named_parameters()), **options)
+    losses = []
+    for _ in range(steps):
+        rows = seen[torch.randint(len(seen), (200,), generator=generator)]
+        optimizer.step(X[rows], y[rows])
+        with torch.no_grad():
+            losses.append(loss(model(X[seen]), y[seen]).item())
+        if not losses[-1] < 1e6:
+            break
+    with torch.no_grad():
+        return losses, (model(X[unseen]).argmax(1) == y[unseen]).double().mean().item()
+
+
+def main(steps: int = 30, compare: bool = False) -> None:
+    check_one_step()
+    losses, accuracy = train(steps)
+    print(f"loss after {steps} steps {losses[-1]:.2g}, {accuracy:.1%} of unseen digits right")
+    assert losses[-1] < 0.2 and accuracy > 0.9
+    for damping in (1e-2, 1e-3) if compare else ():
+        for decay in (0.9, 0.0):
+            for kind in ("exact", "heuristic"):
+                for fisher in ("mc", "type-2"):
+                    losses, accuracy = train(steps, damping=damping, decay=decay, kind=kind, fisher_type=fisher)
+                    print(
+                        f"δ {damping:g}, decay {decay:g}, {kind}, {fisher}: {losses[-1]:.2g}, at most {max(losses):.2g}"
+                    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--compare", action="store_true", help="the table of NaturalGradient, with --steps 100")
+    main(**vars(parser.parse_args()))

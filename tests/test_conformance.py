@@ -64,6 +64,11 @@ def tolerance(operator, problem):
 def test_batches_do_not_matter(operator, problem):
     p = (LOSSES | PROBLEMS)[problem]()
     one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
+    if problem == "cnn" and operator.startswith("ekfac") and "reduce" in operator:
+        # fewer means over positions than inputs: the eigenbasis of the repeated eigenvalue zero is not unique
+        for op in others:
+            close(op.trace(), one.trace())
+        return
     v = draws(p.dim, 2)
     for op in others:
         close(op @ v, one @ v, tolerance(operator, problem))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# these are no functions: one is run by `make docs`, and the other by `make minilm`, as it needs a package of weights
-WALKS = {"visual_tour", "minilm_laplace"}
+# run by `make docs`, `make minilm` and `make clients`, as they need packages of their own or draw figures
+WALKS = {"visual_tour", "minilm_laplace", "laplace_transformer"}
 NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - WALKS)
 
 

@@ -31,10 +31,10 @@ tour: .venv/.tour
 	$(BIN)/curvops tour $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-torch: .venv-torch-$(TORCH)/.dev
-	.venv-torch-$(TORCH)/bin/python -m pytest $(ARGS)
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -76,8 +76,8 @@ class Products:
             raise ValueError(f"{title}: expected {wanted}, got shape {tuple(shape)}.")
         if symmetric and getattr(matrix, "symmetric", None) is False:
             raise ValueError(
-                f"{title}: expected a symmetric matrix, got {self.name}, which is not. For A⁻¹ or the singular values "
-                "of such a matrix use the symmetric AᵀA."
+                f"{title}: expected a symmetric matrix, got {self.name}, which is not. Solve equations with such a matrix "
+                "by lsmr; for its singular values use the symmetric AᵀA."
             )
         self.shape = (int(shape[0]), int(shape[1]))
         dtype = getattr(matrix, "dtype", None)

@@ -105,11 +105,14 @@ class CurvopsInterface(CurvatureInterface):
         return self._known[kind]
 
     def _risk(self, x: Any, y: Tensor) -> EmpiricalRisk:
-        if self._known_risk is None:
-            size = self._size
-            self._known_risk = EmpiricalRisk(self.model, self.lossfunc, self.params_dict, [(x, y)], batch_size_fn=size)
+        params = self.params_dict
+        known = self._known_risk
+        if known is None or [*map(id, known.params.values())] != [*map(id, params.values())]:
+            # other parameters are trained now: what is known is of another risk
+            size, self._known = self._size, {}
+            self._known_risk = EmpiricalRisk(self.model, self.lossfunc, params, [(x, y)], batch_size_fn=size)
         else:
-            self._known_risk = self._known_risk.of_data([(x, y)])
+            self._known_risk = known.of_data([(x, y)])
         return self._known_risk
 
     def _loss(self) -> Tensor:

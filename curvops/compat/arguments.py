@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
+
+from curvops.risk.model import Model
+from curvops.space import describe
 
 ORDER = ("model_func", "loss_func", "params", "data", "progressbar", "check_deterministic")
 # what chose between ways of computing the same matrix, which are chosen here by rules
@@ -42,7 +44,10 @@ def translated(given: Sequence[Any], named: Mapping[str, Any], order: Sequence[s
 def problem(model_func: Any, params: Any) -> tuple[Any, dict[str, Tensor]]:
     """Model and parameters by name, of a module or function and a list or dict.
 
-    Tensors that are not the module's own are put in the place of those of their names.
+    Tensors that are not the module's own stand in for those of their names.
+
+    Raises:
+        ValueError: If it is not seen which of the module's parameters a tensor stands for.
     """
     own = dict(model_func.named_parameters()) if isinstance(model_func, Module) else {}
     if isinstance(params, Mapping):
@@ -52,14 +57,23 @@ def problem(model_func: Any, params: Any) -> tuple[Any, dict[str, Tensor]]:
         named = {names.get(id(tensor), f"params.{k}"): tensor for k, tensor in enumerate(params)}
         if not isinstance(model_func, Module):
             return ignoring_params(model_func), named
-    if all(own.get(name, tensor) is tensor for name, tensor in named.items()):
+    if isinstance(params, Mapping) and all(own.get(name, tensor) is tensor for name, tensor in named.items()):
+        return model_func, named
+    if unknown := [name for name in named if name not in own]:
+        raise ValueError(
+            f"params: {describe(unknown)} are not tensors of the module {type(model_func).__name__}, nor named as one. Pass "
+            "the module's own, or a dict with its names."
+        )
+    if all(own[name] is tensor for name, tensor in named.items()):
         return model_func, named
     return functional(model_func), named
 
 
 def functional(module: Module) -> Callable[[dict[str, Tensor], Any], Any]:
-    """A function ``(params, X)`` of a module."""
-    return lambda params, X: torch.func.functional_call(module, params, (X,))
+    """A function ``(params, X)`` of a module, in which nothing is swapped."""
+    own = dict(module.named_parameters())
+    model = Model(module, own)
+    return lambda params, X: model.functional({**own, **params}, X)
 
 
 def ignoring_params(model_func: Callable[[Any], Any]) -> Callable[[dict[str, Tensor], Any], Any]:

@@ -170,6 +170,8 @@ class KroneckerOperator(StateOperator):
         """
         if "risk" not in vars(self):
             raise RuntimeError(f"{self.name}.refresh(): a copy holds neither model nor data. Make the operator anew.")
+        if decay:
+            self.state.expect_average(decay)
         options = replace(self.options, seed=self.options.seed + 1 if seed is None else seed)
         operator = type(self).__new__(type(self))
         operator._set(self.risk if data is None else self.risk.of_data(data), options, proofs=self._proofs)

@@ -48,11 +48,7 @@ class Entry:
 
     def combined(self, other: Entry, mine: float, its: float) -> Entry:
         """``mine`` · this + ``its`` · the other; an error if such entries cannot be combined exactly."""
-        if self.kind in ("eigen", "product"):
-            raise ValueError(
-                "eigenvalues in two different eigenbases, or nearest products, do not add. "
-                "Merge or average a KFACLinearOperator or a GGNDiagonalLinearOperator instead."
-            )
+        self.expect_addable()
         if self.kind == "identity":
             return self
         tensors = {
@@ -62,6 +58,14 @@ class Entry:
         rows, its_rows = self.numbers.get("rows", {}), other.numbers.get("rows", {})
         total = {s: mine * rows.get(s, 0) + its * its_rows.get(s, 0) for s in {**rows, **its_rows}}
         return Entry(self.kind, tensors, {"rows": total} if total else {})
+
+    def expect_addable(self) -> None:
+        """A ValueError for what cannot be combined."""
+        if self.kind in ("eigen", "product"):
+            raise ValueError(
+                "eigenvalues in two different eigenbases, or nearest products, do not add. "
+                "Merge or average a KFACLinearOperator or a GGNDiagonalLinearOperator instead."
+            )
 
     def normalised(self, constant: float) -> Entry:
         """The same with the constant inside, and A in the place of its sum."""
@@ -144,13 +148,19 @@ class State:
 
     def average(self, other: State, decay: float) -> State:
         """``decay`` · this + (1 − ``decay``) · the other, of the factors as they enter the blocks."""
-        if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}.")
+        self.expect_average(decay)
 
         def mix(a: Entry, b: Entry) -> Entry:
             return a.normalised(self.constant).combined(b.normalised(other.constant), decay, 1.0 - decay)
 
         return replace(self, groups=self._paired(other, mix, "moving_average"), count=1.0, averaged=True)
+
+    def expect_average(self, decay: float) -> None:
+        """A ValueError where there is no such average."""
+        if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}.")
+        for _, entry in self.groups:
+            entry.expect_addable()
 
     def _paired(self, other: State, combine: Callable[[Entry, Entry], Entry], title: str) -> list[tuple[Group, Entry]]:
         for what in ("kind", "space", "reduction", "settings"):

@@ -49,7 +49,9 @@ class Sweep:
     """
 
     def __init__(self, risk: EmpiricalRisk, options: Options, proofs: Sequence[Proof] = ()) -> None:
-        self.risk, self.options, self.proofs = risk, options, list(proofs)
+        self.risk, self.options = risk, options
+        self.proofs: list[Proof] = []  # that serve this sweep
+        self._earlier = list(proofs)
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
         self.size = self.forward_passes = self.backward_passes = 0
@@ -238,11 +240,13 @@ class Sweep:
         curvature: OutputCurvature | None = None,
     ) -> dict[str, str]:
         """The parameters that a pass's uses do not explain; the pass gets its layouts."""
-        for proof in () if tape.taps.data_dependent else self.proofs:
+        for proof in () if tape.taps.data_dependent else (*self.proofs, *self._earlier):
             known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
             # the same operations may mix the data only now, as behind a gate that depends on values
             if known and (batch is None or self._some(batch, tape, taped=False) is not None):
                 tape.layouts, failed = list(proof.layouts), proof.failed
+                if all(proof is not other for other in self.proofs):
+                    self.proofs.append(proof)
                 break
         else:
             failed = self._prove(tape, batch, curvature)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from curvops.context import quietly
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -31,6 +37,17 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖, zero where both vanish; not a number if either is not finite."""
     difference, scale = (a - b).detach().norm(), b.detach().norm()
     return float(difference / scale) if scale > 0 else float(difference)
+
+
+def attempted(compute: Callable[[], Found]) -> tuple[Found | None, str]:
+    """What a fast way gives, or ``None`` and why it is unsupported; to be out of memory is not that, but an error."""
+    try:
+        with quietly():
+            return compute(), ""
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        return None, reason(error)
 
 
 def reason(error: Exception) -> str:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from curvops.context import quietly
 from curvops.gram import add_gram, mirrored
 from curvops.losses import Factor, Noise, OutputCurvature
 from curvops.products import rules
-from curvops.products.account import reason, relative_difference, tolerance
+from curvops.products.account import attempted, relative_difference, tolerance
 from curvops.products.batch import BatchProduct, FactorProduct, HeldRows
 from curvops.products.judge import judge_jacobian
 from curvops.products.proofs import linearized_push, pushed_forward
@@ -84,18 +83,18 @@ class OutputFactorOperator(RiskOperator):
         return rules.rows_pay(columns, rows, self.domain.dim, data, work)
 
     def _hold(self, product: BatchProduct) -> BatchProduct:
+        held, why = attempted(lambda: self._smaller(product))
+        if held is None:
+            self.account.note("linearized", "graphs", f"nothing smaller or quicker is supported here: {why}")
+        return held or product
+
+    def _smaller(self, product: BatchProduct) -> BatchProduct:
         assert isinstance(product, FactorProduct)
-        try:
-            with quietly():
-                if self._rows_pay(product, 0):
-                    return self._held_rows(product)
-                if product.push is not None:
-                    program = linearized_push(self.risk, product.batch, product.push)
-                    product.push, product.copies = (program, 2) if program is not None else (product.push, 1)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-            self.account.note("linearized", "graphs", f"nothing smaller or quicker is supported here: {reason(error)}")
+        if self._rows_pay(product, 0):
+            return self._held_rows(product)
+        if product.push is not None:
+            program = linearized_push(self.risk, product.batch, product.push)
+            product.push, product.copies = (program, 2) if program is not None else (product.push, 1)
         return product
 
     def _held_rows(self, product: FactorProduct) -> BatchProduct:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.context import quietly
 from curvops.memory import budget
 from curvops.operators.composite import AdjointOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
-from curvops.products.account import relative_difference, tolerance
+from curvops.products.account import Account, attempted, relative_difference, tolerance
 from curvops.products.batch import Push
 from curvops.products.proofs import pushed_forward
 from curvops.products.record import Recorder
@@ -25,7 +25,7 @@ from curvops.products.rows import pulled_rows
 from curvops.products.rules import matrix_pays
 from curvops.risk.data import Batch
 from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
+from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
 from curvops.risk.model import ModelFunction
 from curvops.space import TensorSpace
 
@@ -41,6 +41,7 @@ class JacobianLinearOperator(LinearOperator):
         params: Parameters by name: the module's own tensors, any subset of them.
         data: Iterable of ``(X, y)`` that can be walked again, in the same order; ``y`` is not looked at.
         check_deterministic: Compare two passes over the data before anything is computed.
+        memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
         options: ``progressbar``, ``num_data``, ``batch_size_fn``, as of `HessianLinearOperator`.
 
     Raises:
@@ -63,14 +64,20 @@ class JacobianLinearOperator(LinearOperator):
         data: Iterable[tuple[Any, Any]],
         *,
         check_deterministic: bool = True,
+        memory_budget: int | None = None,
         **options: Unpack[RiskOptions],
     ) -> None:
         options["reduction"] = "sum"
+        self.memory_budget, self.account = memory_budget, Account()
         self.risk = EmpiricalRisk(model_func, _seen_outputs, params, data, **options)
         if check_deterministic:
             check(self.risk)
         self._datum: int | None = None
         super().__init__(self.risk.space, self._outputs())
+
+    def explain(self) -> str:
+        """What was chosen for each piece of work so far, and why."""
+        return f"{self!r}\n{str(self.account) or '  nothing has been computed yet'}"
 
     def datum(self, n: int) -> JacobianLinearOperator:
         """The Jacobian of the ``n``-th datum's output, ``[outputs, D]``, as it is in its batch.
@@ -81,7 +88,7 @@ class JacobianLinearOperator(LinearOperator):
         if not isinstance(n, int):
             raise TypeError(f"datum: expected the number of a datum, got {n!r}.")
         one = copy(self)
-        one._datum = n
+        one._datum, one.account = n, Account()
         LinearOperator.__init__(one, self.domain, one._outputs())
         one._name = f"{self.name}.datum({n})"
         return one
@@ -93,7 +100,7 @@ class JacobianLinearOperator(LinearOperator):
         if rows != self.codomain:
             return super()._restricted(rows, columns)
         operator = copy(self)
-        operator.risk = self.risk.restricted(columns.names)
+        operator.risk, operator.account = self.risk.restricted(columns.names), Account()
         LinearOperator.__init__(operator, columns, rows)
         operator._name = restricted_name(self, rows, columns)
         return operator
@@ -102,21 +109,19 @@ class JacobianLinearOperator(LinearOperator):
         if matrix_pays(columns.shape[1], self.domain.dim):
             return (self._matrix() @ columns).to(self.codomain.dtype)
         pieces = []
-        for z, jacobian, push, _ in self._batches(1):
-            found = [z.new_zeros(z.numel(), 0)]
-            for v in columns.T:
-                pushed = jacobian.push(v) if push is None else push(v)
-                found.append(pushed.reshape(-1, 1).to(self.codomain.dtype))
+        for one in self._batches():
+            push, found = self._push(one), [one.z.new_zeros(one.z.numel(), 0)]
+            found += [push(v).reshape(-1, 1).to(self.codomain.dtype) for v in columns.T]
             pieces.append(torch.cat(found, 1))
         return torch.cat(pieces)
 
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
         total = torch.zeros(columns.shape[1], self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         start = 0
-        for z, jacobian, *_ in self._batches(0):
-            for row, u in zip(total, columns[start : start + z.numel()].T, strict=True):
-                self.domain.join(jacobian.pull(u.reshape(z.shape)), row)
-            start += z.numel()
+        for one in self._batches():
+            for row, u in zip(total, columns[start : start + one.z.numel()].T, strict=True):
+                self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
+            start += one.z.numel()
         return total.T.to(self.domain.dtype)
 
     def _dense(self) -> Tensor:
@@ -126,73 +131,97 @@ class JacobianLinearOperator(LinearOperator):
         """By `vmap` over the data, or by as many products as there are outputs or parameters in a batch's graph."""
         rows = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
         start = 0
-        for z, jacobian, push, batch in self._batches(1):
-            own = rows[start : start + z.numel()]
-            if (together := self._rows(batch, z, jacobian)) is not None:
-                own[:] = together
-            elif z.numel() <= self.domain.dim:
-                units = torch.eye(z.numel(), dtype=z.dtype, device=z.device)
+        for one in self._batches():
+            own = rows[start : start + one.z.numel()]
+            if self._together(one, own):
+                pass
+            elif one.z.numel() <= self.domain.dim:
+                units = torch.eye(one.z.numel(), dtype=one.z.dtype, device=one.z.device)
                 for row, u in zip(own, units, strict=True):
-                    self.domain.join(jacobian.pull(u.reshape(z.shape)), row)
+                    self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
             else:
+                push = self._push(one)
                 for k, v in enumerate(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device)):
-                    own[:, k] = (jacobian.push(v) if push is None else push(v)).flatten()
-            start += z.numel()
+                    own[:, k] = push(v).flatten()
+            start += one.z.numel()
         return rows
 
-    def _rows(self, batch: Batch, z: Tensor, jacobian: OutputLinearization) -> Tensor | None:
-        """All rows of a batch by `vmap` over its data, if a random combination of them is that of the batch's graph."""
-        if self._datum is not None or batch.size == 1:
-            return None
-        units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device).reshape(-1, *z.shape[1:])
+    def _together(self, one: _Outputs, rows: Tensor) -> bool:
+        """Fill in the rows by `vmap` over a batch's data, if a random combination of them is that of its graph."""
+        if self._datum is not None or one.batch.size == 1:
+            return False
+        units = torch.eye(one.z[0].numel(), dtype=one.z.dtype, device=one.z.device).reshape(-1, *one.z.shape[1:])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
-        us, most = units.expand(batch.size, *units.shape), budget(self.device, None)
-        try:
-            with quietly():
-                found = torch.cat(list(pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, most)))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
-            return None
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-        expected = torch.zeros(self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
-        self.domain.join(jacobian.pull(noise), expected)
-        same = relative_difference(noise.flatten().to(found.dtype) @ found, expected) <= tolerance(self.dtype)
-        return found if same else None
+        us, most = units.expand(one.batch.size, *units.shape), budget(self.device, self.memory_budget)
+        parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, most)
+        found, why = attempted(lambda: torch.cat(list(parts())))
+        if found is not None:
+            noise = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(0)).to(one.z)
+            expected = torch.zeros(self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
+            self.domain.join(one.jacobian.pull(noise), expected)
+            difference = relative_difference(noise.flatten().to(found.dtype) @ found, expected)
+            if difference <= tolerance(self.dtype):
+                why = f"a random combination equals the reference's within {difference:.1e}"
+                self.account.note("dense matrix", "rows by vmap over the data", why)
+                rows.copy_(found)
+                return True
+            why = f"vmap differs from the reference by {difference:.1e}"
+        self.account.note("dense matrix", "one by one", why)
+        return False
 
-    def _batches(self, pushes: int) -> Iterator[tuple[Tensor, OutputLinearization, Push | None, Batch]]:
-        """For each batch its outputs (one datum's, if that is asked for), their Jacobian, J v by forward mode if proved."""
+    def _push(self, one: _Outputs) -> Push:
+        """J v of a batch by forward mode where that takes less and is proved."""
+        push, why = None, "of one datum"
+        if self._datum is None:
+            push, why = pushed_forward(self.risk, one.batch, one.record, one.z)
+        self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
+        return push or one.jacobian.push
+
+    def _batches(self) -> Iterator[_Outputs]:
+        """The outputs of each batch with their graph, or only those of the datum that is asked for."""
         with self.risk.walk(self.name) as walk:
-            for batch in walk:
-                if self._datum is not None and not 0 <= self._datum - batch.start < batch.size:
-                    continue
+            for batch in self._wanted(walk):
                 record = Recorder(batch.size)
                 z = record.finish(self.risk.forward(batch.X, record))
-                push = pushed_forward(self.risk, batch, record, z)[0] if pushes and self._datum is None else None
                 own = z if self._datum is None else z[self._datum - batch.start]
-                yield own, OutputLinearization(own, self.risk.params, self.domain), push, batch
-                if self._datum is not None:
-                    return
+                yield _Outputs(batch, record, own, OutputLinearization(own, self.risk.params, self.domain))
+
+    def _wanted(self, walk: Walk) -> Iterator[Batch]:
+        """All batches, or the one with the datum that is asked for, after which no other is looked at."""
+        for batch in walk:
+            if self._datum is None:
+                yield batch
+            elif 0 <= self._datum - batch.start < batch.size:
+                yield batch
+                return
+        if self._datum is not None:
+            raise IndexError(f"datum: expected a place among {walk.size} data, got {self._datum}.")
 
     def _outputs(self) -> TensorSpace:
         with self.risk.walk(self.name) as walk, torch.no_grad():
             found = []
-            for batch in walk:
-                if self._datum is None or 0 <= self._datum - batch.start < batch.size:
-                    z = self.risk.forward(batch.X)
-                    if z.ndim == 0 or len(z) != batch.size:
-                        raise ValueError(
-                            f"{self.name}: expected an output with one row for each of {batch.size} data, got shape {tuple(z.shape)}."
-                        )
-                    found.append(z if self._datum is None else z[self._datum - batch.start])
-            if not found:
-                raise IndexError(f"datum: expected a place among {walk.size} data, got {self._datum}.")
+            for batch in self._wanted(walk):
+                z = self.risk.forward(batch.X)
+                if z.ndim == 0 or len(z) != batch.size:
+                    raise ValueError(
+                        f"{self.name}: expected an output with one row for each of {batch.size} data, got shape {tuple(z.shape)}."
+                    )
+                found.append(z if self._datum is None else z[self._datum - batch.start])
         if self._datum is not None:
             return TensorSpace({"output": found[0]})
         if len({z.shape[1:] for z in found}) > 1:
             return TensorSpace({str(k): z for k, z in enumerate(found)})
         shape = (sum(map(len, found)), *found[0].shape[1:])
         return TensorSpace({"output": found[0].new_zeros(()).expand(shape)})
+
+
+class _Outputs(NamedTuple):
+    """A batch, what its pass did, its outputs with their graph, and their Jacobian by reverse mode."""
+
+    batch: Batch
+    record: Recorder
+    z: Tensor
+    jacobian: OutputLinearization
 
 
 class TransposedJacobianLinearOperator(AdjointOperator):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, linearize
 
-from curvops.context import quietly
 from curvops.products import rules
-from curvops.products.account import reason, relative_difference, tolerance
+from curvops.products.account import attempted, relative_difference, tolerance
 from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
@@ -71,13 +70,8 @@ def proved(risk: EmpiricalRisk, batch: Batch, record: Recorder) -> Proof:
     for proof in list(risk.proofs):
         if proof.record.covers(record):
             return proof
-    try:
-        with quietly():
-            proof = _prove(risk, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        proof = Proof(record, False, f"forward mode is unsupported here: {reason(error)}")
+    found, why = attempted(lambda: _prove(risk, batch))
+    proof = found or Proof(record, False, f"forward mode is unsupported here: {why}")
     if not proof.record.covers(record):
         proof = Proof(record, False, "a few data take other operations than the batch")
     risk.proofs.append(proof)

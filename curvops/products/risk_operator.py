@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.context import quietly
 from curvops.losses import OutputCurvature
 from curvops.memory import budget
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
 from curvops.products import rules
-from curvops.products.account import Account, reason, relative_difference, tolerance
+from curvops.products.account import Account, attempted, relative_difference, tolerance
 from curvops.products.batch import BatchProduct
 from curvops.products.kept import Kept
 from curvops.products.record import Recorder
@@ -240,13 +239,9 @@ class RiskOperator(LinearOperator):
         for product in products:
             product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0))
         work = "dense matrix" if rows is None else "columns"
-        try:
-            with quietly():
-                part = fast(products)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-            self.account.note(work, "one by one", f"{name} is unsupported here: {reason(error)}")
+        part, why = attempted(lambda: fast(products))
+        if part is None:
+            self.account.note(work, "one by one", f"{name} is unsupported here: {why}")
             return False
         difference = relative_difference(noise.to(part.dtype) @ part, expected[0].to(part.dtype))
         if not difference <= tolerance(self.dtype):

@@ -45,6 +45,7 @@ class Model:
             model_func = getattr(model_func, attribute)
         self.module = model_func if isinstance(model_func, Module) else None
         self.function = None if isinstance(model_func, Module) else model_func
+        self._searched: Any = model_func  # where modules are looked for
         self._check()
 
     @property
@@ -95,7 +96,9 @@ class Model:
         some = {name: self.params[name] for name in names}
         if self.module is not None:
             return Model(self.module, some)
-        return Model(lambda params, X: self._function({**self.params, **params}, X), some)
+        model = Model(lambda params, X: self._function({**self.params, **params}, X), some)
+        model._searched = self._searched
+        return model
 
     def check_current(self) -> None:
         """A ValueError if the module has lost one of the tensors since this was made; the message names it."""
@@ -144,7 +147,7 @@ class Model:
         """All modules, those too that are held in containers, by functions or by objects that are called."""
         found: dict[int, Module] = {}
         seen: set[int] = set()
-        todo: list[Any] = [self.module if self.module is not None else self.function]
+        todo: list[Any] = [self._searched]
         while todo:
             value = todo.pop()
             if isinstance(value, (str, Tensor, type)) or id(value) in seen:
@@ -156,10 +159,10 @@ class Model:
             if isinstance(value, (dict, list, tuple, set)):
                 items = value.values() if isinstance(value, dict) else value
                 todo += items if len(items) <= LARGEST else ()
-            elif isinstance(value, Module) or (value is self.function and hasattr(value, "__dict__")):
+            elif isinstance(value, Module) or (value is self._searched and hasattr(value, "__dict__")):
                 own = [v for name, v in vars(value).items() if name not in STANDARD]
                 todo += [v for v in own if isinstance(v, (Module, dict, list, tuple, set, FunctionType))]
-            if isinstance(value, (FunctionType, MethodType, partial)) or value is self.function:
+            if isinstance(value, (FunctionType, MethodType, partial)) or value is self._searched:
                 todo += _held(value)
         return list(found.values())
 

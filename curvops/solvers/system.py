@@ -45,10 +45,7 @@ class System:
         symmetric: bool = False,
         progressbar: bool = False,
     ) -> None:
-        if symmetric and getattr(matrix, "symmetric", None) is False:
-            name = getattr(matrix, "name", type(matrix).__name__)
-            raise ValueError(f"{title}: expected a symmetric matrix, got {name}, which is not. Use lsmr.")
-        self.products = Products(matrix, title, square=square, progressbar=progressbar)
+        self.products = Products(matrix, title, square=square, symmetric=symmetric, progressbar=progressbar)
         self.title, self.damping = title, _number(f"{title}: damping", damping, 0)
         reachable = max(1e-6, 100 * torch.finfo(self.products.dtype).eps)
         self.tolerance = _number(f"{title}: tolerance", reachable if tolerance is None else tolerance, 0)

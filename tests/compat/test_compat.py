@@ -218,3 +218,60 @@ def test_gradient_and_arguments_without_a_counterpart(problem):
         HessianLinearOperator(*problem, block_sizes=[2, 2])
     with pytest.raises(TypeError, match="at most 6"):
         HessianLinearOperator(*problem, False, True, None)
+
+
+class Shared(nn.Module):
+    """One module under two names, as in CoaT."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.b, self.norm = self.a, nn.BatchNorm1d(2)
+
+    def forward(self, X):
+        return self.norm(self.b(X)).tanh() + self.a(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*batch norm in train mode")
+def test_copies_of_the_parameters_stand_in_and_nothing_is_swapped(problem):
+    import curvlinops
+    from curvlinops.examples import functorch
+
+    model, _, _, data = problem
+    model = Shared().double()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    copies = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+    loss, found = nn.CrossEntropyLoss(), {}
+    for kind in ("Hessian", "GGN", "EF"):
+        operator = getattr(curvlinops, f"{kind}LinearOperator")(model, loss, copies, data[:1])
+        found[kind] = operator.to_dense()
+    curvlinops.KFACLinearOperator(model, loss, copies, data[:1])
+    functorch.functorch_hessian(model, loss, list(model.parameters()), data[:1])
+    now = dict(model.named_parameters(remove_duplicate=False))
+    assert now.keys() == own.keys() and all(now[name] is p for name, p in own.items())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.a is model.b and all(isinstance(p, nn.Parameter) for p in now.values())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(copies[name])
+    X, y = data[0]
+    slopes = torch.autograd.grad(loss(model(X), y), list(model.parameters()), create_graph=True)
+    flat = torch.cat([g.flatten() for g in slopes])
+    rows = [
+        torch.cat([t.flatten() for t in torch.autograd.grad(g, list(model.parameters()), retain_graph=True)])
+        for g in flat
+    ]
+    torch.testing.assert_close(found["Hessian"], torch.stack(rows))
+
+
+@pytest.mark.parametrize("form", [list, dict])
+def test_tensors_that_stand_for_nothing_are_refused(problem, form):
+    import curvlinops
+
+    model, loss, params, data = problem
+    copies = {f"mine.{k}": p.detach().clone().requires_grad_() for k, p in enumerate(params.values())}
+    with pytest.raises(ValueError, match="are not tensors of the module Sequential, nor named as one"):
+        curvlinops.HessianLinearOperator(
+            model, loss, form(copies.values()) if form is list else params | copies | {"0.bias": copies["mine.1"]}, data
+        )

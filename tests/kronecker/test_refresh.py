@@ -89,6 +89,24 @@ def test_a_mixing_that_begins_later_is_seen():
     close(old.refresh().to_dense(), build("kfac", problem).to_dense())
 
 
+def test_what_cannot_be_averaged_is_refused_before_anything_is_computed(monkeypatch):
+    old, calls = build("ekfac", mlp()), []
+    monkeypatch.setattr(sweep, "record", lambda *a: calls.append(1))
+    for decay, message in ((0.5, "do not add"), (float("nan"), "decay"), ("a", "decay"), (-1, "decay")):
+        with pytest.raises(ValueError, match=message):
+            old.refresh(decay=decay)
+    assert not calls
+
+
+def test_certificates_do_not_pile_up():
+    model, loss, X, y = routed()
+    op = build("kfac", (model, loss, X, y))
+    for step in range(6):  # each time other data reach the experts, by other operations
+        some = slice(0, 2 + step % 3)
+        op = op.refresh([(X[some], y[some])])
+        assert len(op._proofs) <= len(build("kfac", (model, loss, X[some], y[some]))._proofs)
+
+
 def test_copies_cannot_be_refreshed():
     with pytest.raises(RuntimeError, match="a copy holds neither model nor data"):
         copy.deepcopy(build("kfac", mlp())).refresh()

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from curvops import JacobianLinearOperator, TransposedJacobianLinearOperator
-from curvops.products import rules
+from curvops.products import jacobian, rules
 
 MODELS = {
     "mlp": lambda: (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (3,)),
@@ -116,3 +116,36 @@ def test_what_does_not_fit_is_refused():
 def test_nothing_is_said_about_a_loss():
     model, params, data = problem("mlp")
     JacobianLinearOperator(model, params, data)
+
+
+def test_what_was_chosen_is_said(monkeypatch):
+    model, params, data = problem("mlp")
+    op = JacobianLinearOperator(model, params, data)
+    assert "nothing has been computed yet" in op.explain()
+    op.to_dense()
+    assert "dense matrix: rows by vmap over the data (a random combination equals the reference's" in op.explain()
+    op @ torch.ones(26, dtype=torch.float64)
+    assert "J v: reverse over reverse" in op.explain()
+    mixing, params, data = problem("batch norm")
+    op = JacobianLinearOperator(mixing, params, data, check_deterministic=False)
+    op.to_dense()
+    assert "dense matrix: one by one" in op.explain()
+    assert "nothing has been computed yet" in op.datum(0).explain()
+
+
+def test_a_wrong_vmap_is_refused(monkeypatch):
+    model, params, data = problem("mlp")
+    original = jacobian.pulled_rows
+    monkeypatch.setattr(jacobian, "pulled_rows", lambda *a: (1.01 * rows for rows in original(*a)))
+    op = JacobianLinearOperator(model, params, data)
+    close(op.to_dense(), expected(model, params, data))
+    assert "vmap differs from the reference by" in op.explain()
+
+
+def test_no_batch_after_the_wanted_datum_is_run():
+    model, params, data = problem("mlp", (3, 2, 4))
+    op, sizes = JacobianLinearOperator(model, params, data), []
+    hook = model.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
+    op.datum(3) @ torch.ones(26, dtype=torch.float64)
+    hook.remove()
+    assert sizes == [2, 2]  # its shape, and the product

@@ -94,3 +94,26 @@ def test_inside_linearized_a_block_is_computed_as_the_model_is():
     with torch.no_grad():
         params["layer2.0.weight"].mul_(2)
     close(op["layer1.*"] @ draws(20), op.to_dense()[20:40, 20:40] @ draws(20))
+
+
+@pytest.mark.filterwarnings("ignore:.*batch norm in train mode")
+@pytest.mark.parametrize("form", ["closure", "object"])
+def test_buffers_of_a_module_inside_a_function_stay(form):
+    """Batch norm counts its batches in train mode; a slice finds the module where the whole operator does."""
+
+    class Called:
+        def __init__(self, module):
+            self.module = module
+
+        def __call__(self, p, X):
+            return functional_call(self.module, p, (X,))
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    function = Called(module) if form == "object" else lambda p, X: functional_call(module, p, (X,))
+    data = [(torch.randn(6, 3, dtype=torch.float64), torch.randint(2, (6,)))]
+    op = HessianLinearOperator(function, nn.CrossEntropyLoss(), dict(module.named_parameters()), data)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    for block in (op["0.*"], op["0.*"]["0.bias"], op["0.*", "2.*"]):
+        block.to_dense()
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())

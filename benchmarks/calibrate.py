@@ -84,7 +84,8 @@ def together_pays() -> Iterator[Case]:
 
 
 def rows_pay() -> Iterator[Case]:
-    for inputs, width, size, classes in ((16, 16, 32, 2), (16, 16, 32, 10), (64, 256, 64, 10), (256, 1024, 64, 10)):
+    sizes = ((16, 16, 32, 2), (16, 16, 32, 10), (256, 1024, 8, 2), (64, 256, 64, 10), (256, 1024, 64, 10))
+    for inputs, width, size, classes in sizes:
         problem = mlp(inputs, width, size, classes)
         work, title = recorded(problem).work, f"{size} data, {classes} classes, {problem.size:,} parameters"
         for number in (4, 16, MANY):

@@ -232,7 +232,6 @@ def test_modules_need_not_be_contiguous():
 
 
 def test_progress_is_shown(capsys):
-    pytest.importorskip("tqdm")
     trace(MATRIX, num_products=10, progressbar=True)
     assert "trace: 10 products" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import curvops.operators.blocks as blocks
-from curvops import BlockRule, TensorSpace
+from curvops import BlockRule, KFACLinearOperator, TensorSpace
 from curvops.operators.block_diagonal import Placed, StructuredOperator
 from curvops.operators.places import Places
 from kronecker.cases import PROBLEMS, build, close, real, seeded
@@ -315,3 +315,12 @@ def test_wrong_arguments(call, message):
     op = build("kfac", PROBLEMS["mlp"](), separate_weight_and_bias=False)
     with pytest.raises(ValueError, match=message):
         call(op)
+
+
+def test_single_precision_accumulates_in_it():
+    model, loss, X, y = PROBLEMS["mlp"]()
+    op = KFACLinearOperator(model.float(), loss, dict(model.named_parameters()), [(X.float(), y)], fisher_type="type-2")
+    reference = build("kfac", PROBLEMS["mlp"]())
+    assert op.dtype == torch.float32
+    close(op.to_dense().double(), reference.to_dense(), 1e-5)
+    close(op.inverse(0.1).to_dense().double(), reference.inverse(0.1).to_dense(), 1e-5)

@@ -36,6 +36,12 @@ def resnet_in_eval_mode():
 
 
 @entry()
+def instance_norm():
+    layers = nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh(), nn.AdaptiveAvgPool2d(2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3)), *images(), CE
+
+
+@entry()
 def depthwise_separable():
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2, padding="same", padding_mode="circular"),

@@ -76,7 +76,7 @@ def test_singular_matrices_are_found_out(dtype):
 
 def test_refusals_and_no_convergence():
     matrix, b = symmetric(INDEFINITE), draws(80)
-    with pytest.raises(ValueError, match=r"minres: expected a symmetric matrix, got declared.*Use lsmr"):
+    with pytest.raises(ValueError, match=r"minres: expected a symmetric matrix, got declared.*by lsmr"):
         minres(Declared(matrix, symmetric=False), b)
     found = minres(matrix, b, max_iterations=3)
     assert not found.converged and found.reason.startswith("no convergence in 3 iterations: increase max_iterations")

@@ -45,7 +45,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: .venv/.dev
+docs: .venv/.docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules --ignore=curvops/clients/laplace.py \
 	  --ignore=curvops/clients/laplace_kron.py curvops tests/tour/test_readme.py tests/test_howto.py
 	MPLBACKEND=agg $(BIN)/python examples/visual_tour.py
@@ -111,6 +111,9 @@ endef
 .venv/.dev: pyproject.toml constraints.txt
 	$(call install,.venv,tour$(comma)dev)
 	@touch .venv/.tour
+
+.venv/.docs: .venv/.dev
+	$(call install,.venv,tour$(comma)dev$(comma)docs)
 
 # the test environment but for PyTorch and what belongs to it
 .venv-torch-$(TORCH)/.dev: pyproject.toml constraints.txt

@@ -6,13 +6,14 @@ import contextlib
 import errno
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from curvops.files import read_tensors, write_tensors
+from curvops.tour.meter import Cost
 
 _FORMAT = "curvature matrices"
 
@@ -26,7 +27,8 @@ class MatrixFile:
     """Matrices `[D, D]` by title, in the order in which they were computed, with what is needed to read them.
 
     In the order of the rows: from parameter name to shape, and from layer to number of parameters. The settings are those
-    of the computation, such as setup, seed and device; the versions those of the libraries that wrote the file.
+    of the computation, such as setup, seed and device; the versions those of the libraries that wrote the file. By title
+    as well: what each matrix cost, and what its operator's `explain()` says.
     """
 
     matrices: dict[str, Tensor]
@@ -34,6 +36,8 @@ class MatrixFile:
     groups: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    explanations: dict[str, str] = field(default_factory=dict)
 
 
 def save_matrices(
@@ -43,6 +47,8 @@ def save_matrices(
     parameters: Mapping[str, tuple[int, ...]] | None = None,
     groups: Mapping[str, int] | None = None,
     settings: Mapping[str, Any] | None = None,
+    costs: Mapping[str, Cost] | None = None,
+    explanations: Mapping[str, str] | None = None,
 ) -> Path:
     """Write matrices `[D, D]` by title to a safetensors file, which takes the place of `path` once it is complete.
 
@@ -56,7 +62,9 @@ def save_matrices(
         ...     load_matrices(path).groups
         {'1': 2}
     """
-    given = {"parameters": parameters, "groups": groups, "settings": settings}
+    seconds = {title: asdict(cost) for title, cost in (costs or {}).items()}
+    given: dict[str, Any] = {"parameters": parameters, "groups": groups, "settings": settings}
+    given |= {"costs": seconds, "explanations": explanations}
     about = {"titles": list(matrices)} | {key: dict(value or {}) for key, value in given.items()}
     write_tensors(Path(path), matrices, about, _FORMAT)
     return Path(path)
@@ -72,7 +80,9 @@ def load_matrices(path: str | Path) -> MatrixFile:
     tensors, about = read_tensors(Path(path), _FORMAT)
     matrices = {title: tensors[title] for title in about["titles"]}
     parameters = {name: tuple(shape) for name, shape in about["parameters"].items()}
-    return MatrixFile(matrices, parameters, about["groups"], about["settings"], about["versions"])
+    costs = {title: Cost(**cost) for title, cost in about.get("costs", {}).items()}  # earlier files have none
+    explanations = about.get("explanations", {})
+    return MatrixFile(matrices, parameters, about["groups"], about["settings"], about["versions"], costs, explanations)
 
 
 def prepare_output(folder: str | Path, expected_bytes: int) -> Path:

@@ -31,11 +31,12 @@ OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A matrix and what it took to compute it, its operator's construction included."""
+    """A matrix, what it took to compute it, its operator's construction included, and what its operator says of itself."""
 
     title: str
     matrix: Tensor
     cost: Cost
+    explanation: str = ""
 
 
 def make_operator(title: str, setup: Setup, *, seed: int = 0, check_deterministic: bool = True) -> Any:
@@ -62,8 +63,9 @@ def each_matrix(risk: EmpiricalRisk, *, titles: Sequence[str] = tuple(OPERATORS)
     """
     for title in titles:
         with measured(risk.space.device) as cost:
-            matrix = _operator(title, risk, seed).to_dense()
-        yield Measured(title, matrix.detach(), cost)
+            operator = _operator(title, risk, seed)
+            matrix = operator.to_dense()
+        yield Measured(title, matrix.detach(), cost, str(operator.explain()))
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:

@@ -95,7 +95,15 @@ def _compute(setup: Setup, folder: Path, seed: int, finished: Finished, say: Say
         for result in each_matrix(risk, seed=seed):
             done.append(result)
             matrices[result.title] = result.matrix.cpu()
-            save_matrices(path, matrices, parameters=shapes, groups=setup.groups, settings=settings)
+            save_matrices(
+                path,
+                matrices,
+                parameters=shapes,
+                groups=setup.groups,
+                settings=settings,
+                costs={one.title: one.cost for one in done},
+                explanations={one.title: one.explanation for one in done},
+            )
             finished.matrices[path] = list(matrices)
             bar.update()
             bar.set_postfix_str("".join(titles[len(done) : len(done) + 1]))

@@ -101,7 +101,10 @@ def test_declared_structure():
     matrix = symmetric(torch.linspace(1, 2, 5))
     with pytest.raises(ValueError, match=r"cg: expected a positive semi-definite matrix, got declared.*Use minres"):
         cg(Declared(matrix, psd=False), draws(5))
-    with pytest.raises(ValueError, match=r"cg: expected a symmetric matrix, got declared, which is not\. Solve equations with such a matrix by lsmr"):
+    with pytest.raises(
+        ValueError,
+        match=r"cg: expected a symmetric matrix, got declared, which is not\. Solve equations with such a matrix by lsmr",
+    ):
         cg(Declared(matrix, symmetric=False), draws(5))
     assert cg(Declared(matrix, psd=False, symmetric=True), draws(5), damping=1.0).converged
 

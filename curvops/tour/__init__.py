@@ -1,14 +1,18 @@
 """The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
 
-from curvops.tour.figure import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
+from curvops.tour.figure import plot_matrices, save_figure
 from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
+from curvops.tour.groups import module_groups
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, make_operator
+from curvops.tour.panels import Look, color_domain, log_abs, shared_look, unchanged
 from curvops.tour.run import Finished, run_tour
 from curvops.tour.setups import Setup, digits, tutorial
+from curvops.tour.style import figure_style
 
 __all__ = [
     "OPERATORS",
     "Finished",
+    "Look",
     "MatrixFile",
     "Measured",
     "OutputError",
@@ -20,10 +24,12 @@ __all__ = [
     "load_matrices",
     "log_abs",
     "make_operator",
+    "module_groups",
     "plot_matrices",
     "run_tour",
     "save_figure",
     "save_matrices",
+    "shared_look",
     "tutorial",
     "unchanged",
 ]

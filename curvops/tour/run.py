@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvops.risk.determinism import check_deterministic
-from curvops.tour.figure import color_domain, log_abs, plot_matrices, save_figure, unchanged
+from curvops.tour.figure import plot_matrices, save_figure
 from curvops.tour.files import prepare_output, save_matrices
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, warm_up
 from curvops.tour.meter import Cost, measured
+from curvops.tour.panels import color_domain, log_abs, unchanged
 from curvops.tour.setups import SIZES, Setup, digits, tutorial
 
 MATRICES = "matrices.safetensors"

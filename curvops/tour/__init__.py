@@ -1,5 +1,6 @@
 """The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
 
+from curvops.tour.coarse import Effort, coarse_tour
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
 from curvops.tour.figure import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
 from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
@@ -10,11 +11,13 @@ from curvops.tour.setups import Setup, digits, tutorial
 __all__ = [
     "OPERATORS",
     "CoarseFile",
+    "Effort",
     "Finished",
     "MatrixFile",
     "Measured",
     "OutputError",
     "Setup",
+    "coarse_tour",
     "color_domain",
     "digits",
     "each_matrix",

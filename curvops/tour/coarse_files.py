@@ -71,12 +71,12 @@ class CoarseFile:
         low, high = ((value / turn).asinh() for value in (seen.min(), seen.max()))
         width = float(high - low) / 100 or 1.0
         even = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, count, dtype=torch.float64)
-        found = {}
-        for title, density in self.densities.items():
-            curve = density.density(turn * even.sinh(), width=width, scale="symlog", threshold=turn)
-            # from all eigenvalues, and not from products
-            found[title] = curve if density.products else curve._replace(errors=torch.zeros_like(curve.values))
-        return found
+        points = turn * even.sinh()
+
+        def curve(density: SpectralDensity) -> Curve:
+            return density.density(points, width=width, scale="symlog", threshold=turn)
+
+        return {title: curve(density) for title, density in self.densities.items()}
 
     @property
     def threshold(self) -> float:

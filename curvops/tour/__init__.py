@@ -1,5 +1,7 @@
 """The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
 
+from curvops.tour.coarse import Effort, coarse_tour
+from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
 from curvops.tour.figure import plot_matrices, save_figure
 from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
 from curvops.tour.groups import module_groups
@@ -11,22 +13,27 @@ from curvops.tour.style import figure_style
 
 __all__ = [
     "OPERATORS",
+    "CoarseFile",
+    "Effort",
     "Finished",
     "Look",
     "MatrixFile",
     "Measured",
     "OutputError",
     "Setup",
+    "coarse_tour",
     "color_domain",
     "digits",
     "each_matrix",
     "figure_style",
+    "load_coarse",
     "load_matrices",
     "log_abs",
     "make_operator",
     "module_groups",
     "plot_matrices",
     "run_tour",
+    "save_coarse",
     "save_figure",
     "save_matrices",
     "shared_look",

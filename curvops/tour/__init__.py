@@ -1,5 +1,6 @@
 """The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
 
+from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
 from curvops.tour.figure import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
 from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, make_operator
@@ -8,6 +9,7 @@ from curvops.tour.setups import Setup, digits, tutorial
 
 __all__ = [
     "OPERATORS",
+    "CoarseFile",
     "Finished",
     "MatrixFile",
     "Measured",
@@ -17,11 +19,13 @@ __all__ = [
     "digits",
     "each_matrix",
     "figure_style",
+    "load_coarse",
     "load_matrices",
     "log_abs",
     "make_operator",
     "plot_matrices",
     "run_tour",
+    "save_coarse",
     "save_figure",
     "save_matrices",
     "tutorial",

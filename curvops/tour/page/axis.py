@@ -73,7 +73,8 @@ class Axis:
             {"label": label, "size": size, "rows": b - a}
             for (label, size), (a, b) in zip(self.groups.items(), pairwise(rows), strict=True)
         ]
-        return {"pieces": [{**vars(piece), "rows": piece.rows} for piece in self.pieces], "groups": groups}
+        pieces = [{**vars(piece), "rows": piece.rows} for piece in self.pieces]
+        return {"rows": self.rows, "side": self.side, "pieces": pieces, "groups": groups}
 
 
 def entries_axis(parameters: Mapping[str, tuple[int, ...]], groups: Mapping[str, int], side: int, step: int) -> Axis:

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
         import torch
 
-        from curvops.tour.run import Finished, run_tour
+        from curvops.tour import Finished, run_tour
 
         given["dtype"] = getattr(torch, given["dtype"])
         kept = finished = Finished()

@@ -112,6 +112,7 @@ def compute(
         Exception: What the first operator raised, if none could be made.
     """
     finished = finished if finished is not None else Finished()
+    progressbar = progressbar and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     problem.folder.mkdir(parents=True, exist_ok=True)
     cost = None
     if check:
@@ -171,10 +172,8 @@ class _Matrices:
         results = each_matrix(
             self._problem.risk, titles=missing, seed=seed, memory_budget=memory_budget, refused=refused
         )
-        # on a terminal only
-        hidden = None if progressbar else True
         with tqdm(
-            total=len(OPERATORS), initial=len(self.file.matrices), desc="Matrices", file=sys.stderr, disable=hidden, leave=False
+            total=len(OPERATORS), initial=len(self.file.matrices), desc="Matrices", file=sys.stderr, disable=not progressbar, leave=False
         ) as bar:  # fmt: skip
             bar.set_postfix_str("".join(missing[:1]))
             for result in results:

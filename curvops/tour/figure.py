@@ -191,6 +191,7 @@ def _arrange(fig: Figure, axes: npt.NDArray[Any], label: str, sizes: Mapping[str
     down.set_x((first.x0 + last.x1) / 2)
     across.set_y((last.y0 + first.y1) / 2)
     _draw_boundaries(axes, names[1])
+    fig.set_layout_engine("none")  # names are placed for panels as they are now
 
 
 def _name_groups(axes: npt.NDArray[Any], sizes: Mapping[str, int]) -> tuple[list[str], list[int], bool, bool]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
-LONGEST = 16  # letters of a name
+LONGEST = 19  # letters of a name
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,18 @@ def run_name(first: str, last: str) -> str:
 
 
 def shortened(name: str) -> str:
-    """A name with its middle left out where it is long.
+    """The last parts of a module's name, as many as fit; of a long part the middle is left out.
 
     Example:
-        >>> shortened("encoder.layer.11.attention")
-        'encode…attention'
+        >>> shortened("encoder.layer.11.attention"), shortened("bert.embeddings.position_embeddings")
+        ('…layer.11.attention', '…posit…n_embeddings')
     """
-    kept = LONGEST - 1
-    return name if len(name) <= LONGEST else f"{name[: kept * 2 // 5]}…{name[-(kept - kept * 2 // 5) :]}"
+    if len(name) <= LONGEST:
+        return name
+    parts = name.split(".")
+    kept = next((".".join(parts[k:]) for k in range(1, len(parts)) if len(".".join(parts[k:])) < LONGEST), parts[-1])
+    cut = kept if len(kept) < LONGEST else f"{kept[:5]}…{kept[7 - LONGEST :]}"
+    return cut if len(parts) == 1 else f"…{cut}"
 
 
 def _joined(

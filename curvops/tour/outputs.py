@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.compute import Finished, Tour
 from curvops.tour.figure import plot_matrices, save_figure
 from curvops.tour.files import MatrixFile
+from curvops.tour.matrices import OPERATORS
 from curvops.tour.page import write_page
 from curvops.tour.panels import Look, log_abs, shared_look, unchanged
 
@@ -23,16 +24,24 @@ PAGE = "tour.html"
 PAGE_BYTES = 8_000_000  # of a page, without its matrices
 
 
-def draw(tours: Mapping[str, Tour], page: Path, finished: Finished) -> None:
-    """Write the figures of each tour beside its file, and one page of all, between which a slider moves.
+def draw(tours: Mapping[str, Tour], page: Path, finished: Finished, *, title: str | None = None) -> None:
+    """Write the figures of each tour beside its file, and one page of all, between which a slider moves; it has this title.
 
     Each tour's `paths` take its own figures and the page.
     """
     written = _figures(tours, finished)
-    write_page(page, {label: _with_titles(tour.file, common_titles(tours)) for label, tour in tours.items()})
+    titles = common_titles(tours)
+    write_page(page, {label: with_titles(tour.file, titles) for label, tour in tours.items()}, title=title)
     finished.figures.append(page)
     for label, tour in tours.items():
         tour.paths += [*written[label], page]
+
+
+def expected_bytes(matrices: Sequence[int]) -> int:
+    """Bytes of the files of tours whose matrices have so many each, while they are written."""
+    files = len(OPERATORS) * sum(matrices)
+    # the largest file is written beside the one it replaces, and the page has matrices as text
+    return files + len(OPERATORS) * max(matrices) + files * 4 // 3 + (FIGURES_BYTES + PAGE_BYTES) * len(matrices)
 
 
 def looks(frames: list[Mapping[str, Tensor]]) -> dict[str, Look]:
@@ -67,7 +76,7 @@ def _figures(tours: Mapping[str, Tour], finished: Finished) -> dict[str, list[Pa
     return written
 
 
-def _with_titles(file: MatrixFile | CoarseFile, titles: list[str]) -> MatrixFile | CoarseFile:
+def with_titles(file: MatrixFile | CoarseFile, titles: list[str]) -> MatrixFile | CoarseFile:
     """A file with some of its matrices only; all stops of a page must have the same."""
     if isinstance(file, CoarseFile) or list(file.matrices) == titles:
         return file

@@ -91,7 +91,7 @@ def shared_look(
         >>> look.lower, look.upper, look.some_zeros
         (0.0, 2.0, True)
     """
-    named = [(title, matrix) for frame in frames for title, matrix in frame.items()]
+    named = [(title, dense_matrix(title, matrix)) for frame in frames for title, matrix in frame.items()]
     if not named:
         raise ValueError("shared_look: expected at least one matrix, got none.")
     epsilon = _clamp_of(transform)
@@ -106,8 +106,9 @@ def shared_look(
         transform_title = known if epsilon is None else "Logarithmic absolute entries, $\\log_{10}$"
     lower, upper = limits or color_domain(images, signed=signed, clip=clip)
     clamped = epsilon is not None and any(bool(((m.abs() < epsilon) & (m != 0)).any()) for _, m in named)
-    inside = [image[image != float("inf")] if zeros else image for image in images]
-    lowest, highest = min(float(i.min()) for i in inside if i.numel()), max(map(float, map(torch.max, inside)))
+    inside = [part for image in images if (part := image[image != float("inf")] if zeros else image).numel()]
+    lowest = min((float(part.min()) for part in inside), default=lower)
+    highest = max((float(part.max()) for part in inside), default=upper)
     # an odd number of colours has one in the middle, for zero
     colors = colormaps[cmap or (DIVERGING if signed else SEQUENTIAL)].resampled(LEVELS + 1 if signed else LEVELS)
     return Look(
@@ -173,7 +174,7 @@ def named_matrices(matrices: Any, titles: Sequence[str] | str | None = None) -> 
         )
     if len(set(titles)) != len(titles):
         raise ValueError(f"plot_matrices: the titles must differ, got {titles}.")
-    named = {title: _dense(title, value) for title, value in zip(titles, given, strict=True)}
+    named = {title: dense_matrix(title, value) for title, value in zip(titles, given, strict=True)}
     shapes = {title: tuple(matrix.shape) for title, matrix in named.items()}
     first = next(iter(shapes.values()))
     if len(first) != 2 or first[0] != first[1] or first[0] == 0 or len(set(shapes.values())) > 1:
@@ -197,7 +198,8 @@ def image_of(matrix: Tensor, transform: Transform, title: str) -> Tensor:
     return image
 
 
-def _dense(title: str, value: Any) -> Tensor:
+def dense_matrix(title: str, value: Any) -> Tensor:
+    """Return a tensor or an operator as a tensor on the CPU, in single or double precision."""
     dense = value.to_dense() if hasattr(value, "to_dense") else None  # tensors have it, too
     if not isinstance(dense, Tensor):
         raise TypeError(

@@ -9,8 +9,8 @@ import torch
 
 from curvops.tour.compute import Finished, Problem, Say, Tour, compute
 from curvops.tour.files import prepare_output
-from curvops.tour.matrices import OPERATORS, warm_up
-from curvops.tour.outputs import FIGURES_BYTES, PAGE, PAGE_BYTES, draw
+from curvops.tour.matrices import warm_up
+from curvops.tour.outputs import PAGE, draw, expected_bytes
 from curvops.tour.setups import SIZES, Setup, digits, tutorial
 
 
@@ -58,13 +58,6 @@ def run_tour(
         draw(tours, output / Path(made[0].name).parent / PAGE, finished)
         say(f"Figures, page and matrices: {', '.join(str(output / setup.name) for setup in made)}\n")
     return finished
-
-
-def expected_bytes(matrices: Sequence[int]) -> int:
-    """Bytes of the files of tours whose matrices have so many each, while they are written."""
-    files = len(OPERATORS) * sum(matrices)
-    # the largest file is written beside the one it replaces, and the page has matrices as text
-    return files + len(OPERATORS) * max(matrices) + files * 4 // 3 + (FIGURES_BYTES + PAGE_BYTES) * len(matrices)
 
 
 def _problem(setup: Setup, output: Path) -> Problem:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def film(
 
     Args:
         stops: By label what a tour found, as of `tour_checkpoints`, or the files of `load_matrices`; a sequence is
-            labelled by the setups' titles.
+            labelled 1, 2, ….
         path: A file that ends in `.gif`, `.webp` or `.png`.
         seconds: How long each stop is seen; the last one twice as long.
         dpi: Pixels to an inch.
@@ -70,7 +72,7 @@ def film(
     groups = next(iter(files.values())).groups or None if groups is None else groups
     fig, axes = plot_matrices(next(iter(frames.values())), groups=groups, look=look, width=width)
     caption = fig.text(axes[0, 0].get_position().x0, 0, "", va="bottom", fontsize=axes[0, 0].title.get_fontsize())
-    caption.set(y=fig._supxlabel.get_position()[1], fontfamily=axes[0, 0].title.get_fontfamily())  # type: ignore[attr-defined]
+    _make_room(fig, caption, frames)
     pictures = []
     for label, matrices in frames.items():
         caption.set_text(label)
@@ -93,10 +95,7 @@ def _labelled(stops: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
     if isinstance(stops, Mapping):
         found = {str(label): stop for label, stop in stops.items()}
     else:
-        files = [stop.file if isinstance(stop, Tour) else stop for stop in stops]
-        names = [str(getattr(file, "settings", {}).get("setup", "")) for file in files]
-        distinct = all(names) and len(set(names)) == len(names)
-        found = dict(zip(names if distinct else map(str, range(1, len(files) + 1)), files, strict=True))
+        found = {str(k): stop for k, stop in enumerate(stops, 1)}
     if not found:
         raise ValueError("film: expected at least one stop, got none.")
     return found
@@ -124,6 +123,16 @@ def _frames(files: Mapping[str, MatrixFile]) -> dict[str, dict[str, Tensor]]:
     return frames
 
 
+def _make_room(fig: Figure, caption: Text, labels: Iterable[str]) -> None:
+    """Leave out the name of the axis below the panels where a stop's label would run into it."""
+    axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
+    caption.set(y=axis.get_position()[1], fontfamily=axis.get_fontfamily())
+    for label in labels:
+        caption.set_text(label)
+        if caption.get_window_extent().x1 + 0.1 * fig.dpi > axis.get_window_extent().x0:
+            axis.set_visible(False)
+
+
 def _picture(fig: Figure, dpi: int) -> Image.Image:
     buffer = BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, bbox_inches=None)
@@ -131,9 +140,13 @@ def _picture(fig: Figure, dpi: int) -> Image.Image:
 
 
 def _in_colors(picture: Image.Image, look: Look) -> Image.Image:
-    """The picture in 256 colours, those of the look and grays, the same in each frame; none is mixed of dots."""
+    """The picture in the nearest of 256 colours, those of the look and grays, the same in each frame."""
     colors = look.cmap(np.arange(look.cmap.N))[:, :3]
     grays = np.linspace(0, 1, 255 - len(colors))[:, None].repeat(3, axis=1)
-    palette = Image.new("P", (1, 1))
-    palette.putpalette((255 * np.concatenate([colors, [to_rgb(ZERO)], grays])).round().astype(np.uint8).tobytes())
-    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+    palette = (255 * np.concatenate([colors, [to_rgb(ZERO)], grays])).round().astype(np.uint8)
+    # not Pillow's own choice, which takes white for the gray beside it
+    seen, places = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_inverse=True)
+    nearest = torch.cdist(torch.tensor(seen).double(), torch.tensor(palette).double()).argmin(1).numpy()
+    found = Image.fromarray(nearest[places].reshape(picture.height, picture.width).astype(np.uint8))
+    found.putpalette(palette.tobytes())
+    return found

@@ -1,5 +1,6 @@
 """The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
 
+from curvops.tour.block_figure import plot_blocks, plot_spectra
 from curvops.tour.coarse import Effort, coarse_tour
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
 from curvops.tour.figure import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
@@ -26,7 +27,9 @@ __all__ = [
     "load_matrices",
     "log_abs",
     "make_operator",
+    "plot_blocks",
     "plot_matrices",
+    "plot_spectra",
     "run_tour",
     "save_coarse",
     "save_figure",

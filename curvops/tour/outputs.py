@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from curvops.tour.block_figure import plot_blocks, plot_spectra
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.compute import Finished, Tour
 from curvops.tour.figure import plot_matrices, save_figure
@@ -61,19 +64,27 @@ def common_titles(tours: Mapping[str, Tour]) -> list[str]:
 
 
 def _figures(tours: Mapping[str, Tour], finished: Finished) -> dict[str, list[Path]]:
-    written: dict[str, list[Path]] = {label: [] for label in tours}
-    dense = {label: tour for label, tour in tours.items() if isinstance(tour.file, MatrixFile)}
-    if not dense:
-        return written
-    for stem, look in looks([tour.matrices for tour in dense.values()]).items():
-        for label, tour in dense.items():
-            fig, _ = plot_matrices(tour.matrices, groups=tour.groups, look=look)
+    """Write the figures of all tours; return their files by label."""
+    frames = [tour.matrices for tour in tours.values() if isinstance(tour.file, MatrixFile)]
+    shared = looks(frames) if frames else {}
+    written: dict[str, list[Path]] = {}
+    for label, tour in tours.items():
+        folder, written[label] = tour.paths[0].parent, []
+        for stem, draw in _drawings(tour, shared).items():
+            fig, _ = draw()
             for suffix in ("pdf", "png"):
-                path = save_figure(fig, tour.paths[0].parent / f"{stem}.{suffix}")
-                written[label].append(path)
-                finished.figures.append(path)
+                written[label].append(save_figure(fig, folder / f"{stem}.{suffix}"))
+                finished.figures.append(written[label][-1])
             plt.close(fig)
     return written
+
+
+def _drawings(tour: Tour, shared: Mapping[str, Look]) -> dict[str, Callable[[], tuple[Figure, Any]]]:
+    """What draws each figure of a tour, by the figure's name."""
+    file = tour.file
+    if isinstance(file, CoarseFile):
+        return {"curvature_blocks": partial(plot_blocks, file), "curvature_spectra": partial(plot_spectra, file)}
+    return {stem: partial(plot_matrices, file.matrices, groups=file.groups, look=look) for stem, look in shared.items()}
 
 
 def with_titles(file: MatrixFile | CoarseFile, titles: list[str]) -> MatrixFile | CoarseFile:

@@ -38,7 +38,7 @@ function lines(parts, rows, style, at) {
 // Sizes in pixels of a grid of square panels in a place that is so wide.
 function gridOf(place, count, axis) {
   const width = place.clientWidth;
-  const columns = Math.min(count, width >= 760 ? 3 : width >= 480 ? 2 : 1);
+  const columns = Math.min(count, width >= 640 ? 3 : width >= 480 ? 2 : 1);
   const longest = Math.max(...[...axis.groups, ...axis.pieces].map((part) => shortened(part.label ?? part.name).length));
   const names = Math.min(18 + 6.2 * longest, 0.3 * width);
   const side = Math.min((width - names - 8 - (columns - 1) * GAP.x) / columns, 620);

@@ -280,11 +280,11 @@ function follow() {
   addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
     setTheme("light");
-    document.body.style.width = "180mm";
-    for (const part of document.querySelectorAll("details")) part.open = true;
+    document.body.classList.add("printing");
     drawAll();
+    for (const part of document.querySelectorAll("details")) part.open = true;
   });
-  addEventListener("afterprint", () => { document.body.style.width = ""; setTheme(before); drawAll(); });
+  addEventListener("afterprint", () => { document.body.classList.remove("printing"); setTheme(before); drawAll(); });
 }
 
 async function show(k) {

@@ -22,7 +22,7 @@ FISHER_TYPES = ("mc", "type-2", "empirical", "forward-only")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-class Target(click.ParamType):
+class Target(click.ParamType):  # type: ignore[type-arg]  # it has none before click 8.4
     """`MODULE:PROBLEM`; shells complete the names of files."""
 
     name = "MODULE:PROBLEM"
@@ -31,7 +31,7 @@ class Target(click.ParamType):
         return [CompletionItem(incomplete, type="file")]
 
 
-class Bytes(click.ParamType):
+class Bytes(click.ParamType):  # type: ignore[type-arg]  # it has none before click 8.4
     """A number of bytes, such as 2GB, 500MiB or 1e9."""
 
     name = "SIZE"
@@ -49,7 +49,7 @@ class Bytes(click.ParamType):
         return int(size)
 
 
-class Names(click.ParamType):
+class Names(click.ParamType):  # type: ignore[type-arg]  # it has none before click 8.4
     """A comma-separated choice of names."""
 
     def __init__(self, *known: str) -> None:

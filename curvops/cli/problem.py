@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -62,7 +63,9 @@ class Problem:
             "dtype": str(next(iter(self.params.values())).dtype).removeprefix("torch."),
             "weights": _hash(tensors.values()),
             "data": _hash(tensor for batch in batches for tensor in batch),
-            "code": hashlib.sha256("\n".join((self.source, repr(model), repr(self.loss))).encode()).hexdigest()[:16],
+            "code": hashlib.sha256(_without_addresses(f"{self.source}{model!r}{self.loss!r}").encode()).hexdigest()[
+                :16
+            ],
         }
 
 
@@ -201,6 +204,11 @@ def _source(function: Callable[[], Any]) -> str:
     with suppress(OSError, TypeError):
         return Path(inspect.getsourcefile(function) or "").read_text()
     return ""
+
+
+def _without_addresses(text: str) -> str:
+    # of functions, which are elsewhere in each run
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _hash(tensors: Any) -> str:

@@ -79,7 +79,8 @@ class _Matrix:
             return {name: getattr(found, name) for name in ("values", "vectors", "residuals")}, about
 
         tensors, about = self._kept("eigenvalues", {}, compute)
-        return EigenPairs(**tensors, **{name: about[name] for name in ("products", "converged", "reason")})
+        numbers: dict[str, Any] = {name: about[name] for name in ("products", "converged", "reason")}
+        return EigenPairs(tensors["values"], tensors["vectors"], tensors["residuals"], **numbers)
 
     def density(self, pairs: EigenPairs, depth: int, vectors: int) -> SpectralDensity:
         def compute() -> Found:
@@ -119,6 +120,7 @@ def _drawn(found: SpectralDensity, stem: Path, session: Session) -> dict[str, An
     files = [str(save_figure(figure, stem.with_name(f"{stem.name}.{suffix}"))) for suffix in ("pdf", "png")]
     below = found.cumulative(torch.zeros(1, dtype=torch.float64))
     share, error = float(below.values), float(below.errors)
+    known = f" ± {error:.1%}" if error == error else ""  # there is none from one start vector
     session.say(
         f"  density: {share:.1%}{known} of the eigenvalues are at most 0; {found.products} products; {files[0]}"
     )

@@ -127,7 +127,12 @@ def load_problem(
         named = {name: p.detach().to(where, kind).requires_grad_() for name, p in named.items()}
     if dtype is not None or batches is not None:
         data = Batches(data, kind, batches)
-    return Problem(target, model, loss, data, _chosen(named, params), options, _source(function))
+    chosen = _chosen(named, params)
+    if any(p.device.type == "meta" for p in chosen.values()):
+        raise Failure(
+            f"{target!r}: the model's parameters are on the meta device: they have no values. Load its weights"
+        )
+    return Problem(target, model, loss, data, chosen, options, _source(function))
 
 
 def find_device(text: str) -> torch.device:

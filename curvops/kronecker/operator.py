@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes
+from curvops.kronecker.account import Explanation, byte_size, explained, notes_of, plan_notes
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
@@ -65,6 +65,14 @@ class StateOperator(BlockDiagonalOperator):
             OSError: If the file cannot be written; one that was there before stays.
         """
         write_state(Path(path), self.state)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        own = self.explain()
+        return [
+            *super()._facts(),
+            ("blocks", f"{len(own.rows)}, {byte_size(own.memory)}"),
+            *(("", note) for note in own.notes),
+        ]
 
     def explain(self) -> Explanation:
         """How each parameter is treated, and why: a table that prints, with its rows as data in ``.rows``."""

@@ -79,6 +79,9 @@ class JacobianLinearOperator(LinearOperator):
         """What was chosen for each piece of work so far, and why."""
         return f"{self!r}\n{str(self.account) or '  nothing has been computed yet'}"
 
+    def _facts(self) -> list[tuple[str, str]]:
+        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
+
     def datum(self, n: int) -> JacobianLinearOperator:
         """The Jacobian of the ``n``-th datum's output, ``[outputs, D]``, as it is in its batch.
 

@@ -103,6 +103,9 @@ class RiskOperator(LinearOperator):
         rows = str(self.account) or "  nothing has been computed yet"
         return f"{self!r}\n{rows}"
 
+    def _facts(self) -> list[tuple[str, str]]:
+        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
+
     @contextmanager
     def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
         """A context within which the batches' graphs are kept, within the memory budget, from the first product on.

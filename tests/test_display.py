@@ -87,7 +87,9 @@ def test_operators_of_data_take_no_products(make, problem, monkeypatch):
 def test_an_operator_says_what_is_known(problem):
     ggn = curvops.GGNLinearOperator(*problem)
     found = " ".join(shown(ggn).text)
-    assert "GGNLinearOperator" in found and "symmetric, positive semi-definite" in found and "torch.float32, cpu" in found
+    assert (
+        "GGNLinearOperator" in found and "symmetric, positive semi-definite" in found and "torch.float32, cpu" in found
+    )
     assert all(repr(name) in found for name in NAMES) and "central differences" in found
     hessian = curvops.HessianLinearOperator(*problem)
     _ = hessian @ torch.ones(15)

@@ -12,7 +12,6 @@ from curvops.kronecker.state import State
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock
 
-
 HEADER = ("parameters", "size", "block", "used by", "memory", "why")
 
 

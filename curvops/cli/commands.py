@@ -183,13 +183,14 @@ def curvops() -> None:
 @_with(
     _target(required=False), _output("tour"),
     click.option("--setups", type=Names(*SETUPS), help=f"Of the built-in models, which: {', '.join(SETUPS)}. [default: all]"),
-    _device, *_PROBLEM, _seed, _threads, _memory, *_SHOWN,
+    _fresh, _device, *_PROBLEM, _seed, _threads, _memory, *_SHOWN,
 )  # fmt: skip
 def tour(**given: Any) -> int:
     """Compute and draw curvature matrices, with seconds and memory of each.
 
     Without a problem of your own those of small built-in models, in single precision, on a GPU if there is one.
-    Figures (PDF, PNG), the page and the matrices (safetensors) go to a folder.
+    Figures (PDF, PNG), the page tour.html and the matrices (safetensors) go to a folder. Where the matrices of your
+    problem do not fit into --memory, norms of their blocks take their place. A run that was interrupted goes on.
 
     \b
     Examples:

@@ -47,7 +47,10 @@ def run(session: Session, *, file: str, force: bool) -> None:
         raise Failure(f"'{path}' is there; --force overwrites it")
     if not path.parent.is_dir():
         raise Failure(f"there is no folder '{path.parent}'; make it first")
-    replace_atomically(path, lambda partial: partial.write_text(TEMPLATE.format(file=path)))
+    try:
+        replace_atomically(path, lambda partial: partial.write_text(TEMPLATE.format(file=path)))
+    except OSError as error:
+        raise Failure(f"cannot write '{path}': {error.strerror}") from None
     target = f"{path}:problem"
     session.say(f"Wrote {path}. Put your model in, and then:\n  curvops check {target}\n  curvops tour {target}")
     session.answer({"file": str(path), "problem": target})

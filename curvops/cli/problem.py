@@ -53,6 +53,7 @@ class Problem:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this problem from another: hashes of its tensors, its data, and the text that describes the rest."""
+        self.risk()  # what cannot be walked is refused there
         model = self.model if isinstance(self.model, Module) else None
         tensors = {**({} if model is None else model.state_dict()), **self.params}
         batches = (tensors_of(batch) for batch in self.data)

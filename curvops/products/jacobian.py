@@ -255,6 +255,7 @@ class TransposedJacobianLinearOperator(AdjointOperator):
     ) -> None:
         own: dict[str, Any] = {"check_deterministic": check_deterministic, "memory_budget": memory_budget, **options}
         super().__init__(JacobianLinearOperator(model_func, params, data, **own))
+        self._name = ""  # that of the class, in messages
 
 
 def _seen_outputs(z: Tensor, y: Any) -> Tensor:

@@ -5,6 +5,7 @@
 
 import sys
 from importlib.util import find_spec
+from inspect import signature
 from types import ModuleType
 
 if _missing := [
@@ -71,6 +72,7 @@ class _Callable(ModuleType):
     """This module when it is called."""
 
     __call__ = staticmethod(tour)
+    __signature__ = signature(tour)
 
 
 sys.modules[__name__].__class__ = _Callable

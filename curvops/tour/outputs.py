@@ -47,7 +47,7 @@ def expected_bytes(matrices: Sequence[int]) -> int:
     return files + len(OPERATORS) * max(matrices) + files * 4 // 3 + (FIGURES_BYTES + PAGE_BYTES) * len(matrices)
 
 
-def looks(frames: list[Mapping[str, Tensor]]) -> dict[str, Look]:
+def looks(frames: Sequence[Mapping[str, Tensor]]) -> dict[str, Look]:
     """How the two figures show several sets of matrices by title, by the figure's name."""
     label = f"Unaltered matrix entries ({UNALTERED_SHARE:.0%} within the colours)"
     clipped: dict[str, Any] = {"transform": unchanged, "clip": UNALTERED_SHARE, "transform_title": label}

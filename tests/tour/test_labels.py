@@ -96,7 +96,7 @@ def test_a_figure_takes_a_model_or_a_depth_and_a_single_operator():
     assert names(1) == ["0", "1"]
     model[1].requires_grad_(False)
     part = HessianLinearOperator(model, nn.MSELoss(), dict(model[0].named_parameters()), data)
-    fig, axes = plot_matrices({"one": part, "two": part.to_dense()}, groups=model)
+    _, axes = plot_matrices({"one": part, "two": part.to_dense()}, groups=model)
     assert [label.get_text() for label in axes[0, 0].get_yticklabels()] == ["0"]
     _, axes = plot_matrices(torch.eye(3), "mine")
     assert axes[0, 0].get_title() == "mine"

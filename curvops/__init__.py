@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from curvops.products.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
     from curvops.risk.empirical_risk import EmpiricalRisk
     from curvops.space import TensorSpace
+    from curvops.tour.own import tour as tour  # the module itself, which can be called
 _HOMES = {
     "BlockRule": "curvops.kronecker.options",
     "DiagonalOperator": "curvops.operators.diagonal",

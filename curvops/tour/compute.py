@@ -19,7 +19,7 @@ from curvops.memory import budget
 from curvops.risk.determinism import check_deterministic
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse import coarse_tour
-from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.coarse_files import CoarseFile, load_coarse
 from curvops.tour.facts import facts
 from curvops.tour.files import MatrixFile, load_matrices, save_matrices
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix
@@ -182,8 +182,7 @@ class _Matrices:
                 bar.set_postfix_str("".join(missing[missing.index(result.title) + 1 :][:1]))
         if not self.file.matrices:
             raise next(iter(refused.values()))
-        reasons = {title: f"{type(error).__name__}: {error}" for title, error in refused.items()}
-        if reasons:
+        if reasons := _reasons(refused):
             self.file.settings[REFUSED] = reasons
         self._save()
         return Tour(self.file, reasons, paths=[self._path])
@@ -226,18 +225,29 @@ def _blocks(
     path = problem.folder / BLOCKS
     if not resume:
         path.unlink(missing_ok=True)
-    found = coarse_tour(
-        problem.risk,
-        path,
-        groups=problem.groups,
-        seed=seed,
-        memory_budget=memory_budget,
-        settings={"setup": problem.title},
-        progressbar=progressbar,
-        say=say,
-    )
-    finished.matrices[path] = list(found.norms)
-    return Tour(found, paths=[path])
+    refused: dict[str, Exception] = {}
+    try:
+        found = coarse_tour(
+            problem.risk,
+            path,
+            groups=problem.groups,
+            seed=seed,
+            memory_budget=memory_budget,
+            settings={"setup": problem.title},
+            progressbar=progressbar,
+            say=say,
+            refused=refused,
+        )
+    finally:
+        if path.exists():
+            finished.matrices[path] = list(load_coarse(path).norms)
+    if not found.norms:
+        raise next(iter(refused.values()))
+    return Tour(found, _reasons(refused), paths=[path])
+
+
+def _reasons(refused: Mapping[str, Exception]) -> dict[str, str]:
+    return {title: f"{type(error).__name__}: {' '.join(str(error).split())}" for title, error in refused.items()}
 
 
 def _content(risk: EmpiricalRisk) -> str:

@@ -256,8 +256,7 @@ def _toured(
     groups = options.get("groups")
     sizes = sizes_of(module_groups(shapes) if groups is None else groups, risk.space.dim, shapes)
     prepare_output(folder, expected_bytes([risk.space.dim**2 * risk.space.dtype.itemsize]) if dense else FIGURES_BYTES)
-    if dense:
-        warm_up(risk.space.device, risk.space.dtype)
+    warm_up(risk.space.device, risk.space.dtype)
     return compute(
         Problem(title or title_of(model, params), risk, sizes, folder),
         seed=options.get("seed", 0),

@@ -23,7 +23,7 @@ def table(file: MatrixFile | CoarseFile, refused: Mapping[str, str], check: Cost
     for title in file.norms if isinstance(file, CoarseFile) else file.matrices:
         cells = _of_blocks(file, title) if isinstance(file, CoarseFile) else _of_matrix(file, title)
         lines.append(f"{title:<26}{_cells(file.costs.get(title, Cost()))}{cells}")
-    lines += [f"{title:<26}not computed: {' '.join(reason.split())}" for title, reason in refused.items()]
+    lines += [f"{title:<26}not computed: {reason}" for title, reason in refused.items()]
     costs = [*file.costs.values(), *([check] if check is not None else [])]
     return "\n".join([*lines, f"{'all':<26}{sum(cost.seconds for cost in costs):>9.3f}"])
 

@@ -43,6 +43,7 @@ def test_names_of_forty_layers_do_not_overlap(width, long):
         assert len(side) >= (8 if width == "page" else 5)
         assert not overlaps([label.get_window_extent() for label in side])
     texts = [label for side in labels for label in side] + [ax.title for ax in axes.flat] + fig.texts
+    texts.append(fig.axes[-1].yaxis.label)
     assert not overlaps([text.get_window_extent() for text in texts])
     for text in texts:
         box = text.get_window_extent()

@@ -44,9 +44,13 @@ class Data:
             raise TypeError(f"data: expected an iterable of batches (X, y), got {_kind(batches)}. Pass [(X, y)].")
         if isinstance(batches, Iterator):
             raise TypeError(f"data: got a {type(batches).__name__}, which can be walked only once; {_SEVERAL}")
-        if isinstance(batches, (tuple, list)) and any(isinstance(part, Tensor) for part in batches):
+        if (
+            isinstance(batches, (tuple, list))
+            and len(batches) == 2
+            and any(isinstance(part, Tensor) for part in batches)
+        ):
             raise TypeError(
-                f"data: expected an iterable of batches (X, y), got a {type(batches).__name__} with tensors. Is it one batch? Pass "
+                f"data: expected an iterable of batches (X, y), got one batch, a {type(batches).__name__} with tensors. Pass "
                 "data=[(X, y)]."
             )
         self.batches, self.device, self.batch_size_fn = batches, device, batch_size_fn

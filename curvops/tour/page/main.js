@@ -168,10 +168,10 @@ function showTip(row, column, title, event) {
   Object.assign(tip.style, { left: `${left}px`, top: `${top}px` });
 }
 
-// Looks at other rows and columns, at least three and none outside, in both heat maps.
+// Looks at other rows and columns, at least one and none outside, in both heat maps.
 function look(view) {
   const inside = view.map(([low, high]) => {
-    const size = Math.min(Math.max(high - low, 3), axis.rows);
+    const size = Math.min(Math.max(high - low, 1), axis.rows);
     const first = Math.min(Math.max((low + high - size) / 2, -0.5), axis.rows - 0.5 - size);
     return [first, first + size];
   });

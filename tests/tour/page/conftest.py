@@ -41,8 +41,11 @@ def tour_page(tour, tmp_path_factory):
 
 @pytest.fixture
 def page(chromium, tour_page):
-    """Return the browser with a fresh page of one stop."""
-    chromium.open(tour_page)
+    """Return the browser with a page of one stop, as it is when it is opened."""
+    if chromium.driver.current_url == tour_page.as_uri():
+        chromium.reset()
+    else:
+        chromium.open(tour_page)
     return chromium
 
 

@@ -69,19 +69,19 @@ class CoarseFile:
         seen = torch.cat([torch.cat([d.nodes[d.weights > 0], d.outliers]) for d in self.densities.values()]).double()
         turn = self.threshold
         low, high = ((value / turn).asinh() for value in (seen.min(), seen.max()))
-        width = float(high - low) / 100 or 1.0
+        width = float(high - low) / 75 or 1.0
         even = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, count, dtype=torch.float64)
-        found = {}
-        for title, density in self.densities.items():
-            curve = density.density(turn * even.sinh(), width=width, scale="symlog", threshold=turn)
-            # from all eigenvalues, and not from products
-            found[title] = curve if density.products else curve._replace(errors=torch.zeros_like(curve.values))
-        return found
+        points = turn * even.sinh()
+
+        def curve(density: SpectralDensity) -> Curve:
+            return density.density(points, width=width, scale="symlog", threshold=turn)
+
+        return {title: curve(density) for title, density in self.densities.items()}
 
     @property
     def threshold(self) -> float:
         """Where the scale of `curves` turns from linear to logarithmic."""
-        largest = max((float(torch.cat([d.nodes.flatten(), d.outliers]).abs().max()) for d in self.densities.values()))
+        largest = max(float(torch.cat([d.nodes.flatten(), d.outliers]).abs().max()) for d in self.densities.values())
         return 1e-5 * largest or 1.0
 
 
@@ -103,7 +103,7 @@ def save_coarse(path: str | Path, coarse: CoarseFile) -> Path:
     for title, density in coarse.densities.items():
         tensors |= {f"{name}/{title}": getattr(density, name) for name in _DENSITY}
     about = {
-        "titles": {name: list(getattr(coarse, name)) for name in (*_TENSORS, "densities")},
+        "titles": {name: list(getattr(coarse, name)) for name in _TENSORS},
         "densities": {title: {"dim": d.dim, "products": d.products} for title, d in coarse.densities.items()},
         "costs": {title: asdict(cost) for title, cost in coarse.costs.items()},
         **{name: getattr(coarse, name) for name in ("parameters", "groups", "settings", "explanations", "products")},
@@ -123,8 +123,10 @@ def load_coarse(path: str | Path) -> CoarseFile:
     titles = about["titles"]
     given: dict[str, Any] = {name: {t: tensors[f"{name}/{t}"] for t in titles[name]} for name in _TENSORS}
     given["densities"] = {
-        title: SpectralDensity(*(tensors[f"{name}/{title}"] for name in _DENSITY), **about["densities"][title])
-        for title in titles["densities"]
+        title: SpectralDensity(
+            tensors[f"nodes/{title}"], tensors[f"weights/{title}"], tensors[f"outliers/{title}"], **more
+        )
+        for title, more in about["densities"].items()
     }
     given["parameters"] = {name: tuple(shape) for name, shape in about["parameters"].items()}
     given["costs"] = {title: Cost(**cost) for title, cost in about["costs"].items()}

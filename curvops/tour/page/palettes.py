@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from curvops.tour.figure import DIVERGING, SEQUENTIAL
+from curvops.tour.panels import DIVERGING, SEQUENTIAL
 
 _STEPS = 33  # plotly blends between them
 

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from tour.page.pages import Browser, film, measured_tour
+from tour.page.pages import Browser, measured_tour
 
 from curvops.tour.page import write_page
 
@@ -47,9 +47,3 @@ def page(chromium, tour_page):
     else:
         chromium.open(tour_page)
     return chromium
-
-
-@pytest.fixture(scope="session")
-def film_page(tmp_path_factory):
-    """Return the file of a page with two stops."""
-    return write_page(tmp_path_factory.mktemp("pages") / "film.html", film(), title="A film")

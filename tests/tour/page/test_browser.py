@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from selenium.webdriver.common.keys import Keys
-from tour.page.pages import film, random_tour
+from tour.page.pages import random_tour
 
 from curvops.spectrum import SpectralDensity
 from curvops.tour import MatrixFile
@@ -240,21 +240,31 @@ def test_controls_can_be_reached_and_have_names(page):
     assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-def test_a_film_has_a_slider(chromium, film_page):
-    chromium.open(film_page)
-    first = chromium.images()["A"]
-    assert chromium.text("stop-label") == "step 0"
+EVIL = "</script><img src=x onerror='window.hit=1'>$x^2$&amp;<b>"
+
+
+def test_a_film_has_a_slider_and_names_are_text_whatever_they_are(chromium, tmp_path):
+    given = {"titles": (EVIL, "B"), "parameters": {EVIL: (12,)}, "groups": {"1": 6, EVIL: 6}}
+    first = random_tour(seed=1, **given, settings={EVIL: EVIL}, explanations={EVIL: EVIL})
+    second = random_tour(seed=2, **given)
+    chromium.open(write_page(tmp_path / "film.html", {"step 0": first, EVIL: second}, title=EVIL))
+    assert chromium.driver.title == EVIL
+    assert chromium.run("return document.querySelector('#panels .annotation text').textContent") == EVIL
+    assert chromium.run("return document.querySelector('#facts tr:nth-child(3)').textContent") == EVIL + EVIL
+    before, low, high = chromium.images()[EVIL]
+
     chromium.find("stop").send_keys(Keys.ARROW_RIGHT)
-    chromium.wait("return document.getElementById('stop-label').textContent === 'step 100'")
-    second, matrix = chromium.images()["A"], film()["step 100"].matrices["A"]
-    assert first[1:] == second[1:]  # one colour domain
-    assert not np.array_equal(first[0], second[0])
-    told, _ = chromium.hover(1, 8)
-    assert is_saved(told["A"], matrix, 1, 8)
+    chromium.wait("return document.getElementById('stop-label').textContent === arguments[0]", EVIL)
+    after = chromium.images()[EVIL]
+    assert (low, high) == after[1:]  # one colour domain
+    assert not np.array_equal(before, after[0])
+    told, here = chromium.hover(1, 8)
+    assert (here, told["row"]) == (EVIL, f"{EVIL}[1]")
+    assert is_saved(told[EVIL], second.matrices[EVIL], 1, 8)
     chromium.choose("axis", "Linear")
-    np.testing.assert_allclose(
-        chromium.plot("eigenvalues", "p.data[0].y"), torch.linalg.eigvalsh(matrix.double()).flip(0)
-    )
+    values = torch.linalg.eigvalsh(second.matrices[EVIL].double()).flip(0)
+    np.testing.assert_allclose(chromium.plot("eigenvalues", "p.data[0].y"), values)
+    assert chromium.run("return [window.hit ?? null, document.querySelectorAll('img').length]") == [None, 0]
     assert chromium.errors() == []
 
 
@@ -305,27 +315,6 @@ def test_averaged_cells_say_so(chromium, tmp_path):
     mean, low, high = (float(part) for part in told["A"].removeprefix("mean ").replace(", from", " to").split(" to "))
     assert (np.float32(low), np.float32(high)) == (cell.min().numpy(), cell.max().numpy())
     assert mean == pytest.approx(float(cell.mean()), rel=1e-3)
-    assert chromium.errors() == []
-
-
-def test_names_are_text_whatever_they_are(chromium, tmp_path):
-    evil = "</script><img src=x onerror='window.hit=1'>$x^2$&amp;<b>"
-    stop = random_tour(
-        2,
-        titles=(evil, "B"),
-        parameters={evil: (2,)},
-        groups={evil: 2},
-        settings={evil: evil},
-        explanations={evil: evil},
-    )
-    chromium.open(write_page(tmp_path / "evil.html", {evil: stop, "other": stop}, title=evil))
-    assert chromium.text("stop-label") == evil
-    assert chromium.driver.title == evil
-    told, here = chromium.hover(0, 1)
-    assert (here, told["row"]) == (evil, f"{evil}[0]")
-    assert chromium.run("return document.querySelector('#panels .annotation text').textContent") == evil
-    assert chromium.run("return document.querySelector('#facts tr:nth-child(3)').textContent") == evil + evil
-    assert chromium.run("return [window.hit ?? null, document.querySelectorAll('img').length]") == [None, 0]
     assert chromium.errors() == []
 
 

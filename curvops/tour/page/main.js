@@ -89,7 +89,8 @@ function showErrors(a, b) {
   const errors = blocksOfDifference(current(), titles, a, b);
   const between = errors ?? current().blocks[one].map((norm, k) => Math.abs(norm - norms[k]));
   const caption = errors ? `‖${one} − ${other}‖ / ‖${other}‖` : `|‖${one}‖ − ‖${other}‖| / ‖${other}‖`;
-  const overall = frobenius(between) / frobenius(norms);
+  const gap = frobenius(between);
+  const overall = gap && gap / frobenius(norms);
   byId("overall").textContent = errors
     ? `Relative Frobenius error over all blocks, ${caption}: ${percent(overall)}.`
     : "Of matrices this large only the blocks' norms are known: below is by how much these differ, which says less than the norm of a difference.";

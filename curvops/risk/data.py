@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from curvops.tree import map_tensors, tensors_of
 
@@ -34,10 +35,20 @@ class Data:
     def __init__(
         self, batches: Iterable[tuple[Any, Any]], device: torch.device, batch_size_fn: Callable[[Any], int] | None
     ) -> None:
+        if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+            raise TypeError(
+                f"data: expected an iterable of batches (X, y), got a {type(batches).__name__}, which has one datum at a time. Pass "
+                "DataLoader(dataset, batch_size=…), without shuffling."
+            )
         if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor)):
             raise TypeError(f"data: expected an iterable of batches (X, y), got {_kind(batches)}. Pass [(X, y)].")
         if isinstance(batches, Iterator):
             raise TypeError(f"data: got a {type(batches).__name__}, which can be walked only once; {_SEVERAL}")
+        if isinstance(batches, (tuple, list)) and any(isinstance(part, Tensor) for part in batches):
+            raise TypeError(
+                f"data: expected an iterable of batches (X, y), got a {type(batches).__name__} with tensors. Is it one batch? Pass "
+                "data=[(X, y)]."
+            )
         self.batches, self.device, self.batch_size_fn = batches, device, batch_size_fn
         self._seen = False
 

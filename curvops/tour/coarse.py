@@ -62,6 +62,7 @@ def coarse_tour(
     settings: Mapping[str, Any] | None = None,
     progressbar: bool = False,
     say: Say | None = None,
+    refused: dict[str, Exception] | None = None,
 ) -> CoarseFile:
     """Compute what can be seen of curvature matrices without forming them: blocks, traces, eigenvectors, densities.
 
@@ -89,6 +90,7 @@ def coarse_tour(
         settings: Further facts for the file, such as ``{"setup": title}``; JSON must hold them.
         progressbar: Show products as they are taken.
         say: Takes a line for each finished part.
+        refused: Takes by title what an operator raises, and the next one follows; without it, it is raised.
 
     Raises:
         ValueError: If a title, the groups or a number is not as described.
@@ -113,7 +115,12 @@ def coarse_tour(
     if path is not None:
         run.resume(Path(path))
     for title in titles:
-        run.title(title)
+        try:
+            run.title(title)
+        except Exception as error:  # whatever an operator raises on a model is what the reader of the table is told
+            if refused is None:
+                raise
+            refused[title] = error.with_traceback(None)  # whose frames hold tensors
     return run.coarse
 
 

@@ -32,10 +32,10 @@ def tutorial_cnn() -> EmpiricalRisk:
 
 
 def small_gpt() -> EmpiricalRisk:
-    """A GPT of two blocks of width 12, 8 sequences of 8 tokens."""
+    """A GPT of two blocks of width 8, 4 sequences of 6 tokens."""
     torch.manual_seed(0)
-    model = models.GPT(vocabulary=11, width=12, heads=2, depth=2, length=8).double()
-    data = [(torch.randint(11, (4, 8)), torch.randint(11, (4, 8))) for _ in range(2)]
+    model = models.GPT(vocabulary=9, width=8, heads=2, depth=2, length=6).double()
+    data = [(torch.randint(9, (2, 6)), torch.randint(9, (2, 6))) for _ in range(2)]
     return EmpiricalRisk(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
 
 
@@ -101,8 +101,11 @@ def main() -> None:
                 assert torch.allclose(first.norms.as_subclass(Tensor), exact[0])
                 cells += ["exact", "", "", "0", f"{seconds:.2f}", f"{dense:.2f}"]
             else:
-                more = {"num_products": options.products, "symmetric": True}
-                found = [first, *(block_norms(matrix, rows, seed=seed, **more) for seed in range(1, options.seeds))]
+                further = [
+                    block_norms(matrix, rows, num_products=options.products, symmetric=True, seed=seed)
+                    for seed in range(1, options.seeds)
+                ]
+                found = [first, *further]
                 z, off = scores(found, *exact)
                 beyond = float((z.abs() > 2).double().mean())
                 cells += [f"{float(z.square().mean()):.2f}", f"{beyond:.1%}", f"{float(z.abs().max()):.1f}"]

@@ -7,7 +7,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # run by `make docs`, `make minilm` and `make clients`, as they need packages of their own or draw figures
-WALKS = {"visual_tour", "minilm_laplace", "laplace_transformer"}
+WALKS = {"visual_tour", "minilm_laplace", "minilm_coarse", "laplace_transformer"}
 NAMES = sorted({path.stem for path in EXAMPLES.glob("*.py")} - WALKS)
 
 

@@ -117,6 +117,6 @@ assert sizes[-1] < 1e-8 and abs(value - rest) < 1e-9
 figure, ax = plt.subplots(figsize=(4.5, 3), layout="constrained")
 ax.semilogy([v - rest for v in values], "o-", label="loss above the least one")
 ax.semilogy(sizes[1:], "x-", label="norm of the gradient")
-ax.set(xlabel="step", title="Quadratic convergence at the end")
+ax.set(xlabel="step", title="Slow out of the saddle, fast at the end")
 ax.legend(frameon=False)
 plt.show()

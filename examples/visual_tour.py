@@ -126,7 +126,7 @@ assert torch.linalg.eigvalsh(matrices["Hessian"].double()).min() < -1e-3
 # separate the layers. Between the early layers the Hessian has strong blocks of its own: that is
 # the curvature of the network, which all the others leave out.
 
-folder = Path(__file__).resolve().parents[1] / "tour" / "example"
+folder = Path("tour/example")
 folder.mkdir(parents=True, exist_ok=True)
 figure, _ = plot_matrices(matrices, groups=setup.groups, transform=log_abs)
 print(save_figure(figure, folder / "curvature_matrices_log_abs.pdf"))

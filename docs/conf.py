@@ -34,6 +34,7 @@ nitpick_ignore_regex = [
     (r"py:class", r".*"),
 ]
 
+autodoc_mock_imports = ["laplace"]
 html_theme = "furo"
 html_title = "curvops"
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}

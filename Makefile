@@ -15,7 +15,7 @@ help:
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into the format that check asks for"
 	@echo "make docs     run the examples of docstrings, README and pages, and build the site with its tutorials, in docs/_build"
-	@echo "make support  write docs/support.md: what each operator does with each layer"
+	@echo "make support  write docs/support.md: what each operator does with each layer; and the README's count of it"
 	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside other libraries; and growth"
 	@echo "make bench-minilm  the same page: products and factors of a pretrained transformer, beside the peer library"
 	@echo "make calibrate  the measurements behind the rules that choose between ways of computing a product"
@@ -54,6 +54,7 @@ docs: .venv/.docs
 
 support: .venv/.dev
 	$(BIN)/python tests/kronecker/support.py --write
+	$(BIN)/python tests/kronecker/coverage.py --write README.md
 
 # each benchmark puts its section onto the page; ARGS="--rounds 3 --threads 1" goes to all of them
 bench: .venv-peer/.peer .venv-others/.others

@@ -1,5 +1,6 @@
 """How Sphinx builds the site: `make docs`."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -91,3 +92,4 @@ sphinx_gallery_conf = {
 
 # PyTorch's own, when it loads its rules for forward mode
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of each table of a font that a PDF leaves out

@@ -81,7 +81,7 @@ def check(
         params: Parameters by name, any subset of the module's.
         data: Iterable of ``(X, y)`` that can be walked again.
         seed: Seed of the random vectors and samples.
-        options: As of `HessianLinearOperator`.
+        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as of `HessianLinearOperator`.
 
     Returns:
         A table that prints. ``report.ok`` says whether nothing failed, ``report.rows`` are its rows.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.display import card
+
 
 class Estimate(Tensor):
     """A tensor that says how sure it is; results of operations on it are plain tensors, and gradients pass through.
@@ -58,6 +60,10 @@ class Estimate(Tensor):
 
     def __format__(self, specification: str) -> str:
         return format(self.item() if self.ndim == 0 and specification else str(self), specification)
+
+    def _repr_html_(self) -> str:
+        kind = "exact but for rounding" if self.exact else f"{self.method}, {self.products} products"
+        return card(f"Estimate {self._figures()}", [("method", kind), ("entries", f"{self.dtype}, {self.device}")])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Estimate:
         plain, error = copy.deepcopy((self.as_subclass(Tensor), self.standard_error), memo)

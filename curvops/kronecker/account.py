@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from curvops.display import card, table
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.cotangents import LIMIT
 from curvops.kronecker.state import State
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock
+
+HEADER = ("parameters", "size", "block", "used by", "memory", "why")
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,21 @@ class Explanation:
         return sum(row.memory for row in self.rows)
 
     def __str__(self) -> str:
-        table = [("parameters", "size", "block", "used by", "memory", "why")]
+        lines = [HEADER]
         for r in self.rows:
-            table.append((", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([self.title, *lines, f"total: {byte_size(self.memory)}", *self.notes])
+            lines.append((", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([self.title, *text, f"total: {byte_size(self.memory)}", *self.notes])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why) for r in self.rows
+        ]
+        notes = [("total", byte_size(self.memory)), *(("", note) for note in self.notes)]
+        return card(self.title, more=table(HEADER, rows) + table((), notes))
 
 
 def explained(

@@ -16,7 +16,14 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
     """The diagonal of the GGN (``fisher_type="type-2"``, exact, the default), or of a Monte-Carlo or empirical Fisher.
 
     Streamed: one backward pass for each column of the output factor, squared datum by datum, so that memory does
-    not grow with the number of outputs. Arguments as for `KFACLinearOperator`; ``kfac_approx`` has no effect.
+    not grow with the number of outputs.
+
+    Args:
+        model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
+        check_deterministic: As there.
+        options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (without effect), ``separate_weight_and_bias``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_data`` and ``batch_size_fn``, as there.
 
     Example:
         >>> import torch

@@ -71,9 +71,16 @@ class EKFACLinearOperator(KroneckerOperator):
     """KFAC in its eigenbasis with the exact diagonal there (George et al. 2018, arXiv 1806.03884).
 
     The block of a weight is (U_B ⊗ U_A) diag(λ) (U_B ⊗ U_A)ᵀ, λ from whole per-datum gradients, so that with
-    ``fisher_type="type-2"`` each block has the GGN's trace. Arguments as for `KFACLinearOperator`. The rows of
+    ``fisher_type="type-2"`` each block has the GGN's trace. The rows of
     the first walk over the data are kept for the correction while they fit the memory budget; beyond, a second walk
     draws the same samples.
+
+    Args:
+        model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
+        check_deterministic: As there.
+        options: ``fisher_type``, ``mc_samples``, ``kfac_approx``, ``separate_weight_and_bias``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_data`` and ``batch_size_fn``, as there.
 
     Example:
         >>> import torch

@@ -24,8 +24,14 @@ class KFOCLinearOperator(KroneckerOperator):
 
     Each weight's block is the single Kronecker product nearest, in Frobenius norm, to the block Σ vec(G) vec(G)ᵀ of
     whole per-datum gradients, by alternating least squares (a power iteration on the rearranged block) that starts at
-    KFAC's factors, so that it is never farther from the block than KFAC. Arguments as for `KFACLinearOperator`;
-    ``kfac_approx`` decides the start only.
+    KFAC's factors, so that it is never farther from the block than KFAC.
+
+    Args:
+        model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
+        check_deterministic: As there.
+        options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (of the start only), ``separate_weight_and_bias``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_data`` and ``batch_size_fn``, as there.
 
     Example:
         >>> import torch

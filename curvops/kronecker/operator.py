@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import Unpack
 
-from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes
+from curvops.kronecker.account import Explanation, byte_size, explained, notes_of, plan_notes
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
 from curvops.kronecker.groups import Key
-from curvops.kronecker.options import Options
+from curvops.kronecker.options import KroneckerOptions, Options
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.state import Entry, State
 from curvops.kronecker.sweep import Proof, Sweep
@@ -66,6 +67,14 @@ class StateOperator(BlockDiagonalOperator):
         """
         write_state(Path(path), self.state)
 
+    def _facts(self) -> list[tuple[str, str]]:
+        own = self.explain()
+        return [
+            *super()._facts(),
+            ("blocks", f"{len(own.rows)}, {byte_size(own.memory)}"),
+            *(("", note) for note in own.notes),
+        ]
+
     def explain(self) -> Explanation:
         """How each parameter is treated, and why: a table that prints, with its rows as data in ``.rows``."""
         return explained(repr(self), self.state, self.blocks, self._reasons, self._notes)
@@ -102,10 +111,11 @@ class KroneckerOperator(StateOperator):
         data: Iterable[tuple[Any, Any]],
         *,
         check_deterministic: bool = True,
-        **options: Any,
+        **options: Unpack[KroneckerOptions],
     ) -> None:
-        problem = {name: options.pop(name) for name in RiskOptions.__annotations__ if name in options}
-        own = self._options(**options)
+        given: dict[str, Any] = dict(options)
+        problem = {name: given.pop(name) for name in RiskOptions.__annotations__ if name in given}
+        own = self._options(**given)
         risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
         if check_deterministic:
             check(risk)

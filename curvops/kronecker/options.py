@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from curvops.risk.empirical_risk import RiskOptions
 from curvops.space import describe
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
@@ -41,6 +42,19 @@ class BlockRule:
                 f"allowed. Pass rule=BlockRule({option}={size}), allow_diagonal=True, or leave the parameter out."
             )
         return size <= largest
+
+
+class KroneckerOptions(RiskOptions, total=False):
+    """What the constructors of Kronecker operators take by name; see `KFACLinearOperator`."""
+
+    fisher_type: str | None
+    mc_samples: int
+    kfac_approx: str
+    separate_weight_and_bias: bool
+    num_per_example_loss_terms: int | None
+    seed: int
+    memory_budget: int | None
+    rule: BlockRule | None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class OutputCurvature(ABC):
 
     def __init__(self, z: Tensor, y: Any, batch_size: int) -> None:
         if not z.is_floating_point():
-            raise ValueError(f"'output_loss': expected a real floating-point output, got {z.dtype}.")
+            raise ValueError(f"loss_func: expected a real floating-point output, got {z.dtype}.")
         self.z, self.y, self.batch_size = z, y, batch_size
         self.dtype = torch.promote_types(z.dtype, torch.float32)
 

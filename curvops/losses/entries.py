@@ -57,7 +57,7 @@ class SquaredErrorCurvature(EntryCurvature):
     def check(**options: Any) -> None:
         if options:
             raise ValueError(
-                "'output_loss': the weight of 'mse_loss' has a batch axis, so it cannot follow a data set that is "
+                "loss_func: the weight of 'mse_loss' has a batch axis, so it cannot follow a data set that is "
                 "cut into batches. Pass a loss that reads each datum's weight from its target."
             )
 

@@ -58,7 +58,7 @@ class ScalarLoss:
                 signature.bind(None, None, **self.keywords)
         except TypeError as error:
             raise TypeError(
-                f"'output_loss': {self.name!r} cannot be called as loss(output, target): {error}. Wrap it in a "
+                f"loss_func: {self.name!r} cannot be called as loss(output, target): {error}. Wrap it in a "
                 "function of these two, with whatever else it needs as part of the target."
             ) from error
 
@@ -85,18 +85,18 @@ class ScalarLoss:
         for reduction in (meaning, asked):
             if reduction not in (None, "mean", "sum"):
                 raise ValueError(
-                    f"'output_loss': expected a reduction 'mean' or 'sum' of {self.name!r}, got {reduction!r}. "
+                    f"loss_func: expected a reduction 'mean' or 'sum' of {self.name!r}, got {reduction!r}. "
                     "A risk is one number."
                 )
         if meaning and asked and meaning != asked:
             raise ValueError(
-                f"'output_loss': {self.name!r} has the reduction {stated!r}, but reduction={asked!r} was passed. "
+                f"loss_func: {self.name!r} has the reduction {stated!r}, but reduction={asked!r} was passed. "
                 "Leave it out, or change the loss."
             )
         agreed = meaning or asked
         if agreed is None:
             raise ValueError(
-                f"'output_loss': the reduction of {self.name!r} is not known. Pass reduction='sum' if it sums over "
+                f"loss_func: the reduction of {self.name!r} is not known. Pass reduction='sum' if it sums over "
                 "the data, or reduction='mean' if it averages."
             )
         return agreed, stated or agreed
@@ -190,7 +190,7 @@ def _uncompiled(loss_func: Any) -> Any:
     if getattr(loss_func, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
         loss_func = getattr(loss_func, "__wrapped__", loss_func)
     if not callable(loss_func):
-        raise TypeError(f"'output_loss': expected a loss module or function of (output, target), got {loss_func!r}.")
+        raise TypeError(f"loss_func: expected a loss module or function of (output, target), got {loss_func!r}.")
     return loss_func
 
 

@@ -67,6 +67,7 @@ class BlockDiagonalOperator(LinearOperator):
     """
 
     _blocks: Sequence[Placed]
+    _at_hand = True
 
     @property
     def blocks(self) -> Sequence[Placed]:

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd.forward_ad import unpack_dual
 
+from curvops.display import card, heat_map
 from curvops.extras import extra
 from curvops.memory import check_fits
 from curvops.operators.damping import Damping, by_parameter, number
 from curvops.operators.quantities import Quantities
-from curvops.space import TensorSpace
+from curvops.space import TensorSpace, describe
 
 SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
+_SMALL = 1024  # rows and columns up to which a matrix at hand is drawn
 
 
 class Algebra(Protocol):
@@ -70,6 +72,7 @@ class LinearOperator(Quantities):
     __array_ufunc__ = None  # a NumPy array on the left must not try to multiply entry by entry
     _parts: tuple[LinearOperator, ...] = ()  # what this one is made of
     _name = ""  # what it is called, if not after its class
+    _at_hand = False  # whether its matrix follows from tensors that it holds, without model and data
 
     def __init__(
         self, domain: TensorSpace, codomain: TensorSpace | None = None, *, symmetric: bool = False, psd: bool = False
@@ -85,6 +88,23 @@ class LinearOperator(Quantities):
 
     def __repr__(self) -> str:
         return f"<{self.name} {self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows; nothing is computed but a small matrix that is at hand."""
+        small = self._at_hand and 0 < max(self.shape) <= _SMALL and self.device.type != "meta"
+        return card(self.name, self._facts(), picture=heat_map(self.to_dense()) if small else "")
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What is known without any work, in words."""
+        structure = "symmetric, positive semi-definite" if self.psd else "symmetric" if self.symmetric else "none known"
+        shape = f"{self.shape[0]:,} × {self.shape[1]:,}"
+        names = f"{len(self.domain.names)}: {describe(self.domain.names)}"
+        return [
+            ("shape", shape),
+            ("structure", structure),
+            ("entries", f"{self.dtype}, {self.device}"),
+            ("tensors", names),
+        ]
 
     @abstractmethod
     def _apply(self, columns: Tensor) -> Tensor:

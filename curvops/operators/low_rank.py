@@ -36,6 +36,8 @@ class OuterProductOperator(LinearOperator):
                 [ 2.,  0., -2.]])
     """
 
+    _at_hand = True
+
     def __init__(
         self,
         left: Vector,
@@ -90,6 +92,8 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         >>> op.trace(), op.inverse() @ torch.ones(4)  # 1 / 6
         (Estimate(12, exact), tensor([0.1667, 0.1667, 0.1667, 0.1667]))
     """
+
+    _at_hand = True
 
     def __init__(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
+from torch.nn import Module
+from typing_extensions import Unpack
 
 from curvops.gram import add_gram, mirrored
 from curvops.losses import Factor, Noise, OutputCurvature
@@ -22,6 +24,8 @@ from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.risk_operator import Cross, Fast, RiskOperator
 from curvops.products.rows import pulled_rows, term_cotangents
 from curvops.risk.data import Batch, joined_batch
+from curvops.risk.empirical_risk import RiskOptions
+from curvops.risk.model import ModelFunction
 from curvops.space import TensorSpace
 
 
@@ -158,10 +162,11 @@ class GGNLinearOperator(OutputFactorOperator):
     Monte-Carlo Fisher. That is a fixed matrix: the noise belongs to the datum and the seed, not to the batch.
 
     Args:
-        problem: ``model_func``, ``loss_func``, ``params`` and ``data``.
+        model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `HessianLinearOperator`.
         mc_samples: Number of sampled labels a loss term; 0 for the exact matrix.
         seed: Seed of the samples.
-        options: The other options, as of `HessianLinearOperator`.
+        check_deterministic, memory_budget: As there.
+        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as there.
 
     Raises:
         ValueError: If ``mc_samples`` is negative.
@@ -177,9 +182,22 @@ class GGNLinearOperator(OutputFactorOperator):
         torch.Size([8, 8])
     """
 
-    def __init__(self, *problem: Any, mc_samples: int = 0, seed: int = 2147483647, **options: Any) -> None:
+    def __init__(
+        self,
+        model_func: Module | ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[tuple[Any, Any]],
+        *,
+        mc_samples: int = 0,
+        seed: int = 2147483647,
+        check_deterministic: bool = True,
+        memory_budget: int | None = None,
+        **options: Unpack[RiskOptions],
+    ) -> None:
         self._options(mc_samples, seed)
-        super().__init__(*problem, **options)
+        own: dict[str, Any] = {"check_deterministic": check_deterministic, "memory_budget": memory_budget, **options}
+        super().__init__(model_func, loss_func, params, data, **own)
 
     def _options(self, mc_samples: int = 0, seed: int = 2147483647) -> None:
         if not isinstance(mc_samples, int) or mc_samples < 0:
@@ -203,6 +221,11 @@ class EFLinearOperator(OutputFactorOperator):
     """Empirical Fisher: the outer products of the loss terms' gradients at the true labels.
 
     It is not the Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558).
+
+    Args:
+        model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `HessianLinearOperator`.
+        check_deterministic, memory_budget: As there.
+        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as there.
 
     Example:
         >>> import torch

@@ -23,6 +23,23 @@ from curvops.space import TensorSpace
 class HessianLinearOperator(RiskOperator):
     """Hessian ∇² L(θ) of the empirical risk (Pearlmutter 1994 for its products).
 
+    Args:
+        model_func: Module called as ``model(X)``, or a function ``(params, X)``.
+        loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
+        params: Parameters by name: the module's own tensors, any subset of them.
+        data: Iterable of ``(X, y)`` that can be walked again.
+        check_deterministic: Compare two passes over the data, and the derivatives of second order with
+            central differences on a few data, before anything is computed.
+        memory_budget: Bytes that intermediate results may take, and graphs inside `linearized`; a quarter of the
+            free memory if not given.
+        options: ``reduction`` (``"mean"`` or ``"sum"``, for losses that do not say it themselves), ``progressbar``
+            (over the batches; needs ``tqdm``), ``num_data`` (compared with what the loader yields),
+            ``batch_size_fn`` (number of data in ``X`` where it cannot be seen).
+
+    Raises:
+        TypeError, ValueError: If an argument does not fit; the message says which and how.
+        RuntimeError: If two passes over the data differ.
+
     Example:
         >>> import torch
         >>> from curvops import HessianLinearOperator

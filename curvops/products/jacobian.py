@@ -42,7 +42,7 @@ class JacobianLinearOperator(LinearOperator):
         data: Iterable of ``(X, y)`` that can be walked again, in the same order; ``y`` is not looked at.
         check_deterministic: Compare two passes over the data before anything is computed.
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
-        options: ``progressbar``, ``num_data``, ``batch_size_fn``, as of `HessianLinearOperator`.
+        options: ``progressbar``, ``num_data``, ``batch_size_fn``, as of `HessianLinearOperator`; its ``reduction`` has no effect.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -78,6 +78,9 @@ class JacobianLinearOperator(LinearOperator):
     def explain(self) -> str:
         """What was chosen for each piece of work so far, and why."""
         return f"{self!r}\n{str(self.account) or '  nothing has been computed yet'}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
 
     def datum(self, n: int) -> JacobianLinearOperator:
         """The Jacobian of the ``n``-th datum's output, ``[outputs, D]``, as it is in its batch.
@@ -227,6 +230,11 @@ class _Outputs(NamedTuple):
 class TransposedJacobianLinearOperator(AdjointOperator):
     """Jᵀ, ``[D, N · outputs]``: the adjoint of the `JacobianLinearOperator` of the same arguments.
 
+    Args:
+        model_func, params, data: Model, parameters by name and batches, as of `JacobianLinearOperator`.
+        check_deterministic, memory_budget: As there.
+        options: ``progressbar``, ``num_data`` and ``batch_size_fn``, as there; ``reduction`` has no effect.
+
     Example:
         >>> import torch
         >>> from curvops import TransposedJacobianLinearOperator
@@ -235,8 +243,19 @@ class TransposedJacobianLinearOperator(AdjointOperator):
         (8, 10)
     """
 
-    def __init__(self, *problem: Any, **options: Any) -> None:
-        super().__init__(JacobianLinearOperator(*problem, **options))
+    def __init__(
+        self,
+        model_func: Module | ModelFunction,
+        params: Mapping[str, Tensor],
+        data: Iterable[tuple[Any, Any]],
+        *,
+        check_deterministic: bool = True,
+        memory_budget: int | None = None,
+        **options: Unpack[RiskOptions],
+    ) -> None:
+        own: dict[str, Any] = {"check_deterministic": check_deterministic, "memory_budget": memory_budget, **options}
+        super().__init__(JacobianLinearOperator(model_func, params, data, **own))
+        self._name = ""  # that of the class, in messages
 
 
 def _seen_outputs(z: Tensor, y: Any) -> Tensor:

@@ -38,22 +38,7 @@ SomeOperator = TypeVar("SomeOperator", bound="RiskOperator")
 class RiskOperator(LinearOperator):
     """A symmetric matrix c Σ_batches (…) of an empirical risk: of model, loss and data as they are at each product.
 
-    Args:
-        model_func: Module called as ``model(X)``, or a function ``(params, X)``.
-        loss_func: Loss ``(output, y)``: a module, or a function together with ``reduction``.
-        params: Parameters by name: the module's own tensors, any subset of them.
-        data: Iterable of ``(X, y)`` that can be walked again.
-        check_deterministic: Compare two passes over the data, and the derivatives of second order with
-            central differences on a few data, before anything is computed.
-        memory_budget: Bytes that intermediate results may take, and graphs inside `linearized`; a quarter of the
-            free memory if not given.
-        options: ``reduction`` (``"mean"`` or ``"sum"``, for losses that do not say it themselves), ``progressbar``
-            (over the batches; needs ``tqdm``), ``num_data`` (compared with what the loader yields),
-            ``batch_size_fn`` (number of data in ``X`` where it cannot be seen).
-
-    Raises:
-        TypeError, ValueError: If an argument does not fit; the message says which and how.
-        RuntimeError: If two passes over the data differ.
+    Args, options and errors are those of `HessianLinearOperator`.
     """
 
     def __init__(
@@ -102,6 +87,9 @@ class RiskOperator(LinearOperator):
         """What was chosen for each piece of work so far, and why."""
         rows = str(self.account) or "  nothing has been computed yet"
         return f"{self!r}\n{rows}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
 
     @contextmanager
     def linearized(self: SomeOperator) -> Iterator[SomeOperator]:

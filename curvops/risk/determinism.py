@@ -19,6 +19,10 @@ from curvops.substitutions import gradients
 from curvops.tree import tensors_of
 
 
+class NotFiniteWarning(RuntimeWarning):
+    """The loss or its gradient is infinite or no number."""
+
+
 @dataclass
 class Pass:
     """What one pass over the data saw."""
@@ -27,6 +31,7 @@ class Pass:
     value: Tensor  # the sum of the loss terms
     gradient: Tensor  # of this sum, ``[D]``
     linear: list[bool]  # whether the loss of each batch is linear in the output
+    finite: int = 0  # batches whose loss is finite, up to the first that is not
 
 
 def check_deterministic(risk: EmpiricalRisk) -> None:
@@ -43,8 +48,8 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
     tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
     if not _close(first.value, second.value, tolerance) or not _close(first.gradient, second.gradient, tolerance):
         raise RuntimeError(_model_message(risk))
-    for remark in _remarks(risk, first):
-        warnings.warn(remark, RuntimeWarning, stacklevel=3)
+    for remark, category in _remarks(risk, first):
+        warnings.warn(remark, category, stacklevel=3)
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:
@@ -56,6 +61,8 @@ def _walk(risk: EmpiricalRisk) -> Pass:
             curvature = walk.curvature(risk.forward(batch.X), batch)
             value = curvature.value()
             seen.value += value.detach()
+            if torch.isfinite(seen.value):
+                seen.finite = len(seen.linear) + 1
             seen.linear.append(curvature.linear)
             if value.requires_grad:
                 # part of the graph may be the caller's, as of a cached parametrization
@@ -65,29 +72,34 @@ def _walk(risk: EmpiricalRisk) -> Pass:
     return seen
 
 
-def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[str]:
+def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[RuntimeWarning]]]:
     """What a user should know before they trust a matrix of this risk."""
     if not torch.isfinite(seen.value) or not torch.isfinite(seen.gradient).all():
+        where = f", from batch {seen.finite} on (counted from 0)" if seen.finite < len(seen.linear) else ""
         yield (
-            f"data: the loss ({float(seen.value):g}) or its gradient is not finite. "
-            "Are there NaNs or infinities in data or parameters? Curvature will not be finite either."
+            f"data: the loss ({float(seen.value):g}) or its gradient is not finite{where}. "
+            "Are there NaNs or infinities in data or parameters? Curvature will not be finite either.",
+            NotFiniteWarning,
         )
     elif all(seen.linear):
         yield (
             "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, or a model that returns its "
-            "own loss), so the GGN and its relatives are zero. Let the model return logits and the loss be CrossEntropyLoss."
+            "own loss), so the GGN and its relatives are zero. Let the model return logits and the loss be CrossEntropyLoss.",
+            RuntimeWarning,
         )
     hooked = [name for name, p in risk.params.items() if _altered(p)]
     if hooked:
         yield (
             f"params: gradient hooks of {describe(hooked)} alter gradients, so products with curvature are altered too, and may not "
-            "be symmetric. Remove them, or leave these parameters out."
+            "be symmetric. Remove them, or leave these parameters out.",
+            RuntimeWarning,
         )
     norms = [m for m in risk.model.training_modules if isinstance(m, _NormBase) and not isinstance(m, _InstanceNorm)]
     if norms:
         yield (
             f"model: batch norm in train mode ({len(norms)} modules) mixes the data of a batch, so curvature depends on how the data "
-            "is cut into batches. Call model.eval(), or pass all data in one batch."
+            "is cut into batches. Call model.eval(), or pass all data in one batch.",
+            RuntimeWarning,
         )
 
 
@@ -108,7 +120,9 @@ def fingerprint(batch: Batch) -> tuple[float, ...]:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = real.detach().flatten().to(torch.float64)
         ramp = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
-        prints.append(float((flat.nan_to_num() * torch.cos(ramp)).sum()))
+        # infinities cancel to what equals nothing, not even itself
+        finite = flat.nan_to_num(posinf=1.0, neginf=-1.0)
+        prints.append(float((finite * torch.cos(ramp)).sum().nan_to_num()))
     return (batch.size, *prints)
 
 

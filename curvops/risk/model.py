@@ -40,7 +40,10 @@ class Model:
             raise TypeError(
                 f"model_func: expected a module or a function (params, X), got {type(model_func).__name__}."
             )
-        self.space = TensorSpace(params)
+        try:
+            self.space = TensorSpace(params)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"params: {error}") from None
         self.params = dict(params)
         while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
             model_func = getattr(model_func, attribute)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from curvops.display import card
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -27,3 +29,10 @@ class Solution:
     iterations: int
     converged: bool
     reason: str
+
+    def _repr_html_(self) -> str:
+        residuals = ", ".join(f"{value:.1e}" for value in self.residual.flatten()[:8].tolist())
+        more = f", … ({self.residual.numel()} columns)" if self.residual.numel() > 8 else ""
+        took = f"{self.products} products, {self.iterations} iterations"
+        facts = [("residual", residuals + more), ("took", took), ("stopped", self.reason)]
+        return card("Solution" if self.converged else "Solution, not converged", facts)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.display import card
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
 from curvops.spectrum.pairs import EigenPairs
@@ -94,6 +95,16 @@ class SpectralDensity:
         powers = torch.arange(degree + 1, dtype=torch.float64)
         by_start = (self.weights.unsqueeze(-1) * self.nodes.unsqueeze(-1) ** powers).sum(1)
         return self._curve(powers, by_start, (self.outliers.unsqueeze(-1) ** powers).sum(0))
+
+    def _repr_html_(self) -> str:
+        seen = torch.cat([self.nodes[self.weights > 0].flatten(), self.outliers.to(self.nodes)])
+        starts, depth = self.nodes.shape
+        facts = [
+            ("eigenvalues", f"{self.dim:,}, seen from {float(seen.min()):.4g} to {float(seen.max()):.4g}"),
+            ("outliers", f"{len(self.outliers)}, exactly"),
+            ("took", f"{self.products} products: {starts} start vectors, {depth} nodes each"),
+        ]
+        return card("Spectral density", facts)
 
     def _curve(self, points: Tensor, by_start: Tensor, outliers: Tensor | float) -> Curve:
         """Mean over starts, which are orthonormal: a sample without replacement from the bulk's dimensions."""

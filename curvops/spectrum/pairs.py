@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from curvops.display import card, table
+
 CONVERGED = "converged"
 
 
@@ -35,6 +37,15 @@ class EigenPairs:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.values, self.vectors))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (f"{value:.6g}", f"{residual:.1e}")
+            for value, residual in zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        ]
+        facts = [("vectors", " × ".join(map(str, self.vectors.shape))), ("took", f"{self.products} products")]
+        title = f"{len(self)} eigenpairs{'' if self.converged else ', not converged'}"
+        return card(title, [*facts, ("stopped", self.reason)], more=table(("eigenvalue", "residual"), rows))
 
     def __len__(self) -> int:
         return len(self.values)

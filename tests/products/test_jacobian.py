@@ -149,3 +149,9 @@ def test_no_batch_after_the_wanted_datum_is_run():
     op.datum(3) @ torch.ones(26, dtype=torch.float64)
     hook.remove()
     assert sizes == [2, 2]  # its shape, and the product
+
+
+def test_messages_name_the_class_that_was_called():
+    model, params, data = problem("mlp")
+    with pytest.raises(ValueError, match="'TransposedJacobianLinearOperator @ v': expected 10 rows"):
+        TransposedJacobianLinearOperator(model, params, data) @ torch.ones(3, dtype=torch.float64)

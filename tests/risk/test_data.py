@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from curvops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops.risk.determinism import NotFiniteWarning
 from curvops.tree import tensors_of
 
 OPERATORS = [HessianLinearOperator, GGNLinearOperator, KFACLinearOperator]
@@ -256,3 +257,28 @@ def test_half_precision_sums_over_many_batches_in_single():
     value = hessian.risk.value()
     expected = 600 * (model.weight.item() - 3) ** 2
     assert value.dtype == torch.bfloat16 and abs(value.item() / expected - 1) < 0.02
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_names_its_batch(model, value):
+    data = [(X[:2], Y[:2]), (X[2:4] * value, Y[2:4]), (X[4:], Y[4:])]
+    with pytest.warns(NotFiniteWarning, match="from batch 1 on \\(counted from 0\\). Are there NaNs or infinities"):
+        op(model, data)
+    with torch.no_grad():
+        model.weight.fill_(value)
+    with pytest.warns(NotFiniteWarning, match="from batch 0 on"):
+        op(model, data)
+
+
+def test_infinite_inputs_are_not_taken_for_others(model):
+    limited = nn.Sequential(nn.Hardtanh(), model)
+    op(limited, [(X / 0, Y)])  # two passes agree
+
+
+def test_params_are_named_in_what_is_refused(model):
+    for wrong, message in (
+        (list(model.parameters()), "expected a dict of named tensors"),
+        ({}, "expected at least one named"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"params: {message}"):
+            HessianLinearOperator(model, LOSS, wrong, [(X, Y)])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from curvops.display import card, table
+
+HEADER = ("operator", "compared with", "difference", "allowed", "verdict", "seconds", "")
 OK, FAILED, NOT_JUDGED = "ok", "FAILED", "not judged"
 
 
@@ -50,16 +53,24 @@ class Report:
         return all(row.verdict != FAILED for row in self.rows)
 
     def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [
-            ("operator", "compared with", "difference", "allowed", "verdict", "seconds", "")
-        ]
-        for row in self.rows:
-            numbers = ("" if n is None else f"{n:.1e}" for n in (row.difference, row.allowed))
-            table.append((row.operator, row.against, *numbers, row.verdict, f"{row.seconds:.1f}", row.why))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        count = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (OK, FAILED, NOT_JUDGED)}
-        total = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
-        return "\n".join([self.title, *lines, f"{total}; {sum(r.seconds for r in self.rows):.1f} s", *self.notes])
+        cells = [HEADER, *map(self._cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        return "\n".join([self.title, *lines, self._total(), *self.notes])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [self._cells(row) for row in self.rows]
+        return card(
+            self.title, more=table(HEADER, rows) + table((), [(note,) for note in (self._total(), *self.notes)])
+        )
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        numbers = ("" if n is None else f"{n:.1e}" for n in (row.difference, row.allowed))
+        return (row.operator, row.against, *numbers, row.verdict, f"{row.seconds:.1f}", row.why)
+
+    def _total(self) -> str:
+        count = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (OK, FAILED, NOT_JUDGED)}
+        total = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
+        return f"{total}; {sum(row.seconds for row in self.rows):.1f} s"

@@ -1,0 +1,28 @@
+"""The matrices that the commands know by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curvops.cli.problem import Problem
+from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
+from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
+from curvops.products.hessian import HessianLinearOperator
+
+OPERATORS: dict[str, type[Any]] = {
+    "hessian": HessianLinearOperator,
+    "ggn": GGNLinearOperator,
+    "ef": EFLinearOperator,
+    "fisher": GGNLinearOperator,
+    "kfac": KFACLinearOperator,
+    "ekfac": EKFACLinearOperator,
+}
+KRONECKER = ("kfac", "ekfac")
+
+
+def options(name: str, problem: Problem, *, seed: int, fisher_type: str, memory: int | None) -> dict[str, Any]:
+    """What an operator takes beside the problem."""
+    found: dict[str, Any] = {**problem.options, "memory_budget": memory}
+    if name in KRONECKER:
+        found |= {"fisher_type": fisher_type, "seed": seed}
+    return found | ({"mc_samples": 1, "seed": seed} if name == "fisher" else {})

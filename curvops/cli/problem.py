@@ -1,0 +1,226 @@
+"""The user's problem: model, loss, data and parameters, on the device and in the precision that were asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from curvops.cli.failures import Failure, UserError
+from curvops.cli.find import find_function
+from curvops.losses import output_loss
+from curvops.risk.determinism import NotFiniteWarning
+from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
+from curvops.space import TensorSpace, describe
+from curvops.tree import map_tensors, tensors_of
+
+_NAMES = ("model", "loss", "data", "params")
+_EXPECTED = "model, loss and data (and params by name, if only some), or a dict with these keys"
+
+
+@dataclass
+class Problem:
+    """What a user's function returned, and what it was asked with."""
+
+    target: str
+    model: Any
+    loss: Any
+    data: Any
+    params: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def arguments(self) -> tuple[Any, Any, dict[str, Tensor], Any]:
+        """What all operators take."""
+        return self.model, self.loss, self.params, self.data
+
+    def risk(self, **options: Any) -> EmpiricalRisk:
+        """The empirical risk, of which all operators can be made."""
+        return EmpiricalRisk(*self.arguments, **{**self.options, **options})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this problem from another: hashes of its tensors, its data, and the text that describes the rest."""
+        self.risk()  # what cannot be walked is refused there
+        model = self.model if isinstance(self.model, Module) else None
+        tensors = {**({} if model is None else model.state_dict()), **self.params}
+        batches = (tensors_of(batch) for batch in self.data)
+        return {
+            "problem": self.target,
+            "params": list(self.params),
+            "device": str(next(iter(self.params.values())).device),
+            "dtype": str(next(iter(self.params.values())).dtype).removeprefix("torch."),
+            "weights": _hash(tensors.values()),
+            "data": _hash(tensor for batch in batches for tensor in batch),
+            "code": hashlib.sha256(_without_addresses(f"{self.source}{model!r}{self.loss!r}").encode()).hexdigest()[
+                :16
+            ],
+        }
+
+
+class Batches:
+    """The first batches of a loader, with floating-point tensors in one precision; a loader in all else."""
+
+    def __init__(self, loader: Any, dtype: torch.dtype | None, count: int | None) -> None:
+        self._loader, self._dtype, self._count = loader, dtype, count
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in islice(self._loader, self._count):
+            yield map_tensors(lambda t: t.to(self._dtype) if t.is_floating_point() else t, batch)
+
+    def __len__(self) -> int:
+        return len(self._loader) if self._count is None else min(len(self._loader), self._count)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
+def load_problem(
+    target: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    params: tuple[str, ...] = (),
+    batches: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Problem:
+    """Call the user's function, seeded, and bring what it returns to a device and a precision.
+
+    Raises:
+        click.UsageError: If device or parameter patterns do not fit.
+        Failure: If there is no such function, or it returns something else; the message says what helps.
+        UserError: If the user's own code raises something.
+    """
+    warnings.simplefilter("error", NotFiniteWarning)  # within the session's context
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = None if device is None else find_device(device)
+    target, function = find_function(target)
+    torch.manual_seed(seed)
+    try:
+        given = function()
+    except SystemExit:
+        raise Failure(f"{target!r} ended the program (SystemExit); it must return {_EXPECTED}") from None
+    except Exception as error:
+        raise UserError(f"{target!r} failed, in your code:") from error
+    model, loss, data, named, options = _parts(target, given)
+    kind = None if dtype is None else getattr(torch, dtype)
+    for module in (model, loss):
+        if isinstance(module, Module):
+            module.to(where, kind)
+    if not isinstance(model, Module):
+        # a function's parameters are whoever's; it takes others in their place
+        named = {name: p.detach().to(where, kind).requires_grad_() for name, p in named.items()}
+    if dtype is not None or batches is not None:
+        data = Batches(data, kind, batches)
+    chosen = _chosen(named, params)
+    if any(p.device.type == "meta" for p in chosen.values()):
+        raise Failure(
+            f"{target!r}: the model's parameters are on the meta device: they have no values. Load its weights"
+        )
+    return Problem(target, model, loss, data, chosen, options, _source(function))
+
+
+def find_device(text: str) -> torch.device:
+    """A device that is here; a usage error says which ones are."""
+    here = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+    here += ["mps"] * torch.backends.mps.is_available()
+    with suppress(RuntimeError):
+        device = torch.device(text)
+        if device.type in ("cpu", "mps") and device.type in here:
+            return device
+        if device.type == "cuda" and f"cuda:{device.index or 0}" in here:
+            return device
+    raise click.UsageError(f"--device: there is no device {text!r} here; there are: {', '.join(here)}")
+
+
+def _parts(target: str, given: Any) -> tuple[Any, Any, Any, dict[str, Tensor], dict[str, Any]]:
+    if isinstance(given, Mapping):
+        known = [*_NAMES, *(name for name in RiskOptions.__annotations__ if name != "progressbar")]
+        if unknown := [key for key in given if key not in known]:
+            raise TypeError(
+                f"{target!r} returned a dict with unknown keys {describe(unknown)}; there are {', '.join(known)}"
+            )
+        if missing := [key for key in _NAMES[:3] if key not in given]:
+            raise TypeError(f"{target!r} returned a dict without {describe(missing)}; expected {_EXPECTED}")
+        found = dict(given)
+    elif isinstance(given, (tuple, list)) and len(given) in (3, 4):
+        found = dict(zip(_NAMES, given, strict=False))
+    else:
+        got = f"{type(given).__name__} of {len(given)}" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise TypeError(f"{target!r} returned a {got}; expected {_EXPECTED}")
+    model, loss, data, params = (found.pop(name, None) for name in _NAMES)
+    if not callable(model) or not callable(loss):
+        wrong, what = ("model", model) if not callable(model) else ("loss", loss)
+        raise TypeError(f"{target!r} returned a {type(what).__name__} as {wrong}; expected, in this order, {_EXPECTED}")
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        data = [tuple(data)]  # all data as one batch
+    if not isinstance(loss, Module) and "reduction" not in found:
+        _refuse_unknown_reduction(target, loss)
+    if params is None and not isinstance(model, Module):
+        raise TypeError(f"{target!r} returned a function as model; then params, by name, must be returned as well")
+    named = dict(model.named_parameters()) if params is None else params
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            f"{target!r} returned a {type(named).__name__} as params; expected a dict such as dict(model.named_parameters())"
+        )
+    return model, loss, data, dict(named), found
+
+
+def _refuse_unknown_reduction(target: str, loss: Any) -> None:
+    try:
+        output_loss(loss)
+    except ValueError as error:
+        raise Failure(
+            f"{target!r}: {str(error).partition('. Pass')[0]}. Return a dict with the keys model, loss, data and reduction: 'mean' or 'sum'"
+        ) from None
+
+
+def _chosen(named: dict[str, Tensor], patterns: tuple[str, ...]) -> dict[str, Tensor]:
+    """The parameters that some patterns match; those that are trained, if there are no patterns."""
+    if not patterns:
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        if named and not trained:
+            raise click.UsageError(
+                "no parameter requires a gradient: all are frozen. Pass --params '*' to take them all"
+            )
+        return trained
+    try:
+        return {name: named[name] for name in TensorSpace(named).match(patterns)}
+    except KeyError as error:
+        raise click.UsageError(f"--params: {error.args[0]}") from None
+
+
+def _source(function: Callable[[], Any]) -> str:
+    with suppress(OSError, TypeError):
+        return Path(inspect.getsourcefile(function) or "").read_text()
+    return ""
+
+
+def _without_addresses(text: str) -> str:
+    # of functions, which are elsewhere in each run
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _hash(tensors: Any) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().to("cpu").contiguous()
+        found.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    return found.hexdigest()[:16]

@@ -1,0 +1,104 @@
+"""One run of a command: where its output goes, what it has kept, and its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import click
+
+from curvops.cli.failures import UserError, failure_text, one_line, usage_line
+
+
+@dataclass
+class Session:
+    """What a command writes to: text or one JSON document on stdout, everything else on stderr.
+
+    Attributes:
+        title: The command, in front of each line on stderr.
+        as_json: Whether stdout takes one JSON document and nothing else.
+        kept: What is finished and kept on disk, for the line of an interruption.
+    """
+
+    title: str
+    as_json: bool = False
+    traceback: bool = False
+    kept: list[Any] = field(default_factory=list)
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
+
+    def say(self, text: str = "") -> None:
+        """A line for a person."""
+        print(text, file=sys.stderr if self.as_json else self.stdout, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line about the run, on stderr."""
+        print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+
+    def answer(self, document: dict[str, Any]) -> None:
+        """The JSON document, if it was asked for."""
+        if self.as_json:
+            print(json_text(document), file=self.stdout, flush=True)
+
+    def run(self, command: Callable[[Session], bool | None]) -> int:
+        """Run a command and explain how it fails; ``False`` is a failure that it has told itself."""
+        try:
+            with self._surroundings():
+                return 1 if command(self) is False else 0
+        except click.UsageError as error:
+            self._trace()
+            print(usage_line(error, self.title), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            self._trace()
+            self.note(f"interrupted; kept {'; '.join(map(str, self.kept)) or 'nothing'}")
+            return 130
+        except BrokenPipeError:
+            # whoever read has gone; what Python flushes at its end must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            return 1
+        except (Exception, UserError) as error:
+            self._trace()
+            self.note(failure_text(error))
+            return 1
+
+    @contextlib.contextmanager
+    def _surroundings(self) -> Any:
+        os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
+        with contextlib.ExitStack() as stack:
+            if self.as_json:
+                # what the user's file prints is not the document
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(warnings.catch_warnings())
+            # PyTorch 2.15's own, when it loads its rules for forward mode
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+            if not self.traceback:
+                warnings.showwarning = self._warn
+            yield
+
+    def _warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        self.note(f"warning: {one_line(str(message))}")
+
+    def _trace(self) -> None:
+        if self.traceback:
+            traceback.print_exc()
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """A document as JSON, with null for what JSON has no number for."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,207 @@
+"""The commands on a small problem: what they print, write and keep."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import curvops
+from curvops.cli import main
+from curvops.cli.commands import MATRICES
+from curvops.cli.commands import curvops as group
+from curvops.files import read_tensors
+
+PROBLEM = """
+import torch
+from torch import nn
+
+print("what a file prints")
+X, y = torch.linspace(-1, 1, 24).reshape(6, 4), torch.arange(6) % 3
+
+
+def problem():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3))
+    return model, nn.CrossEntropyLoss(), [(X[:4], y[:4]), (X[4:], y[4:])]
+"""
+SIZE = 19
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("mine.py").write_text(PROBLEM)
+    return "mine.py:problem"
+
+
+def document(capsys, *arguments, status=0):
+    """The one JSON document of a run, and what it printed on stderr."""
+    assert main([*arguments, "--json"]) == status
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_the_template_runs_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["new", "own.py"]) == 0
+    assert "curvops check own.py:problem" in capsys.readouterr().out
+    found, _ = document(capsys, "explain", "own.py", "--matrix", "hessian,ekfac")
+    assert list(found["matrices"]) == ["hessian", "ekfac"] and found["problem"] == "own.py:problem"
+    Path("own.py").write_text("mine")
+    assert main(["new", "own.py"]) == 1 and "--force overwrites it" in capsys.readouterr().err
+    assert Path("own.py").read_text() == "mine"
+    assert document(capsys, "new", "own.py", "--force")[0] == {"file": "own.py", "problem": "own.py:problem"}
+    assert "def problem()" in Path("own.py").read_text()
+
+
+def test_check(target, capsys):
+    found, errors = document(capsys, "check", target)
+    assert found["ok"] and {row["verdict"] for row in found["rows"]} == {"ok"}
+    assert "what a file prints" in errors and "compared with" in errors, "stdout is the document's"
+
+
+def test_check_says_what_failed_by_its_status(target, capsys):
+    text = PROBLEM.replace("    return model,", "    model.insert(0, nn.Dropout())\n    return model,")
+    Path("mine.py").write_text(text)
+    assert main(["check", target]) == 1
+    assert "dropout in train mode" in capsys.readouterr().out
+
+
+def test_explain_takes_one_batch(target, capsys):
+    found, _ = document(capsys, "explain", target, "--params", "2.*", "--dtype", "float64")
+    assert list(found["matrices"]) == list(MATRICES)
+    assert found["matrices"]["hessian"]["shape"] == [9, 9]
+    assert found["matrices"]["hessian"]["rows"]["products"]["choice"] == "reverse over reverse"
+    assert [row["names"] for row in found["matrices"]["kfac"]["rows"]] == [["2.weight"], ["2.bias"]]
+    assert "batch of 4" in found["matrices"]["kfac"]["explanation"] and "float64" in str(found)
+
+
+def test_spectrum_is_that_of_the_matrix(target, capsys):
+    asked = ["spectrum", target, "-k", "3", "--dtype", "float64", "--vectors", str(SIZE)]
+    hessian = document(capsys, *asked)[0]["matrices"]["hessian"]
+    kfac = document(capsys, *asked, "--matrix", "kfac", "--no-density")[0]["matrices"]["kfac"]
+    module = {}
+    exec(PROBLEM, module)
+    torch.manual_seed(0)
+    model, loss, data = module["problem"]()
+    params = {name: p for name, p in model.double().named_parameters()}
+    data = [(X.double(), y) for X, y in data]
+    dense = curvops.HessianLinearOperator(model, loss, params, data).to_dense()
+    values = torch.linalg.eigvalsh(dense)
+    expected = torch.cat([values[:3], values[-3:]])
+    torch.testing.assert_close(torch.tensor(hessian["eigenvalues"], dtype=torch.float64), expected)
+    assert hessian["converged"] and max(hessian["residuals"]) < 1e-6 and kfac["reason"] == "structure"
+    below = float((values <= 0).double().mean())
+    assert hessian["density"]["at_most_zero"] == pytest.approx(below, abs=1 / SIZE)
+    assert all(Path(figure).stat().st_size > 1000 for figure in hessian["density"]["figures"])
+    tensors, about = read_tensors(Path("spectrum/hessian.eigenvalues.safetensors"), "eigenpairs")
+    torch.testing.assert_close(dense @ tensors["vectors"], tensors["vectors"] * tensors["values"])
+    assert about["settings"]["params"] == list(params)
+
+
+def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
+    asked = ["spectrum", target, "-k", "1", "--matrix", "ggn", "--depth", "4"]
+    first, _ = document(capsys, *asked)
+
+    def never(*_, **__):
+        raise AssertionError("computed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curvops.GGNLinearOperator, "__init__", never)
+        again, errors = document(capsys, *asked)
+        assert again == first and errors.count("is not computed again") == 2
+        assert main([*asked, "--fresh"]) == 1 and "computed" in capsys.readouterr().err
+    assert main([*asked[:-1], "5"]) == 1
+    errors = capsys.readouterr().err
+    assert "'spectrum/ggn.density.safetensors' was computed with other settings (depth 4, now 5)" in errors
+    assert "--fresh" in errors and "--output" in errors
+    Path("mine.py").write_text(PROBLEM.replace("linspace(-1", "linspace(-2"))
+    assert main(asked) == 1
+    assert "(other data, other code)" in capsys.readouterr().err
+    Path("spectrum/ggn.eigenvalues.safetensors").write_bytes(b"cut")
+    assert main(asked) == 1
+    assert "truncated or not a safetensors file" in capsys.readouterr().err
+    assert main([*asked, "--fresh"]) == 0
+
+
+def test_an_interrupted_run_goes_on(target, capsys, monkeypatch):
+    asked = ["spectrum", target, "-k", "1", "--matrix", "ef,ggn", "--no-density"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            curvops.GGNLinearOperator, "eigenpairs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert main(asked) == 130
+    error = capsys.readouterr().err
+    assert error == "curvops spectrum: interrupted; kept spectrum/ef.eigenvalues.safetensors\n"
+    found, errors = document(capsys, *asked)
+    assert list(found["matrices"]) == ["ef", "ggn"] and errors.count("is not computed again") == 1
+    assert not list(Path("spectrum").glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_kfac_is_kept_and_loads(name, target, capsys):
+    asked = ["kfac", target, "--fisher-type", "type-2", "--dtype", "float64", *["--ekfac"] * (name == "ekfac")]
+    found, _ = document(capsys, *asked)
+    operator = curvops.load(found["file"])
+    assert found["file"] == f"kfac/{name}.safetensors" and found["shape"] == [SIZE, SIZE] == list(operator.shape)
+    assert found["trace"] == pytest.approx(float(operator.trace())) and found["bytes"] > 0
+    assert "0.weight" in found["explanation"] and operator.dtype == torch.float64
+    changed = Path(found["file"]).stat().st_mtime_ns
+    assert document(capsys, *asked)[0] == found and Path(found["file"]).stat().st_mtime_ns == changed
+    assert main([*asked, "--seed", "1"]) == 1
+    assert "seed 0, now 1, other weights" in capsys.readouterr().err
+    Path(found["file"]).with_suffix(".json").unlink()
+    assert main(asked) == 1 and "--fresh computes it anew" in capsys.readouterr().err
+    assert main([*asked, "--fresh", "--batches", "1"]) == 0
+    assert f"kfac/{name}.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(group.commands))
+def test_help_teaches_by_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    examples = text.partition("Examples:")[2].partition("\n\n")[0].strip().splitlines()
+    assert len(examples) in (2, 3) and all(line.strip().startswith(f"curvops {name}") for line in examples)
+    for line in examples:
+        words = line.partition(" | ")[0].replace("'", "").split()[2:]
+        group.commands[name].make_context(name, words)  # its options are there
+
+
+def test_help_and_version_need_no_pytorch():
+    code = (
+        "import sys\nfrom curvops.cli import main\nassert main(['--help']) == main(['--version']) == 0\n"
+        "assert main(['spectrum', '--help']) == 0 and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "\ncurvops " in done.stdout and f"PyTorch {torch.__version__.partition('+')[0]}" in done.stdout
+
+
+def test_without_click_one_line_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("curvops.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert main(["--help"]) == 1
+    assert capsys.readouterr().err == "curvops: the command line needs click: pip install 'curvops[tour]'\n"
+
+
+def test_shells_complete(monkeypatch, capsys):
+    monkeypatch.setenv("_CURVOPS_COMPLETE", "bash_complete")
+    for words, expected in (("curvops sp", "plain,spectrum"), ("curvops kfac --ek", "plain,--ekfac")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        with pytest.raises(SystemExit):
+            main(words.split()[1:])
+        assert capsys.readouterr().out.strip() == expected
+
+
+def test_names_are_imported_when_they_are_used():
+    assert set(curvops.__all__) == set(curvops._HOMES) <= set(dir(curvops))
+    assert all(getattr(curvops, name).__name__ == name for name in curvops.__all__)
+    assert curvops.solvers.__name__ == "curvops.solvers"
+    with pytest.raises(AttributeError, match="no attribute 'Hesian'"):
+        _ = curvops.Hesian

@@ -1,0 +1,195 @@
+"""What a hostile user sees: one line with the remedy, or the traceback of their own file, and the exit status."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from curvops.cli import main
+from curvops.cli.problem import load_problem
+
+FILE = """
+import sys
+import torch
+from torch import nn
+
+X, y = torch.linspace(-1, 1, 24).reshape(6, 4), torch.arange(6) % 3
+CE = nn.CrossEntropyLoss()
+constant = 3
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3))
+
+def good(): return net(), CE, [(X, y)]
+def pair(): return net(), CE, (X, y)
+def nothing(): pass
+def two(): return net(), CE
+def order(): return CE, [(X, y)], net()
+def needs(model): return model
+def breaks(): return undefined_name
+def ends(): sys.exit(3)
+def nan(): return net(), CE, [(X, y), (X, y), (X / 0, y)]  # infinities
+def double(): return net().double(), CE, [(X, y)]
+def shape(): return nn.Linear(5, 3), CE, [(X, y)]
+def function(): return net(), lambda z, t: nn.functional.cross_entropy(z, t), [(X, y)]
+def stated(): return {"model": net(), "loss": lambda z, t: nn.functional.cross_entropy(z, t), "data": [(X, y)], "reduction": "mean"}
+def keys(): return {"model": net(), "los": CE, "data": [(X, y)]}
+def lacks(): return {"model": net(), "data": [(X, y)]}
+def frozen(): return net().requires_grad_(False), CE, [(X, y)]
+def listed(): return net(), CE, [(X, y)], [1]
+def lonely(): return lambda params, X: X @ params["w"], CE, [(X, y)]
+def functional(): return lambda params, X: X @ params["w"], CE, [(X, y)], {"w": torch.ones(4, 3)}
+def dicts(): return net(), CE, [{"x": X, "y": y}]
+def walked(): return net(), CE, iter([(X, y)])
+def elsewhere(): return nn.Linear(4, 3, device="meta"), CE, [(X, y)]
+class Mine(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.missing
+
+def mine(): return Mine(4, 3), CE, [(X, y)]
+def wide(): return net(), nn.MSELoss(), [(X, torch.zeros(6, 3))] * 3
+"""
+RETURNS = "model, loss and data (and params by name, if only some), or a dict with these keys"
+ONE_LINE = [
+    ("check gone.py:good", 1, "there is no file 'gone.py'; 'curvops new gone.py' writes one"),
+    ("check fil.py:good", 1, "there is no file 'fil.py'; near: file.py"),
+    ("check gone.part:good", 1, "there is no module 'gone', neither here nor installed; is this the folder that it is in?"),
+    ("check fiel:good", 1, "there is no module 'fiel', neither here nor installed; near: file.py"),
+    ("check a/b:good", 1, "'a/b' is neither a file nor a module; expected FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION"),
+    ("check file.py:goood", 1, "'file.py' has no function 'goood'; did you mean 'good'? there are: net, good, pair"),
+    ("check file.py", 1, "'file.py' has no function 'problem'; "),
+    ("check file.py:constant", 1, "'file.py:constant': expected a function without arguments, got an int"),
+    ("check file.py:needs", 1, "'file.py:needs' cannot be called without arguments (missing a required argument: 'model')"),
+    ("check file.py:nothing", 1, f"'file.py:nothing' returned a NoneType; expected {RETURNS}"),
+    ("check file.py:two", 1, f"'file.py:two' returned a tuple of 2; expected {RETURNS}"),
+    ("check file.py:order", 1, "'file.py:order' returned a list as loss; expected, in this order, model, loss and data"),
+    ("check file.py:ends", 1, "'file.py:ends' ended the program (SystemExit); it must return model"),
+    ("check ends.py:x", 1, "importing 'ends.py' ended the program (SystemExit). Put what is run under if __name__"),
+    ("check file.py:keys", 1, "'file.py:keys' returned a dict with unknown keys 'los'; there are model, loss, data, params"),
+    ("check file.py:lacks", 1, "'file.py:lacks' returned a dict without 'loss'; expected model"),
+    ("check file.py:listed", 1, "'file.py:listed' returned a list as params; expected a dict such as"),
+    ("check file.py:lonely", 1, "returned a function as model; then params, by name, must be returned as well"),
+    ("check file.py:function", 1, "loss_func: the reduction of '<lambda>' is not known. Return a dict with the keys"),
+    ("check file.py:frozen", 2, "no parameter requires a gradient: all are frozen. Pass --params '*' to take them all."),
+    ("check file.py:dicts", 1, "data: expected batches (X, y), got a dict with keys ['x', 'y']. Wrap the loader"),
+    ("check file.py:walked", 1, "data: got a list_iterator, which can be walked only once"),
+    ("check file.py:elsewhere", 1, "the model's parameters are on the meta device: they have no values. Load its weights"),
+    ("kfac file.py:nan", 1, "data: the loss (nan) or its gradient is not finite, from batch 2 on (counted from 0)."),
+    ("spectrum file.py:nan --json", 1, "data: the loss (nan) or its gradient is not finite, from batch 2 on"),
+    ("kfac file.py:double", 1, "--dtype float32 or float64 brings model, loss and data to one precision"),
+    ("explain file.py:shape", 1, "RuntimeError: mat1 and mat2 shapes cannot be multiplied (6x4 and 5x3) (--traceback shows where)"),
+    ("check file.py:good --device cuda:99", 2, "--device: there is no device 'cuda:99' here; there are: cpu"),
+    ("check file.py:good --device tpu", 2, "--device: there is no device 'tpu' here; there are: cpu"),
+    ("check file.py:good --params layer4.*", 2, "--params: no parameter's name matches 'layer4.*'; there are '0.weight'"),
+    ("check file.py:good --params 2", 2, "--params: no parameter's name matches '2'; near: '2.*'."),
+    ("check file.py:good --dtype int8", 2, "'int8' is not one of 'float32', 'float64'"),
+    ("kfac file.py:good --memory lots", 2, "'lots' is no size: expected a number with a unit, such as 2GB or 500MiB"),
+    ("kfac file.py:good --memory 0", 2, "'0' is no size"),
+    ("kfac file.py:good --fisher-type forward-only --ekfac", 1, "fisher_type: 'forward-only' takes no gradients"),
+    ("kfac file.py:good --output file.py", 1, "cannot write 0 MB to 'file.py': Not a directory"),
+    ("spectrum file.py:good --matrix hesian", 2, "'hesian' is not a comma-separated choice of hessian, ggn, ef"),
+    ("spectrum file.py:good -k 20", 2, "-k: the matrix has 19 eigenvalues, one for each parameter; got 20."),
+    ("tour file.py:good --setups digits", 2, "--setups chooses among built-in models, and 'file.py:good' is"),
+    ("tour --params x", 2, "--params belongs to a problem of your own: curvops tour MODULE:PROBLEM --params."),
+    ("new mine", 1, "'mine' must end in .py, for instance 'mine.py'"),
+    ("new gone/mine.py", 1, "there is no folder 'gone'; make it first"),
+    ("check", 2, "Missing argument 'MODULE:PROBLEM'."),
+    ("chek", 2, "No such command 'chek'."),
+    ("check file.py:good --jsn", 2, "No such option '--jsn'"),
+]  # fmt: skip
+TRACEBACKS = [
+    ("file.py:breaks", "'file.py:breaks' failed, in your code:", "in breaks", "NameError: name 'undefined_name'"),
+    ("file.py:mine", "your code raised AttributeError", "in forward", "'Mine' object has no attribute 'missing'"),
+    ("syntax.py:x", "importing 'syntax.py' failed, in your code:", 'syntax.py", line 1', "SyntaxError"),
+    ("imports.py:x", "importing 'imports.py' failed, in your code:", "in <module>", "No module named 'not_there'"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, text in {"file": FILE, "syntax": "def x(:", "imports": "import not_there", "ends": "exit()"}.items():
+        Path(f"{name}.py").write_text(text)
+
+
+@pytest.mark.parametrize(("line", "status", "expected"), ONE_LINE, ids=[line for line, *_ in ONE_LINE])
+def test_one_line_and_the_remedy(line, status, expected, capsys):
+    assert main(line.split()) == status
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1 and printed.out == ""
+    assert expected in printed.err
+    assert printed.err.startswith(f"curvops {line.split()[0]}: " if line != "chek" else "curvops: ")
+
+
+@pytest.mark.parametrize(("target", "first", "where", "last"), TRACEBACKS, ids=[case[0] for case in TRACEBACKS])
+def test_a_traceback_of_the_users_own_code(target, first, where, last, capsys):
+    assert main(["explain", target]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"curvops explain: {first}" and last in lines[-1]
+    assert any(where in line for line in lines) and not any("curvops/" in line for line in lines)
+    assert main(["explain", target, "--traceback"]) == 1
+    assert "curvops/cli/session.py" in capsys.readouterr().err
+
+
+def test_a_missing_module_is_looked_for_below_packages(capsys):
+    Path("package").mkdir()
+    Path("package/part.py").write_text(FILE)
+    assert main(["check", "package.pat:good"]) == 1
+    assert "no module 'package.pat', neither here nor installed; near: package/part.py" in capsys.readouterr().err
+    assert load_problem("package.part:good").target == "package.part:good"
+
+
+def test_what_is_asked_for_is_what_is_taken():
+    problem = load_problem("file.py:wide", dtype="float64", params=("2.*", "0.bias"), batches=2, seed=3, threads=1)
+    assert list(problem.params) == ["0.bias", "2.weight", "2.bias"] and len(problem.data) == 2
+    assert {p.dtype for p in problem.params.values()} == {X.dtype for X, _ in problem.data} == {torch.float64}
+    assert torch.equal(problem.params["0.bias"], load_problem("file.py:wide", seed=3).params["0.bias"].double())
+    assert not torch.equal(problem.params["0.bias"], load_problem("file.py:wide").params["0.bias"].double())
+    assert float(problem.risk().value()) > 0 and torch.get_num_threads() == 1
+    assert len(load_problem("file.py:pair").data) == 1
+    assert load_problem("file.py:stated").risk().loss.reduction == "mean"
+    assert load_problem("file.py:frozen", params=("*.bias",)).risk().space.dim == 5
+    assert load_problem("file.py:functional", dtype="float64").risk().space.dtype == torch.float64
+
+
+def test_the_fingerprint_is_that_of_what_is_asked():
+    def print_of(name="good", **given):
+        return load_problem(f"file.py:{name}", **given).fingerprint()
+
+    first = print_of()
+    assert print_of() == first and print_of("stated")["code"] == print_of("stated")["code"]
+    changed = {key for key, value in print_of(seed=1).items() if value != first[key]}
+    assert changed == {"weights"}
+    assert {key for key, value in print_of(params=("0.*",)).items() if value != first[key]} == {"params"}
+    assert print_of("nan")["data"] != print_of("nan", batches=1)["data"] == first["data"]
+
+
+def test_warnings_are_one_line(capsys):
+    text = FILE.replace("nn.Tanh()", "nn.BatchNorm1d(2)")
+    Path("file.py").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["explain", "file.py:good", "--matrix", "ggn"]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("curvops explain: warning: model: batch norm in train mode") for line in errors)
+
+
+def test_who_reads_may_go_away(monkeypatch, tmp_path):
+    class Closed:
+        def write(self, _):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def flush(self):
+            return None
+
+        def fileno(self):
+            return self.file.fileno()
+
+    closed = Closed()
+    with (tmp_path / "pipe").open("w") as closed.file:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["new", "read.py"]) == 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvops.estimators.estimate import Estimate
 from curvops.estimators.groups import Groups, resolve, sums
-from curvops.estimators.norm import BlockNorms
+from curvops.estimators.norm import DiagonalBlocks
 from curvops.estimators.probes import Probes, mean_and_error
 from curvops.estimators.rounds import Budget, run
 from curvops.matrix import Matrix, Products
@@ -71,7 +71,7 @@ def by_group(
     }
 
 
-class _Blocks(BlockNorms):
+class _Blocks(DiagonalBlocks):
     """Traces, squared norms and the whole diagonal, one after the other."""
 
     method = "Hutchinson"

@@ -61,7 +61,7 @@ def squared_norm(
     blocks = groups is not None
     with Products(matrix, "squared norm", square=blocks, symmetric=blocks, progressbar=progressbar) as products:
         probes, rows = Probes(products, seed, distribution), resolve(groups, products)
-        sampler = BlockNorms(probes, rows) if blocks else _Whole(probes)
+        sampler = DiagonalBlocks(probes, rows) if blocks else _Whole(probes)
         return by_name(run(sampler, products, Budget(num_products, tolerance, max_products)), groups, rows)
 
 
@@ -82,7 +82,7 @@ class _Whole:
         return torch.cat([product.square().sum(0) for _, product in self.probes.identity()]).sum(0, keepdim=True)
 
 
-class BlockNorms:
+class DiagonalBlocks:
     """Squared norms of diagonal blocks of a symmetric matrix, from all pairs of products."""
 
     method, cost, least = "pairs", 1, 3

@@ -46,9 +46,10 @@ class Probes:
         """No vectors, ``[D, 0]``."""
         return torch.zeros(self.size, 0, dtype=self.dtype, device=self.products.device)
 
-    def draw(self, count: int) -> Tensor:
-        """New random vectors ``[D, count]``."""
-        columns = [self._entries((self.size,), self._generator, self.products) for _ in range(count)]
+    def draw(self, count: int, size: int | None = None) -> Tensor:
+        """New random vectors ``[D, count]``, or of another size."""
+        shape = (self.size if size is None else size,)
+        columns = [self._entries(shape, self._generator, self.products) for _ in range(count)]
         return torch.stack(columns, 1).to(self.dtype)
 
     def times(self, columns: Tensor, *, adjoint: bool = False) -> Tensor:

@@ -66,6 +66,11 @@ class OutputLoss:
             closed[0].check(**closed[1])
 
     @property
+    def name(self) -> str:
+        """What the function is called, or the class of the module."""
+        return self._loss.name
+
+    @property
     def reduction(self) -> str:
         """ "mean" or "sum", over the whole data set."""
         return self._loss.reduction()[0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from curvops.estimators.groups import Rows
 from curvops.operators.blocks import AffineBlock, Block, EigenBlock, KroneckerBlock
 from curvops.operators.damping import Damping, Number, by_parameter, number
 from curvops.operators.linear_operator import LinearOperator
@@ -92,6 +93,29 @@ class BlockDiagonalOperator(LinearOperator):
 
     def _exact_norm(self) -> Tensor:
         return self._total(placed.block.frobenius_norm().square() for placed in self.blocks).sqrt()
+
+    def _exact_block_norms(self, groups: Mapping[str, Rows]) -> Tensor | None:
+        """Where no block is cut: each has all or none of its parameters among a group's rows."""
+        inside = torch.zeros(len(groups), len(self.blocks), dtype=torch.bool)
+        for i, rows in enumerate(groups.values()):
+            share = {name: self._share(name, rows) for name in self.domain.names}
+            for b, placed in enumerate(self.blocks):
+                shares = {share[name] for name in placed.names}
+                if shares not in ({0.0}, {1.0}):
+                    return None
+                inside[i, b] = shares == {1.0}
+        norms = [placed.block.frobenius_norm().double().cpu() for placed in self.blocks]
+        both = inside.double()
+        return ((both * torch.stack(norms).square()) @ both.T).to(self.device)
+
+    def _share(self, name: str, rows: Rows) -> float:
+        """The part of a parameter's entries that are among some rows, from 0 to 1."""
+        own = self.domain.slice(name)
+        if isinstance(rows, slice):
+            found = max(0, min(own.stop, rows.stop) - max(own.start, rows.start))
+        else:
+            found = int(((rows >= own.start) & (rows < own.stop)).sum())
+        return found / max(1, own.stop - own.start)
 
     def _exact_logdet(self, damping: Damping) -> Tensor:
         def log(placed: Placed, shift: Number) -> Tensor:

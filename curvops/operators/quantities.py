@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from curvops import estimators, spectrum
-from curvops.estimators import Estimate
-from curvops.estimators.groups import by_name, resolve
+from curvops.estimators import BlockNorms, Estimate
+from curvops.estimators.groups import Groups, Rows, by_name, resolve
 from curvops.matrix import Products
 from curvops.operators.damping import Damping, by_parameter, number
 from curvops.solvers import SOLVERS, Solution
@@ -105,6 +105,34 @@ class Quantities(ABC):
         root = squared.clamp(min=0).sqrt()
         error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
         return Estimate.of(root, error, products=squared.products, method=squared.method, exact=squared.exact)
+
+    def block_norms(self, groups: Groups = "modules", **options: Any) -> BlockNorms:
+        """Frobenius norms of all blocks, and traces of those on the diagonal: exact where the structure gives them.
+
+        Args:
+            groups: ``"modules"``, ``"tensors"``, or a dict name → slice or indices.
+            options: As of `curvops.estimators.block_norms`.
+
+        Raises:
+            ValueError: If the operator is not square.
+
+        Example:
+            >>> import torch
+            >>> from curvops import KFACLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> kfac = KFACLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> found = kfac.block_norms("tensors")
+            >>> found.names, found.norms.exact, bool(found.norms[0, 1] == 0)
+            (('weight', 'bias'), True, True)
+        """
+        _check_names("block_norms", options, estimators.block_norms)
+        rows = resolve(groups, Products(self, "block norms"))
+        squares, diagonal = self._exact_block_norms(rows), self._exact_diagonal()
+        if squares is None or diagonal is None:
+            return estimators.block_norms(self, groups, **options)
+        traces = torch.stack([diagonal[own].sum() for own in rows.values()])
+        found = ((each, torch.zeros_like(each)) for each in (squares, traces))
+        return BlockNorms.of(rows, *found, products=0, method="structure", exact=True)
 
     def logdet(self, damping: Damping = 0.0, **options: Any) -> Estimate:
         """Logarithm of the determinant of the matrix plus ``damping`` times the identity, an `Estimate` without axes.
@@ -240,6 +268,10 @@ class Quantities(ABC):
         return None
 
     def _exact_norm(self) -> Tensor | None:
+        return None
+
+    def _exact_block_norms(self, groups: Mapping[str, Rows]) -> Tensor | None:
+        """‖A_ij‖² of all pairs of groups, ``[G, G]``."""
         return None
 
     def _exact_logdet(self, damping: Damping) -> Tensor | None:

@@ -33,7 +33,7 @@ class SpectralDensity:
         nodes, weights: Of the bulk, for each of K start vectors, ``[K, m]``; each start's weights sum to 1.
         outliers: Eigenvalues that were deflated, ``[p]``.
         dim: D.
-        products: Products that were taken.
+        products: Products that were taken; none where all eigenvalues were known.
     """
 
     nodes: Tensor
@@ -41,6 +41,30 @@ class SpectralDensity:
     outliers: Tensor
     dim: int
     products: int
+
+    @classmethod
+    def of(cls, eigenvalues: Tensor, bins: int = 4000) -> SpectralDensity:
+        """The density of all eigenvalues ``[D]``, of which neighbours are taken together where there are many.
+
+        Bins are even on a symmetric logarithm down to 1e-12 of the largest |λ|; zeros have their own.
+
+        Example:
+            >>> import torch
+            >>> found = SpectralDensity.of(torch.tensor([0.0, 1.0, 1.0, 5.0]))
+            >>> [round(x, 4) for x in found.cumulative(torch.tensor([0.5, 2.0])).values.tolist()]
+            [0.25, 0.75]
+        """
+        known = eigenvalues.detach().double().cpu()
+        turn = 1e-12 * float(known.abs().max()) or 1.0
+        places = (known / turn).asinh()
+        low, high = float(places.min()), float(places.max())
+        # even bins from 1 on; an exact zero has bin 0
+        index = ((places - low) / ((high - low) or 1.0) * (bins - 1)).long() + 1
+        index[known == 0] = 0
+        counts = torch.bincount(index, minlength=bins + 1).double()
+        means = torch.bincount(index, weights=known, minlength=bins + 1) / counts.clamp(min=1)
+        filled = counts > 0
+        return cls(means[filled][None], counts[filled][None] / len(known), known[:0], len(known), 0)
 
     def density(
         self, points: Tensor | None = None, *, width: float | None = None, scale: Scale = "linear",
@@ -113,7 +137,7 @@ class SpectralDensity:
         spread = by_start.std(0) if count > 1 else torch.full_like(by_start[0], torch.nan)
         errors = share * spread * ((bulk - count) / (bulk * count)) ** 0.5
         values = share * by_start.mean(0) + torch.as_tensor(outliers, dtype=by_start.dtype) / self.dim
-        return Curve(points, values, torch.zeros_like(values) if count == bulk else errors)
+        return Curve(points, values, torch.zeros_like(values) if count == bulk or not self.products else errors)
 
 
 def spectral_density(

@@ -1,29 +1,73 @@
-"""The visual tour: matrices of small models, measured, drawn and kept. Needs the extra `tour`."""
+"""The visual tour: curvature matrices of a model, measured, drawn and kept. Needs the extra `tour`.
 
-from curvops.tour.figure import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
+`curvops.tour(model, loss, data)` takes it of your own model: see `curvops.tour.tour`, which this module is when called.
+"""
+
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+if _missing := [
+    name for name in ("matplotlib", "tueplots", "plotly", "safetensors", "tqdm") if find_spec(name) is None
+]:
+    raise ModuleNotFoundError(f"curvops.tour needs {_missing[0]}: pip install 'curvops[tour]'", name=_missing[0])
+
+from curvops.tour.coarse import Effort, coarse_tour
+from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
+from curvops.tour.compute import Finished, Tour
+from curvops.tour.figure import plot_matrices, save_figure
 from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
+from curvops.tour.films import film
+from curvops.tour.groups import module_groups
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, make_operator
-from curvops.tour.run import Finished, run_tour
+from curvops.tour.own import TourOptions, tour, tour_checkpoints
+from curvops.tour.page import write_page
+from curvops.tour.panels import Look, color_domain, log_abs, shared_look, unchanged
+from curvops.tour.run import run_tour
 from curvops.tour.setups import Setup, digits, tutorial
+from curvops.tour.style import figure_style
 
 __all__ = [
     "OPERATORS",
+    "CoarseFile",
+    "Effort",
     "Finished",
+    "Look",
     "MatrixFile",
     "Measured",
     "OutputError",
     "Setup",
+    "Tour",
+    "TourOptions",
+    "coarse_tour",
     "color_domain",
     "digits",
     "each_matrix",
     "figure_style",
+    "film",
+    "load_coarse",
     "load_matrices",
     "log_abs",
     "make_operator",
+    "module_groups",
     "plot_matrices",
     "run_tour",
+    "save_coarse",
     "save_figure",
     "save_matrices",
+    "shared_look",
+    "tour",
+    "tour_checkpoints",
     "tutorial",
     "unchanged",
+    "write_page",
 ]
+
+
+class _Callable(ModuleType):
+    """This module when it is called."""
+
+    __call__ = staticmethod(tour)
+
+
+sys.modules[__name__].__class__ = _Callable

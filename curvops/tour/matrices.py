@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,21 +54,39 @@ def make_operator(title: str, setup: Setup, *, seed: int = 0, check_deterministi
     risk = setup.risk()
     if check_deterministic:
         check(risk)
-    return _operator(title, risk, seed)
+    return _operator(title, risk, seed, None)
 
 
-def each_matrix(risk: EmpiricalRisk, *, titles: Sequence[str] = tuple(OPERATORS), seed: int = 0) -> Iterator[Measured]:
+def each_matrix(
+    risk: EmpiricalRisk,
+    *,
+    titles: Sequence[str] = tuple(OPERATORS),
+    seed: int = 0,
+    memory_budget: int | None = None,
+    refused: dict[str, Exception] | None = None,
+) -> Iterator[Measured]:
     """Yield the curvature matrices `[D, D]` of a risk, such as `Setup.risk()`, each as soon as it is finished.
 
-    Determinism is not checked. The titles are some of `OPERATORS`; the seed is that of the Monte-Carlo operators.
+    Determinism is not checked. The titles are some of `OPERATORS`; the seed is that of the Monte-Carlo operators. What the
+    operator of a matrix raises, or that it is not finite, goes into `refused` by title, and the next one follows; without
+    `refused` it is raised.
     """
     for title in titles:
-        with measured(risk.space.device) as cost:
-            operator = _operator(title, risk, seed)
-            matrix = operator.to_dense()
-        yield Measured(title, matrix.detach(), cost, str(operator.explain()))
+        try:
+            with measured(risk.space.device) as cost:
+                operator = _operator(title, risk, seed, memory_budget)
+                matrix = operator.to_dense().detach()
+            if not matrix.isfinite().all():
+                raise ValueError(f"{int((~matrix.isfinite()).sum())} entries are not finite.")
+        except Exception as error:  # whatever an operator raises on a model is what the reader of the table is told
+            if refused is None:
+                raise
+            refused[title] = error.with_traceback(None)  # whose frames hold tensors
+            continue
+        yield Measured(title, matrix, cost, str(operator.explain()))
 
 
+@cache
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Use everything once, on a tiny net: torch's first use of it costs time and memory that belong to no matrix."""
     risk = tiny(device=device, dtype=dtype).risk()
@@ -75,6 +94,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     list(each_matrix(risk))
 
 
-def _operator(title: str, risk: EmpiricalRisk, seed: int) -> Any:
+def _operator(title: str, risk: EmpiricalRisk, seed: int, memory_budget: int | None) -> Any:
     operator, options = OPERATORS[title]
-    return operator.of(risk, **options, **({"seed": seed} if "mc_samples" in options else {}))
+    seeded = {"seed": seed} if "mc_samples" in options else {}
+    return operator.of(risk, memory_budget=memory_budget, **options, **seeded)

@@ -1,0 +1,51 @@
+"""What is to be said of a problem beside its matrices: its risk, the constant c, conventions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from curvops.risk.empirical_risk import EmpiricalRisk
+
+CONVENTIONS = (
+    "Hessian: second derivatives of L = c Σ ℓ. All others: c Σ Jᵀ S Sᵀ J over the loss terms, where S Sᵀ is the loss's "
+    "Hessian in the output (Gauss-Newton; its expectation, sampled, for Monte Carlo), or the outer product of its gradient "
+    "(empirical Fisher). Rows in the order of the parameters, each flattened row by row."
+)
+
+
+def facts(risk: EmpiricalRisk) -> dict[str, Any]:
+    """Return what tells one problem from another, in a form that JSON can hold.
+
+    Device and dtype of the parameters; the loss, its reduction and the constant c; numbers of data and of loss terms and
+    the width of a term (classes); the value of the risk and the norm of its gradient, which change with weights and data.
+
+    Example:
+        >>> from curvops.tour.setups import tiny
+        >>> found = facts(tiny().risk())
+        >>> found["loss"], found["reduction"], found["num_data"], found["loss_terms"], found["width"]
+        ('CrossEntropyLoss', 'mean', 3, 3, 2)
+    """
+    terms = width = 0
+    with risk.walk("Facts") as walk:
+        for batch in walk:
+            with torch.no_grad():
+                z = risk.forward(batch.X)
+            curvature = walk.curvature(z, batch)
+            terms, width = terms + curvature.num_terms, max(width, curvature.width)
+        constant, number = walk.constant, walk.size
+    value, gradient = risk.value_and_gradient()
+    return {
+        "device": str(risk.space.device),
+        "dtype": str(risk.space.dtype).removeprefix("torch."),
+        "loss": risk.loss.name,
+        "reduction": risk.loss.reduction,
+        "c": float(constant),
+        "num_data": number,
+        "loss_terms": terms,
+        "width": width,
+        "risk": float(value),
+        "gradient_norm": float(gradient.norm()),
+        "conventions": CONVENTIONS,
+    }

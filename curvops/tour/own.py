@@ -1,0 +1,282 @@
+"""The tour of one's own model, at one place or at the checkpoints of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from typing_extensions import Unpack
+
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.model import ModelFunction
+from curvops.tour.compute import Finished, Problem, Say, Tour, compute, fits
+from curvops.tour.files import prepare_output
+from curvops.tour.films import film
+from curvops.tour.groups import Groups, module_groups, sizes_of
+from curvops.tour.matrices import warm_up
+from curvops.tour.outputs import FIGURES_BYTES, PAGE, draw, expected_bytes
+
+FILM = "film.gif"
+
+
+class TourOptions(TypedDict, total=False):
+    """Options of `tour` and `tour_checkpoints`, as described there."""
+
+    groups: Groups | None
+    seed: int
+    memory_budget: int | None
+    check_deterministic: bool
+    progressbar: bool
+    resume: bool
+    finished: Finished | None
+    say: Say | None
+    reduction: str | None
+    num_data: int | None
+    batch_size_fn: Callable[[Any], int] | None
+
+
+def tour(
+    model: Module | ModelFunction,
+    loss: Callable[[Any, Any], Tensor],
+    data: Iterable[tuple[Any, Any]],
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    output: str | Path = "tour",
+    title: str | None = None,
+    groups: Groups | None = None,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    check_deterministic: bool = True,
+    progressbar: bool = True,
+    resume: bool = False,
+    finished: Finished | None = None,
+    say: Say | None = None,
+    reduction: str | None = None,
+    num_data: int | None = None,
+    batch_size_fn: Callable[[Any], int] | None = None,
+) -> Tour:
+    """Compute the curvature matrices of your own model, draw them, and keep them.
+
+    Hessian, Gauss-Newton, empirical and Monte-Carlo Fisher, KFAC and EKFAC, on the model's device and in its precision. Where
+    they do not fit into memory, Frobenius norms of their blocks are estimated instead. In `output` are afterwards the
+    figures (PDF and PNG; of logarithms and unaltered), the page `tour.html`, and the file: `matrices.safetensors` or
+    `blocks.safetensors`, which has each matrix as soon as it is finished. A matrix whose operator refuses the model is left out,
+    and the table says why.
+
+    Args:
+        model: Module called as `model(X)`, or a function `(params, X)`. What it returns must be the tensor that the loss takes.
+        loss: Loss `(output, y)`: a module, or a function together with `reduction`.
+        data: Iterable of batches `(X, y)` that can be walked again, such as a DataLoader without shuffling or `[(X, y)]`.
+        params: Parameters by name, whose order is that of the rows: any subset of the module's. By default all that are
+            trained, or all if none is.
+        output: Folder for the files; it is made if it is missing.
+        title: Of the page; by default the model's class and its number of parameters.
+        groups: As of `plot_matrices`: sizes by label, a model, or a depth of module names. By default modules, as deeply as gives
+            at most 16 groups.
+        seed: Of the Monte-Carlo operators.
+        memory_budget: Bytes that the matrices may take; a quarter of the free memory if not given.
+        check_deterministic: Compare two passes over the data first.
+        progressbar: Show which matrix is computed, on a terminal or in a notebook.
+        resume: Keep the matrices that a file in `output` has of the same model, data and seed by the same versions.
+        finished: Is filled in with what is written, for a caller that may be interrupted.
+        say: Takes lines about the progress of blocks.
+        reduction: `"mean"` or `"sum"`, for losses that do not say it themselves.
+        num_data: Number of data, compared with what `data` yields.
+        batch_size_fn: Number of data in `X` where it cannot be seen.
+
+    Returns:
+        A `Tour`: `matrices`, `groups`, `paths`; `print` shows seconds, memory, traces and distances to the Hessian.
+
+    Raises:
+        TypeError, ValueError: If an argument does not fit, or the loss is not finite; the message says which and how.
+        RuntimeError: If two passes over the data differ, as with dropout in train mode.
+        OutputError: If the folder cannot take the files; then nothing was computed.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> import curvops
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = curvops.tour(model, torch.nn.CrossEntropyLoss(), data, output=folder)
+        ...     found.groups, sorted({path.suffix for path in found.paths})
+        ({'0': 16, '2': 10}, ['.html', '.pdf', '.png', '.safetensors'])
+    """
+    finished = finished if finished is not None else Finished()
+    options = TourOptions(
+        groups=groups,
+        seed=seed,
+        memory_budget=memory_budget,
+        check_deterministic=check_deterministic,
+        progressbar=progressbar,
+        resume=resume,
+        finished=finished,
+        say=say,
+        reduction=reduction,
+        num_data=num_data,
+        batch_size_fn=batch_size_fn,
+    )
+    found = _toured(model, loss, data, params, Path(output), title, options)
+    draw({"": found}, Path(output) / PAGE, finished)
+    return found
+
+
+def tour_checkpoints(
+    model: Module,
+    loss: Callable[[Any, Any], Tensor],
+    data: Iterable[tuple[Any, Any]],
+    checkpoints: Mapping[str, Mapping[str, Any] | str | Path],
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    output: str | Path = "tour",
+    title: str | None = None,
+    **options: Unpack[TourOptions],
+) -> dict[str, Tour]:
+    """Take the tour of a model at each checkpoint of a training run, and make a film of it.
+
+    Each checkpoint is loaded into the model; the caller's weights and buffers are put back at the end, also after a
+    failure. The files of a checkpoint are in a folder of `output` with its name; figures share their colours. In `output`
+    itself are `tour.html`, a page with a slider, and the film `film.gif`.
+
+    Args:
+        model: The module.
+        loss: As of `tour`.
+        data: As of `tour`.
+        checkpoints: By label a `state_dict` of the model, or a file of one that `torch.save` has written.
+        params: As of `tour`.
+        output: Folder for the files.
+        title: Of the page.
+        options: As of `tour`.
+
+    Returns:
+        By label what was found.
+
+    Raises:
+        Exception: As of `tour`, and a ValueError if there is no checkpoint or one does not fit the model.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> model, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+        >>> data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+        >>> states = {f"step {k}": {name: k * p.detach() for name, p in model.named_parameters()} for k in (1, 2)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tours = tour_checkpoints(model, loss, data, states, output=folder)
+        ...     list(tours), (Path(folder) / "film.gif").exists()
+        (['step 1', 'step 2'], True)
+    """
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"tour_checkpoints: the model must be a module, into which checkpoints are loaded, got {type(model).__name__}."
+        )
+    if not checkpoints:
+        raise ValueError("tour_checkpoints: expected at least one checkpoint, got none.")
+    options["finished"] = finished = options.get("finished") or Finished()
+    output, tours = Path(output), dict[str, Tour]()
+    with weights_kept(model):
+        for label, state in checkpoints.items():
+            _load(model, label, state)
+            name = title or title_of(model, chosen(model, params))
+            folder = output / str(label).replace("/", "-")
+            tours[str(label)] = _toured(model, loss, data, params, folder, f"{name}, {label}", options)
+    draw(tours, output / PAGE, finished, title=title)
+    finished.figures.append(film(tours, output / FILM))
+    return tours
+
+
+@contextmanager
+def weights_kept(model: Module) -> Iterator[None]:
+    """Put a module's parameters and persistent buffers back at the end, in place.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> before = model.weight.item()
+        >>> with weights_kept(model):
+        ...     _ = model.load_state_dict({"weight": torch.zeros(1, 1)})
+        >>> model.weight.item() == before
+        True
+    """
+    before = deepcopy(model.state_dict())
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
+
+
+def chosen(model: Module | ModelFunction, params: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """The parameters that a tour looks at; without `params` those of the module that are trained, or all if none is."""
+    if params is not None:
+        return params
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"tour: a {type(model).__name__} is taken as a function (params, X); pass its parameters, params={{name: tensor}}."
+        )
+    named = dict(model.named_parameters())
+    if not named:
+        raise ValueError(f"tour: the model {type(model).__name__} has no parameters.")
+    return {name: p for name, p in named.items() if p.requires_grad} or named
+
+
+def title_of(model: Any, params: Mapping[str, Tensor]) -> str:
+    """A title for a model: the name of its class or function, and how many parameters are looked at."""
+    name = type(model).__name__ if isinstance(model, Module) else getattr(model, "__name__", type(model).__name__)
+    return f"{name}, {sum(p.numel() for p in params.values()):,} parameters"
+
+
+def _toured(
+    model: Module | ModelFunction,
+    loss: Callable[[Any, Any], Tensor],
+    data: Iterable[tuple[Any, Any]],
+    params: Mapping[str, Tensor] | None,
+    folder: Path,
+    title: str | None,
+    options: TourOptions,
+) -> Tour:
+    """Compute and keep what fits; nothing is drawn."""
+    params = chosen(model, params)
+    risk = EmpiricalRisk(
+        model,
+        loss,
+        params,
+        data,
+        reduction=options.get("reduction"),
+        num_data=options.get("num_data"),
+        batch_size_fn=options.get("batch_size_fn"),
+    )
+    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
+    dense = fits(risk, options.get("memory_budget"))
+    groups = options.get("groups")
+    sizes = sizes_of(module_groups(shapes) if groups is None else groups, risk.space.dim, shapes)
+    prepare_output(folder, expected_bytes([risk.space.dim**2 * risk.space.dtype.itemsize]) if dense else FIGURES_BYTES)
+    if dense:
+        warm_up(risk.space.device, risk.space.dtype)
+    return compute(
+        Problem(title or title_of(model, params), risk, sizes, folder),
+        seed=options.get("seed", 0),
+        memory_budget=options.get("memory_budget"),
+        check=options.get("check_deterministic", True),
+        progressbar=options.get("progressbar", True),
+        resume=options.get("resume", False),
+        finished=options.get("finished"),
+        say=options.get("say"),
+    )
+
+
+def _load(model: Module, label: str, state: Mapping[str, Any] | str | Path) -> None:
+    """Load a checkpoint into the module."""
+    try:
+        found = torch.load(state, map_location="cpu", weights_only=True) if isinstance(state, (str, Path)) else state
+        model.load_state_dict(found)
+    except (RuntimeError, TypeError, OSError) as error:
+        raise ValueError(
+            f"tour_checkpoints: {label!r} does not load into {type(model).__name__}: {' '.join(str(error).split())} "
+            "Pass state_dicts of this model, or files that torch.save(model.state_dict(), path) has written."
+        ) from None

@@ -1,0 +1,120 @@
+// Heat maps side by side, all showing the same rows and columns.
+
+const GAP = { x: 22, y: 34 };
+
+// Where rows and columns are seen from and to: [[first, last] of rows, of columns].
+const whole = (axis) => [[-0.5, axis.rows - 0.5], [-0.5, axis.rows - 0.5]];
+
+// Values as plotly takes them, drawn on a scale: one array for each row.
+function drawn(values, rows, of) {
+  return Array.from({ length: rows }, (_, r) => Float32Array.from({ length: rows }, (_, c) => of(values[r * rows + c])));
+}
+
+// The names at an axis: groups, or the parameters where no more than two groups are seen.
+function namesIn(axis, [low, high]) {
+  const seen = (parts) =>
+    parts
+      .filter((part) => part.rows && part.start - 0.5 < high && part.start + part.rows - 0.5 > low)
+      .map((part) => ({
+        at: (Math.max(part.start - 0.5, low) + Math.min(part.start + part.rows - 0.5, high)) / 2,
+        text: part.label ?? part.name,
+      }));
+  const groups = seen(axis.groups);
+  return groups.length <= 2 && axis.pieces.length > 1 ? seen(axis.pieces) : groups;
+}
+
+// Lines between parts, all in one trace.
+function lines(parts, rows, style, at) {
+  const x = [], y = [];
+  for (const { start } of parts.filter((part) => part.start > 0 && part.rows)) {
+    x.push(-0.5, rows - 0.5, null, start - 0.5, start - 0.5, null);
+    y.push(start - 0.5, start - 0.5, null, -0.5, rows - 0.5, null);
+  }
+  return { type: "scatter", mode: "lines", x, y, line: style, hoverinfo: "skip", showlegend: false, ...at };
+}
+
+// Sizes in pixels of a grid of square panels in a place that is so wide.
+function gridOf(place, count, axis) {
+  const width = place.clientWidth;
+  const columns = Math.min(count, width >= 760 ? 3 : width >= 480 ? 2 : 1);
+  const longest = Math.max(...[...axis.groups, ...axis.pieces].map((part) => shortened(part.label ?? part.name).length));
+  const names = Math.min(28 + 6.2 * longest, 0.3 * width);
+  const side = Math.min((width - names - 8 - (columns - 1) * GAP.x) / columns, 620);
+  const rows = Math.ceil(count / columns);
+  const margin = { l: names, r: Math.max(width - names - columns * side - (columns - 1) * GAP.x, 0), t: 28, b: names };
+  return { columns, rows, side, margin, height: rows * side + (rows - 1) * GAP.y + margin.t + margin.b };
+}
+
+// Ranges and names of both axes of every panel, for plotly's layout.
+function viewLayout(axis, view, grid, count) {
+  const [rows, columns] = view;
+  const layout = {};
+  for (let k = 0; k < count; k++) {
+    const id = k ? k + 1 : "";
+    const pixels = ([low, high]) => grid.side / (high - low);
+    layout[`xaxis${id}`] = { range: [...columns], ...ticksOf(namesIn(axis, columns), pixels(columns)) };
+    layout[`yaxis${id}`] = { range: [rows[1], rows[0]], ...ticksOf(namesIn(axis, rows), pixels(rows)) };
+  }
+  return layout;
+}
+
+function drawHeat(place, panels, { axis, view, edges, drag }) {
+  const grid = gridOf(place, panels.length, axis);
+  const inner = { width: place.clientWidth - grid.margin.l - grid.margin.r, height: grid.height - grid.margin.t - grid.margin.b };
+  const layout = viewLayout(axis, view, grid, panels.length);
+  const traces = [], annotations = [];
+  panels.forEach((panel, k) => {
+    const id = k ? k + 1 : "";
+    const [row, column] = [Math.floor(k / grid.columns), k % grid.columns];
+    const left = (column * (grid.side + GAP.x)) / inner.width;
+    const top = 1 - (row * (grid.side + GAP.y)) / inner.height;
+    const [right, bottom] = [left + grid.side / inner.width, top - grid.side / inner.height];
+    const lowest = k + grid.columns >= panels.length;
+    const limits = { minallowed: -0.5, maxallowed: axis.rows - 0.5 };
+    const style = axisStyle({ ...limits, showgrid: false, ticklen: 3 });
+    Object.assign(layout[`xaxis${id}`], style, { domain: [left, Math.min(right, 1)], anchor: `y${id}`, matches: k ? "x" : undefined, showticklabels: lowest, tickangle: -90 });
+    Object.assign(layout[`yaxis${id}`], style, { domain: [Math.max(bottom, 0), top], anchor: `x${id}`, matches: k ? "y" : undefined, showticklabels: column === 0 });
+    const at = { xaxis: `x${id}`, yaxis: `y${id}` };
+    traces.push({
+      type: "heatmap", z: panel.z, zmin: panel.scale.low, zmax: panel.scale.high, colorscale: colorscale(panel.colors),
+      showscale: false, zsmooth: false, hoverinfo: "none", hoverongaps: true, name: panel.title, ...at,
+    });
+    if (edges === "parameters") traces.push(lines(axis.pieces, axis.rows, { color: ink("edge"), width: 0.5, dash: "dot" }, at));
+    if (edges !== "none") traces.push(lines(axis.groups, axis.rows, { color: ink("edge"), width: 1 }, at));
+    annotations.push({
+      text: `<b>${plain(panel.title)}</b>${panel.range ? `  ${plain(panel.range)}` : ""}`, showarrow: false, font: { size: 13 },
+      xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom",
+    });
+  });
+  return draw(place, traces, {
+    ...layout, annotations, height: grid.height, margin: grid.margin, plot_bgcolor: ink("zero"), hovermode: "closest",
+    dragmode: drag === "false" ? false : drag,
+  });
+}
+
+// Shows other rows and columns in a drawn heat map.
+function moveHeat(place, count, axis, view) {
+  const changes = {};
+  for (const [name, values] of Object.entries(viewLayout(axis, view, gridOf(place, count, axis), count))) {
+    for (const [key, value] of Object.entries(values)) changes[`${name}.${key}`] = value;
+  }
+  return Plotly.relayout(place, changes);
+}
+
+// Calls back on a pointer's coming to an entry, leaving, a click, and on zoom and pan by dragging.
+function listen(place, { enter, leave, open, move, reset }) {
+  const cell = (event) => event.points.find((point) => point.data.type === "heatmap");
+  place.on("plotly_hover", (event) => {
+    const point = cell(event);
+    if (point) enter(...point.pointNumber, point.data.name, event.event);
+  });
+  place.on("plotly_unhover", leave);
+  place.on("plotly_click", (event) => cell(event) && open(...cell(event).pointNumber));
+  place.on("plotly_doubleclick", reset);
+  place.on("plotly_relayout", (changes) => {
+    if (Object.keys(changes).some((key) => /axis\d*\.range\[/.test(key))) {
+      const { xaxis, yaxis } = place.layout;
+      move([[...yaxis.range].reverse(), [...xaxis.range]]);
+    }
+  });
+}

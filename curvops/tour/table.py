@@ -1,0 +1,46 @@
+"""The table that a tour prints: what each matrix took, and what is seen at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.files import MatrixFile
+from curvops.tour.meter import Cost
+
+
+def table(file: MatrixFile | CoarseFile, refused: Mapping[str, str], check: Cost | None) -> str:
+    """Seconds, memory, trace, and distance to the Hessian of each matrix; why others are missing.
+
+    Of matrices that are too large, the trace and the Frobenius norm, and the products that they took.
+    """
+    coarse = isinstance(file, CoarseFile)
+    memory = "GPU tensors" if str(file.settings.get("device", "")).startswith("cuda") else "process"
+    last = f"{'norm':>13}{'products':>10}" if coarse else f"{'off Hessian':>13}"
+    lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{'trace':>11}{last}"]
+    if check is not None:
+        lines.append(f"{'(determinism check)':<26}{_cells(check)}")
+    for title in file.norms if isinstance(file, CoarseFile) else file.matrices:
+        cells = _of_blocks(file, title) if isinstance(file, CoarseFile) else _of_matrix(file, title)
+        lines.append(f"{title:<26}{_cells(file.costs.get(title, Cost()))}{cells}")
+    lines += [f"{title:<26}not computed: {' '.join(reason.split())}" for title, reason in refused.items()]
+    costs = [*file.costs.values(), *([check] if check is not None else [])]
+    return "\n".join([*lines, f"{'all':<26}{sum(cost.seconds for cost in costs):>9.3f}"])
+
+
+def _of_matrix(file: MatrixFile, title: str) -> str:
+    matrix, hessian = file.matrices[title], file.matrices.get("Hessian")
+    off = ""
+    if hessian is not None and (size := float(hessian.norm())):
+        off = f"{float((matrix - hessian).norm()) / size:.1%}"
+    return f"{float(matrix.trace()):>11.4g}{off:>13}"
+
+
+def _of_blocks(file: CoarseFile, title: str) -> str:
+    norm, trace = float(file.norms[title].norm()), float(file.traces[title].sum())
+    return f"{trace:>11.4g}{norm:>13.4g}{file.products.get(title, 0):>10}"
+
+
+def _cells(cost: Cost) -> str:
+    peak = "unknown" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.1f}"
+    return f"{cost.seconds:>9.3f}{peak:>24}"

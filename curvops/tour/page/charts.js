@@ -4,11 +4,12 @@ let Plotly;
 
 const SERIES = ["#4477aa", "#ee6677", "#228833", "#b8a520", "#33aacc", "#aa3377"]; // Paul Tol's bright colours, two darkened
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "cross"];
+const DASHES = ["solid", "6px,3px", "2px,2px", "10px,3px", "8px,3px,2px,3px", "4px,4px"];
 const CONFIG = { displayModeBar: false, responsive: false, doubleClick: false, showTips: false };
 
 const dark = () => document.documentElement.dataset.theme === "dark";
 const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-const seriesStyle = (k) => ({ color: SERIES[k % 6], symbol: SYMBOLS[k % 6], size: 5 });
+const seriesStyle = (k) => ({ color: SERIES[k % 6], symbol: SYMBOLS[k % 6], size: 8 });
 const touched = () => matchMedia("(pointer: coarse)").matches;
 
 function axisStyle(more = {}) {
@@ -32,8 +33,9 @@ function draw(place, traces, layout) {
 
 // A chart over the parameters, ranks or layers, with a legend below that leaves matrices out when clicked.
 function drawCurves(place, traces, { x, y, height = 380, shapes = [] }) {
+  const listed = place.clientWidth < 560 ? traces.length : 0; // a narrow legend has a line for each
   return draw(place, traces, {
-    height,
+    height: height + 18 * listed,
     margin: { l: 62, r: 12, t: 8, b: 40 },
     xaxis: axisStyle({ automargin: true, ...x }),
     yaxis: axisStyle({ automargin: true, ...y }),

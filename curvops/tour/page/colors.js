@@ -24,7 +24,7 @@ function scaleOf(kind, { least, most, usual }, decades = DECADES, positive = fal
   }
   if (kind === "signed") {
     const of = (x) => Math.sign(x) * Math.log10(1 + Math.abs(x) / floor);
-    const exponents = powers(Math.log10(floor) + 0.5, Math.log10(most));
+    const exponents = powers(Math.log10(floor) + 0.5, Math.log10(most), 4);
     const upper = exponents.map((k) => ({ at: of(10 ** k), text: power(k) }));
     const lower = upper.map(({ at, text }) => ({ at: -at, text: `−${text}` })).reverse();
     return { kind, low: -of(most), high: of(most), of, ticks: [...lower, { at: 0, text: "0" }, ...upper] };
@@ -35,8 +35,8 @@ function scaleOf(kind, { least, most, usual }, decades = DECADES, positive = fal
   return { kind, low, high, of: (x) => x, ticks, cut: !positive && usual < most };
 }
 
-function powers(low, high) {
-  const step = Math.max(1, Math.ceil((high - low) / 8));
+function powers(low, high, most = 8) {
+  const step = Math.max(1, Math.ceil((high - low) / most));
   const found = [];
   for (let k = Math.ceil(low - 1e-9); k <= high + 1e-9; k++) if (k % step === 0) found.push(k);
   return found.length ? found : [Math.round(high)];

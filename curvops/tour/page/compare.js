@@ -12,7 +12,9 @@ function blocksOfDifference(stop, titles, a, b) {
 
 function difference(stop, a, b) {
   const [one, other] = [stop.sheets[a].values, stop.sheets[b].values];
-  return Float64Array.from(one, (x, k) => x - other[k]);
+  const gaps = new Float64Array(one.length);
+  for (let k = 0; k < one.length; k++) gaps[k] = one[k] - other[k];
+  return gaps;
 }
 
 const frobenius = (norms) => Math.hypot(...norms);
@@ -20,8 +22,9 @@ const frobenius = (norms) => Math.hypot(...norms);
 // A table of relative errors, a row and a column for each group.
 function showBlocks(table, groups, errors, norms, caption) {
   const shade = (share) => (share > 0 ? Math.min(Math.max(Math.log10(share) / 6 + 1, 0.02), 1) : 0);
-  const corner = element("td", {}, "");
-  const head = element("tr", {}, corner, ...groups.map((g) => element("th", { scope: "col" }, g.label)));
+  const name = (scope, { label }) => element("th", { scope, title: label }, shortened(label));
+  const upright = groups.length > 4 && groups.some(({ label }) => label.length > 6);
+  const head = element("tr", { class: upright ? "upright" : "" }, element("td"), ...groups.map((g) => name("col", g)));
   const rows = groups.map((group, i) => {
     const cells = groups.map((_, j) => {
       const k = i * groups.length + j;
@@ -32,7 +35,7 @@ function showBlocks(table, groups, errors, norms, caption) {
       cell.style.background = `rgba(${ink("heat")}, ${(0.55 * deep).toFixed(3)})`;
       return cell;
     });
-    return element("tr", {}, element("th", { scope: "row" }, group.label), ...cells);
+    return element("tr", {}, name("row", group), ...cells);
   });
   table.replaceChildren(element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...rows));
 }

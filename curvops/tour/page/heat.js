@@ -7,7 +7,9 @@ const whole = (axis) => [[-0.5, axis.rows - 0.5], [-0.5, axis.rows - 0.5]];
 
 // Values as plotly takes them, drawn on a scale: one array for each row.
 function drawn(values, rows, of) {
-  return Array.from({ length: rows }, (_, r) => Float32Array.from({ length: rows }, (_, c) => of(values[r * rows + c])));
+  const places = new Float32Array(values.length);
+  for (let k = 0; k < values.length; k++) places[k] = of(values[k]);
+  return Array.from({ length: rows }, (_, r) => places.subarray(r * rows, (r + 1) * rows));
 }
 
 // The names at an axis: groups, or the parameters where no more than two groups are seen.
@@ -36,9 +38,9 @@ function lines(parts, rows, style, at) {
 // Sizes in pixels of a grid of square panels in a place that is so wide.
 function gridOf(place, count, axis) {
   const width = place.clientWidth;
-  const columns = Math.min(count, width >= 760 ? 3 : width >= 480 ? 2 : 1);
+  const columns = Math.min(count, width >= 640 ? 3 : width >= 480 ? 2 : 1);
   const longest = Math.max(...[...axis.groups, ...axis.pieces].map((part) => shortened(part.label ?? part.name).length));
-  const names = Math.min(28 + 6.2 * longest, 0.3 * width);
+  const names = Math.min(18 + 6.2 * longest, 0.3 * width);
   const side = Math.min((width - names - 8 - (columns - 1) * GAP.x) / columns, 620);
   const rows = Math.ceil(count / columns);
   const margin = { l: names, r: Math.max(width - names - columns * side - (columns - 1) * GAP.x, 0), t: 28, b: names };

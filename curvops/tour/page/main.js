@@ -4,19 +4,22 @@ const page = JSON.parse(byId("data").textContent);
 page.axis.pieces = withStarts(page.axis.pieces);
 page.axis.groups = withStarts(page.axis.groups);
 const { axis, titles } = page;
-const stops = page.stops.slice(); // unpacked one by one, when they are first seen
 const state = { stop: 0, view: whole(axis) };
 const tip = element("div", { id: "tip", hidden: "" });
 
 const value = (id) => byId(id).value;
-const current = () => stops[state.stop];
+const current = () => page.stops[state.stop];
 const nameOf = (row) => rowName(axis.pieces, row);
 const option = (text, value) => element("option", { value }, text);
 
+// The matrices of a stop, when it is first seen; what else there is of all stops is unpacked at once.
 async function load(k) {
-  if (!page.stops[k].ready) {
-    page.stops[k] = stops[k] = { ...(await unpacked(page.stops[k])), ready: true };
-  }
+  const stop = page.stops[k];
+  if (!stop.ready) Object.assign(stop, { sheets: await unpacked(stop.sheets), ready: true });
+}
+
+async function loadRest(stop) {
+  return { ...(await unpacked({ ...stop, sheets: null })), sheets: stop.sheets };
 }
 
 // Of a matrix or of a difference: the numbers that are drawn, which for cells on the logarithm are the largest in each.
@@ -35,11 +38,13 @@ function scaleFor(some) {
 
 const QUANTITIES = { entries: "entry", cells: "entry", norms: "norm of a block" };
 
+const palest = (scale) => (scale.cut ? `; ${dark() ? "the darkest" : "the palest"} is everything below ${roughly(10 ** scale.low, 2)}` : "");
+
 function legendTitle(scale) {
   const what = QUANTITIES[page.kind];
   if (scale.kind === "log") {
     const shown = page.kind === "cells" ? "Largest |entry| of a cell" : page.kind === "norms" ? "Frobenius norm of a block" : "|entry|";
-    return `${shown}, logarithmic${scale.cut ? `; the palest is everything below ${roughly(10 ** scale.low, 2)}` : ""}`;
+    return `${shown}, logarithmic${palest(scale)}`;
   }
   const name = page.kind === "cells" ? "Mean entry of a cell" : what[0].toUpperCase() + what.slice(1);
   return scale.kind === "signed" ? `${name}, with its sign, logarithmic` : `${name}, linear${scale.cut ? "; larger ones have the ends' colours" : ""}`;
@@ -73,7 +78,7 @@ function drawDifference() {
   const panel = { title: `${one} − ${other}`, scale, colors, z: drawn(difference(current(), one, other), axis.rows, scale.of) };
   drawHeat(byId("difference"), [panel], { axis, view: state.view, edges: edges(), drag: value("drag") });
   const what = page.kind === "cells" ? "difference of mean entries" : page.kind === "norms" ? "difference of norms" : "difference";
-  const title = scale.kind === "log" ? `|${what}|, logarithmic` : `${what}, ${scale.kind === "signed" ? "with its sign, logarithmic" : "linear"}`;
+  const title = scale.kind === "log" ? `|${what}|, logarithmic${palest(scale)}` : `${what}, ${scale.kind === "signed" ? "with its sign, logarithmic" : "linear"}`;
   showLegend(byId("difference-legend"), scale, colors, { title, own: null });
   showErrors(a, b);
 }
@@ -118,6 +123,10 @@ const entryName = (k) => rowName(singles, k);
 
 function drawAll() {
   drawMatrices();
+  drawRest();
+}
+
+function drawRest() {
   drawDifference();
   drawSpectra();
   showAbout(byId("facts"), byId("explanations"), page, current());
@@ -138,7 +147,7 @@ function reading(row, column, here = null) {
   if (here === "difference") {
     const [one, other] = pair().map((i) => titles[i]);
     const gap = current().sheets[one].values[k] - current().sheets[other].values[k];
-    lines.push([`${one} − ${other}`, page.kind === "entries" ? String(gap) : roughly(gap, 4), "here"]);
+    lines.push([`${one} − ${other}`, page.kind === "entries" ? written(gap) : roughly(gap, 4), "here"]);
   }
   const list = element("dl", { class: "reading" });
   for (const [name, text, mark] of lines) list.append(element("dt", { class: mark === "here" ? mark : "" }, name), element("dd", { class: mark }, text));
@@ -217,8 +226,8 @@ function fillControls() {
   byId("differences").hidden = titles.length < 2;
   for (const id of ["row", "column"]) byId(id).max = axis.rows - 1;
   byId("drag").value = touched() ? "false" : "zoom";
-  byId("stops").hidden = stops.length < 2;
-  byId("stop").max = stops.length - 1;
+  byId("stops").hidden = page.stops.length < 2;
+  byId("stop").max = page.stops.length - 1;
   if (page.kind === "norms") {
     for (const part of document.querySelectorAll(".entries")) part.hidden = true;
     byId("colors").querySelector("[value=signed]").remove();
@@ -271,11 +280,11 @@ function follow() {
   addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
     setTheme("light");
-    document.body.style.width = "180mm";
-    for (const part of document.querySelectorAll("details")) part.open = true;
+    document.body.classList.add("printing");
     drawAll();
+    for (const part of document.querySelectorAll("details")) part.open = true;
   });
-  addEventListener("afterprint", () => { document.body.style.width = ""; setTheme(before); drawAll(); });
+  addEventListener("afterprint", () => { document.body.classList.remove("printing"); setTheme(before); drawAll(); });
 }
 
 async function show(k) {
@@ -284,7 +293,9 @@ async function show(k) {
   state.stop = k;
   byId("stop-label").textContent = current().label;
   byId("stop").setAttribute("aria-valuetext", current().label);
-  drawAll();
+  drawMatrices();
+  await new Promise((painted) => setTimeout(painted));
+  if (state.stop === k) drawRest();
 }
 
 async function start() {
@@ -294,6 +305,7 @@ async function start() {
   byId("written-by").textContent = `Written by curvops ${page.written_by}. All of it is in this file, plotly.js (MIT licence) included; nothing is loaded.`;
   document.body.append(tip);
   fillControls();
+  page.stops = await Promise.all(page.stops.map(loadRest));
   [Plotly] = await Promise.all([loadPlotly(), load(0)]);
   byId("loading").hidden = true;
   document.querySelector("main").hidden = false;

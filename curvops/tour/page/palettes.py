@@ -16,7 +16,8 @@ _STEPS = 33  # plotly blends between them
 def palettes() -> dict[str, dict[str, list[str]]]:
     """Return the sequential and the diverging colours from the lower end to the upper one, for `light` and `dark`.
 
-    On dark ground their lightness is mirrored, so that there too a small entry is close to the ground.
+    On dark ground a small entry is close to the ground, too: the sequential colours are reversed, the diverging ones have
+    their lightness mirrored.
 
     Example:
         >>> palettes()["light"]["diverging"][16]
@@ -26,7 +27,8 @@ def palettes() -> dict[str, dict[str, list[str]]]:
     for name, colors in (("sequential", SEQUENTIAL), ("diverging", DIVERGING)):
         light = colormaps[colors](np.linspace(0, 1, _STEPS))[:, :3].tolist()
         found["light"][name] = [to_hex((red, green, blue)) for red, green, blue in light]
-        found["dark"][name] = [to_hex(_mirrored(*color)) for color in light]
+        dark = light[::-1] if name == "sequential" else [_mirrored(*color) for color in light]
+        found["dark"][name] = [to_hex((red, green, blue)) for red, green, blue in dark]
     return found
 
 

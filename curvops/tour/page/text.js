@@ -14,19 +14,24 @@ const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"
 
 // The shortest decimal number that is this one in its own precision.
 function exactly(number, array) {
-  if (!(array instanceof Float32Array)) return String(number);
+  if (!(array instanceof Float32Array)) return written(number);
   for (let digits = 1; digits < 9; digits++) {
-    const text = Number(number.toPrecision(digits));
-    if (Math.fround(text) === number) return String(text);
+    const shorter = Number(number.toPrecision(digits));
+    if (Math.fround(shorter) === number) return written(shorter);
   }
-  return String(Number(number.toPrecision(9)));
+  return written(Number(number.toPrecision(9)));
 }
 
-const roughly = (number, digits = 3) => (number === 0 ? "0" : String(Number(number.toPrecision(digits))));
+const roughly = (number, digits = 3) => written(Number(number.toPrecision(digits)));
+
+function written(number) {
+  const size = Math.abs(number);
+  return Object.is(number, -0) ? "-0" : size && (size < 1e-3 || size >= 1e7) ? number.toExponential() : String(number);
+}
 
 function percent(share) {
   if (!Number.isFinite(share)) return "—";
-  return share === 0 ? "0 %" : share < 1e-4 ? `${(100 * share).toExponential(1)} %` : `${roughly(100 * share)} %`;
+  return `${roughly(100 * share)} %`;
 }
 
 function bytesText(count) {
@@ -34,7 +39,13 @@ function bytesText(count) {
   return count < 1e6 ? `${roughly(count / 1e3)} kB` : count < 1e9 ? `${roughly(count / 1e6)} MB` : `${roughly(count / 1e9)} GB`;
 }
 
-const shortened = (text, length = 22) => (text.length > length ? `…${text.slice(1 - length)}` : text);
+// The end of a long name, whole parts of it if there are any.
+function shortened(name, length = 24) {
+  if (name.length <= length) return name;
+  const end = name.slice(1 - length);
+  const dot = end.indexOf(".");
+  return `…${dot < 0 || dot === end.length - 1 ? end : end.slice(dot + 1)}`;
+}
 
 // The pieces and groups of the axis with the rows at which they begin.
 function withStarts(parts) {

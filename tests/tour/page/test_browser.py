@@ -1,0 +1,342 @@
+"""The page in a real browser: it loads alone, each control does what it says, and numbers are those that were saved."""
+
+import numpy as np
+import pytest
+import torch
+from selenium.webdriver.common.keys import Keys
+from tour.page.pages import film, random_tour
+
+from curvops.spectrum import SpectralDensity
+from curvops.tour import MatrixFile
+from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.page import write_page
+
+ROW, COLUMN = 9, 3  # of the tiny network
+NAMES = {"row": "3.weight[1, 3]", "column": "3.weight[0, 1]"}
+
+
+def array(tour, title):
+    return tour.matrices[title].double().numpy()
+
+
+def is_saved(text, matrix, row, column):
+    """Whether a text is that very number in the matrix's own precision."""
+    return np.array(text, dtype=matrix.numpy().dtype).tobytes() == matrix[row, column].numpy().tobytes()
+
+
+def test_it_loads_alone(chromium, tour_page, tour):
+    asked = chromium.open(tour_page)
+    assert [address for address in asked if not address.startswith(("data:", "blob:"))] == [tour_page.as_uri()]
+    assert chromium.errors() == []
+    assert chromium.driver.title == "Three tiny images"
+    assert list(chromium.images()) == list(tour.matrices)
+    assert not chromium.find("loading").is_displayed()
+    assert not chromium.find("stops").is_displayed()
+
+
+def test_pointing_and_typing_read_the_saved_numbers(page, tour):
+    for panel, title in ((0, "Hessian"), (5, "KFAC")):
+        told, here = page.hover(ROW, COLUMN, panel=panel)
+        assert here == title
+        assert {name: told.pop(name) for name in NAMES} == NAMES
+        assert list(told) == list(tour.matrices)
+        assert all(is_saved(text, tour.matrices[title], ROW, COLUMN) for title, text in told.items())
+    told, here = page.hover(ROW, COLUMN, "difference")
+    gap = array(tour, "Hessian")[ROW, COLUMN] - array(tour, "Generalized Gauss-Newton")[ROW, COLUMN]
+    assert float(told[here]) == gap
+    for name, place in (("row", ROW), ("column", COLUMN)):
+        page.find(name).send_keys(Keys.BACKSPACE, str(place))
+    told, _ = page.reading("entry")
+    assert told["row"] == NAMES["row"]
+    assert all(is_saved(told[title], matrix, ROW, COLUMN) for title, matrix in tour.matrices.items())
+    page.find("row").send_keys("000")  # far outside: the last row
+    assert page.reading("entry")[0]["row"] == "3.bias[1]"
+
+
+def test_colours(page, tour):
+    hessian = array(tour, "Hessian")
+    everything = np.abs(np.stack([array(tour, title) for title in tour.matrices]))
+    most = everything.max()
+    floor = max(everything[everything > 0].min(), most * 1e-6)
+    assert "exactly zero" in page.text("legend")
+    place, low, high = page.images()["KFAC"]
+    kfac = array(tour, "KFAC")
+    assert np.array_equal(np.isnan(place), kfac == 0)  # a colour of its own
+    with np.errstate(divide="ignore"):
+        expected = np.log10(np.abs(kfac)).clip(min=low)
+    np.testing.assert_allclose(place[kfac != 0], expected[kfac != 0], atol=1e-6)
+    np.testing.assert_allclose([low, high], np.log10([floor, most]))
+
+    page.choose("colors", "Signed logarithm")
+    place, low, high = page.images()["Hessian"]
+    np.testing.assert_allclose(place, np.sign(hessian) * np.log10(1 + np.abs(hessian) / floor), rtol=1e-6)
+    assert low == -high
+    assert "exactly zero" not in page.text("legend")
+
+    page.choose("colors", "Linear")
+    place, low, high = page.images()["Hessian"]
+    assert np.array_equal(place, hessian)
+    assert low == -high
+    assert len({limits[1:] for limits in page.images().values()}) == 1
+    page.choose("scale", "Each its own")
+    for title, (_, low, high) in page.images().items():
+        np.testing.assert_allclose([-low, high], np.quantile(np.abs(array(tour, title)), 0.99))
+    assert "each panel" in page.text("legend")
+
+
+def test_zoom_and_pan_are_linked_and_blocks_open(page, tour):
+    first, second = (0, 2), (2, 12)
+    assert list(tour.groups.values()) == [2, 10]
+    whole = ((-0.5, 11.5), (-0.5, 11.5))
+
+    def seen():
+        assert len(set(page.ranges())) == 1
+        assert page.ranges("difference") == page.ranges()[:1]
+        return page.ranges()[0]
+
+    assert seen() == whole
+    page.click(5, 1, panel=4)
+    page.wait("return document.getElementById('block-rows').value === '1'")
+    block = tuple((a - 0.5, b - 0.5) for a, b in (second, first))
+    assert seen() == block
+    assert page.plot("panels", "p.layout.yaxis.ticktext") == ["3.weight", "3.bias"]
+    page.find("whole").click()
+    assert seen() == whole
+    page.choose("block-rows", "2")
+    page.choose("block-columns", "1")
+    assert seen() == block
+    page.find("panels").send_keys(Keys.ESCAPE)
+    assert seen() == whole
+    page.find("panels").send_keys("+", Keys.ARROW_DOWN)
+    np.testing.assert_allclose(seen(), [(3.7, 9.7), (2.5, 8.5)])
+    page.find("zoom-out").click()
+    assert seen() == whole
+    page.drag((2, 2), (8, 6), panel=2)
+    page.wait("return document.getElementById('panels').layout.xaxis.range[0] > 0")
+    np.testing.assert_allclose(seen(), [(2, 8), (2, 6)], atol=0.2)
+    before = np.array(seen())
+    page.choose("drag", "pan")
+    page.drag((6, 5), (5, 4), panel=1)
+    page.wait(
+        "return Math.abs(document.getElementById('panels').layout.xaxis.range[0] - arguments[0]) > 0.3", before[1][0]
+    )
+    np.testing.assert_allclose(np.array(seen()) - before, 1, atol=0.2)
+    assert page.errors() == []
+
+
+def test_boundaries(page):
+    lines = "p.data.filter(t => t.type === 'scatter').map(t => t.x.filter(x => x !== null).length)"
+    assert page.plot("panels", lines) == [4] * 6  # one across and one down in each panel
+    page.choose("edges", "Layers and parameters")
+    assert page.plot("panels", lines) == [12, 4] * 6
+    page.choose("edges", "None")
+    assert page.plot("panels", lines) == []
+
+
+def test_differences(page, tour):
+    page.choose("minuend", "KFAC")
+    page.choose("subtrahend", "Empirical Fisher")
+    page.choose("colors", "Linear")
+    one, other = array(tour, "KFAC"), array(tour, "Empirical Fisher")
+    (image,) = page.images("difference").values()
+    np.testing.assert_allclose(image[0], one - other, rtol=1e-6)
+
+    def shares(norms):
+        return [float(f"{100 * norm:.3g}") for norm in norms]
+
+    overall = float(page.text("overall").split()[-2])
+    assert [overall] == shares([np.linalg.norm(one - other) / np.linalg.norm(other)])
+    blocks = [(i, j) for i in (slice(2), slice(2, 12)) for j in (slice(2), slice(2, 12))]
+    cells = page.run("return [...document.querySelectorAll('#blocks td.number')].map(c => c.textContent)")
+    expected = shares([np.linalg.norm((one - other)[b]) / np.linalg.norm(other[b]) for b in blocks])
+    assert [float(cell.split()[0]) for cell in cells] == expected
+    page.choose("subtrahend", "KFAC")
+    assert page.text("overall").endswith(": 0 %.")
+
+
+def test_eigenvalues_diagonals_and_traces(page, tour):
+    page.choose("axis", "Linear")
+    for k, title in enumerate(tour.matrices):
+        matrix = array(tour, title)
+        curves = {name: page.plot(name, f"p.data[{k}].y") for name in ("eigenvalues", "diagonal", "traces")}
+        values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[::-1]
+        np.testing.assert_allclose(curves["eigenvalues"], values, rtol=1e-9, atol=1e-15)
+        assert curves["diagonal"] == matrix.diagonal().tolist()
+        np.testing.assert_allclose(curves["traces"], [matrix[:2, :2].trace(), matrix[2:, 2:].trace()])
+    page.choose("axis", "Logarithm of the magnitude")
+    hessian = np.linalg.eigvalsh(array(tour, "Hessian"))
+    expected = np.sort(np.log10(np.abs(hessian)))[::-1]
+    drawn = np.array(page.plot("eigenvalues", "p.data[0].y"), dtype=float)
+    np.testing.assert_allclose(drawn[:5], expected[:5], atol=1e-6)
+    assert page.plot("diagonal", "p.data[0].text[9]").startswith("Hessian: 3.weight[1, 3] = ")
+
+
+def test_what_was_computed_is_told(page, tour):
+    facts, told = page.text("facts"), page.find("explanations")
+    for text in ("Three tiny images", "Seed", "Constant c", "0.3333333333333333", "1.2.3", "Seconds", "Peak memory"):
+        assert text in facts
+    told.find_element("css selector", "details:last-of-type summary").click()
+    assert tour.explanations["KFAC"] in told.text
+
+
+def test_light_dark_and_paper(page):
+    def ground():
+        return page.run("return getComputedStyle(document.body).backgroundColor"), page.plot(
+            "panels", "p.layout.font.color"
+        )
+
+    try:
+        assert ground() == ("rgb(255, 255, 255)", "#1b1e23")
+        page.find("theme").click()
+        dark = ("rgb(20, 22, 26)", "#e8eaee")
+        assert ground() == dark
+        assert page.find("theme").get_attribute("aria-pressed") == "true"
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        assert ground() == ("rgb(255, 255, 255)", "#1b1e23")
+        assert page.run("return [...document.querySelectorAll('details')].every(d => d.open)")
+        assert page.plot("panels", "p._fullLayout.width") <= 681  # 180 mm
+        page.run("dispatchEvent(new Event('afterprint'))")
+        assert ground() == dark
+        page.find("theme").click()
+        page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        page.wait("return document.documentElement.dataset.theme === 'dark'")
+        assert ground() == dark
+        assert page.errors() == []
+    finally:
+        page.devtools("Emulation.setEmulatedMedia", features=[])
+
+
+def test_on_a_phone_there_is_one_column(page):
+    def columns():
+        return len(
+            set(
+                page.plot(
+                    "panels", "Object.keys(p.layout).filter(k => k.startsWith('xaxis')).map(k => p.layout[k].domain[0])"
+                )
+            )
+        )
+
+    assert columns() == 3
+    try:
+        page.devtools("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=False)
+        page.wait("return document.getElementById('panels')._fullLayout.width < 360")
+        assert columns() == 1
+        assert page.run("return document.documentElement.scrollWidth") <= 360
+    finally:
+        page.devtools("Emulation.clearDeviceMetricsOverride")
+
+
+def test_controls_can_be_reached_and_have_names(page):
+    unnamed = page.run(
+        "return [...document.querySelectorAll('button, select, input')].filter(e => e.checkVisibility())"
+        ".filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel)).map(e => e.id)"
+    )
+    assert unnamed == []
+    page.find("theme").send_keys(Keys.TAB)
+    assert page.run("return document.activeElement.id") == "colors"
+    assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_a_film_has_a_slider(chromium, film_page):
+    chromium.open(film_page)
+    first = chromium.images()["A"]
+    assert chromium.text("stop-label") == "step 0"
+    chromium.find("stop").send_keys(Keys.ARROW_RIGHT)
+    chromium.wait("return document.getElementById('stop-label').textContent === 'step 100'")
+    second, matrix = chromium.images()["A"], film()["step 100"].matrices["A"]
+    assert first[1:] == second[1:]  # one colour domain
+    assert not np.array_equal(first[0], second[0])
+    told, _ = chromium.hover(1, 8)
+    assert is_saved(told["A"], matrix, 1, 8)
+    chromium.choose("axis", "Linear")
+    np.testing.assert_allclose(
+        chromium.plot("eigenvalues", "p.data[0].y"), torch.linalg.eigvalsh(matrix.double()).flip(0)
+    )
+    assert chromium.errors() == []
+
+
+def test_a_coarse_tour(chromium, tmp_path):
+    norms = {"A": torch.tensor([[2.0, 0.5], [0.5, 1.0]]), "B": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+    pair = torch.tensor([3.0, -1.0], dtype=torch.float64)
+    density = SpectralDensity(
+        dim=8,
+        nodes=torch.tensor([[0.1, 2.0]]).double(),
+        weights=torch.ones(1, 2).double() / 2,
+        outliers=pair,
+        products=3,
+    )
+    coarse = CoarseFile(
+        norms,
+        errors={title: 0.1 * n for title, n in norms.items()},
+        traces={"A": pair},
+        trace_errors={"A": pair.abs() / 10},
+        eigenvalues={"A": pair},
+        residuals={"A": pair.abs() / 100},
+        masses={"A": torch.tensor([[0.25, 0.75], [1.0, 0.0]])},
+        densities={"A": density},
+        parameters={"w": (5,), "b": (3,)},
+        groups={"w": 5, "b": 3},
+        products={"A": 40},
+    )
+    chromium.open(write_page(tmp_path / "coarse.html", coarse))
+    told, here = chromium.hover(0, 1)
+    assert (here, told["row"], told["A"]) == ("A", "w (5 parameters)", "0.5 ± 0.05")
+    assert "less than the norm of a difference" in chromium.text("overall")
+    chromium.choose("axis", "Linear")
+    assert chromium.plot("traces", "[p.data[0].y, p.data[0].error_y.array]") == [[3, -1], pytest.approx([0.3, 0.1])]
+    assert chromium.plot("eigenvalues", "p.data[0].y") == [3, -1]
+    assert chromium.plot("masses", "p.data[0].z") == [[0.25, 0.75], [1, 0]]
+    assert max(chromium.plot("density", "p.data[1].y")) == pytest.approx(float(coarse.curves()["A"].values.max()))
+    assert not chromium.find("diagonal-part").is_displayed()
+    assert not chromium.find("edges").is_displayed()
+    assert chromium.errors() == []
+
+
+def test_averaged_cells_say_so(chromium, tmp_path):
+    stop = random_tour(40)
+    chromium.open(write_page(tmp_path / "cells.html", stop, max_bytes=2 * 12 * 10**2))
+    assert "up to 4 × 4 neighbouring entries" in chromium.text("cells-note")
+    told, _ = chromium.hover(0, 6)
+    cell = stop.matrices["A"][:4, 24:28]
+    assert (told["row"], told["column"]) == ("w[0, 0] … [3, 0] (4 entries)", "b[4] … [7] (4 entries)")
+    mean, low, high = (float(part) for part in told["A"].removeprefix("mean ").replace(", from", " to").split(" to "))
+    assert (np.float32(low), np.float32(high)) == (cell.min().numpy(), cell.max().numpy())
+    assert mean == pytest.approx(float(cell.mean()), rel=1e-3)
+    assert chromium.errors() == []
+
+
+def test_names_are_text_whatever_they_are(chromium, tmp_path):
+    evil = "</script><img src=x onerror='window.hit=1'>$x^2$&amp;<b>"
+    stop = random_tour(
+        2,
+        titles=(evil, "B"),
+        parameters={evil: (2,)},
+        groups={evil: 2},
+        settings={evil: evil},
+        explanations={evil: evil},
+    )
+    chromium.open(write_page(tmp_path / "evil.html", {evil: stop, "other": stop}, title=evil))
+    assert chromium.text("stop-label") == evil
+    assert chromium.driver.title == evil
+    told, here = chromium.hover(0, 1)
+    assert (here, told["row"]) == (evil, f"{evil}[0]")
+    assert chromium.run("return document.querySelector('#panels .annotation text').textContent") == evil
+    assert chromium.run("return document.querySelector('#facts tr:nth-child(3)').textContent") == evil + evil
+    assert chromium.run("return [window.hit ?? null, document.querySelectorAll('img').length]") == [None, 0]
+    assert chromium.errors() == []
+
+
+def test_the_tutorial_fits(chromium, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    matrices = {f"matrix {k}": torch.randn(683, 683, generator=generator) for k in range(6)}
+    stop = MatrixFile(matrices, {"0.weight": (4, 28), "2.weight": (571,)}, {"1": 112, "2": 571})
+    path = write_page(tmp_path / "tour.html", stop)
+    assert path.stat().st_size < 25e6  # of numbers that nothing compresses
+    chromium.open(path)
+    chromium.choose("block-rows", "2")  # an entry of the whole is smaller than a pixel
+    chromium.choose("block-columns", "1")
+    told, _ = chromium.hover(400, 100, panel=5)
+    assert (told["row"], told["column"]) == ("2.weight[288]", "0.weight[3, 16]")
+    row, column = 400, 100
+    assert is_saved(told["matrix 5"], matrices["matrix 5"], row, column)
+    assert chromium.errors() == []

@@ -12,6 +12,7 @@ if _missing := [
 ]:
     raise ModuleNotFoundError(f"curvops.tour needs {_missing[0]}: pip install 'curvops[tour]'", name=_missing[0])
 
+from curvops.tour.block_figure import plot_blocks, plot_spectra
 from curvops.tour.coarse import Effort, coarse_tour
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
 from curvops.tour.compute import Finished, Tour
@@ -50,7 +51,9 @@ __all__ = [
     "log_abs",
     "make_operator",
     "module_groups",
+    "plot_blocks",
     "plot_matrices",
+    "plot_spectra",
     "run_tour",
     "save_coarse",
     "save_figure",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
@@ -176,21 +177,25 @@ class _Run:
         if not missing:
             self._say(f"{title}: in the file already")
             return
-        device = self._risk.space.device
-        with measured(device) as making:
+        known, start = self.coarse.costs.get(title), time.perf_counter()
+        with measured(self._risk.space.device) as cost:
             operator = self._operator(title)  # which a Kronecker operator computes at once
-        cost: Cost | None = making
-        with operator.linearized():
-            for name in missing:
-                with measured(device) as own:
+            with operator.linearized():
+                for name in missing:
+                    begin = time.perf_counter()
                     found, products = self._parts[name](operator)
-                found["costs"] = _together(self.coarse.costs.get(title), cost, own)
-                found["products"] = self.coarse.products.get(title, 0) + products
-                found["explanations"] = str(operator.explain())
-                self.coarse, cost = with_part(self.coarse, title, found), None
-                if self._path is not None:
-                    save_coarse(self._path, self.coarse)
-                self._say(f"{title}: {name} by {products} products, {own.seconds:.1f} s")
+                    found["products"] = self.coarse.products.get(title, 0) + products
+                    found["explanations"] = str(operator.explain())
+                    # the peak is known at the end
+                    found["costs"] = _together(known, Cost(time.perf_counter() - start))
+                    self._keep(title, found)
+                    self._say(f"{title}: {name} by {products} products, {time.perf_counter() - begin:.1f} s")
+        self._keep(title, {"costs": _together(known, cost)})
+
+    def _keep(self, title: str, found: dict[str, Any]) -> None:
+        self.coarse = with_part(self.coarse, title, found)
+        if self._path is not None:
+            save_coarse(self._path, self.coarse)
 
     def _operator(self, title: str) -> Any:
         kind, options = OPERATORS[title]

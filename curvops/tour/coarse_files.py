@@ -69,7 +69,7 @@ class CoarseFile:
         seen = torch.cat([torch.cat([d.nodes[d.weights > 0], d.outliers]) for d in self.densities.values()]).double()
         turn = self.threshold
         low, high = ((value / turn).asinh() for value in (seen.min(), seen.max()))
-        width = float(high - low) / 100 or 1.0
+        width = float(high - low) / 75 or 1.0
         even = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, count, dtype=torch.float64)
         points = turn * even.sinh()
 

@@ -1,6 +1,7 @@
 """How Sphinx builds the site: `make docs`."""
 
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -31,7 +32,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|np|numpy|collections|typing|matplotlib|pathlib|plotly|scipy|optional)\b.*"),
     (r"py:obj", r".*"),
-    (r"py:class", r".*"),
+    (r"py:(class|exc)", r".*"),
 ]
 
 autodoc_mock_imports = ["laplace"]
@@ -93,3 +94,14 @@ sphinx_gallery_conf = {
 # PyTorch's own, when it loads its rules for forward mode
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of each table of a font that a PDF leaves out
+
+
+def magnitudes(*event: Any) -> None:
+    """Keep |λ| of a docstring from being read as a substitution."""
+    lines = event[-1]
+    lines[:] = [re.sub(r"(?<!`)\|([^\s|`]+)\|(?!`)", r"\\|\1\\|", line) for line in lines]
+
+
+def setup(app: Any) -> None:
+    """Sphinx's own hook."""
+    app.connect("autodoc-process-docstring", magnitudes)

@@ -33,7 +33,7 @@ def plot_spectral_density(
         ax: Axes to draw on. Default: new ones.
         scale: ``"linear"``, or ``"symlog"``: asinh(λ / threshold), linear near zero and logarithmic on both sides.
         width: Standard deviation of the smoothing Gaussian on the scale. Default: 1 % of what is drawn.
-        threshold: Where the symmetric logarithm turns. Default: 1e-4 of the largest ``|λ|``.
+        threshold: Where the symmetric logarithm turns. Default: 1e-4 of the largest |λ|.
         errors: Half of the band's height in standard errors; there is none from one start vector.
 
     Returns:

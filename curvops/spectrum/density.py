@@ -77,7 +77,7 @@ class SpectralDensity:
             width: Standard deviation of the Gaussian on the scale. Default: 1 % of the spectrum's extent.
             scale: ``"linear"``: per unit of λ. ``"symlog"``: per unit of asinh(λ / threshold), which is linear near zero
                 and logarithmic on both sides.
-            threshold: Where symmetric-log turns. Default: 1e-4 of the largest ``|λ|``.
+            threshold: Where symmetric-log turns. Default: 1e-4 of the largest |λ|.
             outliers: Whether the deflated eigenvalues are drawn too.
         """
         largest = torch.cat([self.nodes.flatten(), self.outliers]).abs().max()

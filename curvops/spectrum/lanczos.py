@@ -52,12 +52,12 @@ def eigenpairs(
     Args:
         matrix: Symmetric, see `curvops.matrix.Matrix`.
         k: How many, from each end if ``which`` is ``"both"``.
-        which: ``"largest"``, ``"smallest"``, ``"both"`` or ``"magnitude"`` (the largest ``|λ|``).
+        which: ``"largest"``, ``"smallest"``, ``"both"`` or ``"magnitude"`` (the largest |λ|).
         metric: B, symmetric and positive definite, for instance a damped KFAC. Its products are not counted.
         metric_inverse: Products with B⁻¹, for instance KFAC's ``.inverse()``.
         start: Vectors near those wanted: an `EigenPairs` of an earlier checkpoint, or columns in any format.
         block: Columns that are multiplied together.
-        tolerance: Residuals are asked to be at most this times the largest ``|λ|`` seen. Errors of eigenvalues
+        tolerance: Residuals are asked to be at most this times the largest |λ| seen. Errors of eigenvalues
             are about the squares of their residuals. Default: the square root of the dtype's precision.
         max_products: Stop after about so many products. Default: 20 times the subspace.
         subspace: Basis vectors that are kept at most. Default: see above.

@@ -23,7 +23,7 @@ help:
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
 	@echo "make clients  the backends for laplace-torch beside its own: tests, an example, and seconds"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
-	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, and the doubts that follow from them"
+	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, the doubts that follow from them, and its coarse tour"
 	@echo "make picture  the README's picture, after make tour"
 	@echo "make clean    remove the environments and what the chores leave behind"
 
@@ -88,6 +88,7 @@ memory: .venv/.dev
 
 minilm: .venv-models/.weights
 	.venv-models/bin/python examples/minilm_laplace.py
+	.venv-models/bin/python examples/minilm_coarse.py
 
 picture: .venv/.tour
 	MPLBACKEND=agg $(BIN)/python -c "from curvops.tour import *; m = load_matrices('tour/matrices.safetensors'); \

@@ -63,7 +63,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
-    "ignore_pattern": r"laplace_transformer|minilm|coarse_",
+    "ignore_pattern": r"laplace_transformer|minilm",
     "within_subsection_order": ExplicitOrder(
         [
             f"{name}.py"

@@ -11,8 +11,8 @@ import torch
 from curvops.cli.commands import SETUPS
 from curvops.cli.problem import find_device, load_problem
 from curvops.cli.session import Session
-from curvops.tour.files import load_matrices
 from curvops.tour.compute import Finished
+from curvops.tour.files import load_matrices
 from curvops.tour.own import tour
 from curvops.tour.run import run_tour
 

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.figure import log_abs, plot_matrices
+from curvops.tour.figure import plot_matrices
+from curvops.tour.panels import log_abs
 from curvops.tour.style import Style, figure_style, settle_fonts
 
 DOUBT = 0.5  # standard error of a norm, relative to it, from which on a block is marked

@@ -88,7 +88,7 @@ def test_spectrum_is_that_of_the_matrix(target, capsys):
     exec(PROBLEM, module)
     torch.manual_seed(0)
     model, loss, data = module["problem"]()
-    params = {name: p for name, p in model.double().named_parameters()}
+    params = dict(model.double().named_parameters())
     data = [(X.double(), y) for X, y in data]
     dense = curvops.HessianLinearOperator(model, loss, params, data).to_dense()
     values = torch.linalg.eigvalsh(dense)

@@ -14,6 +14,7 @@
 import os
 import sys
 import time
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,8 +22,9 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from curvops import EmpiricalRisk
-from curvops.tour import Effort, coarse_tour
+from curvops import EmpiricalRisk, GGNLinearOperator
+from curvops.tour import Effort, coarse_tour, plot_blocks, plot_spectra, save_figure
+from curvops.tour.groups import module_groups
 from curvops.tour.meter import measured
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -116,6 +118,9 @@ model.zero_grad(set_to_none=True)
 # perceptron. Each finished part is written to the file, and a second call goes on with what is there.
 
 params = dict(model.named_parameters())
+parts = module_groups({name: p.shape for name, p in params.items()}, depth=5)
+short = {"encoder.embeddings.": "", "encoder.encoder.layer.": "", "_embeddings": "", "position": "place"}
+groups = {reduce(lambda name, pair: name.replace(*pair), short.items(), name): size for name, size in parts.items()}
 risk = EmpiricalRisk(model, loss, params, data)
 print(f"{risk.space.dim:,} parameters, {len(sentences)} sentences, risk {risk.value():.3f}")
 effort = Effort(block_products=4, eigenvalues=4, eigen_products=30, density_depth=16, density_vectors=2)
@@ -123,10 +128,39 @@ with measured(torch.device("cpu")) as cost:
     coarse = coarse_tour(
         risk,
         folder / "coarse.safetensors",
-        groups=5,
+        groups=groups,
         effort=effort,
         memory_budget=6 * 2**30,
         settings={"setup": "MiniLM with a head on sentences of four topics"},
         say=lambda line: print(f"{(time.perf_counter() - started) / 60:6.1f} min  {line}", flush=True),
     )
-print(f"{cost.seconds / 60:.1f} minutes, peak memory {(cost.peak_bytes or 0) / 2**30:.2f} GiB above the model's")
+used = time.process_time() / 60
+print(
+    f"{cost.seconds / 60:.1f} minutes ({used:.1f} of one processor), "
+    f"peak memory {(cost.peak_bytes or 0) / 2**30:.2f} GiB above the model's"
+)
+for title, own in coarse.costs.items():
+    peak = "unknown" if own.peak_bytes is None else f"{own.peak_bytes / 2**30:.2f} GiB"
+    print(f"  {title:<26} {own.seconds / 60:6.1f} min, {coarse.products[title]:4d} products, peak {peak}")
+
+# %%
+# What there is to see
+# --------------------
+# The curvature is spread over the whole model: a fine-tuning that moved one layer only would meet it from the
+# others' blocks as well, which KFAC and EKFAC leave out (they are exactly zero there).
+
+for name, (fig, _) in {"blocks": plot_blocks(coarse), "spectra": plot_spectra(coarse)}.items():
+    for suffix in ("pdf", "png"):
+        print(save_figure(fig, folder / f"coarse_{name}.{suffix}"))
+
+# %%
+# A closer look at one block
+# --------------------------
+# Entries of any block are there on demand: rows and columns of an operator by name. Here those of the head,
+# whose norm was estimated above.
+
+title = "Generalized Gauss-Newton"
+exact = GGNLinearOperator.of(risk)["head.*"].to_dense().norm()
+where = list(coarse.groups).index("head")
+estimate, error = (float(found[title][where, where]) for found in (coarse.norms, coarse.errors))
+print(f"the block of the head: its norm is {exact:.3f}, the estimate was {estimate:.3f} ± {error:.3f}")

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.figure import plot_matrices
+from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
 from curvops.tour.style import Style, figure_style, settle_fonts
 
 DOUBT = 0.5  # standard error of a norm, relative to it, from which on a block is marked
 DECADES = 8  # of norms that have a colour of their own, below the largest
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe & Ito)
-ROW = 0.11  # inches of an eigenvector
+ROW = 0.115  # inches of an eigenvector
 ACROSS = 100  # letters that have room side by side below a panel
 MARKS = "osD^v<"  # so that they are told apart in grey as well
 
@@ -98,7 +99,7 @@ def plot_spectra(coarse: CoarseFile, *, config: Any = None, usetex: bool = False
         raise ValueError("plot_spectra: the coarse tour has no matrix with eigenvectors and a density yet.")
     style: Style = figure_style(2, 3, usetex=usetex) if config is None else dict(config)
     rows = sum(len(coarse.masses[title]) for title in titles)
-    heights = [1.5, ROW * rows, 1.5]
+    heights = [1.5, max(ROW * rows, 0.9), 1.5]
     with plt.rc_context(style):
         fig, axes = plt.subplots(
             3, 1, figsize=(style["figure.figsize"][0], sum(heights) + 1.6), height_ratios=heights, layout="constrained"
@@ -171,7 +172,7 @@ def _masses(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
         ax.axhline(end, color="0.2", lw=0.4)
         middle: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "linespacing": 1.0}
         ax.text(1.015, (begin + end) / 2, _folded(title), fontsize=7, **middle)
-    names = list(coarse.groups)
+    names = [shortened(name) for name in coarse.groups]
     letters = sum(map(len, names)) + 3 * len(names)
     ax.set_xticks(range(len(names)), names, rotation=90 if letters > ACROSS else 0)
     ax.set_ylabel("Eigenvalue")
@@ -184,19 +185,20 @@ def _masses(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
 
 def _densities(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
     curves, turn = coarse.curves(), coarse.threshold
-    for k, title in enumerate(titles):
-        points, values, errors = (found.numpy() for found in curves[title])
-        ax.plot(points, values, lw=0.8, color=COLORS[k % 6])
-        ax.fill_between(points, values - 2 * errors, values + 2 * errors, color=COLORS[k % 6], alpha=0.2, lw=0)
-    ends = next(iter(curves.values())).points[[0, -1]].tolist()
-    ax.set_xscale("asinh", linear_width=turn)
-    ax.set_xticks(_decades(turn, *ends))
-    ax.minorticks_off()
-    ax.set_xlim(*ends)
-    ax.set_yscale("log")
     top = max(float(curve.values.max()) for curve in curves.values())
-    dim = max(density.dim for density in coarse.densities.values())
-    ax.set_ylim(0.3 * top / dim, 2 * top)
+    bottom = 0.3 * top / max(density.dim for density in coarse.densities.values())  # of less than one eigenvalue
+    for k, title in enumerate(titles):
+        points, values, errors = curves[title]
+        lower, upper = ((values + sign * 2 * errors).clamp(min=bottom).numpy() for sign in (-1, 1))
+        ax.plot(points.numpy(), values.numpy(), lw=0.8, color=COLORS[k % 6])
+        ax.fill_between(points.numpy(), lower, upper, color=COLORS[k % 6], alpha=0.2, lw=0)
+    low, high = next(iter(curves.values())).points[[0, -1]].tolist()
+    ax.set_xscale("asinh", linear_width=turn)
+    ax.set_xticks(_decades(turn, low, high))
+    ax.minorticks_off()
+    ax.set_xlim(low, high)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom, 2 * top)
     ax.set_xlabel("Eigenvalue")
     ax.set_ylabel("Density")
 

@@ -130,8 +130,8 @@ def test_what_does_not_fit_is_refused_in_one_line(undrawn, tmp_path, monkeypatch
 
     noisy = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(16, 3))
     refuses(RuntimeError, "the model has dropout in train mode (1 modules", noisy, [(X, Y)])
-    refuses(TypeError, "Pass data=[(X, y)]", cnn(), (X, Y))
-    refuses(TypeError, "Pass DataLoader(dataset, batch_size=…), without shuffling", cnn(), TensorDataset(X, Y))
+    refuses(TypeError, "This is one batch: pass it in a list, [(X, y)]", cnn(), (X, Y))
+    refuses(TypeError, "pass torch.utils.data.DataLoader(dataset, batch_size=64)", cnn(), TensorDataset(X, Y))
     refuses(TypeError, "pass its parameters, params={name: tensor}", lambda params, inputs: inputs, [(X, Y)])
     refuses(ValueError, "sizes [3] sum to 3, the matrices have 47 rows", cnn(), [(X, Y)], groups=[3])
     refuses(ValueError, "the model Flatten has no parameters", nn.Flatten(), [(X, Y)])

@@ -13,10 +13,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.figure import plot_matrices
+from curvops.tour.figure import make_room, plot_matrices
 from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
 from curvops.tour.style import Style, figure_style, settle_fonts
@@ -125,19 +126,22 @@ def _cross(ax: Axes, doubt: Tensor) -> None:
 
 def _explain_crosses(fig: Figure, axes: npt.NDArray[Any]) -> None:
     """Say below the panels at the left what crosses mean."""
-    _, y = fig._supxlabel.get_position()  # type: ignore[attr-defined]  # no public way to it
+    axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
+    letters: Style = {"family": axis.get_fontfamily(), "size": float(axis.get_fontsize()) - 1}
     mark = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="standard error above half the norm")
     legend = fig.legend(
         handles=[mark],
         loc="lower left",
-        bbox_to_anchor=(axes[-1, 0].get_position().x0, y),
+        bbox_to_anchor=(axes[-1, 0].get_position().x0, axis.get_position()[1]),
         frameon=False,
         borderpad=0,
         borderaxespad=0,
         handlelength=1.0,
         handletextpad=0.3,
+        prop=letters,
     )
     legend.set_in_layout(False)
+    make_room(fig, legend)
 
 
 def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:

@@ -183,6 +183,7 @@ def curvops() -> None:
 @_with(
     _target(required=False), _output("tour"),
     click.option("--setups", type=Names(*SETUPS), help=f"Of the built-in models, which: {', '.join(SETUPS)}. [default: all]"),
+    click.option("--checkpoint", "checkpoints", multiple=True, type=click.Path(), metavar="FILE", help="Weights of your model, by torch.save(model.state_dict(), FILE): one stop of the page's slider; can be repeated."),
     _fresh, _device, *_PROBLEM, _seed, _threads, _memory, *_SHOWN,
 )  # fmt: skip
 def tour(**given: Any) -> int:

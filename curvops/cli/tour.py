@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,9 +12,9 @@ import torch
 from curvops.cli.commands import SETUPS
 from curvops.cli.problem import find_device, load_problem
 from curvops.cli.session import Session
-from curvops.tour.compute import Finished
+from curvops.tour.compute import Finished, Tour
 from curvops.tour.files import load_matrices
-from curvops.tour.own import tour
+from curvops.tour.own import TourOptions, tour, tour_checkpoints
 from curvops.tour.run import run_tour
 
 
@@ -30,8 +31,15 @@ def run(session: Session, *, target: str | None, setups: list[str] | None, **giv
 def _built_in(
     session: Session, setups: list[str], *, output: str, device: str | None, dtype: str | None, seed: int,
     params: tuple[str, ...], batches: int | None, threads: int | None, memory: int | None, fresh: bool,
+    checkpoints: tuple[str, ...],
 ) -> None:  # fmt: skip
-    for name, value in (("--params", params), ("--batches", batches), ("--memory", memory), ("--fresh", fresh)):
+    for name, value in (
+        ("--params", params),
+        ("--batches", batches),
+        ("--memory", memory),
+        ("--fresh", fresh),
+        ("--checkpoint", checkpoints),
+    ):
         if value:
             raise click.UsageError(f"{name} belongs to a problem of your own: curvops tour MODULE:PROBLEM {name}")
     if threads is not None:
@@ -48,19 +56,46 @@ def _built_in(
 
 
 def _own(
-    session: Session, target: str, *, output: str, fresh: bool, memory: int | None, seed: int, **given: Any
+    session: Session,
+    target: str,
+    *,
+    checkpoints: tuple[str, ...],
+    output: str,
+    fresh: bool,
+    memory: int | None,
+    seed: int,
+    **given: Any,
 ) -> None:
     problem = load_problem(target, seed=seed, **given)
     finished = Finished()
     session.kept.append(finished)
-    found = tour(
-        problem.model, problem.loss, problem.data, problem.params, output=output, seed=seed, memory_budget=memory,
-        resume=not fresh, finished=finished, say=session.note, **problem.options,
-    )  # fmt: skip
-    session.say(str(found))
-    session.say("\n".join(str(path) for path in found.paths))
+    options: TourOptions = {"seed": seed, "memory_budget": memory, "resume": not fresh, "finished": finished}
+    options["say"] = session.note
+    options.update(problem.options)  # type: ignore[typeddict-item]  # its names are known
+    own = problem.model, problem.loss, problem.data
+    if checkpoints:
+        tours = tour_checkpoints(*own, _labelled(checkpoints), problem.params, output=output, **options)
+    else:
+        tours = {"": tour(*own, problem.params, output=output, **options)}
+    document: dict[str, Any] = {"problem": problem.target, "output": output, "tours": {}}
+    for label, found in tours.items():
+        session.say("\n".join([*[label] * bool(label), str(found)]))
+        document["tours"][label] = _facts(found)
+    files = [*finished.matrices, *finished.figures]
+    session.say("\n".join(map(str, files)))
+    session.answer({**document, "files": [str(path) for path in files]})
+
+
+def _facts(found: Tour) -> dict[str, Any]:
     costs = {title: asdict(cost) for title, cost in found.file.costs.items()}
-    document = {"output": output, "parameters": found.file.parameters, "groups": found.groups, "costs": costs}
-    session.answer(
-        {"problem": problem.target, **document, "refused": found.refused, "files": list(map(str, found.paths))}
-    )
+    return {"parameters": found.file.parameters, "groups": found.groups, "costs": costs, "refused": found.refused}
+
+
+def _labelled(checkpoints: tuple[str, ...]) -> dict[str, Path]:
+    """Files by their names, or by their whole paths where names are the same."""
+    paths = [Path(one) for one in checkpoints]
+    for path in paths:
+        if not path.is_file():
+            raise click.UsageError(f"--checkpoint: there is no file '{path}'")
+    named = {path.stem: path for path in paths}
+    return named if len(named) == len(paths) else {str(path): path for path in paths}

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from curvops.files import replace_atomically
 from curvops.tour.groups import Groups, edges_of, shapes_of, sizes_of
@@ -23,6 +25,7 @@ from curvops.tour.style import INK, THIN, Style, Width, figure_style, settle_fon
 # panels as wide as a third of a page
 EVERY_ENTRY, PRINTED, THIRD = 700, 600, 2.25
 PAD, BAR = 0.025, 0.125  # inches around everything, and the colour bar's width
+OVER = 0.25  # inches that the colour bar's label may be longer than the bar
 LINE = 1.2  # room for a name, in sizes of its letters
 GAP = 2.5  # points between two boundaries that are drawn
 
@@ -123,7 +126,7 @@ def plot_matrices(
         bar = fig.colorbar(axes[0, 0].images[0], ax=axes, extend=look.extend, **room)
         bar.set_label(look.title)
         bar.outline.set_linewidth(THIN)
-        _arrange(fig, axes, axis_label if sizes else "Parameter", sizes)
+        _arrange(fig, axes, bar, axis_label if sizes else "Parameter", sizes)
         if look.some_zeros:
             _explain_zeros(fig, axes)
         if not plt.rcParams["text.usetex"]:
@@ -162,7 +165,7 @@ def _grid_of(number: int, rows: int | None, columns: int | None, most: int) -> t
     return rows, columns
 
 
-def _arrange(fig: Figure, axes: npt.NDArray[Any], label: str, sizes: Mapping[str, int]) -> None:
+def _arrange(fig: Figure, axes: npt.NDArray[Any], bar: Any, label: str, sizes: Mapping[str, int]) -> None:
     """Name both sides and the groups, and find the height at which the square panels fill the figure's width."""
     rows, columns = axes.shape
     size = axes.flat[0].title.get_fontsize()
@@ -175,7 +178,7 @@ def _arrange(fig: Figure, axes: npt.NDArray[Any], label: str, sizes: Mapping[str
         fig.set_figheight(height + 1)  # more than enough
         engine.execute(fig)
         before, names = names, _name_groups(axes, sizes)
-        _fold_titles(axes)
+        _fold(axes, bar.ax.yaxis.label)
         if names != before:
             engine.execute(fig)
         boxes = [ax.get_tightbbox() for ax in axes.flat]
@@ -252,13 +255,21 @@ def _draw_boundaries(axes: npt.NDArray[Any], edges: Sequence[int]) -> None:
                 ax.axvline(edge, color=color, lw=width, zorder=order)
 
 
-def _fold_titles(axes: npt.NDArray[Any]) -> None:
-    """Break titles that are wider than their panels into two lines."""
+def _fold(axes: npt.NDArray[Any], label: Text) -> None:
+    """Break titles that are wider than their panels, and the colour bar's label if it is longer than all panels, into lines."""
     for ax in axes.flat:
-        words = ax.get_title().split(" ")
-        if len(words) > 1 and ax.title.get_window_extent().width > ax.get_window_extent().width:
-            halves = [(" ".join(words[:k]), " ".join(words[k:])) for k in range(1, len(words))]
-            ax.set_title("\n".join(min(halves, key=lambda both: max(map(len, both)))), linespacing=1.0)
+        _break(ax.title, "width", ax.get_window_extent().width)
+    height = axes[0, 0].get_window_extent().y1 - axes[-1, 0].get_window_extent().y0
+    _break(label, "height", height + OVER * axes[0, 0].figure.dpi)
+
+
+def _break(text: Text, along: str, room: float) -> None:
+    """Break a text into as few lines as fit into so much room along a side of the paper."""
+    words = text.get_text()
+    for lines in range(2, len(words.split()) + 1):
+        if getattr(text.get_window_extent(), along) <= room:
+            return
+        text.set(text="\n".join(wrap(words, math.ceil(len(words) / lines), break_long_words=False)), linespacing=1.0)
 
 
 def _explain_zeros(fig: Figure, axes: npt.NDArray[Any]) -> None:

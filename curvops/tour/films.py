@@ -85,6 +85,8 @@ def film(
         pictures = [_in_colors(picture, look) for picture in pictures]
     milliseconds = [round(1000 * seconds)] * (len(pictures) - 1) + [round(2000 * seconds)]
     options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
+    if kind == "webp":
+        options["lossless"] = True
     # Pillow's own writer and not matplotlib's, which goes by the suffix and gives each frame other colours
     replace_atomically(path, lambda partial: pictures[0].save(partial, format=kind, **options))
     return path

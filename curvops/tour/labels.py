@@ -96,12 +96,14 @@ def run_name(first: str, last: str) -> str:
     """The name of all groups from the first to the last one.
 
     Example:
-        >>> run_name("layer.3", "layer.12"), run_name("conv", "head")
-        ('layer.3–12', 'conv–head')
+        >>> run_name("layer.3", "layer.12"), run_name("h.0.mlp", "h.5.mlp"), run_name("conv", "head")
+        ('layer.3–12', 'h.0–5.mlp', 'conv–head')
     """
-    beginning, ending = first.split("."), last.split(".")
-    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(beginning, ending[:-1], strict=False)))
-    return f"{first}–{'.'.join(ending[shared:])}"
+    a, b = first.split("."), last.split(".")
+    ahead = _alike(a[:-1], b[:-1])
+    behind = _alike(a[ahead + 1 :][::-1], b[ahead + 1 :][::-1])
+    middle = f"{'.'.join(a[ahead : len(a) - behind])}–{'.'.join(b[ahead : len(b) - behind])}"
+    return ".".join([*a[:ahead], middle, *a[len(a) - behind :]])
 
 
 def shortened(name: str) -> str:
@@ -128,3 +130,8 @@ def _joined(
     pairs = [k for k in range(len(runs) - 1) if not far or max(moved[k], moved[k + 1]) > reach]
     k = min(pairs or range(len(runs) - 1), key=lambda k: sizes[k] + sizes[k + 1])
     return [*runs[:k], (runs[k][0], runs[k + 1][1]), *runs[k + 2 :]]
+
+
+def _alike(parts: Sequence[str], others: Sequence[str]) -> int:
+    """With how many same parts both begin."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(parts, others, strict=False)))

@@ -13,6 +13,7 @@ from curvops.cli import main
 from curvops.cli.commands import MATRICES
 from curvops.cli.commands import curvops as group
 from curvops.files import read_tensors
+from curvops.tour import OPERATORS, load_matrices
 
 PROBLEM = """
 import torch
@@ -71,6 +72,45 @@ def test_check_says_what_failed_by_its_status(target, capsys):
     assert "dropout in train mode" in capsys.readouterr().out
 
 
+def test_the_tour_of_ones_own_problem(target, capsys, monkeypatch):
+    monkeypatch.setattr("curvops.tour.own.draw", lambda *_, **__: None)  # figures and page have tests of their own
+    monkeypatch.setattr("curvops.tour.own.warm_up", lambda *_: None)
+    found, errors = document(capsys, "tour", target, "--params", "2.*", "--dtype", "float64")
+    assert found["files"] == ["tour/matrices.safetensors"] and "trace" in errors
+    (own,) = found["tours"].values()
+    assert own["parameters"] == {"2.weight": [3, 2], "2.bias": [3]} and list(own["costs"]) == list(OPERATORS)
+    file = load_matrices("tour/matrices.safetensors")
+    assert file.matrices["KFAC"].shape == (9, 9) and file.settings["dtype"] == "float64"
+    again, _ = document(capsys, "tour", target, "--params", "2.*", "--dtype", "float64")
+    assert again["tours"] == found["tours"], "taken from the file, with the same seconds"
+
+
+def test_the_tour_of_checkpoints(target, capsys, monkeypatch):
+    monkeypatch.setattr("curvops.cli.tour.tour_checkpoints", lambda *given, **named: taken.append((given, named)) or {})
+    taken = []
+    for name in ("a", "b"):
+        Path(f"{name}.pt").write_bytes(b"")
+    asked = [
+        "tour",
+        target,
+        "--checkpoint",
+        "a.pt",
+        "--checkpoint",
+        "b.pt",
+        "--memory",
+        "1MB",
+        "--seed",
+        "3",
+        "--fresh",
+    ]
+    assert document(capsys, *asked)[0]["tours"] == {}
+    ((_, _, _, checkpoints, params), named) = taken[0]
+    assert checkpoints == {"a": Path("a.pt"), "b": Path("b.pt")} and len(params) == 4
+    assert (named["memory_budget"], named["seed"], named["resume"], named["output"]) == (10**6, 3, False, "tour")
+    assert main(["tour", target, "--checkpoint", "c.pt"]) == 2
+    assert "--checkpoint: there is no file 'c.pt'." in capsys.readouterr().err
+
+
 def test_explain_takes_one_batch(target, capsys):
     found, _ = document(capsys, "explain", target, "--params", "2.*", "--dtype", "float64")
     assert list(found["matrices"]) == list(MATRICES)
@@ -88,7 +128,7 @@ def test_spectrum_is_that_of_the_matrix(target, capsys):
     exec(PROBLEM, module)
     torch.manual_seed(0)
     model, loss, data = module["problem"]()
-    params = {name: p for name, p in model.double().named_parameters()}
+    params = dict(model.double().named_parameters())
     data = [(X.double(), y) for X, y in data]
     dense = curvops.HessianLinearOperator(model, loss, params, data).to_dense()
     values = torch.linalg.eigvalsh(dense)
@@ -104,6 +144,7 @@ def test_spectrum_is_that_of_the_matrix(target, capsys):
 
 
 def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
+    monkeypatch.setattr("curvops.cli.spectrum._drawn", lambda *_: {})
     asked = ["spectrum", target, "-k", "1", "--matrix", "ggn", "--depth", "4"]
     first, _ = document(capsys, *asked)
 

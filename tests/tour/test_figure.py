@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvops import HessianLinearOperator
 from curvops.tour import color_domain, figure_style, log_abs, plot_matrices, save_figure, unchanged
@@ -47,9 +47,12 @@ def test_panels_are_square_the_bar_as_tall_and_nothing_overlaps_or_leaves_the_fi
 def test_boundaries_lie_between_entries_and_labels_in_the_middle_of_groups():
     _, axes = plot_matrices(six(), groups=GROUPS)
     for ax in axes.flat:
-        horizontal = [line.get_ydata()[0] for line in ax.lines if line.get_xdata()[0] == 0]
-        vertical = [line.get_xdata()[0] for line in ax.lines if line.get_ydata()[0] == 0]
-        assert horizontal == vertical == [2.5, 7.5]
+        for color, width in (("white", 0.9), ("0.15", 0.4)):  # the dark line stands on the white one
+            lines = [line for line in ax.lines if line.get_color() == color and line.get_linewidth() == width]
+            horizontal = [line.get_ydata()[0] for line in lines if line.get_xdata()[0] == 0]
+            vertical = [line.get_xdata()[0] for line in lines if line.get_ydata()[0] == 0]
+            assert horizontal == vertical == [2.5, 7.5]
+        assert len(ax.lines) == 8
         assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [1.0, 5.0, 9.5]
         assert ax.images[0].get_extent() == [-0.5, 11.5, 11.5, -0.5]
     for labels in (axes[1, 0].get_xticklabels(), axes[1, 0].get_yticklabels()):
@@ -76,7 +79,7 @@ def test_domain_is_shared_and_for_log_abs_becomes_darker_in_grey_with_every_step
     matrices = {"small": 1e-3 * torch.eye(3), "large": torch.full((3, 3), -100.0)}
     _, axes = plot_matrices(matrices)
     for ax in axes.flat:
-        assert ax.images[0].get_clim() == (-6.0, 2.0)
+        assert ax.images[0].get_clim() == (-3.0, 2.0), "exact zeros are no entries of 1e-6"
         assert ax.images[0].get_cmap().name.startswith("magma_r")
     assert axes[0, 1].images[0].get_array().tolist() == [[2.0] * 3] * 3
     grey = axes[0, 0].images[0].cmap(np.linspace(0, 1, 128))[:, :3] @ [0.299, 0.587, 0.114]
@@ -130,6 +133,7 @@ def test_titles_labels_and_fonts_are_set_without_latex_and_a_style_of_ones_own_i
     assert fig.axes[-1].get_ylabel() == "magnitude"
     assert fig.get_supxlabel() == fig.get_supylabel() == "Layer"
     assert axes[0, 0].title.get_fontsize() == 8
+    assert {label.get_fontsize() for label in axes[0, 0].get_yticklabels()} == {7}
     assert not any(text.get_usetex() for text in fig.findobj(Text))
     assert not caplog.records, "matplotlib looked for fonts that are not there"
     assert figure_style(usetex=True)["text.usetex"] is True
@@ -166,12 +170,17 @@ def test_large_matrices_are_averaged_to_what_print_can_show(tmp_path):
         ({"matrices": [torch.eye(2)]}, ValueError, "needs titles="),
         ({"matrices": [torch.eye(2)], "titles": ["A", "B"]}, ValueError, "one title for each of the 1 matrices, got 2"),
         ({"matrices": [torch.eye(2)] * 2, "titles": ["A", "A"]}, ValueError, "the titles must differ"),
+        ({"matrices": 1.0}, TypeError, "expected a matrix, a mapping from title to matrix, or a sequence"),
         ({"matrices": {"A": [[1.0]]}}, TypeError, "'A' must be a tensor or an operator with to_dense(), got list"),
         ({"matrices": {"A": torch.ones(2, 3)}}, ValueError, "square matrices of one shape, got {'A': (2, 3)}"),
         ({"matrices": {"A": torch.eye(2), "B": torch.eye(3)}}, ValueError, "{'A': (2, 2), 'B': (3, 3)}"),
         ({"matrices": {"A": torch.eye(2) * float("nan")}}, ValueError, "'A' has 4 entries that are NaN"),
         ({"matrices": {"A": torch.eye(4)}, "groups": [1, 2]}, ValueError, "[1, 2] sum to 3, the matrices have 4 rows"),
         ({"matrices": {"A": torch.eye(1)}, "groups": [2, -1]}, ValueError, "group sizes [2, -1]"),
+        ({"matrices": {"A": torch.eye(4)}, "groups": 1}, ValueError, "Pass operators, or groups=model"),
+        ({"matrices": {"A": torch.eye(4)}, "groups": nn.Linear(1, 1)}, ValueError, "has 2 parameters, the matrices 4"),
+        ({"matrices": {"A": torch.eye(4)}, "groups": "modules"}, TypeError, "groups must be sizes, a mapping"),
+        ({"matrices": {"A": torch.eye(4)}, "width": "half"}, ValueError, "must be 'column' or 'page', got 'half'"),
         ({"matrices": {"A": torch.eye(2)}, "transform": torch.diagonal}, ValueError, "keep the shape (2, 2), got (2,)"),
         ({"matrices": {"A": -torch.eye(2)}, "transform": torch.log10}, ValueError, "transform makes 2 entries of 'A'"),
         ({"matrices": six(), "rows": 1, "columns": 2}, ValueError, "6 matrices do not fit into 1 x 2 panels"),

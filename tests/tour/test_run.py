@@ -15,9 +15,9 @@ import torch
 from curvops import cli
 from curvops.cli.commands import SETUPS
 from curvops.tour import OPERATORS, Finished, OutputError, load_matrices, run_tour, tutorial
+from curvops.tour.compute import MATRICES
 from curvops.tour.files import prepare_output
 from curvops.tour.matrices import each_matrix
-from curvops.tour.run import MATRICES
 from curvops.tour.setups import SIZES
 
 FIGURES = [f"curvature_matrices{kind}.{suffix}" for kind in ("", "_log_abs") for suffix in ("pdf", "png")]
@@ -33,13 +33,14 @@ def test_the_whole_tour(tmp_path, capsys):
     assert "Total parameters: 683\nLayer parameters: [112, 0, 404, 0, 37, 0, 130]\n" in printed
     for folder, size in zip(folders, [683, 830, 830], strict=True):
         files = {path.name for path in folder.iterdir() if path.is_file()}
-        assert files == {*FIGURES, MATRICES}
+        assert files == {*FIGURES, MATRICES, *(["tour.html"] if folder == output else [])}
         assert all((folder / name).stat().st_size < 2_000_000 for name in FIGURES if name.endswith("pdf"))
         found = load_matrices(folder / MATRICES)
         assert list(found.matrices) == list(OPERATORS)
         assert all(matrix.shape == (size, size) and matrix.isfinite().all() for matrix in found.matrices.values())
         assert sum(found.groups.values()) == size
         assert sum(torch.Size(shape).numel() for shape in found.parameters.values()) == size
+    assert 1e6 < (output / "tour.html").stat().st_size < 25e6 and (output / "digits" / "tour.html").is_file()
     for title in ("(determinism check)", *OPERATORS):
         rows = re.findall(rf"^{re.escape(title)} +(\d+\.\d+) +(\d+\.\d|unknown)\b", printed, re.MULTILINE)
         assert len(rows) == 3, f"one row of {title!r} for each setup"
@@ -115,7 +116,7 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path):
 
 
 def test_interrupted_before_anything_is_finished(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("curvops.tour.run.each_matrix", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("curvops.tour.compute.each_matrix", Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["tour", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "curvops tour: interrupted; kept nothing\n"
     assert str(Finished({Path("a/b"): ["H", "F"]}, [Path("c"), Path("d")])) == "H, F in a/b; 2 figures"

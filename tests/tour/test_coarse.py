@@ -179,6 +179,12 @@ def test_refusals(tmp_path):
         group_sizes("layers", shapes)
     assert group_sizes("tensors", shapes) == {"a.weight": 6, "a.bias": 2, "b.weight": 4}
     assert group_sizes("modules", shapes) == group_sizes(1, shapes) == {"a": 8, "b": 4}
+    assert group_sizes("modules", {**shapes, "c.weight": (0, 3)}) == {"a": 8, "b": 4}
+    with pytest.raises(ValueError, match="block_products must be an integer ≥ 2, got 1"):
+        Effort(block_products=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        coarse_tour(risk, tmp_path / "file" / "coarse.safetensors", say=pytest.fail)
     path = save_matrices(tmp_path / "m.safetensors", {"A": torch.eye(2)})
     with pytest.raises(ValueError, match="not one of coarse curvature"):
         load_coarse(path)

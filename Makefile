@@ -14,8 +14,8 @@ help:
 	@echo "make test-torch TORCH=2.6.0  the tests with another PyTorch, oldest supported to newest; several gigabytes"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into the format that check asks for"
-	@echo "make docs     run the examples of the docstrings, the README, docs/howto.md and examples/"
-	@echo "make support  write docs/support.md: what each operator does with each layer"
+	@echo "make docs     run the examples of docstrings, README and pages, and build the site with its tutorials, in docs/_build"
+	@echo "make support  write docs/support.md: what each operator does with each layer; and the README's count of it"
 	@echo "make bench    docs/benchmarks.md: the tour, products, columns, factors, memory beside other libraries; and growth"
 	@echo "make bench-minilm  the same page: products and factors of a pretrained transformer, beside the peer library"
 	@echo "make calibrate  the measurements behind the rules that choose between ways of computing a product"
@@ -46,12 +46,16 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 docs: .venv/.docs
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --doctest-modules --ignore=curvops/clients/laplace.py \
-	  --ignore=curvops/clients/laplace_kron.py curvops tests/tour/test_readme.py tests/test_howto.py
-	MPLBACKEND=agg $(BIN)/python examples/visual_tour.py
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --doctest-modules \
+	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py \
+	  curvops tests/tour/test_readme.py tests/test_howto.py docs/test_pages.py
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m sphinx -q -W --keep-going -n \
+	  -D sphinx_gallery_conf.run_stale_examples=True docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
 
 support: .venv/.dev
 	$(BIN)/python tests/kronecker/support.py --write
+	$(BIN)/python tests/kronecker/coverage.py --write README.md
 
 # each benchmark puts its section onto the page; ARGS="--rounds 3 --threads 1" goes to all of them
 bench: .venv-peer/.peer .venv-others/.others
@@ -92,7 +96,7 @@ picture: .venv/.tour
 	  save_figure(plot_matrices(m.matrices, groups=m.groups)[0], 'docs/curvature_matrices.png', dpi=140)"
 
 clean:
-	rm -rf .venv .venv-models .venv-others .venv-peer .venv-torch-* tour .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-models .venv-others .venv-peer .venv-torch-* tour docs/_build docs/gallery .mypy_cache .pytest_cache .ruff_cache
 
 # $(call install,ENVIRONMENT,EXTRAS): the mark says "begun, not finished", so that an interrupted
 # installation is thrown away and made anew.

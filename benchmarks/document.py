@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Section:
     def __init__(self, title: str, about: str, conditions: str = "") -> None:
         self.title = title
         self.lines: list[str] = []
-        self.say(f"## {title}", "", about, "", "; ".join(filter(None, (machine(), conditions))) + ".")
+        self.say(f"## {title}", "", about, "", "; ".join(filter(None, (machine(), conditions, command()))) + ".")
 
     def say(self, *lines: object) -> None:
         """Print lines."""
@@ -51,6 +52,12 @@ class Section:
         partial = path.with_name(path.name + ".part")
         partial.write_text(text)
         partial.replace(path)
+
+
+def command() -> str:
+    """The benchmark that runs, as a reader would call it; nothing where it is imported by something else."""
+    script = Path(sys.argv[0])
+    return f"`python benchmarks/{script.name}`" if script.resolve().parent == Path(__file__).resolve().parent else ""
 
 
 def page(path: Path) -> Path:

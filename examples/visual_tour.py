@@ -1,4 +1,9 @@
-"""Six ways to look at the curvature of one small network, from the setup to the figure."""
+"""
+The visual tour
+===============
+
+Six ways to look at the curvature of one small network, from the setup to the figure.
+"""
 
 # %%
 # What is drawn here

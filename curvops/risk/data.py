@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
 from curvops.tree import map_tensors, tensors_of
 
@@ -35,20 +34,12 @@ class Data:
     def __init__(
         self, batches: Iterable[tuple[Any, Any]], device: torch.device, batch_size_fn: Callable[[Any], int] | None
     ) -> None:
-        if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor, str)) or _is_pair(batches):
             raise TypeError(
-                f"data: expected an iterable of batches (X, y), got a {type(batches).__name__}, which has one datum at a time. Pass "
-                "DataLoader(dataset, batch_size=…), without shuffling."
+                f"data: expected an iterable of batches (X, y), got {_kind(batches)}. {_as_batches(batches)}"
             )
-        if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor)):
-            raise TypeError(f"data: expected an iterable of batches (X, y), got {_kind(batches)}. Pass [(X, y)].")
         if isinstance(batches, Iterator):
             raise TypeError(f"data: got a {type(batches).__name__}, which can be walked only once; {_SEVERAL}")
-        if isinstance(batches, (tuple, list)) and any(isinstance(part, Tensor) for part in batches):
-            raise TypeError(
-                f"data: expected an iterable of batches (X, y), got a {type(batches).__name__} with tensors. Is it one batch? Pass "
-                "data=[(X, y)]."
-            )
         self.batches, self.device, self.batch_size_fn = batches, device, batch_size_fn
         self._seen = False
 
@@ -64,10 +55,7 @@ class Data:
         start = 0
         for item in self.batches:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise TypeError(
-                    f"data: expected batches (X, y), got {_kind(item)}. "
-                    "Wrap the loader so that it yields pairs, with all inputs in X (a tuple or a mapping)."
-                )
+                raise TypeError(f"data: expected batches (X, y), got {_kind(item)}. {_as_pairs(item)}")
             X, y = (map_tensors(self._move, part) for part in item)
             size = self._size(X, y)
             if size > 0:
@@ -85,9 +73,10 @@ class Data:
             return int(self.batch_size_fn(X))
         sizes = {t.shape[0] if t.ndim else -1 for t in tensors_of(X)}
         if len(sizes) != 1 or -1 in sizes:
+            seen = f"first axes {sorted(sizes)}" if sizes else "it has no tensors"
             raise ValueError(
-                f"data: cannot see the number of data of X ({_kind(X)}; first axes {sorted(sizes)}). "
-                "Pass batch_size_fn=lambda X: …, for instance lambda X: X['input_ids'].shape[0]."
+                f"data: cannot see the number of data of X ({_kind(X)}; {seen}). Pass {'' if sizes else 'tensors, or '}"
+                "batch_size_fn=lambda X: …, for instance lambda X: X['input_ids'].shape[0]."
             )
         (size,) = sizes
         if isinstance(y, Tensor) and y.ndim > 0 and size > 0 and y.shape[0] % size:
@@ -123,11 +112,51 @@ def joined_batch(several: Sequence[Batch]) -> Batch:
     return Batch(X, y, sum(b.size for b in several), several[0].start)
 
 
+def _is_pair(batches: Any) -> bool:
+    """Whether this is one batch (X, y), and not an iterable of such."""
+    if not isinstance(batches, (tuple, list)) or len(batches) != 2:
+        return False
+    return isinstance(batches[0], (Tensor, Mapping)) and isinstance(batches[1], Tensor)
+
+
+def _as_batches(batches: Any) -> str:
+    """How to make an iterable of batches of what came in its place."""
+    if _is_pair(batches):
+        return "This is one batch: pass it in a list, [(X, y)]."
+    if isinstance(batches, Mapping):
+        return f"If this is one batch, pass {_pair(batches)} in a list."
+    if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (Tensor, str)):
+        return "If this is a data set, pass torch.utils.data.DataLoader(dataset, batch_size=64)."
+    return "Pass [(X, y)]."
+
+
+def _as_pairs(item: Any) -> str:
+    """How to make pairs of the batches that came in their place."""
+    if isinstance(item, Mapping):
+        return f"Pass pairs: [{_pair(item)} for batch in loader]; the model is called as model(X) with the mapping X."
+    if isinstance(item, (tuple, list)) and len(item) > 2:
+        names = ", ".join("abcdefgh"[: len(item) - 1])
+        few = len(item) <= 9
+        pairs = f"[(({names}), y) for {names}, y in loader]" if few else "[(tuple(inputs), y) for *inputs, y in loader]"
+        return f"If the last one is the targets, pass {pairs}; the model is called as model(X) with the tuple X."
+    if isinstance(item, (tuple, list)) and len(item) == 1:
+        return "There are no targets: pass [(X, y)], or [(X, None)] to an operator without a loss, such as a Jacobian."
+    return "Wrap the loader so that it yields pairs, with all inputs in X (a tuple or a mapping)."
+
+
+def _pair(batch: Mapping[Any, Any]) -> str:
+    """Code that takes a mapping of inputs and targets apart."""
+    key = next((key for key in ("labels", "label", "targets", "target", "y") if key in batch), "labels")
+    return f"({{k: v for k, v in batch.items() if k != {key!r}}}, batch[{key!r}])"
+
+
 def _kind(item: Any) -> str:
     if isinstance(item, Tensor):
         return f"a tensor of shape {tuple(item.shape)}"
     if isinstance(item, Mapping):
         return f"a {type(item).__name__} with keys {list(item)}"
     if isinstance(item, (tuple, list)):
-        return f"a {type(item).__name__} of {len(item)}"
+        return f"a {type(item).__name__} of {len(item)}" + (
+            " tensors" if all(isinstance(t, Tensor) for t in item) else ""
+        )
     return type(item).__name__

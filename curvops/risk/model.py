@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -70,7 +71,7 @@ class Model:
             TypeError: If the output is not a tensor.
         """
         with self._buffers_kept():
-            return _tensor(self.module(X) if self.module is not None else self._function(self.params, X))
+            return _tensor(self._called(X) if self.module is not None else self._function(self.params, X))
 
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """Output with other tensors in the place of the parameters: see `standing_in`."""
@@ -111,6 +112,19 @@ class Model:
                 f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
                 "by others. Make the operator anew, with dict(model.named_parameters())."
             )
+
+    def _called(self, X: Any) -> Any:
+        """The module's output; where it was made for keywords or several arguments, an error that says so."""
+        assert self.module is not None
+        try:
+            return self.module(X)
+        except (AttributeError, TypeError) as error:
+            if (call := _call(self.module, X)) is None:
+                raise
+            raise TypeError(
+                f"model_func: {type(self.module).__name__} is called as model(X), and X is a {type(X).__name__}, which it does "
+                f"not take ({type(error).__name__}: {error}). {_wrapper(*call)}"
+            ) from error
 
     def _function(self, params: Mapping[str, Tensor], X: Any) -> Any:
         assert self.function is not None
@@ -227,15 +241,32 @@ def _tensor(output: Any) -> Tensor:
         return output
     kind = type(output).__name__
     part = ".logits" if hasattr(output, "logits") else "['name']" if isinstance(output, Mapping) else "[0]"
-    raise TypeError(
-        f"model_func: expected a tensor as output, got {kind}. Wrap the model so that it returns the tensor that the loss takes:\n"
+    raise TypeError(f"model_func: expected a tensor as output, got {kind}. {_wrapper('X', part)}")
+
+
+def _wrapper(arguments: str, part: str = "") -> str:
+    """How to wrap a model that takes its input in another way, or gives its output in another form."""
+    return (
+        "Wrap the model so that it takes X and returns the tensor that the loss takes:\n"
         "    class Wrapped(torch.nn.Module):\n"
         "        def __init__(self, model):\n"
         "            super().__init__()\n"
         "            self.model = model\n"
         "        def forward(self, X):\n"
-        f"            return self.model(X){part}"
+        f"            return self.model({arguments}){part}"
     )
+
+
+def _call(module: Module, X: Any) -> tuple[str, str] | None:
+    """How X would be spread over the arguments of a module that has several, or None if it does not take them."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return None
+    part = ".logits" if "labels" in names else ""  # a model that knows its loss gives it along with the logits
+    if isinstance(X, Mapping) and set(map(str, X)) & set(names):
+        return "**X", part
+    return ("*X", part) if isinstance(X, (tuple, list)) and 1 < len(X) <= len(names) else None
 
 
 def floating_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

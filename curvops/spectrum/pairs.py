@@ -23,7 +23,7 @@ class EigenPairs:
         residuals: ‖A v − λ v‖ of each, absolute, ``[k]``. With a metric ‖B⁻¹ A v − λ v‖ in its norm. An eigenvalue lies
             no farther than this from λ, and much closer where others are far away.
         products: Products with the matrix that were taken, one a column.
-        converged: Whether each residual is at most ``tolerance`` times the largest |eigenvalue| that was seen.
+        converged: Whether each residual is at most ``tolerance`` times the largest ``|eigenvalue|`` that was seen.
         reason: Why the computation ended, and what helps if that was too early.
     """
 

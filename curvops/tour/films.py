@@ -59,7 +59,8 @@ def film(
         >>> import torch
         >>> stops = {f"epoch {k}": MatrixFile({"Hessian": k * torch.eye(2)}) for k in (1, 10)}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Image.open(film(stops, Path(folder) / "film.gif", dpi=50)).n_frames
+        ...     with Image.open(film(stops, Path(folder) / "film.gif", dpi=50)) as picture:
+        ...         picture.n_frames
         2
     """
     path = Path(path)

@@ -46,6 +46,34 @@ def test_outputs_that_are_no_tensor(model, cls, wrap, kind, hint):
         make(cls, Net(lambda net, x: wrap(net.inner(x)), inner=model))
 
 
+class Several(nn.Module):
+    """Takes keywords or several arguments, as Hugging Face's models do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, scale=None, labels=None):
+        return SimpleNamespace(logits=self.inner(x))
+
+
+@pytest.mark.parametrize("inputs,stars", [({"x": X}, r"\*\*X"), ((X, X), r"\*X")])
+def test_inputs_that_the_module_takes_one_by_one(model, cls, inputs, stars):
+    message = (
+        rf"(?s)Several is called as model\(X\), and X is a {type(inputs).__name__}.*self\.model\({stars}\)\.logits"
+    )
+    with pytest.raises(TypeError, match=message):
+        make(cls, Several(model), data=[(inputs, Y)])
+
+
+def test_an_error_inside_the_model_stays_its_own(model, cls):
+    def forward(net, inputs):
+        raise AttributeError("own")
+
+    with pytest.raises(AttributeError, match="own"):
+        make(cls, Net(forward, inner=model), data=[({"x": X}, Y)])
+
+
 def test_wrong_parameters(model, cls):
     params = dict(model.named_parameters())
     for wrong, error, message in (

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from kronecker.coverage import PAGE, summary
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -22,3 +24,7 @@ def test_make_targets_and_files_exist():
     assert {"tour", "test"} <= named <= targets
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_count_of_layers_is_that_of_the_page():
+    assert summary(PAGE.read_text()) in README, "write it anew: python tests/kronecker/coverage.py --write README.md"

@@ -47,12 +47,12 @@ function drawCurves(place, traces, { x, y, height = 380, shapes = [] }) {
 }
 
 // Which of several labels to write where there are so many pixels to a unit, that none runs into the next.
-function ticksOf(labels, pixels, room = 15) {
+function ticksOf(labels, pixels, room = 15, letters = 24) {
   let last = -Infinity;
   const kept = labels.filter(({ at }) => {
     const free = (at - last) * pixels >= room;
     if (free) last = at;
     return free;
   });
-  return { tickvals: kept.map((l) => l.at), ticktext: kept.map((l) => plain(shortened(l.text))) };
+  return { tickvals: kept.map((l) => l.at), ticktext: kept.map((l) => plain(shortened(l.text, letters))) };
 }

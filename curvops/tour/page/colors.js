@@ -24,7 +24,7 @@ function scaleOf(kind, { least, most, usual }, decades = DECADES, positive = fal
   }
   if (kind === "signed") {
     const of = (x) => Math.sign(x) * Math.log10(1 + Math.abs(x) / floor);
-    const exponents = powers(Math.log10(floor) + 0.5, Math.log10(most), 4);
+    const exponents = powers(Math.log10(floor) + 1.2, Math.log10(most), 4);
     const upper = exponents.map((k) => ({ at: of(10 ** k), text: power(k) }));
     const lower = upper.map(({ at, text }) => ({ at: -at, text: `−${text}` })).reverse();
     return { kind, low: -of(most), high: of(most), of, ticks: [...lower, { at: 0, text: "0" }, ...upper] };

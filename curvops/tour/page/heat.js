@@ -41,10 +41,11 @@ function gridOf(place, count, axis) {
   const columns = Math.min(count, width >= 640 ? 3 : width >= 480 ? 2 : 1);
   const longest = Math.max(...[...axis.groups, ...axis.pieces].map((part) => shortened(part.label ?? part.name).length));
   const names = Math.min(18 + 6.2 * longest, 0.3 * width);
+  const letters = Math.max(Math.floor((names - 17.9) / 6.2), 4);
   const side = Math.min((width - names - 8 - (columns - 1) * GAP.x) / columns, 620);
   const rows = Math.ceil(count / columns);
   const margin = { l: names, r: Math.max(width - names - columns * side - (columns - 1) * GAP.x, 0), t: 28, b: names };
-  return { columns, rows, side, margin, height: rows * side + (rows - 1) * GAP.y + margin.t + margin.b };
+  return { columns, rows, side, margin, letters, height: rows * side + (rows - 1) * GAP.y + margin.t + margin.b };
 }
 
 // Ranges and names of both axes of every panel, for plotly's layout.
@@ -54,8 +55,8 @@ function viewLayout(axis, view, grid, count) {
   for (let k = 0; k < count; k++) {
     const id = k ? k + 1 : "";
     const pixels = ([low, high]) => grid.side / (high - low);
-    layout[`xaxis${id}`] = { range: [...columns], ...ticksOf(namesIn(axis, columns), pixels(columns)) };
-    layout[`yaxis${id}`] = { range: [rows[1], rows[0]], ...ticksOf(namesIn(axis, rows), pixels(rows)) };
+    layout[`xaxis${id}`] = { range: [...columns], ...ticksOf(namesIn(axis, columns), pixels(columns), 15, grid.letters) };
+    layout[`yaxis${id}`] = { range: [rows[1], rows[0]], ...ticksOf(namesIn(axis, rows), pixels(rows), 15, grid.letters) };
   }
   return layout;
 }

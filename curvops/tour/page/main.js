@@ -89,7 +89,8 @@ function showErrors(a, b) {
   const errors = blocksOfDifference(current(), titles, a, b);
   const between = errors ?? current().blocks[one].map((norm, k) => Math.abs(norm - norms[k]));
   const caption = errors ? `‖${one} − ${other}‖ / ‖${other}‖` : `|‖${one}‖ − ‖${other}‖| / ‖${other}‖`;
-  const overall = frobenius(between) / frobenius(norms);
+  const gap = frobenius(between);
+  const overall = gap && gap / frobenius(norms);
   byId("overall").textContent = errors
     ? `Relative Frobenius error over all blocks, ${caption}: ${percent(overall)}.`
     : "Of matrices this large only the blocks' norms are known: below is by how much these differ, which says less than the norm of a difference.";
@@ -168,10 +169,10 @@ function showTip(row, column, title, event) {
   Object.assign(tip.style, { left: `${left}px`, top: `${top}px` });
 }
 
-// Looks at other rows and columns, at least three and none outside, in both heat maps.
+// Looks at other rows and columns, at least one and none outside, in both heat maps.
 function look(view) {
   const inside = view.map(([low, high]) => {
-    const size = Math.min(Math.max(high - low, 3), axis.rows);
+    const size = Math.min(Math.max(high - low, 1), axis.rows);
     const first = Math.min(Math.max((low + high - size) / 2, -0.5), axis.rows - 0.5 - size);
     return [first, first + size];
   });

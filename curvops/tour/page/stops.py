@@ -129,7 +129,9 @@ def _averaged(array: Array, axis: Axis) -> Sheet:
 
 def _block_norms(array: Array, axis: Axis) -> Array:
     starts = axis.group_starts
-    return np.sqrt(np.add.reduceat(np.add.reduceat(np.square(array, dtype=float), starts, 0), starts, 1))
+    most = float(abs(array).max()) or 1.0  # squares alone would leave the range of numbers
+    squares = np.square(array.astype(float) / most)
+    return most * np.sqrt(np.add.reduceat(np.add.reduceat(squares, starts, 0), starts, 1))
 
 
 def _about(stop: MatrixFile | CoarseFile) -> dict[str, Any]:

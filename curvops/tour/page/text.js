@@ -31,7 +31,7 @@ function written(number) {
 
 function percent(share) {
   if (!Number.isFinite(share)) return "—";
-  return `${roughly(100 * share)} %`;
+  return share < 100 ? `${roughly(100 * share)} %` : `${roughly(share)} ×`;
 }
 
 function bytesText(count) {

@@ -35,7 +35,7 @@ def write_page(
 ) -> Path:
     """Write a page that shows the stops of a tour, whole or not at all, and return its path.
 
-    The page is one file that loads nothing: plotly, the matrices and our scripts are in it. Of `MatrixFile`s it holds
+    The page is one file that loads nothing: plotly, the matrices and our scripts are in it. Of a `MatrixFile` it holds
     every entry exactly as it was saved, as long as all matrices of all stops fit into `max_bytes`; beyond that, cells of
     neighbouring entries of the same parameter, with their mean, smallest and largest entry, and the page says so.
     Eigenvalues, norms of blocks and diagonals are those of the whole matrices in either case; eigenvalues are left out

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from tour.page.pages import Browser, film, measured_tour
+from tour.page.pages import Browser, measured_tour
 
 from curvops.tour.page import write_page
 
@@ -41,12 +41,9 @@ def tour_page(tour, tmp_path_factory):
 
 @pytest.fixture
 def page(chromium, tour_page):
-    """Return the browser with a fresh page of one stop."""
-    chromium.open(tour_page)
+    """Return the browser with a page of one stop, as it is when it is opened."""
+    if chromium.driver.current_url == tour_page.as_uri():
+        chromium.reset()
+    else:
+        chromium.open(tour_page)
     return chromium
-
-
-@pytest.fixture(scope="session")
-def film_page(tmp_path_factory):
-    """Return the file of a page with two stops."""
-    return write_page(tmp_path_factory.mktemp("pages") / "film.html", film(), title="A film")

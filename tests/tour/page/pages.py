@@ -9,6 +9,7 @@ from selenium.webdriver import ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from curvops.tour import MatrixFile, each_matrix
@@ -74,8 +75,24 @@ class Browser:
         self.wait(
             "return document.documentElement.dataset.ready || document.getElementById('alert').textContent", seconds=60
         )
+        self.run(
+            "window.fields = [...document.querySelectorAll('select, input')];"
+            "for (const field of fields) field.dataset.was = field.value"
+        )
         logs = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [log["params"]["request"]["url"] for log in logs if log["method"] == "Network.requestWillBeSent"]
+
+    def reset(self):
+        """Put the page's controls back to what they were when it was opened, which is quicker than to open it again."""
+        self.run(
+            "for (const field of fields) if (field.value !== field.dataset.was) { field.value = field.dataset.was;"
+            " for (const name of ['input', 'change']) field.dispatchEvent(new Event(name)); }"
+            "document.getElementById('whole').click(); scrollTo(0, 0)"
+        )
+
+    def type(self, name, text):
+        """Put a text into an input by keys."""
+        self.find(name).send_keys(Keys.CONTROL, "a", Keys.NULL, text)
 
     def errors(self):
         """Return what the browser's console has said since it was last asked."""
@@ -131,15 +148,15 @@ class Browser:
         maps = self.plot(name, "p.data.filter(t => t.type === 'heatmap').map(t => [t.name, t.z, t.zmin, t.zmax])")
         return {title: (np.array(z, dtype=float), low, high) for title, z, low, high in maps}
 
-    def place(self, row, column, name="panels", panel=0):
+    def place(self, row, column, name="panels", panel=0, scroll=True):
         """Return where on the screen a cell is, after scrolling there."""
         return self.run(
-            "const [row, column, name, panel] = arguments, p = document.getElementById(name), id = panel ? panel + 1 : '';"
+            "const [row, column, name, panel, scroll] = arguments, p = document.getElementById(name), id = panel ? panel + 1 : '';"
             "const x = p._fullLayout[`xaxis${id}`], y = p._fullLayout[`yaxis${id}`];"
             "const at = () => { const box = p.getBoundingClientRect();"
             " return [box.left + x._offset + x.l2p(column), box.top + y._offset + y.l2p(row)]; };"
-            "scrollBy(0, at()[1] - innerHeight / 2); return at()",
-            row, column, name, panel,
+            "if (scroll) scrollBy(0, at()[1] - innerHeight / 2); return at()",
+            row, column, name, panel, scroll,
         )  # fmt: skip
 
     def mouse(self, kind, x, y, button="none"):
@@ -149,9 +166,9 @@ class Browser:
 
     def hover(self, row, column, name="panels", panel=0):
         """Point at a cell, and return what the tip says as (name, text) and the name that it emphasises."""
-        self.run("document.getElementById('tip').hidden = true")
         x, y = self.place(row, column, name, panel)
-        self.mouse("moved", x - 3, y - 3)
+        self.mouse("moved", 1, 1)
+        self.wait("return document.getElementById('tip').hidden")
         self.mouse("moved", x, y)
         self.wait("return !document.getElementById('tip').hidden")
         return self.reading("tip")
@@ -166,8 +183,7 @@ class Browser:
     def drag(self, start, end, name="panels", panel=0):
         """Drag from one cell to another."""
         x, y = self.place(*start, name, panel)
-        across, down = self.place(*end, name, panel)
-        x, y = self.place(*start, name, panel)
+        across, down = self.place(*end, name, panel, scroll=False)
         self.mouse("moved", x, y)
         self.mouse("pressed", x, y, "left")
         for part in (0.5, 1.0):

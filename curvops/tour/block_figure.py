@@ -13,7 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
@@ -23,6 +22,7 @@ from curvops.tour.panels import log_abs
 from curvops.tour.style import Style, figure_style, settle_fonts
 
 DOUBT = 0.5  # standard error of a norm, relative to it, from which on a block is marked
+FEW = 12  # groups up to which lines are drawn between them
 DECADES = 8  # of norms that have a colour of their own, below the largest
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe & Ito)
 ROW = 0.115  # inches of an eigenvector
@@ -34,7 +34,7 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
     """Draw the Frobenius norms of all blocks, one panel for each matrix, on a shared colour domain.
 
     A block is a square of the same size however many parameters it has. One whose standard error is above half its norm
-    is marked by a cross.
+    is marked by a cross ("error > ½ norm").
 
     Args:
         coarse: The coarse tour.
@@ -67,9 +67,12 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
         "groups": dict.fromkeys(coarse.groups, 1),
         "transform": partial(log_abs, epsilon=largest * 10.0**-DECADES or 1.0),
         "transform_title": f"{what}, $\\log_{{10}}$",
-        "axis_label": "Group of parameters",
+        "axis_label": "Group",
     }
     fig, axes = plot_matrices(shown, **{**given, **options})
+    if len(coarse.groups) > FEW:
+        for line in (line for ax in axes.flat for line in list(ax.lines) if len(line.get_xdata()) == 2):
+            line.remove()  # boundaries, which would hide blocks so small; those of names have more points
     doubtful = [coarse.errors[title].cpu() > DOUBT * norms.cpu() for title, norms in coarse.norms.items()]
     for ax, doubt in zip(axes.flat, doubtful, strict=False):
         _cross(ax, doubt)
@@ -126,19 +129,18 @@ def _cross(ax: Axes, doubt: Tensor) -> None:
 
 def _explain_crosses(fig: Figure, axes: npt.NDArray[Any]) -> None:
     """Say below the panels at the left what crosses mean."""
-    axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
-    letters: Style = {"family": axis.get_fontfamily(), "size": float(axis.get_fontsize()) - 1}
-    mark = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="standard error above half the norm")
+    label: Any = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
+    mark = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="error > ½ norm")
     legend = fig.legend(
         handles=[mark],
         loc="lower left",
-        bbox_to_anchor=(axes[-1, 0].get_position().x0, axis.get_position()[1]),
+        bbox_to_anchor=(axes[-1, 0].get_position().x0, label.get_position()[1]),
         frameon=False,
         borderpad=0,
         borderaxespad=0,
         handlelength=1.0,
         handletextpad=0.3,
-        prop=letters,
+        prop={"family": label.get_fontfamily(), "size": label.get_fontsize() - 1},
     )
     legend.set_in_layout(False)
     make_room(fig, legend)

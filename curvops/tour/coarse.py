@@ -37,9 +37,9 @@ class Effort:
     Attributes:
         block_products: Products for each group: norms of blocks and traces, with an error of a norm of at most about
             0.18 (off the diagonal) and 0.25 for 8, falling with the root.
-        eigenvalues: How many are looked for.
+        eigenvalues: How many are looked for; 0 leaves them out.
         eigen_products: Products after which the search for them ends, converged or not.
-        density_depth, density_vectors: Lanczos steps, and start vectors, of the spectral density.
+        density_depth, density_vectors: Lanczos steps, and start vectors, of the spectral density; 0 vectors leave it out.
     """
 
     block_products: int = 8
@@ -47,6 +47,13 @@ class Effort:
     eigen_products: int = 60
     density_depth: int = 24
     density_vectors: int = 2
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError if these are no such numbers."""
+        least = {"block_products": 2, "eigen_products": 1, "density_depth": 1}
+        for name, number in asdict(self).items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < least.get(name, 0):
+                raise ValueError(f"Effort: {name} must be an integer ≥ {least.get(name, 0)}, got {number!r}.")
 
 
 def coarse_tour(
@@ -131,13 +138,13 @@ def group_sizes(groups: Mapping[str, int] | int | str, shapes: Mapping[str, Sequ
         >>> group_sizes("tensors", {"0.weight": (2, 3), "0.bias": (2,)})
         {'0.weight': 6, '0.bias': 2}
     """
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: size for name, shape in shapes.items() if (size := math.prod(shape))}
     if groups == "modules":
-        return module_groups(shapes, most=MOST)
+        return {name: size for name, size in module_groups(shapes, most=MOST).items() if size}
     if groups == "tensors":
         return sizes
     if isinstance(groups, int) and not isinstance(groups, bool):
-        return module_groups(shapes, groups)
+        return {name: size for name, size in module_groups(shapes, groups).items() if size}
     if not isinstance(groups, Mapping):
         raise ValueError(
             f"groups: expected 'modules', 'tensors', a depth or a mapping from label to size, got {groups!r}."
@@ -170,6 +177,8 @@ class _Run:
         """Save to a file from now on, and go on with what is there if it is of the same problem and settings."""
         self._path = path
         if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_coarse(path, self.coarse)  # so that a folder that takes no files is known before anything is computed
             return
         there = load_coarse(path)
         differs = _difference(there, self.coarse)

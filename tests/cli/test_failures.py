@@ -74,7 +74,7 @@ ONE_LINE = [
     ("check file.py:lonely", 1, "returned a function as model; then params, by name, must be returned as well"),
     ("check file.py:function", 1, "loss_func: the reduction of '<lambda>' is not known. Return a dict with the keys"),
     ("check file.py:frozen", 2, "no parameter requires a gradient: all are frozen. Pass --params '*' to take them all."),
-    ("check file.py:dicts", 1, "data: expected batches (X, y), got a dict with keys ['x', 'y']. Wrap the loader"),
+    ("check file.py:dicts", 1, "data: expected batches (X, y), got a dict with keys ['x', 'y']. Pass pairs"),
     ("check file.py:walked", 1, "data: got a list_iterator, which can be walked only once"),
     ("check file.py:elsewhere", 1, "the model's parameters are on the meta device: they have no values. Load its weights"),
     ("kfac file.py:nan", 1, "data: the loss (nan) or its gradient is not finite, from batch 2 on (counted from 0)."),

@@ -74,17 +74,49 @@ class OutputFactorOperator(RiskOperator):
         curvature, data, work = product.curvature, product.batch.size, product.record.work
         if columns == 1 or curvature.terms_per_datum is None:
             return False
-        try:
-            width = self._factor(curvature, product.batch.start).num_columns
-        except (ValueError, NotImplementedError):
-            return False  # a loss that is not convex in the output has products, but no factor
-        rows = data * curvature.terms_per_datum * width
+        factor = self._known_factor(product)
+        if factor is None:
+            return False
+        rows = data * curvature.terms_per_datum * factor.num_columns
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
         if max(rows * self.domain.dim, spread) * self.dtype.itemsize > self._budget():
             return False
         if not columns:
             return rules.kept_rows_pay(rows, self.domain.dim, work)
         return rules.rows_pay(columns, rows, self.domain.dim, data, work)
+
+    def _known_factor(self, product: BatchProduct) -> Factor | None:
+        """The output factor; a loss that is not convex in the output has products, but none."""
+        try:
+            return self._factor(product.curvature, product.batch.start)
+        except (ValueError, NotImplementedError):
+            return None
+
+    def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
+        columns = self.domain.dim if rows is None else len(rows)
+        for product in products:
+            factor = self._known_factor(product)
+            if factor is None or not rules.pulls_pay(columns, factor.num_terms * factor.num_columns):
+                super()._one_by_one(total, [product], rows)
+                continue
+            why = f"a batch has no more of them than the {columns} columns"
+            self.account.note("one by one", "rows Sᵀ J, a backward pass for each", why)
+            for some in self._pulled(product, factor):
+                total += (some.T if rows is None else rows.to(some.dtype) @ some.T) @ some
+
+    def _pulled(self, product: BatchProduct, factor: Factor) -> Iterator[Tensor]:
+        """Rows Sᵀ J of a batch, whether or not it mixes its data, by the reference: some ``[n, D]`` at a time."""
+        assert isinstance(product, FactorProduct)
+        columns = factor.dense()
+        places = [(t, k) for t in range(factor.num_terms) for k in range(factor.num_columns)]
+        chunk = max(1, self._budget() // (4 * self.domain.dim * self.domain.sum_dtype.itemsize))
+        for start in range(0, len(places), chunk):
+            found = []
+            for t, k in places[start : start + chunk]:
+                cotangent = torch.zeros_like(columns[..., 0])
+                cotangent[t] = columns[t, :, k]
+                found.append(self.domain.join(product.jacobian.pull(product.curvature.outputs(cotangent))))
+            yield torch.stack(found).to(self.domain.sum_dtype)
 
     def _hold(self, product: BatchProduct) -> BatchProduct:
         held, why = attempted(lambda: self._smaller(product))

@@ -41,6 +41,14 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> 
     return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
 
 
+def pulls_pay(columns: int, rows: int) -> bool:
+    """Whether the rows Sᵀ J of a batch, by a backward pass for each, take less than products one by one.
+
+    A product takes a backward pass beside what it takes to push the vector forward.
+    """
+    return columns > 1 and rows <= columns
+
+
 def kept_rows_pay(rows: int, parameters: int, work: int) -> bool:
     """Whether the rows Sᵀ J of a batch are kept for many products instead of its graph.
 

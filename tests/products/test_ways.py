@@ -11,10 +11,11 @@ from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianL
 from curvops.products import ggn, hessian, proofs, rules
 from curvops.products.batch import HeldRows
 from curvops.products.record import Recorder
+from curvops.products.reference import OutputLinearization
 from curvops.products.risk_operator import RiskOperator
 
 KINDS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
-RULES = ["matrix_pays", "together_pays", "rows_pay", "kept_rows_pay", "forward_mode_pays"]
+RULES = ["matrix_pays", "together_pays", "rows_pay", "pulls_pay", "kept_rows_pay", "forward_mode_pays"]
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_all_ways_give_the_same(cls, problem, monkeypatch):
 WAYS = [
     (HessianLinearOperator, hessian, "layered_hessian", "to_dense", "by layer"),
     (HessianLinearOperator, hessian, "jvp", "columns", "forward over reverse by vmap"),
-    (GGNLinearOperator, ggn, "pulled_rows", "to_dense", "rows Sᵀ J"),
-    (EFLinearOperator, ggn, "pulled_rows", "columns", "rows Sᵀ J"),
+    (GGNLinearOperator, ggn, "pulled_rows", "to_dense", "rows Sᵀ J by vmap"),
+    (EFLinearOperator, ggn, "pulled_rows", "columns", "rows Sᵀ J by vmap"),
     (GGNLinearOperator, ggn, "jvp", "by_vmap", "J v and Jᵀ u by vmap"),
 ]
 
@@ -89,6 +90,40 @@ def test_a_refuted_way_is_not_taken(cls, module, function, work, name, lie, alwa
     close(found, expected if work == "to_dense" else expected @ draws(p.dim, 5))
     text = op.explain()
     assert name in text and ("unsupported here" if lie == "fails" else "differs from the reference by") in text
+
+
+@pytest.mark.parametrize("cls,passes", [(GGNLinearOperator, 6 * 3), (EFLinearOperator, 6)])
+@pytest.mark.parametrize("mixing", [False, True], ids=["asks a value", "batch norm in train mode"])
+def test_rows_by_a_backward_pass_each_where_vmap_is_unsupported(cls, passes, mixing, monkeypatch):
+    class Asking(nn.Module):
+        def forward(self, X):
+            return X if X.sum().item() > 1e9 else X.tanh()
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8) if mixing else Asking(), nn.Linear(8, 3)).double()
+    data = [(draws(6, 4, seed=1), torch.arange(6) % 3)]
+    op = cls(net, nn.CrossEntropyLoss(), dict(net.named_parameters()), data, check_deterministic=False)
+    pulls = []
+    plain = OutputLinearization.pull
+    monkeypatch.setattr(OutputLinearization, "pull", lambda self, *args: pulls.append(1) or plain(self, *args))
+    found, text = op.to_dense(), op.explain()
+    assert "unsupported here" in text and "one by one: rows Sᵀ J, a backward pass for each" in text
+    assert passes <= len(pulls) <= passes + 2  # the reference's product that vmap is compared with
+    monkeypatch.setattr(rules, "pulls_pay", lambda *_: False)
+    close(found, op.to_dense())
+    (X, y), flat = data[0], torch.cat([p.flatten() for p in net.parameters()])
+
+    def outputs(theta):
+        parts = theta.split([p.numel() for p in net.parameters()])
+        named = {n: t.view_as(p) for (n, p), t in zip(net.named_parameters(), parts, strict=True)}
+        return torch.func.functional_call(net, named, (X,))
+
+    J, p = torch.autograd.functional.jacobian(outputs, flat), net(X).softmax(1)
+    if cls is GGNLinearOperator:
+        S = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    else:
+        g = p - nn.functional.one_hot(y, 3)
+        S = g.unsqueeze(2) * g.unsqueeze(1)
+    close(found, torch.einsum("ncp,ncd,ndq->pq", J, S, J).detach() / 6)
 
 
 # a product with a parameter that no mode sees and that has no forward mode

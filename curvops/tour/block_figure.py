@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.figure import plot_matrices
+from curvops.tour.figure import make_room, plot_matrices
 from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
 from curvops.tour.style import Style, figure_style, settle_fonts
@@ -143,6 +143,7 @@ def _explain_crosses(fig: Figure, axes: npt.NDArray[Any]) -> None:
         prop={"family": label.get_fontfamily(), "size": label.get_fontsize() - 1},
     )
     legend.set_in_layout(False)
+    make_room(fig, legend)
 
 
 def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:

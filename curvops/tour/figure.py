@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Text
@@ -156,6 +157,13 @@ def pixels_of(fig: Figure, columns: int, side: int) -> int | None:
     return None if side <= EVERY_ENTRY * scale else round(PRINTED * scale)
 
 
+def make_room(fig: Figure, artist: Artist) -> None:
+    """Leave out the name of the axis below the panels if something beside it runs into it."""
+    axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
+    if artist.get_window_extent().padded(0.05 * fig.dpi).overlaps(axis.get_window_extent()):
+        axis.set_visible(False)
+
+
 def _grid_of(number: int, rows: int | None, columns: int | None, most: int) -> tuple[int, int]:
     """Return rows and columns of panels that hold this many matrices."""
     columns = columns or (math.ceil(number / rows) if rows else min(number, most))
@@ -288,6 +296,7 @@ def _explain_zeros(fig: Figure, axes: npt.NDArray[Any]) -> None:
         handletextpad=0.4,
     )
     legend.set_in_layout(False)
+    make_room(fig, legend)
 
 
 def _points(ax: Any) -> float:

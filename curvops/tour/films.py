@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvops.files import replace_atomically
 from curvops.tour.compute import Tour
-from curvops.tour.figure import pixels_of, plot_matrices
+from curvops.tour.figure import make_room, pixels_of, plot_matrices
 from curvops.tour.files import MatrixFile
 from curvops.tour.groups import Groups
 from curvops.tour.panels import ZERO, Look, Transform, dense_matrix, log_abs, shared_look
@@ -73,7 +73,11 @@ def film(
     groups = next(iter(files.values())).groups or None if groups is None else groups
     fig, axes = plot_matrices(next(iter(frames.values())), groups=groups, look=look, width=width)
     caption = fig.text(axes[0, 0].get_position().x0, 0, "", va="bottom", fontsize=axes[0, 0].title.get_fontsize())
-    _make_room(fig, caption, frames)
+    axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
+    caption.set(y=axis.get_position()[1], fontfamily=axis.get_fontfamily())
+    for label in frames:
+        caption.set_text(label)
+        make_room(fig, caption)
     pictures = []
     for label, matrices in frames.items():
         caption.set_text(label)
@@ -124,16 +128,6 @@ def _frames(files: Mapping[str, MatrixFile]) -> dict[str, dict[str, Tensor]]:
     if len(set(shapes.values())) > 1:
         raise ValueError(f"film: the matrices of all stops must have one shape, got {shapes}.")
     return frames
-
-
-def _make_room(fig: Figure, caption: Text, labels: Iterable[str]) -> None:
-    """Leave out the name of the axis below the panels where a stop's label would run into it."""
-    axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
-    caption.set(y=axis.get_position()[1], fontfamily=axis.get_fontfamily())
-    for label in labels:
-        caption.set_text(label)
-        if caption.get_window_extent().x1 + 0.1 * fig.dpi > axis.get_window_extent().x0:
-            axis.set_visible(False)
 
 
 def _picture(fig: Figure, dpi: int) -> Image.Image:

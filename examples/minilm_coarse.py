@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from curvops import EmpiricalRisk, GGNLinearOperator
 from curvops.tour import Effort, coarse_tour, plot_blocks, plot_spectra, save_figure
 from curvops.tour.groups import module_groups
-from curvops.tour.meter import measured
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import AutoModel, AutoTokenizer, logging
@@ -124,21 +123,17 @@ groups = {reduce(lambda name, pair: name.replace(*pair), short.items(), name): s
 risk = EmpiricalRisk(model, loss, params, data)
 print(f"{risk.space.dim:,} parameters, {len(sentences)} sentences, risk {risk.value():.3f}")
 effort = Effort(block_products=4, eigenvalues=4, eigen_products=30, density_depth=16, density_vectors=2)
-with measured(torch.device("cpu")) as cost:
-    coarse = coarse_tour(
-        risk,
-        folder / "coarse.safetensors",
-        groups=groups,
-        effort=effort,
-        memory_budget=6 * 2**30,
-        settings={"setup": "MiniLM with a head on sentences of four topics"},
-        say=lambda line: print(f"{(time.perf_counter() - started) / 60:6.1f} min  {line}", flush=True),
-    )
-used = time.process_time() / 60
-print(
-    f"{cost.seconds / 60:.1f} minutes ({used:.1f} of one processor), "
-    f"peak memory {(cost.peak_bytes or 0) / 2**30:.2f} GiB above the model's"
+coarse = coarse_tour(
+    risk,
+    folder / "coarse.safetensors",
+    groups=groups,
+    effort=effort,
+    memory_budget=6 * 2**30,
+    settings={"setup": "MiniLM with a head on sentences of four topics"},
+    say=lambda line: print(f"{(time.perf_counter() - started) / 60:6.1f} min  {line}", flush=True),
 )
+seconds, processor = time.perf_counter() - started, time.process_time()
+print(f"{seconds / 60:.1f} minutes, {processor / 60:.1f} of one processor; memory is above the model's")
 for title, own in coarse.costs.items():
     peak = "unknown" if own.peak_bytes is None else f"{own.peak_bytes / 2**30:.2f} GiB"
     print(f"  {title:<26} {own.seconds / 60:6.1f} min, {coarse.products[title]:4d} products, peak {peak}")

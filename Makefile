@@ -48,7 +48,7 @@ format: .venv/.dev
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --doctest-modules \
 	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py \
-	  curvops tests/tour/test_readme.py tests/test_howto.py docs/test_pages.py
+	  curvops docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m sphinx -q -W --keep-going -n \
 	  -D sphinx_gallery_conf.run_stale_examples=True docs docs/_build/html
 	@echo "the site: docs/_build/html/index.html"

@@ -1,5 +1,6 @@
 """What every test relies on: figures without a window, a fixed seed, and global settings as they were."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+
+# what the libraries hold stays; to look through it at each collection takes longer than many a test
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,8 @@ def tolerance(operator, problem):
 @pytest.mark.parametrize("operator,problem", PAIRS)
 def test_batches_do_not_matter(operator, problem):
     p = (LOSSES | PROBLEMS)[problem]()
-    one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in CUTS]
+    cuts = CUTS if problem in PROBLEMS else CUTS[:2]
+    one, *others = [make(operator, p, *cut, check_deterministic=False) for cut in cuts]
     if problem == "cnn" and operator.startswith("ekfac") and "reduce" in operator:
         # fewer means over positions than inputs: the eigenbasis of the repeated eigenvalue zero is not unique
         for op in others:

@@ -1,7 +1,6 @@
 """The coarse tour is what the full matrices say, coarsened; it goes on where it was interrupted, and its figures show it."""
 
 import copy
-import gc
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -33,14 +32,6 @@ from curvops.tour.setups import tiny
 matplotlib.use("agg")
 SEEDS = 40
 MODELS = ["tutorial", "gpt"]
-
-
-@pytest.fixture(autouse=True)
-def _quick_collection():
-    """Each measurement collects garbage, which takes half a second where all that was imported is looked through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @cache

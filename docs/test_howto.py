@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-PAGE = (Path(__file__).parents[1] / "docs" / "howto.md").read_text()
+PAGE = (Path(__file__).parent / "howto.md").read_text()
 ROWS = re.findall(r"^\| (.+) \| `(.+)` \|$", PAGE, re.MULTILINE)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kronecker.coverage import PAGE, summary
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 

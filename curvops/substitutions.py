@@ -130,13 +130,17 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """With a bound on the norms, which PyTorch enforces in place, the bounded rows are a copy's."""
+    """With a bound on the norms, which PyTorch enforces in place, the bounded rows are a copy's.
+
+    The padding's row is a constant, as to PyTorch's backward pass; its forward mode would differentiate in it.
+    """
     if max_norm is not None:
         bounded = weight.detach().clone()
         torch.embedding_renorm_(bounded, input.contiguous(), max_norm, norm_type)
         weight = weight + (bounded - weight).detach()  # PyTorch does not differentiate the bound
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    return torch.embedding(weight, input, padding, scale_grad_by_freq, False)
+    found = torch.embedding(weight, input, padding, scale_grad_by_freq, False)
+    return found if padding_idx is None else torch.where((input == padding).unsqueeze(-1), found.detach(), found)
 
 
 def embedding_bag(

@@ -144,7 +144,8 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     try:
         with risk.evaluation(), quietly():
             params = {name: p.detach().double() for name, p in risk.params.items()}
-            if not _reached(risk, X):
+            slope = _reached(risk, X)
+            if slope is None:
                 return None
             with torch.no_grad(), risk.model.standing_in(params, torch.float64):
                 risk.loss.curvature(risk.functional(params, small.X), small.y, few)
@@ -154,11 +155,31 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
         return None  # the model is tied to its own precision or batch size: no verdict
     space = TensorSpace(params)
     with risk.evaluation():
-        return params, small, space, space.random(torch.Generator().manual_seed(0))
+        v = space.random(torch.Generator().manual_seed(0))
+        return params, small, space, v * ~_constants(risk, params, space, small.X, v * (slope == 0))
 
 
-def _reached(risk: EmpiricalRisk, X: Any) -> bool:
-    """Whether stand-ins reach whatever the parameters do: the judge moves them, and not the caller's parameters."""
+def _constants(risk: EmpiricalRisk, params: dict[str, Tensor], space: TensorSpace, X: Any, v: Tensor) -> Tensor:
+    """Entries of v that are constants to autodiff, but not to the model: the padding's row of an embedding.
+
+    Along v, which autodiff says the output does not depend on, it changes as much forwards as backwards. At a kink it
+    does not, and nothing is left out: the steps of the differences will not agree.
+    """
+    if not v.any():
+        return v != 0
+    with torch.no_grad():
+        outputs = []
+        for step in (-STEPS[0], 0.0, STEPS[0]):
+            moved = _moved(params, space, v, step)
+            with risk.model.standing_in(moved, torch.float64):
+                outputs.append(risk.functional(moved, X))
+    forwards, backwards = outputs[2] - outputs[1], outputs[1] - outputs[0]
+    smooth = (forwards - backwards).norm() <= 0.1 * forwards.norm()
+    return (v != 0) & (smooth & (forwards.norm() > 0))
+
+
+def _reached(risk: EmpiricalRisk, X: Any) -> Tensor | None:
+    """Jᵀu for a random u, if stand-ins reach whatever the parameters do: the judge moves them, not the caller's parameters."""
     leaves = {name: p.detach().requires_grad_() for name, p in risk.params.items()}
     found = []
     for z, inputs in ((risk.forward(X), risk.params), (risk.functional(leaves, X), leaves)):
@@ -171,7 +192,7 @@ def _reached(risk: EmpiricalRisk, X: Any) -> bool:
                 else [None] * len(inputs)
             )
         found.append(risk.space.join(parts))
-    return relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype)
+    return found[0] if relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype) else None
 
 
 def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float) -> dict[str, Tensor]:

@@ -290,3 +290,14 @@ def test_a_failure_inside_leaves_a_context_that_works(cls):
         loader.error = None
         for _ in range(2):
             close(op @ v, expected)
+
+
+def test_a_paddings_row_is_a_constant_in_forward_mode_too():
+    net = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3)).double()
+    nn.init.normal_(net[0].weight)  # the padding's row is no zero, and is used
+    data = [(torch.arange(24).reshape(6, 4) % 5, torch.arange(6) % 3)]
+    op = HessianLinearOperator(net, nn.CrossEntropyLoss(), dict(net.named_parameters()), data)
+    found = op.to_dense()
+    assert "forward over reverse by layer (a random combination equals" in op.explain()
+    close(found, torch.stack([op @ v for v in torch.eye(op.shape[1]).double()], 1))
+    assert not found[:3].any()

@@ -67,7 +67,8 @@ torch.testing.assert_close(pairs.values, true_ends, rtol=0, atol=1e-10 * exact[-
 # %%
 # The density, beside the truth
 # -----------------------------
-# The estimate has a standard error, from the start vectors, and the curve an error band.
+# The share's error is the standard error, from the start vectors, plus what the quadrature's nodes do not resolve. The
+# curve's band is of the start vectors only.
 points = torch.tensor([-0.1, 0.1, 1.0])
 _, found, errors = density.cumulative(points)
 true = (exact <= points.unsqueeze(1)).double().mean(1)

@@ -1,10 +1,10 @@
-"""`curvops spectrum`: eigenvalues with residuals, and the spectral density."""
+"""`curvops spectrum`: eigenvalues with residuals, and the spectral density; of a small matrix exactly."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,21 @@ from typing import Any
 import click
 import torch
 
-from curvops.cli.matrices import OPERATORS, options
+from curvops.cli.matrices import KRONECKER, OPERATORS, options
 from curvops.cli.problem import Problem, load_problem
 from curvops.cli.results import Found, kept_or_computed
 from curvops.cli.session import Session, json_text
 from curvops.files import replace_atomically
 from curvops.plots import plot_spectral_density
 from curvops.spectrum import EigenPairs, SpectralDensity, Which
+from curvops.spectrum.choice import Choice
 from curvops.tour.figure import save_figure
 from curvops.tour.files import prepare_output
 
+DENSE = 2000  # parameters up to which the matrix is made: seconds, and 32 MB
+ROUNDING = 10  # roundoffs of the largest |eigenvalue|: what is below is zero as far as one can tell
+FROM_MATRIX, FROM_STRUCTURE = "exact, from the matrix", "exact, from the structure"
+MORE_MAY_LIE = "more eigenvalues may lie here: single vectors see one of several equal ones"
 FORMATS = {"eigenvalues": "eigenpairs", "density": "spectral density"}
 
 
@@ -42,14 +47,15 @@ def run(
         own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory)
         one = _Matrix(session, folder, name, problem, own, settings, fresh)
         pairs = one.eigenpairs()
-        session.say(_table(name, D, pairs))
+        note = _note(pairs, which, one.exact)
+        session.say(_table(name, D, pairs, one.exact, note))
         document["matrices"][name] = {
             "eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist(), "products": pairs.products,
-            "converged": pairs.converged, "reason": pairs.reason,
+            "converged": pairs.converged, "reason": pairs.reason, "method": one.exact or "Lanczos", "note": note,
         }  # fmt: skip
         if density:
             found = one.density(pairs, depth, vectors)
-            document["matrices"][name]["density"] = _drawn(found, folder / f"{name}.density", session)
+            document["matrices"][name]["density"] = _drawn(found, folder / f"{name}.density", session, one.exact)
     text = json_text(document)
     replace_atomically(folder / "spectrum.json", lambda partial: partial.write_text(text))
     session.answer(document)
@@ -72,9 +78,34 @@ class _Matrix:
         """Made only where something is computed: it walks the data to be checked."""
         return OPERATORS[self.name](*self.problem.arguments, **self.options)
 
+    @property
+    def exact(self) -> str:
+        """From what all eigenvalues are known; empty where they are estimated."""
+        if self.name in KRONECKER:
+            return FROM_STRUCTURE
+        return FROM_MATRIX if sum(p.numel() for p in self.problem.params.values()) <= DENSE else ""
+
+    @cached_property
+    def dense(self) -> EigenPairs:
+        """All eigenpairs of the matrix, in double precision."""
+        matrix = self.operator.to_dense().double()
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        residuals = (matrix @ vectors - vectors * values).norm(dim=0)
+        return EigenPairs(values, vectors, residuals, len(matrix), True, FROM_MATRIX)
+
     def eigenpairs(self) -> EigenPairs:
         def compute() -> Found:
-            found = self.operator.eigenpairs(self.settings["k"], self.settings["which"], **self._common())
+            k, which = self.settings["k"], self.settings["which"]
+            if self.exact == FROM_MATRIX:
+                chosen = Choice(which, k, len(self.dense)).of(self.dense.values)
+                found = replace(
+                    self.dense,
+                    values=self.dense.values[chosen],
+                    vectors=self.dense.vectors[:, chosen],
+                    residuals=self.dense.residuals[chosen],
+                )
+            else:
+                found = self.operator.eigenpairs(k, which, **self._common())
             about = {name: getattr(found, name) for name in ("products", "converged", "reason")}
             return {name: getattr(found, name) for name in ("values", "vectors", "residuals")}, about
 
@@ -84,15 +115,19 @@ class _Matrix:
 
     def density(self, pairs: EigenPairs, depth: int, vectors: int) -> SpectralDensity:
         def compute() -> Found:
+            if self.exact:
+                values = self.dense.values if self.exact == FROM_MATRIX else self.operator.eigenvalues()
+                rounding = ROUNDING * torch.finfo(self.operator.dtype).eps * float(values.abs().max())
+                return _parts(replace(SpectralDensity.of(values), rounding=rounding))
             # the places of what is deflated are taken for exact
             deflate = pairs if pairs.converged and len(pairs) < len(pairs.vectors) else None
             asked: dict[str, Any] = {"depth": depth, "num_vectors": vectors, "deflate": deflate}
-            found = self.operator.spectral_density(**asked, **self._common())
-            tensors = {name: getattr(found, name) for name in ("nodes", "weights", "outliers")}
-            return tensors, {"dim": found.dim, "products": found.products}
+            return _parts(self.operator.spectral_density(**asked, **self._common()))
 
-        tensors, about = self._kept("density", {"depth": depth, "vectors": vectors}, compute)
-        return SpectralDensity(**tensors, dim=about["dim"], products=about["products"])
+        more = {"method": self.exact} if self.exact else {"depth": depth, "vectors": vectors}
+        tensors, about = self._kept("density", more, compute)
+        facts: dict[str, Any] = {name: about[name] for name in _FACTS if name in about}
+        return SpectralDensity(tensors["nodes"], tensors["weights"], tensors["outliers"], **facts)
 
     def _common(self) -> dict[str, Any]:
         memory = self.options["memory_budget"]
@@ -103,30 +138,56 @@ class _Matrix:
         return kept_or_computed(path, settings, compute, self.session, self.fresh, FORMATS[what])
 
 
-def _table(name: str, dim: int, pairs: EigenPairs) -> str:
+_FACTS = ("dim", "products", "complete", "rounding")
+
+
+def _parts(found: SpectralDensity) -> Found:
+    """A density's tensors and what is known about it, as they are kept."""
+    tensors = {name: getattr(found, name) for name in ("nodes", "weights", "outliers")}
+    return tensors, {name: getattr(found, name) for name in _FACTS}
+
+
+def _note(pairs: EigenPairs, which: Which, exact: str) -> str:
+    """Lanczos with one vector sees one of several equal eigenvalues, as those that rounding takes for zero are."""
+    if exact or which not in ("smallest", "both") or not len(pairs):
+        return ""
+    rounding = ROUNDING * torch.finfo(pairs.values.dtype).eps * float(pairs.values.abs().max())
+    resolved = max(rounding, float(pairs.residuals[0]))
+    return MORE_MAY_LIE if abs(float(pairs.values[0])) <= resolved else ""
+
+
+def _table(name: str, dim: int, pairs: EigenPairs, exact: str, note: str) -> str:
     end = "" if pairs.converged else f"; NOT converged: {pairs.reason}"
+    how = exact or f"{pairs.products} products"
     lines = [
-        f"{name}, {dim:,} parameters: eigenvalues, {pairs.products} products{end}",
+        f"{name}, {dim:,} parameters: eigenvalues, {how}{end}",
+        *([f"  below what rounding resolves: {note}"] if note else []),
         f"  {'value':>12}  {'residual':>9}",
     ]
     rows = zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True)
     return "\n".join([*lines, *(f"  {value:>12.5g}  {residual:>9.1e}" for value, residual in rows)])
 
 
-def _drawn(found: SpectralDensity, stem: Path, session: Session) -> dict[str, Any]:
+def _drawn(found: SpectralDensity, stem: Path, session: Session, exact: str) -> dict[str, Any]:
     """The figure's files, and the curve's numbers."""
     axes = plot_spectral_density(found)
     figure: Any = axes.figure
     files = [str(save_figure(figure, stem.with_name(f"{stem.name}.{suffix}"))) for suffix in ("pdf", "png")]
-    below = found.cumulative(torch.zeros(1, dtype=torch.float64))
-    share, error = float(below.values), float(below.errors)
-    known = f" ± {error:.1%}" if error == error else ""  # there is none from one start vector
-    session.say(
-        f"  density: {share:.1%}{known} of the eigenvalues are at most 0; {found.products} products; {files[0]}"
-    )
+    # where all eigenvalues are known, those that rounding leaves of zeros count as zeros
+    edge = 2 * found.rounding if exact else 0.0
+    shares = found.cumulative(torch.tensor([edge, -edge], dtype=torch.float64))
+    share, error = float(shares.values[0]), float(shares.errors[0])
+    zeros = share - float(shares.values[1]) if exact else None
+    if exact:
+        said, how = f" ({zeros:.1%} are 0 up to rounding)", f"{exact}, --depth and --vectors are not used"
+    else:  # there is no error from one start vector
+        said = f" ± {error:.1%} (start vectors and quadrature)" if error == error else ""
+        how = f"{found.products} products"
+    session.say(f"  density: {share:.1%} of the eigenvalues are at most 0{said}; {how}; {files[0]}")
     curve = found.density(scale="symlog")
     return {
-        "products": found.products, "at_most_zero": share, "at_most_zero_error": error, "outliers": found.outliers.tolist(),
+        "method": exact or "Lanczos quadrature", "products": found.products, "at_most_zero": share, "at_most_zero_error": error, "zero_up_to_rounding": zeros,
+        "outliers": found.outliers.tolist(),
         "scale": "symlog", "points": curve.points.tolist(), "values": curve.values.tolist(), "errors": curve.errors.tolist(),
         "figures": files,
     }  # fmt: skip

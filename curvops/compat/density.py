@@ -52,7 +52,8 @@ class _Cached:
             found = spectral_density(self._matrix, depth=self._depth, num_vectors=missing, seed=new_seed())
             self._found.append(found)
         nodes, weights = (torch.cat([getattr(f, part) for f in self._found]) for part in ("nodes", "weights"))
-        return replace(self._found[0], nodes=nodes[:num_repeats], weights=weights[:num_repeats])
+        complete = all(found.complete for found in self._found)
+        return replace(self._found[0], nodes=nodes[:num_repeats], weights=weights[:num_repeats], complete=complete)
 
     def _smoothed(
         self, found: SpectralDensity, ends: tuple[float, float], num_points: int, kappa: float, margin: float

@@ -135,7 +135,7 @@ class _Quadrature:
         width = probes.width(self.cost)  # the quadrature keeps as many vectors as it takes products
         for start in range(0, count, width):
             starts = torch.nn.functional.normalize(probes.draw(min(width, count - start)), dim=0)
-            rule = quadrature(probes.times, starts, self.cost)
+            rule = quadrature(probes.times, starts, self.cost)[:2]
             nodes, weights = (part.to(starts.device, starts.dtype) for part in rule)
             self.samples.append(len(starts) * (weights * self._values(nodes)).sum(1))
 

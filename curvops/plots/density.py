@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from curvops.plots.axes import BLUE, RED, drawn_on
-from curvops.spectrum.density import Scale, SpectralDensity
+from curvops.spectrum.density import NOTHING, Scale, SpectralDensity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,10 @@ def plot_spectral_density(
 
     Both axes are true to area: the density is per unit of the scale that the eigenvalues are drawn on. Its own axis is
     logarithmic and ends at the height of about one eigenvalue; for a linear one call ``ax.set_yscale("linear")``.
+
+    Details between the quadrature's nodes are not resolved: a node stands for all eigenvalues near it, and the band is
+    of the start vectors only (``density.cumulative`` states both). Eigenvalues that were deflated are named outliers
+    where they lie outside of the bulk's range.
 
     Args:
         density: From ``op.spectral_density()``, with outliers where pairs were given to ``deflate``.
@@ -60,20 +64,30 @@ def plot_spectral_density(
     with drawn_on(ax, "plot_spectral_density") as ax:
         ax.fill_between(points, values - errors * band, values + errors * band, color=BLUE, alpha=0.25, lw=0)
         ax.plot(points, values, color=BLUE, label="density")
-        if len(density.outliers):
-            # at the bottom, whatever the scale of the density
-            at_bottom: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 3}
-            ax.plot(density.outliers, torch.full_like(density.outliers, 0.03), "v", color=RED, ms=3, **at_bottom)
-            ax.lines[-1].set_label(f"{len(density.outliers)} outliers")
-            ax.legend()
+        bulk = density.nodes[density.weights > NOTHING]
+        outside = (density.outliers < bulk.min()) | (density.outliers > bulk.max())
+        _marked(ax, density.outliers[outside], RED, f"outlier{'s' * (int(outside.sum()) > 1)}")
+        _marked(ax, density.outliers[~outside], BLUE, "known exactly, within the bulk")
+        if density.products and not density.complete:
+            ax.set_title("Details between nodes are not resolved", fontsize="small", color="gray")
         if scale == "symlog":
             ax.set_xscale("asinh", linear_width=turn)
             ax.set_xticks(_decades(turn, *ax.get_xlim()))
         ax.set_yscale("log")
-        ax.set_ylim(bottom=float(values.max()) / density.dim)
+        bottom, top = float(values.max()) / density.dim, float((values + errors * band.nan_to_num()).max())
+        ax.set_ylim(bottom, top * (top / bottom) ** 0.08)
         ax.set_xlabel("Eigenvalue")
         ax.set_ylabel("Density" if scale == "linear" else "Density on this scale")
         return ax
+
+
+def _marked(ax: Axes, values: torch.Tensor, color: str, name: str) -> None:
+    """Eigenvalues at the bottom, whatever the scale of the density."""
+    if len(values):
+        at_bottom: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 3}
+        label = f"{len(values)} {name}"
+        ax.plot(values, torch.full_like(values, 0.03), "v", color=color, ms=3, label=label, **at_bottom)
+        ax.legend()
 
 
 def _decades(turn: float, low: float, high: float) -> list[float]:

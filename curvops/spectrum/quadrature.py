@@ -17,7 +17,7 @@ def quadrature(
     *,
     basis_device: torch.device | None = None,
     basis_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes and weights with ``sᵀ f(A) s ≈ Σ weights f(nodes)`` for each start s.
 
     Exact for polynomials f up to degree 2 depth - 1, and for every f where the Krylov space of s has no more than
@@ -35,7 +35,7 @@ def quadrature(
 
     Returns:
         Nodes and weights, both ``[K, min(depth, D)]`` in double precision on the CPU. Where a start's Krylov space ends earlier,
-        weights are zero, and the nodes sᵀ A s.
+        weights are zero, and the nodes sᵀ A s. And whether each space ended within these steps, ``[K]``.
 
     Raises:
         ValueError: If ``depth`` is not positive, or a product is not finite.
@@ -44,7 +44,7 @@ def quadrature(
         >>> import torch
         >>> from curvops.matrix import Products
         >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
-        >>> nodes, weights = quadrature(Products(matrix, "trace of logarithm"), torch.eye(3), 2)
+        >>> nodes, weights, _ = quadrature(Products(matrix, "trace of logarithm"), torch.eye(3), 2)
         >>> torch.testing.assert_close((weights * nodes.log()).sum(), torch.tensor(6.0).double().log())
     """
     size, count = starts.shape
@@ -63,8 +63,6 @@ def quadrature(
         before = image.norm(dim=0)
         overlap = (current * image).sum(0)
         diagonal[going, step] = overlap.double().cpu()
-        if step == depth - 1:
-            break
         # the recurrence in full precision, so that a basis in a lower one corrects only what rounding left
         image = image - current * overlap - previous * norms
         for _ in range(2):
@@ -78,7 +76,7 @@ def quadrature(
             break
         beside[going, step] = norms.double().cpu()
         previous, current = current, image / norms
-    return _rule(diagonal, beside)
+    return *_rule(diagonal, beside[:, :-1]), (beside[:, -1] == 0) | (depth == size)
 
 
 def _projected(bases: Tensor, columns: Tensor) -> Tensor:
@@ -94,6 +92,6 @@ def _rule(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = torch.where(steps < taken, diagonal, diagonal[:, :1])
     matrices = torch.diag_embed(diagonal)
     if len(steps) > 1:
-        matrices += torch.diag_embed(beside[:, :-1], 1) + torch.diag_embed(beside[:, :-1], -1)
+        matrices += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     nodes, vectors = torch.linalg.eigh(matrices)
     return nodes, vectors[:, 0].square()

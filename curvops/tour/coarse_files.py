@@ -18,6 +18,7 @@ _FORMAT = "coarse curvature"
 # the fields that hold one tensor for each title, in the file under "field/title"
 _TENSORS = ("norms", "errors", "traces", "trace_errors", "eigenvalues", "residuals", "masses")
 _DENSITY = ("nodes", "weights", "outliers")
+_FACTS = ("dim", "products", "complete", "rounding")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def save_coarse(path: str | Path, coarse: CoarseFile) -> Path:
         tensors |= {f"{name}/{title}": getattr(density, name) for name in _DENSITY}
     about = {
         "titles": {name: list(getattr(coarse, name)) for name in _TENSORS},
-        "densities": {title: {"dim": d.dim, "products": d.products} for title, d in coarse.densities.items()},
+        "densities": {title: {name: getattr(d, name) for name in _FACTS} for title, d in coarse.densities.items()},
         "costs": {title: asdict(cost) for title, cost in coarse.costs.items()},
         **{name: getattr(coarse, name) for name in ("parameters", "groups", "settings", "explanations", "products")},
     }

@@ -135,16 +135,35 @@ def test_spectrum_is_that_of_the_matrix(target, capsys):
     expected = torch.cat([values[:3], values[-3:]])
     torch.testing.assert_close(torch.tensor(hessian["eigenvalues"], dtype=torch.float64), expected)
     assert hessian["converged"] and max(hessian["residuals"]) < 1e-6 and kfac["reason"] == "structure"
-    below = float((values <= 0).double().mean())
-    assert hessian["density"]["at_most_zero"] == pytest.approx(below, abs=1 / SIZE)
+    assert hessian["method"] == hessian["density"]["method"] == "exact, from the matrix" and not hessian["note"]
+    assert hessian["density"]["at_most_zero"] == pytest.approx(float((values <= 1e-12).double().mean()))
+    assert hessian["density"]["zero_up_to_rounding"] == pytest.approx(float((values.abs() <= 1e-12).double().mean()))
     assert all(Path(figure).stat().st_size > 1000 for figure in hessian["density"]["figures"])
     tensors, about = read_tensors(Path("spectrum/hessian.eigenvalues.safetensors"), "eigenpairs")
     torch.testing.assert_close(dense @ tensors["vectors"], tensors["vectors"] * tensors["values"])
     assert about["settings"]["params"] == list(params)
 
 
+def test_the_spectrum_of_a_large_matrix_has_an_honest_error(target, capsys, monkeypatch):
+    asked = ["spectrum", target, "--matrix", "ggn", "-k", "1", "--which", "smallest", "--dtype", "float64"]
+    assert main(asked) == 0
+    exact = capsys.readouterr().out
+    assert "eigenvalues, exact, from the matrix" in exact and "--depth and --vectors are not used" in exact
+    true = json.loads(Path("spectrum/spectrum.json").read_text())["matrices"]["ggn"]["density"]
+    monkeypatch.setattr("curvops.cli.spectrum.DENSE", 0)
+    assert main([*asked, "--depth", "3", "--fresh"]) == 0
+    text = capsys.readouterr().out
+    assert "more eigenvalues may lie here: single vectors see one of several equal ones" in text
+    assert "(start vectors and quadrature)" in text and "not used" not in text
+    found = json.loads(Path("spectrum/spectrum.json").read_text())["matrices"]["ggn"]["density"]
+    low, high = true["at_most_zero"] - true["zero_up_to_rounding"], true["at_most_zero"]
+    assert found["at_most_zero"] - 2 * found["at_most_zero_error"] <= high
+    assert found["at_most_zero"] + 2 * found["at_most_zero_error"] >= low and found["method"] == "Lanczos quadrature"
+
+
 def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
     monkeypatch.setattr("curvops.cli.spectrum._drawn", lambda *_: {})
+    monkeypatch.setattr("curvops.cli.spectrum.DENSE", 0)
     asked = ["spectrum", target, "-k", "1", "--matrix", "ggn", "--depth", "4"]
     first, _ = document(capsys, *asked)
 
@@ -172,9 +191,7 @@ def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
 def test_an_interrupted_run_goes_on(target, capsys, monkeypatch):
     asked = ["spectrum", target, "-k", "1", "--matrix", "ef,ggn", "--no-density"]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            curvops.GGNLinearOperator, "eigenpairs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr(curvops.GGNLinearOperator, "to_dense", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(asked) == 130
     error = capsys.readouterr().err
     assert error == "curvops spectrum: interrupted; kept spectrum/ef.eigenvalues.safetensors\n"

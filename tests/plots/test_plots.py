@@ -1,6 +1,7 @@
 """The plots draw the numbers that they are given, on the axes that they are given."""
 
 import re
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -83,6 +84,16 @@ def test_ticks_of_the_symmetric_logarithm_are_zero_and_powers_of_ten_that_keep_a
     np.testing.assert_allclose(np.log10(ticks[ticks > 0]) % 1, np.zeros((ticks > 0).sum()), atol=1e-12)
     places = ax.xaxis.get_transform().transform(np.array([low, *ticks, high]))
     assert len(ticks) >= 5 and np.diff(places[1:-1]).min() > 0.05 * (places[-1] - places[0])
+
+
+def test_only_what_lies_outside_of_the_bulk_is_an_outlier_and_the_curve_fills_the_axes():
+    ax = plot_spectral_density(replace(density(), outliers=torch.tensor([0.5, 50.0]).double()))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["density", "1 outlier", "1 known exactly, within the bulk"]
+    np.testing.assert_array_equal(ax.lines[1].get_xdata(), [50.0])
+    low, high = np.log10(ax.get_ylim())
+    top = np.log10(max(path.vertices[:, 1].max() for path in ax.collections[0].get_paths()))
+    assert 0 < high - top < 0.1 * (high - low)
 
 
 def test_without_outliers_nothing_is_marked():

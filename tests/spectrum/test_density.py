@@ -84,3 +84,52 @@ def test_small_and_zero_matrices(size):
     torch.testing.assert_close(torch.trapezoid(values, points), torch.tensor(1.0).double(), rtol=1e-4, atol=0)
     with pytest.raises(ValueError, match="num_vectors: expected a positive integer, got 0"):
         spectral_density(torch.eye(2), num_vectors=0)
+
+
+SPREAD = torch.rand(60, generator=torch.Generator().manual_seed(3)).double()
+ZEROS = torch.zeros(60).double()
+CLUSTERS = {
+    "half at zero, positive": torch.cat([ZEROS, SPREAD]),
+    "half at zero, both signs": torch.cat([ZEROS, SPREAD[:20] - 1, SPREAD[20:]]),
+    "decades on both sides": torch.cat([ZEROS, -(10 ** (6 * SPREAD[:20] - 6)), 10 ** (6 * SPREAD[20:] - 4)]),
+    "two clusters": torch.cat([ZEROS[:40] + 1, ZEROS[:40] - 1, 3 * SPREAD - 1.5]),
+    "even": torch.linspace(-1, 1, 120).double(),
+}
+
+
+@pytest.mark.parametrize("values", CLUSTERS.values(), ids=CLUSTERS)
+def test_the_truth_lies_within_the_error_of_the_cumulative_share(values):
+    matrix = symmetric(values, seed=7)  # not of the numbers that start vectors are drawn from
+    points = torch.cat([torch.tensor([-10.0, -0.5, 0.0, 1e-6, 0.25, 0.75, 200.0]).double(), values[::13] + 1e-7])
+    true = (values <= points.unsqueeze(1)).double().mean(1)
+    widths = []
+    for depth in (4, 10, 25):
+        # as many starts as dimensions have no variance: what is left is the quadrature's resolution
+        _, found, errors = spectral_density(matrix, depth=depth, num_vectors=len(values)).cumulative(points)
+        assert ((found - true).abs() <= errors + 1e-9).all()
+        assert (found >= 0).all() and (found <= 1 + 1e-9).all()
+        widths.append(float(errors.mean()))
+        few = [spectral_density(matrix, depth=depth, num_vectors=4, seed=seed).cumulative(points) for seed in range(3)]
+        assert all(((one.values - true).abs() <= 3 * one.errors + 1e-9).all() for one in few)
+    assert 0.5 > widths[0] > widths[1] > widths[2] > 0
+
+
+def test_shares_beyond_the_spectrum_are_none_and_all():
+    _, found, errors = spectral_density(symmetric(CLUSTERS["even"], seed=7), depth=12).cumulative(
+        torch.tensor([-50.0, 50.0])
+    )
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0]).double(), rtol=0, atol=1e-12)
+    assert errors.max() < 1e-12
+
+
+def test_no_resolution_is_missing_where_the_krylov_space_ended():
+    values = torch.cat([ZEROS, ZEROS[:30] + 1, ZEROS[:10] - 2])
+    points = torch.tensor([-3.0, -1.0, 0.5, 2.0]).double()
+    true = (values <= points.unsqueeze(1)).double().mean(1)
+    matrix = torch.diag(values)
+    ended = spectral_density(matrix, depth=5, num_vectors=100)
+    assert ended.complete and not spectral_density(matrix, depth=2, num_vectors=100).complete
+    torch.testing.assert_close(ended.cumulative(points).values, true, rtol=0, atol=1e-9)
+    assert ended.cumulative(points).errors.max() < 1e-12
+    at_zero = ended.cumulative(torch.zeros(1))
+    assert at_zero.values - at_zero.errors <= 0.1 + 1e-9 and at_zero.values + at_zero.errors >= 0.7 - 1e-9

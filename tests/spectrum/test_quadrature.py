@@ -29,7 +29,7 @@ def moments(matrix, columns, degree):
 def test_polynomials_up_to_twice_the_depth_are_exact(depth):
     matrix, _ = symmetric(torch.linspace(-1, 1, 30))
     columns = starts(30, 4)
-    nodes, weights = quadrature(Products(matrix, "test"), columns, depth)
+    nodes, weights, _ = quadrature(Products(matrix, "test"), columns, depth)
     assert nodes.shape == weights.shape == (4, depth)
     found = torch.stack([(weights * nodes**p).sum(1) for p in range(2 * depth)], 1)
     torch.testing.assert_close(found, moments(matrix, columns, 2 * depth), rtol=0, atol=1e-13)
@@ -51,7 +51,7 @@ def test_full_depth_is_exact_for_any_function(values):
     matrix, basis = symmetric(values)
     values = torch.as_tensor(values, dtype=torch.float64)
     columns = starts(len(values), 3)
-    nodes, weights = quadrature(Products(matrix, "test"), columns, len(values) + 2)
+    nodes, weights, _ = quadrature(Products(matrix, "test"), columns, len(values) + 2)
     expected = (basis.T @ columns).square().T @ values.log()
     torch.testing.assert_close((weights * nodes.log()).sum(1), expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
@@ -61,11 +61,11 @@ def test_a_space_that_ends_takes_no_more_products():
     matrix, basis = symmetric([1.0, 2.0, 3.0, 4.0, 5.0])
     columns = torch.stack([basis[:, 0], (basis[:, 1] + basis[:, 2]) / 2**0.5, starts(5, 1)[:, 0]], 1)
     products = Products(matrix, "test")
-    nodes, weights = quadrature(products, columns, 5)
+    nodes, weights, _ = quadrature(products, columns, 5)
     assert products.count == 1 + 2 + 5
     assert (weights[0] > 1e-12).sum() == 1 and (weights[1] > 1e-12).sum() == 2
     torch.testing.assert_close((weights * nodes).sum(1)[:2], torch.tensor([1.0, 2.5], dtype=torch.float64))
-    nodes, weights = quadrature(Products(torch.zeros(4, 4), "zero"), torch.eye(4), 3)
+    nodes, weights, _ = quadrature(Products(torch.zeros(4, 4), "zero"), torch.eye(4), 3)
     assert not nodes.any() and torch.equal(weights.sum(1), torch.ones(4, dtype=torch.float64))
 
 
@@ -74,7 +74,7 @@ def test_many_steps_stay_orthogonal():
     values = torch.cat([torch.linspace(0, 1, 79), torch.tensor([1e3])]).double()
     matrix, basis = symmetric(values)
     columns = starts(80, 2)
-    nodes, weights = quadrature(Products(matrix, "test"), columns, 80)
+    nodes, weights, _ = quadrature(Products(matrix, "test"), columns, 80)
     assert (nodes > 999).sum() == 2
     torch.testing.assert_close(nodes[0], values, rtol=0, atol=1e-10)
     torch.testing.assert_close(weights, (basis.T @ columns).square().T, rtol=0, atol=1e-10)
@@ -83,7 +83,7 @@ def test_many_steps_stay_orthogonal():
 def test_a_basis_in_lower_precision_serves_nearly_as_well():
     matrix, basis = symmetric(torch.linspace(1, 2, 60))
     columns = starts(60, 2)
-    nodes, weights = quadrature(Products(matrix, "test"), columns, 30, basis_dtype=torch.float32)
+    nodes, weights, _ = quadrature(Products(matrix, "test"), columns, 30, basis_dtype=torch.float32)
     expected = (basis.T @ columns).square().T @ torch.linspace(1, 2, 60).double().log()
     torch.testing.assert_close((weights * nodes.log()).sum(1), expected, rtol=1e-6, atol=0)
 

@@ -55,6 +55,7 @@ class Own(nn.Module):
         return nn.functional.cross_entropy(z, t)
 
 def module(): return net(), Own(), [(X, y)]
+def large(): return nn.Linear(2000, 3), CE, [(torch.ones(2, 2000), y[:2])]
 def dropped(): return nn.Sequential(nn.Dropout(), nn.Linear(4, 3)), CE, [(X, y)]
 def copied():
     model = net()
@@ -104,10 +105,10 @@ ONE_LINE = [
     ("kfac file.py:good --memory lots", 2, "'--memory': expected a size with its unit, e.g. 2GB or 500MiB, got 'lots'"),
     ("kfac file.py:good --memory 0", 2, "2GB or 500MiB, got '0'"),
     ("kfac file.py:good --memory 2", 2, "expected a size with its unit, e.g. 2GB or 500MiB, got '2'."),
-    ("spectrum file.py:good --memory 1kB", 1, "are needed. Raise --memory, or ask for fewer pairs."),
+    ("spectrum file.py:large --memory 1kB", 1, "are needed. Raise --memory, or ask for fewer pairs."),
     ("kfac file.py:dropped", 1, "dropout in train mode (1 modules, the first Dropout(p=0.5, inplace=False)). Call model.eval() in your function"),
     ("check file.py:module", 1, "the reduction of 'Own' is not known. Return a dict with the keys model, loss, data and reduction"),
-    ("check file.py:copied", 1, "'0.weight', '0.bias', '2.weight' and 1 more are not the tensors of the model, but others"),
+    ("check file.py:copied", 1, "'0.weight', '0.bias', '2.weight', '2.bias' are not the tensors of the model, but others"),
     ("kfac file.py:good --fisher-type forward-only --ekfac", 1, "fisher_type: 'forward-only' takes no gradients"),
     ("kfac file.py:good --output file.py", 1, "cannot write 0 MB to 'file.py': Not a directory"),
     ("spectrum file.py:good --matrix hesian", 2, "'hesian' is not a comma-separated choice of hessian, ggn, ef"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from curvops.estimators.estimate import with_error
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.files import MatrixFile
 from curvops.tour.meter import Cost
@@ -50,7 +51,7 @@ def _of_blocks(file: CoarseFile, title: str) -> str:
     norm, trace = float(file.norms[title].norm()), float(file.traces[title].sum())
     # each group has products of its own, so that the errors are independent
     error = float(file.trace_errors[title].norm()) if title in file.trace_errors else 0.0
-    shown = f"{trace:.4g} ± {error:.2g}" if error else f"{trace:.4g}, exact"
+    shown = with_error(trace, error) if error else f"{trace:.4g}, exact"
     return f"{shown:>{TRACE_WIDTH}}{norm:>13.4g}{file.products.get(title, 0):>10}"
 
 

@@ -39,13 +39,15 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # it has none before cl
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]i?|)b?", str(value).strip().lower())
+        found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]i?|)(b?)", str(value).strip().lower())
         try:
             size = float(found[1]) * _UNITS[found[2]] if found else 0
         except ValueError:
             size = 0
-        if size < 1:
-            self.fail(f"{value!r} is no size: expected a number with a unit, such as 2GB or 500MiB", param, ctx)
+        # a number alone that is so small was meant in another unit
+        least = 1 if found and (found[2] or found[3]) else 10**6
+        if size < least:
+            self.fail(f"expected a size with its unit, e.g. 2GB or 500MiB, got {value!r}", param, ctx)
         return int(size)
 
 
@@ -145,6 +147,8 @@ def _output(default: str) -> _Decorator:
 
 def _run(command: str, *, as_json: bool, traceback: bool, **given: Any) -> int:
     """Import a command's module, and run it."""
+    if sys.stderr.isatty():
+        click.echo(f"curvops {command}: loading PyTorch", err=True)  # which takes seconds
     return Session(f"curvops {command}", as_json, traceback).run(
         lambda session: import_module(f"curvops.cli.{command}").run(session, **given)
     )

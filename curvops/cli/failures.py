@@ -19,6 +19,14 @@ _REMEDIES = {
     "same device": "--device brings model, loss and data to one device",
     "out of memory": "take fewer parameters with --params, or less at a time with --memory",
 }
+# from what a call in Python is advised to what helps in a shell
+_ADVICE = {
+    "Raise memory_budget, keep the basis elsewhere (basis_device='cpu') or in a lower basis_dtype,": "Raise --memory,",
+    "Call model.eval(), or pass check_deterministic=False to accept products that vary.": "Call model.eval() in your function, before it returns the model.",
+    "by memory_budget=": "by --memory",
+    "or more memory_budget,": "or more --memory,",
+}
+_CODE = "\n    class "  # how an error's message begins code that is to be copied
 
 
 class Failure(Exception):
@@ -58,7 +66,16 @@ def one_line(text: str) -> str:
 def _message(error: BaseException) -> str:
     # a KeyError's text would be quoted
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return one_line(str(text).partition("\n\n")[0]) or type(error).__name__
+    said = str(text).partition("\n\n")[0]
+    said, code = said[: (begin := said.find(_CODE) if _CODE in said else len(said))], said[begin:]
+    return for_the_shell(one_line(said)) + code or type(error).__name__
+
+
+def for_the_shell(text: str) -> str:
+    """A message whose advice names options of the command line in place of Python's arguments."""
+    for python, shell in _ADVICE.items():
+        text = text.replace(python, shell)
+    return text
 
 
 def _frames(error: BaseException) -> list[tuple[TracebackType, Path]]:

@@ -128,6 +128,8 @@ def load_problem(
         named = {name: p.detach().to(where, kind).requires_grad_() for name, p in named.items()}
     if dtype is not None or batches is not None:
         data = Batches(data, kind, batches)
+    if isinstance(model, Module) and not params:
+        _refuse_copies(target, model, named)
     chosen = _chosen(named, params)
     if any(p.device.type == "meta" for p in chosen.values()):
         raise Failure(
@@ -170,7 +172,7 @@ def _parts(target: str, given: Any) -> tuple[Any, Any, Any, dict[str, Tensor], d
         raise TypeError(f"{target!r} returned a {type(what).__name__} as {wrong}; expected, in this order, {_EXPECTED}")
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         data = [tuple(data)]  # all data as one batch
-    if not isinstance(loss, Module) and "reduction" not in found:
+    if "reduction" not in found:
         _refuse_unknown_reduction(target, loss)
     if params is None and not isinstance(model, Module):
         raise TypeError(f"{target!r} returned a function as model; then params, by name, must be returned as well")
@@ -186,9 +188,22 @@ def _refuse_unknown_reduction(target: str, loss: Any) -> None:
     try:
         output_loss(loss)
     except ValueError as error:
+        if "is not known" not in str(error):
+            raise
         raise Failure(
             f"{target!r}: {str(error).partition('. Pass')[0]}. Return a dict with the keys model, loss, data and reduction: 'mean' or 'sum'"
         ) from None
+
+
+def _refuse_copies(target: str, model: Module, named: Mapping[str, Tensor]) -> None:
+    """A failure if parameters that take no gradient are not the model's own, as those of its `state_dict()`."""
+    own = {id(p) for p in model.parameters()}
+    copies = [name for name, p in named.items() if id(p) not in own]
+    if copies and not any(p.requires_grad for p in named.values()):
+        raise Failure(
+            f"{target!r}: params: {describe(copies)} are not the tensors of the model, but others of the same names (copies, as in "
+            "model.state_dict()?). Return dict(model.named_parameters()), or a subset of it"
+        )
 
 
 def _chosen(named: dict[str, Tensor], patterns: tuple[str, ...]) -> dict[str, Tensor]:

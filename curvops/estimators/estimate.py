@@ -82,7 +82,7 @@ class Estimate(Tensor):
 
     def _figures(self) -> str:
         if self.ndim == 0:
-            return _with_error(self.item(), 0 if self.exact else self.standard_error.item())
+            return with_error(self.item(), 0 if self.exact else self.standard_error.item())
         shape = " × ".join(map(str, self.shape))
         if self.exact:
             return f"{shape} entries"
@@ -95,7 +95,7 @@ def relative_norm(value: Tensor, error: Tensor) -> float:
     return norm and norm / max(torch.linalg.vector_norm(value.detach()).item(), torch.finfo(value.dtype).tiny)
 
 
-def _with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float) -> str:
     """A number with two figures of its error, and no more of its own."""
     if not 1e-300 < error < float("inf"):
         return f"{value:.6g}"

@@ -191,7 +191,7 @@ class _Run:
         """Compute what is missing of a matrix."""
         missing = [name for name in self._parts if title not in getattr(self.coarse, name)]
         if not missing:
-            self._say(f"{title}: in the file already")
+            self._say(f"{title}: in the file already, not computed again")
             return
         known, start = self.coarse.costs.get(title), time.perf_counter()
         with measured(self._risk.space.device) as cost:

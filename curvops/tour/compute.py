@@ -56,21 +56,23 @@ class Problem:
     folder: Path
 
 
-@dataclass
+@dataclass(repr=False)
 class Tour:
-    """What a tour has found and written; `print` shows its table.
+    """What a tour has found and written; `print` shows its table, and where the files are.
 
     Attributes:
         file: Matrices, or where these are too large their blocks, with parameters, groups, settings and costs.
         refused: By title why a matrix is missing.
         check: What the check for determinism took, None without one.
         paths: The files, in the order in which they were written.
+        drawing: Seconds that its figures and the page took.
     """
 
     file: MatrixFile | CoarseFile
     refused: dict[str, str] = field(default_factory=dict)
     check: Cost | None = None
     paths: list[Path] = field(default_factory=list)
+    drawing: dict[str, float] = field(default_factory=dict)
 
     @property
     def matrices(self) -> dict[str, Tensor]:
@@ -82,15 +84,47 @@ class Tour:
         """The groups of parameters and their sizes, in the order of the rows."""
         return self.file.groups
 
+    def table(self) -> str:
+        """What each matrix took, and what is seen at once."""
+        return table(self.file, self.refused, self.check, self.drawing)
+
+    def __repr__(self) -> str:
+        what = "norms of blocks" if isinstance(self.file, CoarseFile) else "matrices"
+        where = f", in '{self.paths[0].parent}'" if self.paths else ""
+        return f"<Tour of {self.file.settings.get('setup', 'a model')!r}: {what} of {', '.join(self.matrices)}{where}>"
+
     def __str__(self) -> str:
-        return table(self.file, self.refused, self.check)
+        return "\n".join([self.table(), *[f"files: {', '.join(map(str, self.paths))}"] * bool(self.paths)])
 
 
 def fits(risk: EmpiricalRisk, memory_budget: int | None = None) -> bool:
     """Whether all matrices of a risk fit into a budget of bytes, by default a quarter of what is free."""
-    one = risk.space.dim**2 * risk.space.dtype.itemsize
-    here = COPIES * len(OPERATORS) * one <= budget(torch.device("cpu"), memory_budget)
-    return here and (risk.space.device.type == "cpu" or COPIES * one <= budget(risk.space.device, memory_budget))
+    return not too_large(risk, memory_budget)
+
+
+def too_large(risk: EmpiricalRisk, memory_budget: int | None = None) -> str:
+    """Why the matrices of a risk do not fit, with both sizes; empty where they fit. See `fits`."""
+    one = COPIES * risk.space.dim**2 * risk.space.dtype.itemsize
+    cpu, device = torch.device("cpu"), risk.space.device
+    for count, where in ((len(OPERATORS), cpu), *([(1, device)] if device.type != "cpu" else [])):
+        if count * one > (room := budget(where, memory_budget)):
+            each = f"{count} matrices" if count > 1 else f"on {where} a matrix"
+            return (
+                f"{each} of {risk.space.dim:,}² entries need {_gigabytes(count * one)} with the copies for drawing, more than "
+                f"the budget of {_gigabytes(room)}"
+            )
+    return ""
+
+
+def _gigabytes(size: int) -> str:
+    return (
+        f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    )
+
+
+def shown(progressbar: bool) -> bool:
+    """Whether progress is shown: where it is wanted, and there is a terminal or a notebook."""
+    return progressbar and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def compute(
@@ -112,7 +146,7 @@ def compute(
         Exception: What the first operator raised, if none could be made.
     """
     finished = finished if finished is not None else Finished()
-    progressbar = progressbar and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    progressbar, say = shown(progressbar), say or (lambda line: None)
     problem.folder.mkdir(parents=True, exist_ok=True)
     cost = None
     if check:
@@ -124,12 +158,13 @@ def compute(
             f"loss: over the data it is {known['risk']:g}, and the norm of its gradient {known['gradient_norm']:g}, so that no curvature "
             "is finite. Look for NaN, infinite or huge entries in the data and the parameters, as after a training that diverged."
         )
-    if fits(problem.risk, memory_budget):
+    reason = too_large(problem.risk, memory_budget)
+    if not reason:
         run = _Matrices(problem, {**known, "seed": seed}, finished)
-        if resume:
-            run.resume()
+        run.begin(resume, say)
         found = run.compute(seed, memory_budget, progressbar)
     else:
+        say(f"{reason}: norms of blocks instead")
         found = _blocks(problem, seed, memory_budget, progressbar, resume, finished, say)
     found.check = cost
     return found
@@ -145,12 +180,23 @@ class _Matrices:
         settings = {"setup": problem.title, **known, "content": _content(problem.risk)}
         self.file = MatrixFile({}, shapes, dict(problem.groups), settings, versions())
 
-    def resume(self) -> None:
-        """Take over what a file of the same problem has, by the same versions."""
+    def begin(self, resume: bool, say: Say) -> None:
+        """Take over what a file has, if that is wanted; say what becomes of it."""
+        if not self._path.exists():
+            return
+        if resume and self._resumed():
+            for title in self.file.matrices:
+                say(f"{title}: in '{self._path}' already, not computed again")
+        else:
+            why = " is of another computation, and" if resume else ""
+            say(f"'{self._path}'{why} is computed anew")
+
+    def _resumed(self) -> bool:
+        """Whether matrices were taken over: from a file of the same problem, by the same versions."""
         try:
             there = load_matrices(self._path)
         except (FileNotFoundError, ValueError):
-            return
+            return False
         own = self.file
         # a sum by other numbers of threads is not the same to the last digit; the content says more than it
         settings = [
@@ -164,6 +210,7 @@ class _Matrices:
             own.costs.update(there.costs)
             own.explanations.update(there.explanations)
             self._finished.matrices[self._path] = list(own.matrices)
+        return bool(own.matrices)
 
     def compute(self, seed: int, memory_budget: int | None, progressbar: bool) -> Tour:
         """Compute what is missing; the result has what could be had."""
@@ -219,12 +266,13 @@ def _blocks(
     progressbar: bool,
     resume: bool,
     finished: Finished,
-    say: Say | None,
+    say: Say,
 ) -> Tour:
     """The coarse tour of a problem whose matrices do not fit."""
     path = problem.folder / BLOCKS
-    if not resume:
-        path.unlink(missing_ok=True)
+    if not resume and path.exists():
+        say(f"'{path}' is computed anew")
+        path.unlink()
     refused: dict[str, Exception] = {}
     try:
         found = coarse_tour(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from curvops.tour.block_figure import plot_blocks, plot_spectra
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.compute import Finished, Tour
+from curvops.tour.compute import BLOCKS, MATRICES, Finished, Say, Tour, shown
 from curvops.tour.figure import plot_matrices, save_figure
 from curvops.tour.files import MatrixFile
 from curvops.tour.matrices import OPERATORS
@@ -23,21 +26,45 @@ from curvops.tour.panels import Look, log_abs, shared_look, unchanged
 # of the unaltered entries within the colour domain; a handful of large ones would leave the rest blank
 UNALTERED_SHARE = 0.99
 FIGURES_BYTES = 12_000_000  # both figures of a problem, generously
-PAGE = "tour.html"
+PAGE, FILM = "tour.html", "film.gif"
+FIGURES = ("curvature_matrices_log_abs", "curvature_matrices", "curvature_blocks", "curvature_spectra")
+# all that a tour may write into a folder
+NAMES = (MATRICES, BLOCKS, PAGE, FILM, *(f"{stem}.{suffix}" for stem in FIGURES for suffix in ("pdf", "png")))
 PAGE_BYTES = 8_000_000  # of a page, without its matrices
 
 
-def draw(tours: Mapping[str, Tour], page: Path, finished: Finished, *, title: str | None = None) -> None:
+def draw(
+    tours: Mapping[str, Tour], page: Path, finished: Finished, *, title: str | None = None, progressbar: bool = True
+) -> None:
     """Write the figures of each tour beside its file, and one page of all, between which a slider moves; it has this title.
 
-    Each tour's `paths` take its own figures and the page.
+    Each tour's `paths` take its own figures and the page, and its `drawing` the seconds of both.
     """
-    written = _figures(tours, finished)
-    titles = common_titles(tours)
-    write_page(page, {label: with_titles(tour.file, titles) for label, tour in tours.items()}, title=title)
+    steps = 2 * len(tours) + 1  # each tour has two figures
+    with tqdm(total=steps, desc="Figures, page", file=sys.stderr, disable=not shown(progressbar), leave=False) as bar:
+        start = time.perf_counter()
+        written = _figures(tours, finished, bar.update)
+        seconds = {"figures": time.perf_counter() - start}
+        start = time.perf_counter()
+        bar.set_postfix_str(page.name)
+        titles = common_titles(tours)
+        write_page(page, {label: with_titles(tour.file, titles) for label, tour in tours.items()}, title=title)
+        seconds["page"] = time.perf_counter() - start
     finished.figures.append(page)
     for label, tour in tours.items():
         tour.paths += [*written[label], page]
+        tour.drawing |= seconds
+
+
+def remove_stale(folders: Iterable[Path], written: Iterable[Path], say: Say) -> None:
+    """Remove what an earlier tour of another kind has left in folders: files of a tour's names that this one did not write."""
+    kept = {path.resolve() for path in written}
+    there = [folder / name for folder in dict.fromkeys(folders) for name in NAMES]
+    stale = [path for path in there if path.is_file() and path.resolve() not in kept]
+    for path in stale:
+        path.unlink()
+    if stale:
+        say(f"removed, as files of an earlier tour: {', '.join(map(str, stale))}")
 
 
 def expected_bytes(matrices: Sequence[int]) -> int:
@@ -63,7 +90,7 @@ def common_titles(tours: Mapping[str, Tour]) -> list[str]:
     return [title for title in first.matrices if all(title in tour.matrices for tour in others)]
 
 
-def _figures(tours: Mapping[str, Tour], finished: Finished) -> dict[str, list[Path]]:
+def _figures(tours: Mapping[str, Tour], finished: Finished, step: Callable[[], Any]) -> dict[str, list[Path]]:
     """Write the figures of all tours; return their files by label."""
     frames = [tour.matrices for tour in tours.values() if isinstance(tour.file, MatrixFile)]
     shared = looks(frames) if frames else {}
@@ -76,6 +103,7 @@ def _figures(tours: Mapping[str, Tour], finished: Finished) -> dict[str, list[Pa
                 written[label].append(save_figure(fig, folder / f"{stem}.{suffix}"))
                 finished.figures.append(written[label][-1])
             plt.close(fig)
+            step()
     return written
 
 

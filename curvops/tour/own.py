@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,9 +22,7 @@ from curvops.tour.files import prepare_output
 from curvops.tour.films import film
 from curvops.tour.groups import Groups, module_groups, sizes_of
 from curvops.tour.matrices import warm_up
-from curvops.tour.outputs import FIGURES_BYTES, PAGE, draw, expected_bytes
-
-FILM = "film.gif"
+from curvops.tour.outputs import FIGURES_BYTES, FILM, PAGE, draw, expected_bytes, remove_stale
 
 
 class TourOptions(TypedDict, total=False):
@@ -67,7 +67,7 @@ def tour(
     they do not fit into memory, Frobenius norms of their blocks are estimated instead. In `output` are afterwards the
     figures (PDF and PNG; of logarithms and unaltered), the page `tour.html`, and the file: `matrices.safetensors` or
     `blocks.safetensors`, which has each matrix as soon as it is finished. A matrix whose operator refuses the model is left out,
-    and the table says why.
+    and the table says why. Of an earlier tour of another kind the files in `output` are removed at the end.
 
     Args:
         model: Module called as `model(X)`, or a function `(params, X)`. What it returns must be the tensor that the loss takes.
@@ -82,10 +82,10 @@ def tour(
         seed: Of the Monte-Carlo operators.
         memory_budget: Bytes that the matrices may take; a quarter of the free memory if not given.
         check_deterministic: Compare two passes over the data first.
-        progressbar: Show which matrix is computed, on a terminal or in a notebook.
+        progressbar: Show what is computed: lines on stderr, and bars on a terminal or in a notebook.
         resume: Keep the matrices that a file in `output` has of the same model, data and seed by the same versions.
         finished: Is filled in with what is written, for a caller that may be interrupted.
-        say: Takes lines about the progress of blocks.
+        say: Takes the lines about what is computed; by default they go to stderr.
         reduction: `"mean"` or `"sum"`, for losses that do not say it themselves.
         num_data: Number of data, compared with what `data` yields.
         batch_size_fn: Number of data in `X` where it cannot be seen.
@@ -124,7 +124,8 @@ def tour(
         batch_size_fn=batch_size_fn,
     )
     found = _toured(model, loss, data, params, Path(output), title, options)
-    draw({"": found}, Path(output) / PAGE, finished)
+    draw({"": found}, Path(output) / PAGE, finished, progressbar=progressbar)
+    remove_stale([Path(output)], found.paths, _say(options))
     return found
 
 
@@ -186,8 +187,12 @@ def tour_checkpoints(
             name = title or title_of(model, chosen(model, params))
             folder = output / str(label).replace("/", "-")
             tours[str(label)] = _toured(model, loss, data, params, folder, f"{name}, {label}", options)
-    draw(tours, output / PAGE, finished, title=title)
+    draw(tours, output / PAGE, finished, title=title, progressbar=options.get("progressbar", True))
     finished.figures.append(film(tours, output / FILM))
+    written = [path for found in tours.values() for path in found.paths]
+    remove_stale(
+        [output, *(found.paths[0].parent for found in tours.values())], [*written, output / FILM], _say(options)
+    )
     return tours
 
 
@@ -256,17 +261,33 @@ def _toured(
     groups = options.get("groups")
     sizes = sizes_of(module_groups(shapes) if groups is None else groups, risk.space.dim, shapes)
     prepare_output(folder, expected_bytes([risk.space.dim**2 * risk.space.dtype.itemsize]) if dense else FIGURES_BYTES)
+    title, say = title or title_of(model, params), _say(options)
+    dtype = str(risk.space.dtype).removeprefix("torch.")
+    say(f"{title}: {_batches(data)} on {risk.space.device} in {dtype}, to '{folder}'")
     warm_up(risk.space.device, risk.space.dtype)
     return compute(
-        Problem(title or title_of(model, params), risk, sizes, folder),
+        Problem(title, risk, sizes, folder),
         seed=options.get("seed", 0),
         memory_budget=options.get("memory_budget"),
         check=options.get("check_deterministic", True),
         progressbar=options.get("progressbar", True),
         resume=options.get("resume", False),
         finished=options.get("finished"),
-        say=options.get("say"),
+        say=say,
     )
+
+
+def _say(options: TourOptions) -> Say:
+    """What takes the lines about the progress."""
+    say = options.get("say")
+    if say is not None:
+        return say
+    return partial(print, file=sys.stderr, flush=True) if options.get("progressbar", True) else lambda line: None
+
+
+def _batches(data: Iterable[tuple[Any, Any]]) -> str:
+    count = len(data) if isinstance(data, Sized) else None
+    return "data" if count is None else "one batch" if count == 1 else f"{count:,} batches"
 
 
 def _load(model: Module, label: str, state: Mapping[str, Any] | str | Path) -> None:

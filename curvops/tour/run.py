@@ -10,7 +10,7 @@ import torch
 from curvops.tour.compute import Finished, Problem, Say, Tour, compute
 from curvops.tour.files import prepare_output
 from curvops.tour.matrices import warm_up
-from curvops.tour.outputs import PAGE, draw, expected_bytes
+from curvops.tour.outputs import PAGE, draw, expected_bytes, remove_stale
 from curvops.tour.setups import SIZES, Setup, digits, tutorial
 
 
@@ -45,6 +45,9 @@ def run_tour(
     sizes = [side**2 * dtype.itemsize for name in setups for side in SIZES[name]]
     output = prepare_output(output, expected_bytes(sizes))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    say(
+        f"Curvature matrices of {', '.join(setups)} on {device} in {str(dtype).removeprefix('torch.')}, to '{output}'\n"
+    )
     warm_up(device, dtype)
     for name in setups:
         make = (lambda **options: (tutorial(**options),)) if name == "tutorial" else digits
@@ -52,11 +55,16 @@ def run_tour(
         tours: dict[str, Tour] = {}
         for setup in made:
             say(str(setup))
-            tour = compute(_problem(setup, output), seed=seed, finished=finished)
+            tour = compute(_problem(setup, output), seed=seed, finished=finished, say=say)
             tours[Path(setup.name).name] = tour
-            say(str(tour))
-        draw(tours, output / Path(made[0].name).parent / PAGE, finished)
-        say(f"Figures, page and matrices: {', '.join(str(output / setup.name) for setup in made)}\n")
+            say(tour.table())
+        page = output / Path(made[0].name).parent / PAGE
+        draw(tours, page, finished)
+        written = [path for tour in tours.values() for path in tour.paths]
+        remove_stale([page.parent, *(path.parent for path in written)], written, say)
+        seconds = ", ".join(f"{what} {taken:.1f} s" for what, taken in next(iter(tours.values())).drawing.items())
+        say(f"Beside the matrices: {seconds}")
+        say(f"Figures and matrices: {', '.join(str(output / setup.name) for setup in made)}; page: {page}\n")
     return finished
 
 

@@ -50,6 +50,22 @@ class Mine(nn.Linear):
         return super().forward(x) + self.missing
 
 def mine(): return Mine(4, 3), CE, [(X, y)]
+class Own(nn.Module):
+    def forward(self, z, t):
+        return nn.functional.cross_entropy(z, t)
+
+def module(): return net(), Own(), [(X, y)]
+def large(): return nn.Linear(2000, 3), CE, [(torch.ones(2, 2000), y[:2])]
+def dropped(): return nn.Sequential(nn.Dropout(), nn.Linear(4, 3)), CE, [(X, y)]
+def copied():
+    model = net()
+    return model, CE, [(X, y)], dict(model.state_dict())
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+def unwrapped(): return Named(4, 3), CE, [(X, y)]
 def wide(): return net(), nn.MSELoss(), [(X, torch.zeros(6, 3))] * 3
 """
 RETURNS = "model, loss and data (and params by name, if only some), or a dict with these keys"
@@ -86,8 +102,13 @@ ONE_LINE = [
     ("check file.py:good --params layer4.*", 2, "--params: no parameter's name matches 'layer4.*'; there are '0.weight'"),
     ("check file.py:good --params 2", 2, "--params: no parameter's name matches '2'; near: '2.*'."),
     ("check file.py:good --dtype int8", 2, "'int8' is not one of 'float32', 'float64'"),
-    ("kfac file.py:good --memory lots", 2, "'lots' is no size: expected a number with a unit, such as 2GB or 500MiB"),
-    ("kfac file.py:good --memory 0", 2, "'0' is no size"),
+    ("kfac file.py:good --memory lots", 2, "'--memory': expected a size with its unit, e.g. 2GB or 500MiB, got 'lots'"),
+    ("kfac file.py:good --memory 0", 2, "2GB or 500MiB, got '0'"),
+    ("kfac file.py:good --memory 2", 2, "expected a size with its unit, e.g. 2GB or 500MiB, got '2'."),
+    ("spectrum file.py:large --memory 1kB", 1, "are needed. Raise --memory, or ask for fewer pairs."),
+    ("kfac file.py:dropped", 1, "dropout in train mode (1 modules, the first Dropout(p=0.5, inplace=False)). Call model.eval() in your function"),
+    ("check file.py:module", 1, "the reduction of 'Own' is not known. Return a dict with the keys model, loss, data and reduction"),
+    ("check file.py:copied", 1, "'0.weight', '0.bias', '2.weight', '2.bias' are not the tensors of the model, but others"),
     ("kfac file.py:good --fisher-type forward-only --ekfac", 1, "fisher_type: 'forward-only' takes no gradients"),
     ("kfac file.py:good --output file.py", 1, "cannot write 0 MB to 'file.py': Not a directory"),
     ("spectrum file.py:good --matrix hesian", 2, "'hesian' is not a comma-separated choice of hessian, ggn, ef"),
@@ -133,6 +154,13 @@ def test_a_traceback_of_the_users_own_code(target, first, where, last, capsys):
     assert any(where in line for line in lines) and not any("curvops/" in line for line in lines)
     assert main(["explain", target, "--traceback"]) == 1
     assert "curvops/cli/session.py" in capsys.readouterr().err
+
+
+def test_code_to_copy_keeps_its_lines(capsys):
+    assert main(["explain", "file.py:unwrapped"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("curvops explain: ") and "    class Wrapped(torch.nn.Module):" in lines
+    assert lines[-1].startswith("            return self.model(X)")
 
 
 def test_a_missing_module_is_looked_for_below_packages(capsys):

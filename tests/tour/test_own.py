@@ -48,7 +48,8 @@ def test_from_a_model_to_its_files_in_one_call(tmp_path):
     assert kept.settings["setup"] == "Sequential, 47 parameters" and kept.settings["c"] == pytest.approx(1 / 6)
     assert set(kept.costs) == set(kept.explanations) == set(OPERATORS)
     rows = [line for line in str(found).splitlines() if re.search(r"\d\.\d{3}", line)]
-    assert [row[:26].strip() for row in rows] == ["(determinism check)", *OPERATORS, "all"]
+    assert [row[:26].strip() for row in rows] == ["(determinism check)", *OPERATORS, "all matrices", "figures", "page"]
+    assert str(found).endswith("tour.html") and len(repr(found)) < 300 and "Hessian" in repr(found)
 
 
 @pytest.fixture
@@ -180,21 +181,36 @@ def test_what_is_finished_is_kept_and_on_request_not_computed_again(undrawn, few
     assert asked[-1] == few[2:] and list(found.matrices) == few
     curvops.tour(model, CE, [(X, Y)], output=tmp_path)
     assert asked[-1] == few, "not without being asked to"
-    curvops.tour(model, CE, [(X, Y)], output=tmp_path, resume=True)
+    said: list[str] = []
+    curvops.tour(model, CE, [(X, Y)], output=tmp_path, resume=True, say=said.append)
     assert asked[-1] == []
+    assert said[1:] == [f"{title}: in '{tmp_path / MATRICES}' already, not computed again" for title in few]
     with torch.no_grad():
         model[0].bias[0] += 1e-6
-    curvops.tour(model, CE, [(X, Y)], output=tmp_path, resume=True)
+    curvops.tour(model, CE, [(X, Y)], output=tmp_path, resume=True, say=said.append)
     assert asked[-1] == few, "another model"
+    assert said[-1] == f"'{tmp_path / MATRICES}' is of another computation, and is computed anew"
 
 
 def test_blocks_where_the_matrices_do_not_fit(undrawn, tmp_path):
     finished = Finished()
-    found = curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path, memory_budget=100_000, finished=finished)
+    said: list[str] = []
+    for name in ("matrices.safetensors", "curvature_matrices.png", "film.gif", "mine.txt"):
+        (tmp_path / name).write_bytes(b"")
+    found = curvops.tour(
+        cnn(), CE, [(X, Y)], output=tmp_path, memory_budget=100_000, finished=finished, say=said.append
+    )
     assert isinstance(found.file, CoarseFile) and {m.shape for m in found.matrices.values()} == {(2, 2)}
     assert load_coarse(found.paths[0]).norms.keys() == found.matrices.keys() == OPERATORS.keys()
     assert finished.matrices == {found.paths[0]: list(OPERATORS)}
-    assert "products" in str(found).splitlines()[0]
+    header, *rows = str(found).splitlines()
+    assert "products" in header and re.search(r"Hessian +\S+ +\S+ +\S+ ± \S+ ", str(found)), rows
+    assert all(re.search(r"\d, exact ", row) for row in rows if "KFAC" in row)
+    assert said[0] == f"Sequential, 47 parameters: one batch on cpu in float32, to '{tmp_path}'"
+    assert re.fullmatch(r"6 matrices of 47² .* need 0.159 MB .* budget of 0.1 MB: norms of blocks instead", said[1])
+    assert {path.name for path in tmp_path.iterdir()} == {"blocks.safetensors", "mine.txt"}, "stale files are removed"
+    stale = [tmp_path / name for name in ("matrices.safetensors", "film.gif", "curvature_matrices.png")]
+    assert said[-1] == f"removed, as files of an earlier tour: {', '.join(map(str, stale))}"
 
 
 def test_checkpoints_are_toured_in_turn_and_the_weights_put_back(undrawn, few, tmp_path):

@@ -30,6 +30,8 @@ def test_the_whole_tour(tmp_path, capsys):
     output = tmp_path / "new" / "tour"
     folders = [output, output / "digits" / "before", output / "digits" / "after"]
     printed = capsys.readouterr().out
+    assert printed.startswith("Curvature matrices of tutorial, digits on ")
+    assert f"; page: {output / 'digits' / 'tour.html'}\n" in printed
     assert "Total parameters: 683\nLayer parameters: [112, 0, 404, 0, 37, 0, 130]\n" in printed
     for folder, size in zip(folders, [683, 830, 830], strict=True):
         files = {path.name for path in folder.iterdir() if path.is_file()}

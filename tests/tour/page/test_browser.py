@@ -42,7 +42,7 @@ def test_pointing_and_typing_read_the_saved_numbers(page, tour):
         assert list(told) == list(tour.matrices)
         assert all(is_saved(text, tour.matrices[title], ROW, COLUMN) for title, text in told.items())
     told, here = page.hover(ROW, COLUMN, "difference")
-    gap = array(tour, "Hessian")[ROW, COLUMN] - array(tour, "Generalized Gauss-Newton")[ROW, COLUMN]
+    gap = array(tour, "Generalized Gauss-Newton")[ROW, COLUMN] - array(tour, "Hessian")[ROW, COLUMN]
     assert float(told[here]) == gap
     for name, place in (("row", ROW), ("column", COLUMN)):
         page.type(name, str(place))
@@ -124,11 +124,13 @@ def test_zoom_and_pan_are_linked_and_blocks_open(page, tour):
     assert page.errors() == []
 
 
-def test_boundaries(page):
+def test_boundaries(page, tour):
     lines = "p.data.filter(t => t.type === 'scatter').map(t => t.x.filter(x => x !== null).length)"
-    assert page.plot("panels", lines) == [4] * 6  # one across and one down in each panel
+    assert page.plot("panels", lines) == [4] * 12  # one across and one down in each panel, dark on pale
+    assert page.plot("panels", "p.layout.yaxis.ticktext") == list(tour.groups)
     page.choose("edges", "Layers and parameters")
-    assert page.plot("panels", lines) == [12, 4] * 6
+    assert page.plot("panels", lines) == [12, 12, 4, 4] * 6
+    assert page.plot("panels", "p.layout.yaxis.ticktext") == list(tour.parameters)
     page.choose("edges", "None")
     assert page.plot("panels", lines) == []
 

@@ -34,8 +34,8 @@ function linesBetween(parts, rows, style, at) {
 }
 
 // Lines on wider ones of the opposite lightness, so that they are seen on dark and on light blocks.
-function boundaries(parts, rows, { width, dash = "solid" }, at) {
-  const styles = [{ color: ink("halo"), width: 2.25 * width }, { color: ink("edge"), width, dash }];
+function boundaries(parts, rows, dash, at) {
+  const styles = [{ color: ink("halo"), width: dash === "solid" ? 3 : 2 }, { color: ink("edge"), width: 1, dash }];
   return styles.map((style) => linesBetween(parts, rows, style, at));
 }
 
@@ -87,8 +87,8 @@ function drawHeat(place, panels, { axis, view, edges, drag }) {
       type: "heatmap", z: panel.z, zmin: panel.scale.low, zmax: panel.scale.high, colorscale: colorscale(panel.colors),
       showscale: false, zsmooth: false, hoverinfo: "none", hoverongaps: true, name: panel.title, ...at,
     });
-    if (edges === "parameters") traces.push(...boundaries(axis.pieces, axis.rows, { width: 0.6, dash: "dot" }, at));
-    if (edges !== "none") traces.push(...boundaries(axis.groups, axis.rows, { width: 0.9 }, at));
+    if (edges === "parameters") traces.push(...boundaries(axis.pieces, axis.rows, "dot", at));
+    if (edges !== "none") traces.push(...boundaries(axis.groups, axis.rows, "solid", at));
     annotations.push({
       text: `<b>${plain(panel.title)}</b>${panel.range ? `  ${plain(panel.range)}` : ""}`, showarrow: false, font: { size: 13 },
       xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom",

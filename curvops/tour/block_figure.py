@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.figure import make_room, plot_matrices
+from curvops.tour.groups import module_groups
 from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
 from curvops.tour.style import Style, figure_style, settle_fonts
@@ -67,7 +68,7 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
         "groups": dict.fromkeys(coarse.groups, 1),
         "transform": partial(log_abs, epsilon=largest * 10.0**-DECADES or 1.0),
         "transform_title": f"{what}, $\\log_{{10}}$",
-        "axis_label": "Group",
+        "axis_label": "Layer" if _are_modules(coarse) else "Group",
     }
     fig, axes = plot_matrices(shown, **{**given, **options})
     if len(coarse.groups) > FEW:
@@ -117,6 +118,13 @@ def plot_spectra(coarse: CoarseFile, *, config: Any = None, usetex: bool = False
         if not usetex:
             settle_fonts(fig)
     return fig, axes
+
+
+def _are_modules(coarse: CoarseFile) -> bool:
+    """Whether the groups are those of modules, of some depth of their names."""
+    deepest = max((name.count(".") + 1 for name in coarse.parameters), default=0)
+    groups = list(coarse.groups.items())
+    return any(groups == list(module_groups(coarse.parameters, k).items()) for k in range(1, deepest + 1))
 
 
 def _cross(ax: Axes, doubt: Tensor) -> None:
@@ -182,7 +190,7 @@ def _masses(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
     letters = sum(map(len, names)) + 3 * len(names)
     ax.set_xticks(range(len(names)), names, rotation=90 if letters > ACROSS else 0)
     ax.set_ylabel("Eigenvalue")
-    ax.set_xlabel("Group of parameters")
+    ax.set_xlabel("Layer" if _are_modules(coarse) else "Group of parameters")
     bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.16, 0.0, 0.02, 1.0)))
     bar.set_label("Mass of the eigenvector")
     bar.outline.set_linewidth(0.4)

@@ -50,8 +50,8 @@ def placed_labels(
         moved = [abs(place - centre) for place, centre in zip(places, centres, strict=True)]
         if len(runs) <= 1 or (max(moved) <= reach and len(runs) * height <= high - low + height):
             break
-        runs = _joined(runs, edges, moved, reach)
-    texts = [shortened(run_name(names[a], names[b])) if b > a else shortened(names[a]) for a, b in runs]
+        runs = _joined(names, runs, edges, moved, reach)
+    texts = [_run_label(names[a], names[b]) if b > a else shortened(names[a]) for a, b in runs]
     found = zip(texts, runs, centres, places, strict=True)
     return [Label(text, a, b, centre, place) for text, (a, b), centre, place in found]
 
@@ -121,14 +121,44 @@ def shortened(name: str) -> str:
     return cut if len(parts) == 1 else f"…{cut}"
 
 
+def _run_label(first: str, last: str) -> str:
+    """The name of a run, short: both ends stay, since one alone would name a single group."""
+    name = run_name(first, last)
+    short = shortened(name)
+    if name == short or ("–" in short and "…" not in short[1:]):
+        return short
+    a, b = first.split(".")[-1], last.split(".")[-1]
+    if a == b:  # they differ further ahead
+        middle = next(part for part in name.split(".") if "–" in part)
+        return f"…{middle}…{_cut(a, LONGEST - 2 - len(middle))}"
+    half = (LONGEST - 1) // 2
+    return f"{_cut(a, max(half, LONGEST - 1 - len(b)))}–{_cut(b, max(half, LONGEST - 1 - len(a)))}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: max(length - 1, 1)]}…"
+
+
 def _joined(
-    runs: Sequence[tuple[int, int]], edges: Sequence[float], moved: Sequence[float], reach: float
+    names: Sequence[str],
+    runs: Sequence[tuple[int, int]],
+    edges: Sequence[float],
+    moved: Sequence[float],
+    reach: float,
 ) -> list[tuple[int, int]]:
-    """The runs with two neighbours joined: the smallest two together, one of which is moved too far if any is."""
+    """The runs with two neighbours joined: the smallest two together, one of which is moved too far if any is.
+
+    Neighbours in different modules count twice, so that a name rather stands for parts of one module.
+    """
     far = max(moved) > reach
     sizes = [edges[b + 1] - edges[a] for a, b in runs]
+    modules = [{names[end].rpartition(".")[0] for end in run} for run in runs]
     pairs = [k for k in range(len(runs) - 1) if not far or max(moved[k], moved[k + 1]) > reach]
-    k = min(pairs or range(len(runs) - 1), key=lambda k: sizes[k] + sizes[k + 1])
+
+    def cost(k: int) -> float:
+        return (sizes[k] + sizes[k + 1]) * len(modules[k] | modules[k + 1])
+
+    k = min(pairs or range(len(runs) - 1), key=cost)
     return [*runs[:k], (runs[k][0], runs[k + 1][1]), *runs[k + 2 :]]
 
 

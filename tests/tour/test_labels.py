@@ -101,3 +101,17 @@ def test_a_figure_takes_a_model_or_a_depth_and_a_single_operator():
     assert [label.get_text() for label in axes[0, 0].get_yticklabels()] == ["0"]
     _, axes = plot_matrices(torch.eye(3), "mine")
     assert axes[0, 0].get_title() == "mine"
+
+
+def test_a_joined_name_keeps_both_ends():
+    names = [
+        "bert.embeddings.word_embeddings",
+        "bert.embeddings.position_embeddings",
+        "bert.embeddings.LayerNorm",
+        "fc",
+    ]
+    texts = [label.text for label in placed_labels(names, [0, 30, 33, 35, 65], height=10, reach=3)]
+    assert texts == ["…word_embeddings", "position…–LayerNorm", "fc"]
+    deep = [f"bert.encoder.layer.{k}.attention.self.query" for k in range(6)]
+    (label,) = placed_labels(deep, range(7), height=10)
+    assert label.text == "…0–5…query"

@@ -39,3 +39,12 @@ function showBlocks(table, groups, errors, norms, caption) {
   });
   table.replaceChildren(element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...rows));
 }
+
+// Gives a table that is wider than its column a row of its own, and says so where even that is too narrow.
+function showWide(table, note) {
+  const [place, columns] = [table.closest(".scroll"), table.closest(".columns")];
+  const wide = () => place.scrollWidth > place.clientWidth + 1;
+  columns.classList.remove("stacked");
+  columns.classList.toggle("stacked", wide());
+  note.hidden = !wide();
+}

@@ -1,5 +1,6 @@
 // Eigenvalues, spectral densities, diagonals and traces: all matrices on one axis each.
 
+const MARKS = 50; // numbers of a title up to which each has a mark of its own
 const SPECTRUM_DECADES = 8; // that a logarithmic axis shows below the largest magnitude
 
 const rangeOf = (arrays) => {
@@ -44,7 +45,7 @@ function seriesOf(titles, of, points, joined = false) {
     const given = points(title, k);
     if (!given) return [];
     const { symbol, color, size } = seriesStyle(k);
-    const many = given.values.length > 50;
+    const many = given.values.length > MARKS;
     const symbols = Array.from(given.values, (x) => symbol + (x < 0 ? "-open" : ""));
     const trace = {
       type: "scatter", mode: many ? "lines" : "markers", name: plain(title), x: given.x, y: Array.from(given.values, of), text: given.texts.map(plain),
@@ -71,8 +72,7 @@ function showEigenvalues(place, page, stop, kind) {
     if (!given) return null;
     const values = sorted(given.values);
     const errors = given.residuals;
-    const more = (k) => (errors ? `, residual ${roughly(errors[k])}` : "");
-    const texts = Array.from(values, (x, k) => `${title}: λ${k + 1} = ${exactly(x, values)}${more(k)}`);
+        const texts = Array.from(values, (x, k) => `${title}: λ${k + 1} = ${errors ? measured(x, errors[k], "residual") : exactly(x, values)}`);
     return { x: Array.from(values, (_, k) => k + 1), values, texts, errors };
   }, true);
   drawCurves(place, traces, { x: { title: { text: kind === "log" ? "rank by magnitude" : "rank" } }, y });
@@ -115,12 +115,13 @@ function layersBelow(groups, width) {
   let start = 0;
   const middles = [], edges = [];
   for (const { label, size } of groups) {
-    if (size) middles.push({ at: start + (size - 1) / 2, text: label });
+    if (size) middles.push({ at: start + (size - 1) / 2, text: label, size });
     if (start) edges.push(start - 0.5);
     start += size;
   }
   const shape = (x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: ink("line"), width: 1 } });
-  const x = { range: [-0.5, start - 0.5], showgrid: false, ...ticksOf(middles, width / start, 16) };
+  const range = [-0.5, start - 0.5];
+  const x = { range, showgrid: false, ...ticksBelow(middles, width / start, range) };
   return { x, shapes: edges.map(shape) };
 }
 
@@ -146,12 +147,11 @@ function showTraces(place, page, stop, kind) {
     const given = stop.traces[title];
     if (!given) return null;
     const { values, errors } = given;
-    const more = (i) => (errors ? ` ± ${roughly(errors[i])}` : "");
-    const texts = Array.from(values, (v, i) => `${title}: ${groups[i].label}, trace ${roughly(v, 6)}${more(i)}`);
+    const texts = Array.from(values, (v, i) => `${title}: ${groups[i].label}, trace ${errors ? measured(v, errors[i]) : roughly(v, 6)}`);
     return { x: Array.from(values, (_, i) => i + spread(k)), values, texts, errors };
   });
   const names = groups.map(({ label }, k) => ({ at: k, text: label }));
-  const x = { range: [-0.5, groups.length - 0.5], showgrid: false, ...ticksOf(names, place.clientWidth / groups.length) };
+  const x = { range: [-0.5, groups.length - 0.5], showgrid: false, ...ticksBelow(names, place.clientWidth / groups.length) };
   drawCurves(place, traces, { x, y });
   return true;
 }
@@ -173,7 +173,7 @@ function showMasses(place, page, stop, title) {
   const height = Math.max(200, 26 * count + 110);
   drawCurves(place, [trace], {
     height,
-    x: { showgrid: false, range: [-0.5, groups.length - 0.5], ...ticksOf(names, place.clientWidth / groups.length) },
+    x: { showgrid: false, range: [-0.5, groups.length - 0.5], ...ticksBelow(names, place.clientWidth / groups.length) },
     y: { showgrid: false, range: [count - 0.5, -0.5], ...ticksOf(labels, (height - 110) / count), title: { text: "eigenvalue" } },
   });
   return true;

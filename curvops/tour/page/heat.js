@@ -12,27 +12,31 @@ function drawn(values, rows, of) {
   return Array.from({ length: rows }, (_, r) => places.subarray(r * rows, (r + 1) * rows));
 }
 
-// The names at an axis: groups, or the parameters where no more than two groups are seen.
-function namesIn(axis, [low, high]) {
+// The names at an axis: of what the boundaries are drawn between, and of the parameters within a single group.
+function namesIn(axis, [low, high], edges) {
   const seen = (parts) =>
     parts
-      .filter((part) => part.rows && part.start - 0.5 < high && part.start + part.rows - 0.5 > low)
-      .map((part) => ({
-        at: (Math.max(part.start - 0.5, low) + Math.min(part.start + part.rows - 0.5, high)) / 2,
-        text: part.label ?? part.name,
-      }));
+      .map((part) => ({ from: Math.max(part.start - 0.5, low), to: Math.min(part.start + part.rows - 0.5, high), text: part.label ?? part.name }))
+      .filter(({ from, to }) => from < to)
+      .map(({ from, to, text }) => ({ at: (from + to) / 2, size: to - from, text }));
   const groups = seen(axis.groups);
-  return groups.length <= 2 && axis.pieces.length > 1 ? seen(axis.pieces) : groups;
+  return edges === "parameters" || (groups.length === 1 && axis.pieces.length > 1) ? seen(axis.pieces) : groups;
 }
 
 // Lines between parts, all in one trace.
-function lines(parts, rows, style, at) {
+function linesBetween(parts, rows, style, at) {
   const x = [], y = [];
   for (const { start } of parts.filter((part) => part.start > 0 && part.rows)) {
     x.push(-0.5, rows - 0.5, null, start - 0.5, start - 0.5, null);
     y.push(start - 0.5, start - 0.5, null, -0.5, rows - 0.5, null);
   }
   return { type: "scatter", mode: "lines", x, y, line: style, hoverinfo: "skip", showlegend: false, ...at };
+}
+
+// Lines on wider ones of the opposite lightness, so that they are seen on dark and on light blocks.
+function boundaries(parts, rows, dash, at) {
+  const styles = [{ color: ink("halo"), width: dash === "solid" ? 3 : 2 }, { color: ink("edge"), width: 1, dash }];
+  return styles.map((style) => linesBetween(parts, rows, style, at));
 }
 
 // Sizes in pixels of a grid of square panels in a place that is so wide.
@@ -49,14 +53,15 @@ function gridOf(place, count, axis) {
 }
 
 // Ranges and names of both axes of every panel, for plotly's layout.
-function viewLayout(axis, view, grid, count) {
+function viewLayout(axis, view, grid, count, edges) {
   const [rows, columns] = view;
   const layout = {};
   for (let k = 0; k < count; k++) {
     const id = k ? k + 1 : "";
     const pixels = ([low, high]) => grid.side / (high - low);
-    layout[`xaxis${id}`] = { range: [...columns], ...ticksOf(namesIn(axis, columns), pixels(columns), 15, grid.letters) };
-    layout[`yaxis${id}`] = { range: [rows[1], rows[0]], ...ticksOf(namesIn(axis, rows), pixels(rows), 15, grid.letters) };
+    const names = (range) => ticksOf(namesIn(axis, range, edges), pixels(range), 15, grid.letters, range);
+    layout[`xaxis${id}`] = { range: [...columns], ...names(columns) };
+    layout[`yaxis${id}`] = { range: [rows[1], rows[0]], ...names(rows) };
   }
   return layout;
 }
@@ -64,7 +69,7 @@ function viewLayout(axis, view, grid, count) {
 function drawHeat(place, panels, { axis, view, edges, drag }) {
   const grid = gridOf(place, panels.length, axis);
   const inner = { width: place.clientWidth - grid.margin.l - grid.margin.r, height: grid.height - grid.margin.t - grid.margin.b };
-  const layout = viewLayout(axis, view, grid, panels.length);
+  const layout = viewLayout(axis, view, grid, panels.length, edges);
   const traces = [], annotations = [];
   panels.forEach((panel, k) => {
     const id = k ? k + 1 : "";
@@ -74,7 +79,7 @@ function drawHeat(place, panels, { axis, view, edges, drag }) {
     const [right, bottom] = [left + grid.side / inner.width, top - grid.side / inner.height];
     const lowest = k + grid.columns >= panels.length;
     const limits = { minallowed: -0.5, maxallowed: axis.rows - 0.5 };
-    const style = axisStyle({ ...limits, showgrid: false, ticklen: 3 });
+    const style = axisStyle({ ...limits, showgrid: false, ticks: "" });
     Object.assign(layout[`xaxis${id}`], style, { domain: [left, Math.min(right, 1)], anchor: `y${id}`, matches: k ? "x" : undefined, showticklabels: lowest, tickangle: -90 });
     Object.assign(layout[`yaxis${id}`], style, { domain: [Math.max(bottom, 0), top], anchor: `x${id}`, matches: k ? "y" : undefined, showticklabels: column === 0 });
     const at = { xaxis: `x${id}`, yaxis: `y${id}` };
@@ -82,8 +87,8 @@ function drawHeat(place, panels, { axis, view, edges, drag }) {
       type: "heatmap", z: panel.z, zmin: panel.scale.low, zmax: panel.scale.high, colorscale: colorscale(panel.colors),
       showscale: false, zsmooth: false, hoverinfo: "none", hoverongaps: true, name: panel.title, ...at,
     });
-    if (edges === "parameters") traces.push(lines(axis.pieces, axis.rows, { color: ink("edge"), width: 0.5, dash: "dot" }, at));
-    if (edges !== "none") traces.push(lines(axis.groups, axis.rows, { color: ink("edge"), width: 1 }, at));
+    if (edges === "parameters") traces.push(...boundaries(axis.pieces, axis.rows, "dot", at));
+    if (edges !== "none") traces.push(...boundaries(axis.groups, axis.rows, "solid", at));
     annotations.push({
       text: `<b>${plain(panel.title)}</b>${panel.range ? `  ${plain(panel.range)}` : ""}`, showarrow: false, font: { size: 13 },
       xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom",
@@ -96,9 +101,9 @@ function drawHeat(place, panels, { axis, view, edges, drag }) {
 }
 
 // Shows other rows and columns in a drawn heat map.
-function moveHeat(place, count, axis, view) {
+function moveHeat(place, count, axis, view, edges) {
   const changes = {};
-  for (const [name, values] of Object.entries(viewLayout(axis, view, gridOf(place, count, axis), count))) {
+  for (const [name, values] of Object.entries(viewLayout(axis, view, gridOf(place, count, axis), count, edges))) {
     for (const [key, value] of Object.entries(values)) changes[`${name}.${key}`] = value;
   }
   return Plotly.relayout(place, changes);

@@ -73,6 +73,7 @@ function drawDifference() {
   if (titles.length < 2) return;
   const [a, b] = pair();
   const [one, other] = [titles[a], titles[b]];
+  showErrors(a, b); // first: the table has a say in the heat map's width
   const scale = scaleOf(value("colors"), magnitudes(page.stops, value("scale") === "own" ? [one, other] : titles), DECADES);
   const colors = page.palettes[dark() ? "dark" : "light"][scale.kind === "log" ? "sequential" : "diverging"];
   const panel = { title: `${one} − ${other}`, scale, colors, z: drawn(difference(current(), one, other), axis.rows, scale.of) };
@@ -80,7 +81,6 @@ function drawDifference() {
   const what = page.kind === "cells" ? "difference of mean entries" : page.kind === "norms" ? "difference of norms" : "difference";
   const title = scale.kind === "log" ? `|${what}|, logarithmic${palest(scale)}` : `${what}, ${scale.kind === "signed" ? "with its sign, logarithmic" : "linear"}`;
   showLegend(byId("difference-legend"), scale, colors, { title, own: null });
-  showErrors(a, b);
 }
 
 function showErrors(a, b) {
@@ -92,20 +92,23 @@ function showErrors(a, b) {
   const gap = frobenius(between);
   const overall = gap && gap / frobenius(norms);
   byId("overall").textContent = errors
-    ? `Relative Frobenius error over all blocks, ${caption}: ${percent(overall)}.`
+    ? `Frobenius norm of the difference over that of the ${other}, all blocks together, ${caption}: ${percent(overall)}.`
     : "Of matrices this large only the blocks' norms are known: below is by how much these differ, which says less than the norm of a difference.";
   showBlocks(byId("blocks"), axis.groups, between, norms, caption);
+  showWide(byId("blocks"), byId("blocks-more"));
   byId("blocks-note").textContent = "Frobenius norms, in double precision, of whole blocks.";
 }
 
 function drawSpectra() {
   const kind = value("axis");
   const shown = showEigenvalues(byId("eigenvalues"), page, current(), kind);
+  const marked = Object.values(current().eigenvalues).some((of) => of.values.length <= MARKS);
+  const hollow = marked ? " Hollow marks are negative." : "";
   byId("eigenvalues-note").textContent = !shown
     ? `Not computed: the matrices have ${axis.side} rows, and pages compute eigenvalues of up to ${page.eigenvalue_limit}.`
     : page.kind === "norms"
-      ? "The largest in magnitude, with the residual of each as its error bar. Hollow marks are negative."
-      : "All eigenvalues of the symmetric part, in double precision. Hollow marks are negative. The rounding of a matrix in single precision moves an eigenvalue by about 10⁻⁷ of the largest: smaller ones are noise.";
+      ? `The largest in magnitude, with the residual of each as its error bar.${hollow}`
+      : `All eigenvalues of the symmetric part, in double precision.${hollow} The rounding of a matrix in single precision moves an eigenvalue by about 10⁻⁷ of the largest: smaller ones are noise.`;
   byId("density-part").hidden = false;
   byId("density-part").hidden = !current().threshold || !showDensity(byId("density"), page, current());
   byId("diagonal-part").hidden = !showDiagonal(byId("diagonal"), page, current(), kind, entryName);
@@ -140,8 +143,7 @@ function reading(row, column, here = null) {
   const lines = [["row", nameOf(row), "name"], ["column", nameOf(column), "name"]];
   for (const title of titles) {
     const { values, low, high, errors } = current().sheets[title];
-    let text = exactly(values[k], values);
-    if (errors) text += ` ± ${roughly(errors[k])}`;
+    let text = errors ? measured(values[k], errors[k]) : exactly(values[k], values);
     if (low && low[k] !== high[k]) text = `mean ${roughly(values[k], 4)}, from ${exactly(low[k], low)} to ${exactly(high[k], high)}`;
     lines.push([title, text, title === here ? "here" : ""]);
   }
@@ -178,8 +180,8 @@ function look(view) {
   });
   if (JSON.stringify(inside) === JSON.stringify(state.view)) return;
   state.view = inside;
-  moveHeat(byId("panels"), titles.length, axis, inside);
-  if (titles.length > 1) moveHeat(byId("difference"), 1, axis, inside);
+  moveHeat(byId("panels"), titles.length, axis, inside, edges());
+  if (titles.length > 1) moveHeat(byId("difference"), 1, axis, inside, edges());
   const chosen = inside.map(([low, high]) => axis.groups.findIndex((g) => g.start - 0.5 === low && g.start + g.rows - 0.5 === high));
   byId("block-rows").value = String(chosen[0]);
   byId("block-columns").value = String(chosen[1]);
@@ -222,7 +224,9 @@ function fillControls() {
   const choices = () => titles.map((title, k) => option(title, String(k)));
   byId("minuend").append(...choices());
   byId("subtrahend").append(...choices());
-  byId("subtrahend").value = String(Math.min(1, titles.length - 1));
+  const reference = Math.max(titles.indexOf("Hessian"), 0); // what all others are approximations of
+  byId("subtrahend").value = String(reference);
+  byId("minuend").value = String(titles.findIndex((_, k) => k !== reference));
   byId("mass-of").append(...titles.map((title) => option(title, title)));
   byId("differences").hidden = titles.length < 2;
   for (const id of ["row", "column"]) byId(id).max = axis.rows - 1;

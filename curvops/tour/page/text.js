@@ -24,6 +24,15 @@ function exactly(number, array) {
 
 const roughly = (number, digits = 3) => written(Number(number.toPrecision(digits)));
 
+// A number that is known up to an error: no digits that the error's do not reach.
+function measured(number, error, name = "±") {
+  if (!(error > 0)) return roughly(number, 6);
+  const magnitude = (x) => Math.floor(Math.log10(Math.abs(x)));
+  const digits = number ? magnitude(number) - magnitude(error) + 3 : 1;
+  const value = roughly(number, Math.min(Math.max(digits, 1), 17));
+  return name === "±" ? `${value} ± ${roughly(error)}` : `${value}, ${name} ${roughly(error)}`;
+}
+
 function written(number) {
   const size = Math.abs(number);
   return Object.is(number, -0) ? "-0" : size && (size < 1e-3 || size >= 1e7) ? number.toExponential() : String(number);

@@ -1,5 +1,7 @@
 """The page in a real browser: it loads alone, each control does what it says, and numbers are those that were saved."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_pointing_and_typing_read_the_saved_numbers(page, tour):
         assert list(told) == list(tour.matrices)
         assert all(is_saved(text, tour.matrices[title], ROW, COLUMN) for title, text in told.items())
     told, here = page.hover(ROW, COLUMN, "difference")
-    gap = array(tour, "Hessian")[ROW, COLUMN] - array(tour, "Generalized Gauss-Newton")[ROW, COLUMN]
+    gap = array(tour, "Generalized Gauss-Newton")[ROW, COLUMN] - array(tour, "Hessian")[ROW, COLUMN]
     assert float(told[here]) == gap
     for name, place in (("row", ROW), ("column", COLUMN)):
         page.type(name, str(place))
@@ -124,11 +126,13 @@ def test_zoom_and_pan_are_linked_and_blocks_open(page, tour):
     assert page.errors() == []
 
 
-def test_boundaries(page):
+def test_boundaries(page, tour):
     lines = "p.data.filter(t => t.type === 'scatter').map(t => t.x.filter(x => x !== null).length)"
-    assert page.plot("panels", lines) == [4] * 6  # one across and one down in each panel
+    assert page.plot("panels", lines) == [4] * 12  # one across and one down in each panel, dark on pale
+    assert page.plot("panels", "p.layout.yaxis.ticktext") == list(tour.groups)
     page.choose("edges", "Layers and parameters")
-    assert page.plot("panels", lines) == [12, 4] * 6
+    assert page.plot("panels", lines) == [12, 12, 4, 4] * 6
+    assert page.plot("panels", "p.layout.yaxis.ticktext") == list(tour.parameters)
     page.choose("edges", "None")
     assert page.plot("panels", lines) == []
 
@@ -295,6 +299,7 @@ def test_a_coarse_tour(chromium, tmp_path):
     told, here = chromium.hover(0, 1)
     assert (here, told["row"], told["A"]) == ("A", "w (5 parameters)", "0.5 ± 0.05")
     assert "less than the norm of a difference" in chromium.text("overall")
+    assert "Hollow marks" in chromium.text("eigenvalues-note")
     chromium.choose("axis", "Linear")
     assert chromium.plot("traces", "[p.data[0].y, p.data[0].error_y.array]") == [[3, -1], pytest.approx([0.3, 0.1])]
     assert chromium.plot("eigenvalues", "p.data[0].y") == [3, -1]
@@ -331,4 +336,40 @@ def test_the_tutorial_fits(chromium, tmp_path):
     told, _ = chromium.hover(row, column, panel=5)
     assert (told["row"], told["column"]) == ("0.weight[1, 2]", "0.weight[3, 16]")
     assert is_saved(told["matrix 5"], matrices["matrix 5"], row, column)
+    assert chromium.errors() == []
+
+
+NAMES_OF_LAYERS = [f"encoder.layer.{k}.attention.output.dense" for k in range(15)] + ["fc"]
+
+
+def test_no_name_is_lost_or_touches_the_next(chromium, tmp_path):
+    sizes = [4, 70, 2, 70, 2]
+    layers = {"conv1": 4, "conv2": 70, "norm": 2, "conv3": 70, "fc": 2}
+    stop = random_tour(
+        sum(sizes), parameters={f"{name}.weight": (size,) for name, size in layers.items()}, groups=layers
+    )
+    chromium.open(write_page(tmp_path / "layers.html", stop))
+    assert chromium.plot("panels", "p.layout.yaxis.ticktext") == list(layers)  # the last two rows' as well
+    assert chromium.text("overall").startswith("Frobenius norm of the difference over that of the A")
+    assert "Hollow" not in chromium.text("eigenvalues-note")  # of lines
+
+    values = torch.rand(16, 16, dtype=torch.float64) + 1
+    norms = {"Generalized Gauss-Newton": values, "Hessian": 1.23456789 * torch.ones_like(values)}
+    coarse = CoarseFile(
+        norms,
+        errors={title: 0.00571 * torch.ones_like(values) for title in norms},
+        traces={"Hessian": values[0]},
+        parameters=dict.fromkeys(NAMES_OF_LAYERS, (3,)),
+        groups=dict.fromkeys(NAMES_OF_LAYERS, 3),
+    )
+    chromium.open(write_page(tmp_path / "coarse.html", coarse))
+    assert chromium.hover(0, 1)[0]["Hessian"] == "1.23457 ± 0.00571"
+    assert chromium.run("return document.getElementById('subtrahend').selectedOptions[0].text") == "Hessian"
+    boxes = chromium.run(
+        "return [...document.querySelectorAll('#traces .xtick text')].map(t => t.getBoundingClientRect())"
+        ".map(b => [b.left, b.right])"
+    )
+    assert len(boxes) == 16
+    assert all(left >= right for (_, right), (left, _) in pairwise(boxes))
+    assert chromium.find("blocks-more").is_displayed()  # sixteen columns
     assert chromium.errors() == []

@@ -38,9 +38,10 @@ SMALL = 100_000  # parameters up to which it does not matter that a verdict take
 
 @dataclass(frozen=True)
 class Verdict:
-    """Relative error of a product against central differences; ``None`` where those do not agree."""
+    """Relative error of a product against central differences; ``None``, and why, where there is no verdict."""
 
     error: float | None
+    why: str = "central differences disagree, as they do near a kink such as ReLU's"
 
     @property
     def wrong(self) -> bool:
@@ -51,8 +52,7 @@ class Verdict:
     def account(self) -> tuple[str, str]:
         """What `explain()` says."""
         if self.error is None:
-            why = "central differences disagree, would take long, or the model is tied to its precision, batch size or tensors"
-            return "no verdict", why
+            return "no verdict", self.why
         return "wrong" if self.wrong else "right", f"within {self.error:.1e} of central differences on a few data"
 
 
@@ -73,8 +73,8 @@ def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
 def judge_hessian(risk: EmpiricalRisk) -> Verdict:
     """Judge the Hessian's product on a random vector; warn if it is wrong."""
     problem = _double_problem(risk)
-    if problem is None:
-        return Verdict(None)
+    if isinstance(problem, Verdict):
+        return problem
     params, batch, space, v = problem
 
     def value(leaves: dict[str, Tensor]) -> tuple[Tensor, OutputCurvature]:
@@ -102,8 +102,8 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
 def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
     """Judge the products of the model's Jacobian and its adjoint with random vectors; warn if one is wrong."""
     problem = _double_problem(risk)
-    if problem is None:
-        return Verdict(None)
+    if isinstance(problem, Verdict):
+        return problem
     params, batch, space, v = problem
 
     def both(step: float) -> Tensor:
@@ -127,17 +127,18 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
     return verdict
 
 
-def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | None:
-    """Parameters and a few data in double precision, their space, and a random direction."""
+def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | Verdict:
+    """Parameters and a few data in double precision, their space, and a random direction; or why there is no verdict."""
+    long = Verdict(None, "central differences would take long")
     if risk.space.dim > LARGEST:
-        return None
+        return long
     with risk.evaluation(), closing(risk.data.walk()) as batches:
         batch = next(batches)
     # about a gradient of the whole batch, where it has many data
     cut = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
     few = max(1, min(DATA, batch.size // 8)) if cut else batch.size
     if risk.space.dim > SMALL and 4 * few > batch.size:
-        return None
+        return long
     X, y = (select(part, batch.size, slice(0, few)) for part in (batch.X, batch.y))
     double = [map_tensors(lambda t: floating_to(t, torch.float64), part) for part in (X, y)]
     small = Batch(double[0], double[1], few, batch.start)
@@ -146,13 +147,13 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
             params = {name: p.detach().double() for name, p in risk.params.items()}
             slope = _reached(risk, X)
             if slope is None:
-                return None
+                return Verdict(None, "the model reaches its parameters in ways that no stand-in does")
             with torch.no_grad(), risk.model.standing_in(params, torch.float64):
                 risk.loss.curvature(risk.functional(params, small.X), small.y, few)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError):
-        return None  # the model is tied to its own precision or batch size: no verdict
+        return Verdict(None, "the model is tied to its own precision or batch size")
     space = TensorSpace(params)
     with risk.evaluation():
         v = space.random(torch.Generator().manual_seed(0))

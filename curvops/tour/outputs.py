@@ -28,8 +28,8 @@ UNALTERED_SHARE = 0.99
 FIGURES_BYTES = 12_000_000  # both figures of a problem, generously
 PAGE, FILM = "tour.html", "film.gif"
 FIGURES = ("curvature_matrices_log_abs", "curvature_matrices", "curvature_blocks", "curvature_spectra")
-# all that a tour may write into a folder
-NAMES = (MATRICES, BLOCKS, PAGE, FILM, *(f"{stem}.{suffix}" for stem in FIGURES for suffix in ("pdf", "png")))
+# all that a tour may draw into a folder
+DRAWN = (PAGE, FILM, *(f"{stem}.{suffix}" for stem in FIGURES for suffix in ("pdf", "png")))
 PAGE_BYTES = 8_000_000  # of a page, without its matrices
 
 
@@ -57,14 +57,20 @@ def draw(
 
 
 def remove_stale(folders: Iterable[Path], written: Iterable[Path], say: Say) -> None:
-    """Remove what an earlier tour of another kind has left in folders: files of a tour's names that this one did not write."""
+    """Remove what an earlier tour of another kind has drawn into folders, and name its numbers, which may have taken long."""
     kept = {path.resolve() for path in written}
-    there = [folder / name for folder in dict.fromkeys(folders) for name in NAMES]
-    stale = [path for path in there if path.is_file() and path.resolve() not in kept]
-    for path in stale:
+
+    def stale(names: Sequence[str]) -> list[Path]:
+        there = [folder / name for folder in dict.fromkeys(folders) for name in names]
+        return [path for path in there if path.is_file() and path.resolve() not in kept]
+
+    drawn, numbers = stale(DRAWN), stale((MATRICES, BLOCKS))
+    for path in drawn:
         path.unlink()
-    if stale:
-        say(f"removed, as files of an earlier tour: {', '.join(map(str, stale))}")
+    if drawn:
+        say(f"removed, as drawn by an earlier tour: {', '.join(map(str, drawn))}")
+    if numbers:
+        say(f"of an earlier tour, and left there: {', '.join(map(str, numbers))}")
 
 
 def expected_bytes(matrices: Sequence[int]) -> int:

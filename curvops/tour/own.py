@@ -67,7 +67,8 @@ def tour(
     they do not fit into memory, Frobenius norms of their blocks are estimated instead. In `output` are afterwards the
     figures (PDF and PNG; of logarithms and unaltered), the page `tour.html`, and the file: `matrices.safetensors` or
     `blocks.safetensors`, which has each matrix as soon as it is finished. A matrix whose operator refuses the model is left out,
-    and the table says why. Of an earlier tour of another kind the files in `output` are removed at the end.
+    and the table says why. What an earlier tour of another kind
+    has drawn into `output` is removed at the end.
 
     Args:
         model: Module called as `model(X)`, or a function `(params, X)`. What it returns must be the tensor that the loss takes.

@@ -73,10 +73,11 @@ def test_batches_do_not_matter(operator, problem):
     v = draws(p.dim, 2)
     for op in others:
         close(op @ v, one @ v, tolerance(operator, problem))
-    close(others[0].to_dense(), one.to_dense(), tolerance(operator, problem))
+    if problem in PROBLEMS:
+        close(others[0].to_dense(), one.to_dense(), tolerance(operator, problem))
 
 
-@pytest.mark.parametrize("problem", [*PROBLEMS, "train"])
+@pytest.mark.parametrize("problem", ["mlp", "norms", "lstm", "odd", "train"])
 def test_the_caller_is_untouched(operator, problem):
     p = PROBLEMS["norms" if problem == "train" else problem]()
     if problem == "train":

@@ -29,7 +29,7 @@ import curvops
 TOLERANCE = 1e-9
 FISHER_TYPES = ("type-2", "empirical", "forward-only")
 N = 24  # so many that factors have full rank, and EKFAC's eigenbasis is unique
-SAMPLES, SEEDS = (2, 32, 512), 20
+SAMPLES, SEEDS = (2, 32, 512), 10
 
 
 @dataclass

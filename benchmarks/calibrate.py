@@ -93,6 +93,15 @@ def rows_pay() -> Iterator[Case]:
             yield f"GGN, {number} columns, {title}", problem, chosen, columns_of(problem, "GGN", number)
 
 
+def pulls_pay() -> Iterator[Case]:
+    for problem in (mlp(16, 16, 16, 2), mlp(256, 1024, 8, 10), convolutions(4), norms(8)):
+        X, y = problem.data[0]
+        rows = len(y) * problem.model(X).shape[1]
+        for number in (rows // 2, rows, 2 * rows):
+            title = f"GGN, {number} columns, {problem.name}, {rows} rows, {problem.size:,} parameters"
+            yield title, problem, rules.pulls_pay(number, rows), columns_of(problem, "GGN", number)
+
+
 def kept_rows_pay() -> Iterator[Case]:
     for inputs, width, size, classes in ((16, 16, 32, 2), (16, 16, 32, 10), (64, 256, 64, 10), (256, 1024, 64, 10)):
         problem = mlp(inputs, width, size, classes)
@@ -113,6 +122,7 @@ RULES: dict[str, tuple[Callable[[], Iterator[Case]], str, str, tuple[str, ...]]]
     "matrix_pays": (matrix_pays, "dense matrix", "columns", ()),
     "together_pays": (together_pays, "together", "one by one", ("matrix_pays", "rows_pay")),
     "rows_pay": (rows_pay, "rows Sᵀ J", "products", ("matrix_pays",)),
+    "pulls_pay": (pulls_pay, "rows by a backward pass each", "products", ("matrix_pays", "rows_pay", "together_pays")),
     "kept_rows_pay": (kept_rows_pay, "rows Sᵀ J", "graph", ()),
     "forward_mode_pays": (forward_mode_pays, "forward mode", "reverse over reverse", ()),
 }

@@ -33,10 +33,6 @@ class SumOperator(LinearOperator):
         terms = zip(self._scalars, products, strict=True)
         return reduce(torch.add, (product if scalar == 1 else scalar * product for scalar, product in terms))
 
-    @property
-    def _at_hand(self) -> bool:  # type: ignore[override]
-        return all(part._at_hand for part in self._parts)
-
     def _apply(self, columns: Tensor) -> Tensor:
         return self._summed(part._apply(columns) for part in self._parts)
 
@@ -67,10 +63,6 @@ class ProductOperator(LinearOperator):
         self.left, self.right = self._parts = left, right
         self._name = f"({left.name} @ {right.name})"
 
-    @property
-    def _at_hand(self) -> bool:  # type: ignore[override]
-        return all(part._at_hand for part in self._parts)
-
     def _apply(self, columns: Tensor) -> Tensor:
         return self.left._apply(self.right._apply(columns))
 
@@ -93,10 +85,6 @@ class AdjointOperator(LinearOperator):
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.codomain, operator.domain)
         self.operator, self._parts, self._name = operator, (operator,), f"{operator.name}.T"
-
-    @property
-    def _at_hand(self) -> bool:  # type: ignore[override]
-        return all(part._at_hand for part in self._parts)
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self.operator._apply_adjoint(columns)

@@ -39,6 +39,8 @@ class InverseOperator(LinearOperator):
         True
     """
 
+    _at_hand = False  # a product is a solution by iteration
+
     def __init__(self, operator: LinearOperator, solver: str = "cg", *, strict: bool = True, **options: Any) -> None:
         if not isinstance(operator, LinearOperator):
             raise TypeError(

@@ -72,7 +72,6 @@ class LinearOperator(Quantities):
     __array_ufunc__ = None  # a NumPy array on the left must not try to multiply entry by entry
     _parts: tuple[LinearOperator, ...] = ()  # what this one is made of
     _name = ""  # what it is called, if not after its class
-    _at_hand = False  # whether its matrix follows from tensors that it holds, without model and data
 
     def __init__(
         self, domain: TensorSpace, codomain: TensorSpace | None = None, *, symmetric: bool = False, psd: bool = False
@@ -85,6 +84,11 @@ class LinearOperator(Quantities):
     def name(self) -> str:
         """What the operator is called in messages and progress bars."""
         return self._name or type(self).__name__
+
+    @property
+    def _at_hand(self) -> bool:
+        """Whether its matrix follows from tensors that it holds, without model, data and iteration."""
+        return bool(self._parts) and all(part._at_hand for part in self._parts)
 
     def __repr__(self) -> str:
         return f"<{self.name} {self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device}>"

@@ -231,11 +231,11 @@ class Quantities(ABC):
         Example:
             >>> import torch
             >>> from curvops import GGNLinearOperator, KFACLinearOperator
-            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> model, data = torch.nn.Linear(3, 2).double(), [(torch.rand(5, 3).double(), torch.rand(5, 2).double())]
             >>> problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), data
             >>> ggn, kfac = GGNLinearOperator(*problem), KFACLinearOperator(*problem, fisher_type="type-2")
-            >>> solution = ggn.solve(torch.ones(8), 1e-2, preconditioner=kfac.inverse(1e-2))
-            >>> solution.converged, bool(solution.residual < 1e-4)
+            >>> solution = ggn.solve(torch.ones(8).double(), 1e-2, preconditioner=kfac.inverse(1e-2))
+            >>> solution.converged, bool(solution.residual < 1e-5)
             (True, True)
         """
         _check_names("solve", options, *([SOLVERS[solver]] if solver in SOLVERS else SOLVERS.values()))

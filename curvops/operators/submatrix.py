@@ -68,10 +68,6 @@ class SubmatrixLinearOperator(LinearOperator):
         self.operator, self._parts, self._name = operator, (operator,), name
         self._rows, self._columns = places
 
-    @property
-    def _at_hand(self) -> bool:  # type: ignore[override]
-        return all(part._at_hand for part in self._parts)
-
     def _apply(self, columns: Tensor) -> Tensor:
         return self.operator._apply(_padded(columns, self._columns, self.operator.domain.dim))[self._rows].clone()
 

@@ -149,7 +149,8 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
             if slope is None:
                 return Verdict(None, "the model reaches its parameters in ways that no stand-in does")
             with torch.no_grad(), risk.model.standing_in(params, torch.float64):
-                risk.loss.curvature(risk.functional(params, small.X), small.y, few)
+                z = risk.functional(params, small.X)
+                risk.loss.curvature(z, small.y, few)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError):
@@ -157,10 +158,12 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     space = TensorSpace(params)
     with risk.evaluation():
         v = space.random(torch.Generator().manual_seed(0))
-        return params, small, space, v * ~_constants(risk, params, space, small.X, v * (slope == 0))
+        return params, small, space, v * ~_constants(risk, params, space, small.X, z, v * _partly_zero(slope, space))
 
 
-def _constants(risk: EmpiricalRisk, params: dict[str, Tensor], space: TensorSpace, X: Any, v: Tensor) -> Tensor:
+def _constants(
+    risk: EmpiricalRisk, params: dict[str, Tensor], space: TensorSpace, X: Any, z: Tensor, v: Tensor
+) -> Tensor:
     """Entries of v that are constants to autodiff, but not to the model: the padding's row of an embedding.
 
     Along v, which autodiff says the output does not depend on, it changes as much forwards as backwards. At a kink it
@@ -168,15 +171,20 @@ def _constants(risk: EmpiricalRisk, params: dict[str, Tensor], space: TensorSpac
     """
     if not v.any():
         return v != 0
+    ends = []
     with torch.no_grad():
-        outputs = []
-        for step in (-STEPS[0], 0.0, STEPS[0]):
+        for step in (STEPS[0], -STEPS[0]):
             moved = _moved(params, space, v, step)
             with risk.model.standing_in(moved, torch.float64):
-                outputs.append(risk.functional(moved, X))
-    forwards, backwards = outputs[2] - outputs[1], outputs[1] - outputs[0]
+                ends.append(risk.functional(moved, X))
+    forwards, backwards = ends[0] - z, z - ends[1]
     smooth = (forwards - backwards).norm() <= 0.1 * forwards.norm()
     return (v != 0) & (smooth & (forwards.norm() > 0))
+
+
+def _partly_zero(slope: Tensor, space: TensorSpace) -> Tensor:
+    """Entries without a gradient, of parameters that have one elsewhere."""
+    return torch.cat([((part == 0) & (part != 0).any()).flatten() for part in space.split(slope)])
 
 
 def _reached(risk: EmpiricalRisk, X: Any) -> Tensor | None:

@@ -101,3 +101,25 @@ def test_large_models_are_not_judged(monkeypatch):
 def test_suspects_of_right_operations():
     x = X.clone().requires_grad_()
     assert suspects(lambda: torch.nn.functional.layer_norm(x.exp(), (3,)).tanh()) == []
+
+
+class Padded(nn.Module):
+    def __init__(self, backward=None):
+        super().__init__()
+        self.table, self.head, self.w = nn.Embedding(4, 3, padding_idx=0), nn.Linear(3, 2), nn.Parameter(torch.ones(3))
+        nn.init.normal_(self.table.weight)
+        self.cut = custom("Cut", torch.mul, backward) if backward else torch.mul
+
+    def forward(self, X):
+        return self.head(self.cut(self.table(X), self.w).tanh().sum(1))
+
+
+def test_the_paddings_row_is_not_moved_but_a_parameter_without_a_gradient_is():
+    data = [(torch.arange(24).reshape(8, 3) % 4, torch.arange(8) % 2)]
+    for net, wrong in ((Padded(), False), (Padded(lambda g, x, w: (g * w, 0 * w)), True)):
+        net = net.double()
+        risk = EmpiricalRisk(net, nn.CrossEntropyLoss(), dict(net.named_parameters()), data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            verdicts = judge_hessian(risk), judge_jacobian(risk)
+        assert all(verdict.error is not None and verdict.wrong is wrong for verdict in verdicts)

@@ -96,10 +96,11 @@ def rows_pay() -> Iterator[Case]:
 def pulls_pay() -> Iterator[Case]:
     for problem in (mlp(16, 16, 16, 2), mlp(256, 1024, 8, 10), convolutions(4), norms(8)):
         X, y = problem.data[0]
-        rows = len(y) * problem.model(X).shape[1]
+        rows, work = len(y) * problem.model(X).shape[1], recorded(problem).work
         for number in (rows // 2, rows, 2 * rows):
             title = f"GGN, {number} columns, {problem.name}, {rows} rows, {problem.size:,} parameters"
-            yield title, problem, rules.pulls_pay(number, rows), columns_of(problem, "GGN", number)
+            chosen = rules.pulls_pay(number, rows, problem.size, work)
+            yield title, problem, chosen, columns_of(problem, "GGN", number)
 
 
 def kept_rows_pay() -> Iterator[Case]:

@@ -96,10 +96,11 @@ class OutputFactorOperator(RiskOperator):
         columns = self.domain.dim if rows is None else len(rows)
         for product in products:
             factor = self._known_factor(product)
-            if factor is None or not rules.pulls_pay(columns, factor.num_terms * factor.num_columns):
+            rows_of_batch = 0 if factor is None else factor.num_terms * factor.num_columns
+            if factor is None or not rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work):
                 super()._one_by_one(total, [product], rows)
                 continue
-            why = f"a batch has no more of them than the {columns} columns"
+            why = f"{rows_of_batch} of a batch, for {columns} columns"
             self.account.note("one by one", "rows Sᵀ J, a backward pass for each", why)
             for some in self._pulled(product, factor):
                 total += (some.T if rows is None else rows.to(some.dtype) @ some.T) @ some

@@ -41,12 +41,15 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> 
     return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
 
 
-def pulls_pay(columns: int, rows: int) -> bool:
+def pulls_pay(columns: int, rows: int, parameters: int, work: int) -> bool:
     """Whether the rows Sᵀ J of a batch, by a backward pass for each, take less than products one by one.
 
-    A product takes a backward pass beside what it takes to push the vector forward.
+    A pass takes about 4 · work operations, half of a product over the graph, and a product with the rows 4 · rows ·
+    parameters; where overhead rules, a product over the graph takes as long as that of so many operations.
     """
-    return columns > 1 and rows <= columns
+    if columns < 2 or rows > 2 * columns:
+        return False
+    return columns * 4 * rows * parameters + 4 * work * rows <= columns * 8 * max(work, SMALL)
 
 
 def kept_rows_pay(rows: int, parameters: int, work: int) -> bool:

@@ -34,7 +34,7 @@ test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-torch: .venv-torch-$(TORCH)/.dev
-	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --maxprocesses 4 tests docs/test_readme.py docs/test_howto.py $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -48,6 +48,7 @@ format: .venv/.dev
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --doctest-modules \
 	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py \
+	  --ignore=docs/gallery --ignore=docs/_build --ignore=docs/conf.py \
 	  curvops docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m sphinx -q -W --keep-going -n \
 	  -D sphinx_gallery_conf.run_stale_examples=True docs docs/_build/html

@@ -58,6 +58,18 @@ suppress_warnings = ["config.cache"]  # an order of examples cannot be kept betw
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+
+def strictly(_: Any, name: str, when: str) -> None:
+    """Warnings of a tutorial are errors, as in the tests; those of Sphinx itself are not."""
+    if when == "before":
+        outside[:] = warnings.filters
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    else:
+        warnings.filters[:] = outside  # type: ignore[index]
+
+
+outside: list[Any] = []
 # what needs an environment of its own is run by its own chore, not here
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
@@ -88,6 +100,8 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "min_reported_time": 1,
     "write_computation_times": False,
+    "reset_modules": ("matplotlib", strictly),
+    "reset_modules_order": "both",
     "plot_gallery": True,
 }
 

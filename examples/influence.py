@@ -99,7 +99,7 @@ found = influences(model, X, y, gradient, DAMPING)
 # -------------------------
 # The model is small enough to invert its matrix and to form each datum's gradient.
 G = GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X, y)]).to_dense()
-inverse = torch.linalg.inv(G + DAMPING * torch.eye(len(G)))
+inverse = torch.linalg.inv(G + DAMPING * torch.eye(len(G), dtype=G.dtype))
 dense = []
 for x, label in zip(X, y, strict=True):
     own = torch.autograd.grad(nn.functional.cross_entropy(model(x), label), params)

@@ -110,7 +110,10 @@ plt.show()
 kfac = operators["KFAC expand"]
 gradient = torch.cat([g.flatten() for g in ggn.risk.gradient()])
 step = kfac.inverse(1e-2) @ gradient
-dense = torch.linalg.solve(kfac.to_dense() + 1e-2 * torch.eye(len(gradient)), gradient)
+shifted = kfac.to_dense() + 1e-2 * torch.eye(len(gradient), dtype=gradient.dtype)
+dense = torch.linalg.solve(shifted, gradient)
+torch.testing.assert_close(step, dense)
 print(f"inverse: off the dense solve by {((step - dense).norm() / dense.norm()).item():.0e}")
-logdet = torch.linalg.slogdet(kfac.to_dense() + 1e-2 * torch.eye(len(gradient)))[1]
+logdet = torch.linalg.slogdet(shifted)[1]
+torch.testing.assert_close(kfac.logdet(1e-2).as_subclass(torch.Tensor), logdet)
 print(f"log-determinant: {kfac.logdet(1e-2).item():.6f}, of the dense matrix {logdet.item():.6f}")

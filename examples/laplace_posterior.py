@@ -139,7 +139,7 @@ inputs = torch.linspace(-2, 2, 9).double().unsqueeze(1)
 variance = predictive_variance(F, tau.item(), JacobianLinearOperator(model, params, [(inputs, None)]))
 with torch.no_grad():
     new = torch.cat([model[:2](inputs), torch.ones_like(inputs)], 1)
-posterior = torch.linalg.inv(features.T @ features / NOISE**2 + tau * torch.eye(31))
+posterior = torch.linalg.inv(features.T @ features / NOISE**2 + tau * torch.eye(31, dtype=features.dtype))
 torch.testing.assert_close(variance, (new @ posterior * new).sum(1), rtol=1e-8, atol=0)
 assert variance[0] > variance[3] and variance[-1] > variance[-4]  # the data end at ±1
 print("    x  deviation  exact")

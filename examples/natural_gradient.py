@@ -39,7 +39,7 @@ class NaturalGradient:
 
     A single sample leaves whole directions without curvature, in which exact damping takes steps of up to 1/δ. With
     δ = 1e-2 the exact expectation (``"type-2"``), the average or heuristic damping, which lifts each factor, is enough
-    to train; 1e-3 takes all three of them. The first row is the same with three other seeds.
+    to train; 1e-3 takes all three of them.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ def check_one_step() -> None:
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(X), y), list(params.values()))])
     NaturalGradient(model, loss, params, kind="exact", damping=1e-2).step(X, y)
     after = torch.cat([p.detach().flatten() for p in params.values()])
-    dense = torch.linalg.solve(kfac.to_dense() + 1e-2 * torch.eye(len(before)), gradient)
+    dense = torch.linalg.solve(kfac.to_dense() + 1e-2 * torch.eye(len(before), dtype=gradient.dtype), gradient)
     torch.testing.assert_close(after, before - 0.3 * dense)
     print("a step equals that of the dense matrix")
 

@@ -2,7 +2,7 @@
 The class structure of the GGN's outliers
 =========================================
 
-Its C − 1 largest eigenpairs are those of the class means.
+Its C − 1 largest eigenpairs are, nearly, those of the class means.
 """
 
 # %%
@@ -11,7 +11,7 @@ Its C − 1 largest eigenpairs are those of the class means.
 # The spectrum of a trained classifier has about as many large eigenvalues as classes, far from the rest. Papyan 2020
 # (`arXiv 2008.11865 <https://arxiv.org/abs/2008.11865>`_) explains them: the GGN of the mean cross-entropy is
 # Σ_n Σ_c' p_nc' δ_nc' δ_nc'ᵀ / N, with the gradient δ_nc' = J_nᵀ (e_c' − p_n) of −ℓ_n if the label were c'. Averaged
-# within a class, these gradients span C − 1 directions that hold most of the matrix.
+# within a class, these gradients have C − 1 large directions, which hold most of the matrix.
 
 import matplotlib.pyplot as plt
 import torch

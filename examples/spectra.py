@@ -84,6 +84,7 @@ plt.show()
 # ----------------------------
 traces = [hessian.trace(num_products=m) for m in (6, 12, 24, 48)]
 print(traces[-1], "in truth", f"{exact.sum().item():.4f}")
+assert abs(float(traces[-1]) - exact.sum().item()) < 4 * float(traces[-1].standard_error)
 plot_convergence(traces, exact.sum())
 plt.show()
 

@@ -27,10 +27,8 @@ def summary(page: str) -> str:
     ]
     for operator, *cells in list(zip(titles, *rows, strict=True))[1:]:
         layers = f"{sum(cell != 'WRONG' for cell in cells)} of {len(cells)}"
-        if set(cells) <= {"exact", "yes", "WRONG"}:
-            lines.append(
-                f"| {operator} | {layers} | the whole matrix | {_share(cells) if 'yes' not in cells else ''} | |"
-            )
+        if set(cells) <= {"exact", "WRONG"}:
+            lines.append(f"| {operator} | {layers} | the whole matrix | {_share(cells)} | |")
             continue
         blocks = [block.split(": ", 1)[1] for cell in cells for block in cell.split("<br>")]
         kinds = Counter(KINDS[re.sub(r"^\d+ × ", "", block).split()[0]] for block in blocks)

@@ -202,7 +202,9 @@ class Quantities(ABC):
         return spectrum.eigenpairs(self, k, which, **options)
 
     def spectral_density(self, **options: Any) -> SpectralDensity:
-        """How many eigenvalues lie where, with an error band, by stochastic Lanczos quadrature.
+        """How many eigenvalues lie where: exact where the structure gives them, else with an error band.
+
+        That is by stochastic Lanczos quadrature, from products.
 
         Args:
             options: As of `curvops.spectrum.spectral_density`: ``depth``, ``num_vectors``, ``deflate``, ``seed``, ….
@@ -210,7 +212,9 @@ class Quantities(ABC):
         Raises:
             ValueError: If the operator is not symmetric.
         """
-        return spectrum.spectral_density(self, **options)
+        _check_names("spectral_density", options, spectrum.spectral_density)
+        known = self._exact_eigenvalues() if options.get("deflate") is None else None
+        return spectrum.spectral_density(self, **options) if known is None else SpectralDensity.of(known)
 
     def solve(self, b: Any, damping: Damping = 0.0, *, solver: str | None = None, **options: Any) -> Solution:
         """Solve (A + δI) x = b: exactly where the structure gives the inverse, else by iteration.

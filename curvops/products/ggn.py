@@ -240,6 +240,10 @@ class GGNLinearOperator(OutputFactorOperator):
     def _is_psd(self) -> bool:
         return self.mc_samples > 0 or self.risk.loss.psd
 
+    @property
+    def _by_place(self) -> str:
+        return f"{self.mc_samples} samples, seed {self.seed}" if self.mc_samples else ""
+
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         if self.mc_samples:
             return curvature.factor("mc", self.mc_samples, Noise(self.seed, start))

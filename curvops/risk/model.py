@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.description import described
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 
@@ -63,6 +64,11 @@ class Model:
         own = ((m, n, t) for m in self._modules() for n, t in {**m._parameters, **m._buffers}.items())
         named = {f"{type(m).__name__}.{n} {k}": t for k, (m, n, t) in enumerate(own) if t is not None}
         return named | self.params
+
+    @property
+    def description(self) -> str:
+        """What it is, in words that are the same in another process."""
+        return described(self._searched)
 
     def __call__(self, X: Any) -> Tensor:
         """Output of the model as it stands.

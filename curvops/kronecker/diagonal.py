@@ -41,7 +41,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         diagonals, wholes = collection.first(lambda: Diagonals(collection), dense=False, together=True)
-        return {**{key: diagonal.entry() for key, diagonal in diagonals.found.items()}, **wholes}
+        return collection.summed({**{key: diagonal.entry() for key, diagonal in diagonals.found.items()}, **wholes})
 
 
 class Diagonals:

@@ -64,7 +64,7 @@ class KFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection))
-        return {**factors.entries(collection.sweep.data), **wholes}
+        return collection.summed({**factors.entries(collection.sweep.data), **wholes})
 
 
 class EKFACLinearOperator(KroneckerOperator):
@@ -98,11 +98,13 @@ class EKFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-        diagonals = _diagonals(factors.entries(collection.sweep.data), collection)
+        entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
+        diagonals = _diagonals(entries, collection)
         for key, uses in collection.again("correction"):
             if key in diagonals:
                 diagonals[key].add(uses)
-        return {**{key: diagonal.entry() for key, diagonal in diagonals.items()}, **wholes}
+        collection.add_all([diagonal.total for diagonal in diagonals.values()])
+        return {**entries, **{key: diagonal.entry() for key, diagonal in diagonals.items()}}
 
 
 def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, BasisDiagonal]:
@@ -120,7 +122,7 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
         return len(factors) - 1
 
     places, groups = {}, collection.sweep.grouping.groups
-    for key in list(entries):
+    for key in [key for key in entries if groups[key].kind == "linear"]:
         block = entries.pop(key).block(1.0)
         if isinstance(block, KroneckerBlock):
             label = f"block of {describe(groups[key].names)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from torch import Tensor
 from curvops.space import describe
 
 FAILED, COMPARES = 1, 2  # of a `Message`'s status
+SMALL = 2**18  # numbers of a tensor up to which it is sent together with others
 _STEP = 2**20  # words that are hashed together
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
@@ -171,6 +172,21 @@ class Ranks:
             if flat is not tensor:
                 tensor.copy_(flat)
         return tensor
+
+    def add_all(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over the processes, small ones of one dtype together in one buffer."""
+        if self.alone:
+            return
+        small: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() > SMALL:
+                self.add(tensor)
+            else:
+                small.setdefault(tensor.dtype, []).append(tensor)
+        for several in small.values():
+            flat = self.add(torch.cat([tensor.flatten() for tensor in several]))
+            for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
     def gather(self, value: Any) -> list[Any]:
         """Small objects of all processes, which have met."""

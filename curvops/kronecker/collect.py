@@ -67,7 +67,7 @@ class Collection:
                 for group, gradients in found.gradients():
                     wholes.add(group, gradients)
                 del found  # its graph is gone before the next one grows
-            if self.planned and not sweep.grouping.again or not self.planned and sweep.agree():
+            if (self.planned and not sweep.grouping.again) or (not self.planned and sweep.agree()):
                 return consumer, wholes.entries()
 
     def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:

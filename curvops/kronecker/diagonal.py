@@ -23,7 +23,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (without effect), ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch

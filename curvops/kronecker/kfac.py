@@ -34,6 +34,7 @@ class KFACLinearOperator(KroneckerOperator):
         check_deterministic: Compare two passes over the data before anything is computed.
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
+        process_group: Processes of `torch.distributed` that pass a share of the data each; see `EmpiricalRisk`.
         fisher_type: ``"type-2"`` (all columns of the output Hessian's root), ``"mc"`` (gradients at sampled
             labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity). ``"mc"`` if not given, for
             `GGNDiagonalLinearOperator` ``"type-2"``.
@@ -80,7 +81,7 @@ class EKFACLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx``, ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch

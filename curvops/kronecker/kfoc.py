@@ -31,7 +31,7 @@ class KFOCLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (of the start only), ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch

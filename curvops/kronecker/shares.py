@@ -8,7 +8,7 @@ import torch
 
 from curvops.kronecker.groups import Group, Grouping, Key
 from curvops.kronecker.state import Entry
-from curvops.risk.ranks import Ranks
+from curvops.ranks import Ranks
 from curvops.space import describe
 
 
@@ -62,7 +62,10 @@ def summed(
         if known := [outline for outline, _ in outlines if outline is not None]:
             found[key] = _own(entries.get(key), known, groups[key])
             sides = {side for _, _, rows in known for side in rows}
-            rows = {s: sum(_rows(outline, s, number if reduces else 0) for outline, number in outlines) for s in sorted(sides)}
+            rows = {
+                s: sum(_rows(outline, s, number if reduces else 0) for outline, number in outlines)
+                for s in sorted(sides)
+            }
             found[key].numbers.update({"rows": rows} if rows else {})
     ranks.add_all([t for entry in found.values() if entry.kind != "identity" for t in entry.tensors.values()])
     return found
@@ -77,7 +80,8 @@ def _outline(entry: Entry) -> Outline:
 
 def _own(entry: Entry | None, known: Sequence[Outline], group: Group) -> Entry:
     """What this process adds, in tensors of its own; zeros where its data never reached the group."""
-    kinds, shapes = {kind for kind, _, _ in known}, {}
+    kinds = {kind for kind, _, _ in known}
+    shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
     for _, tensors, _ in known:
         for name, (shape, dtype) in tensors.items():
             if shapes.setdefault(name, (shape, dtype)) != (shape, dtype) or len(kinds) > 1:
@@ -90,7 +94,10 @@ def _own(entry: Entry | None, known: Sequence[Outline], group: Group) -> Entry:
     # clones: a bias has its weight's outputs, and each would be summed
     return Entry(
         kind,
-        {n: mine[n].clone() if n in mine else like(shape, dtype=dtype, device=device) for n, (shape, dtype) in shapes.items()},
+        {
+            n: mine[n].clone() if n in mine else like(shape, dtype=dtype, device=device)
+            for n, (shape, dtype) in shapes.items()
+        },
     )
 
 

@@ -71,7 +71,11 @@ class ScalarLoss:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that it holds, by name."""
         module = self.function if isinstance(self.function, nn.Module) else None
-        held = {**dict(module.named_parameters()), **dict(module.named_buffers()), **vars(module)} if module else self.keywords
+        held = (
+            {**dict(module.named_parameters()), **dict(module.named_buffers()), **vars(module)}
+            if module
+            else self.keywords
+        )
         return {f"loss.{name}": value for name, value in held.items() if isinstance(value, Tensor)}
 
     @property

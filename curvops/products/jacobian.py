@@ -43,7 +43,7 @@ class JacobianLinearOperator(LinearOperator):
         data: Iterable of ``(X, y)`` that can be walked again, in the same order; ``y`` is not looked at.
         check_deterministic: Compare two passes over the data before anything is computed.
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
-        options: ``progressbar``, ``num_data``, ``batch_size_fn``, as of `HessianLinearOperator`; its ``reduction`` has no effect.
+        options: ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as of `HessianLinearOperator`; its ``reduction`` has no effect.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -229,7 +229,11 @@ class JacobianLinearOperator(LinearOperator):
             sizes, *_ = ranks.meet(f"{self.name}: outputs", size=size)
             shares = ranks.gather(found)
         self._first_row = sum(shape.numel() for share in shares[: ranks.rank] for shape, _ in share)
-        outputs = [torch.zeros((), dtype=dtype, device=self.risk.space.device).expand(shape) for share in shares for shape, dtype in share]
+        outputs = [
+            torch.zeros((), dtype=dtype, device=self.risk.space.device).expand(shape)
+            for share in shares
+            for shape, dtype in share
+        ]
         if self._datum is not None:
             if not outputs:
                 raise IndexError(f"datum: expected a place among {sum(sizes)} data, got {self._datum}.")
@@ -257,7 +261,7 @@ class TransposedJacobianLinearOperator(AdjointOperator):
     Args:
         model_func, params, data: Model, parameters by name and batches, as of `JacobianLinearOperator`.
         check_deterministic, memory_budget: As there.
-        options: ``progressbar``, ``num_data`` and ``batch_size_fn``, as there; ``reduction`` has no effect.
+        options: ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as there; ``reduction`` has no effect.
 
     Example:
         >>> import torch

@@ -112,7 +112,9 @@ class RiskOperator(LinearOperator):
         """
         with _LOCK:
             if not self._open:
-                self._kept = Kept(self.risk, self.name, self._by_place, self._begin, self._hold, self._budget, self.account)
+                self._kept = Kept(
+                    self.risk, self.name, self._by_place, self._begin, self._hold, self._budget, self.account
+                )
             self._open += 1
         try:
             yield self

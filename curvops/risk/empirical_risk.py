@@ -16,22 +16,27 @@ from torch.overrides import TorchFunctionMode
 from curvops.context import Autocast, differentiable, preserved_random_state, requiring_gradients
 from curvops.extras import extra
 from curvops.losses import OutputCurvature, output_loss
+from curvops.ranks import Ranks
 from curvops.risk.data import EMPTY, Batch, Data
 from curvops.risk.model import Model, ModelFunction
-from curvops.risk.ranks import Ranks
 from curvops.space import Vector
 from curvops.substitutions import Substitutions, gradients, plain_kernels
 
 _AUTOCAST: ContextVar[Autocast | None] = ContextVar("the caller's autocast state during an evaluation", default=None)
 
 
-class RiskOptions(TypedDict, total=False):
-    """Options of an `EmpiricalRisk`, which every operator takes as well."""
+class ProblemOptions(TypedDict, total=False):
+    """What is to be said of loss and data."""
 
     reduction: str | None
     progressbar: bool
     num_data: int | None
     batch_size_fn: Callable[[Any], int] | None
+
+
+class RiskOptions(ProblemOptions, total=False):
+    """Options of an `EmpiricalRisk`, which every operator takes as well."""
+
     process_group: Any
 
 
@@ -148,9 +153,11 @@ class EmpiricalRisk:
         data's places, such as random numbers, if anything does: then a batch knows its place among the data of all shares.
         """
         self.model.check_current()
-        with self.ranks.together(), self.evaluation():
-            with closing(self.data.walk(self.start(title) if by_place else 0)) as batches:
-                yield Walk(self, batches, title, by_place)
+        with ExitStack() as stack:
+            stack.enter_context(self.ranks.together())
+            stack.enter_context(self.evaluation())
+            batches = stack.enter_context(closing(self.data.walk(self.start(title) if by_place else 0)))
+            yield Walk(self, batches, title, by_place)
 
     def sum_over_data(
         self,
@@ -216,13 +223,11 @@ class EmpiricalRisk:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """All tensors of model and loss that several processes must have in common, each under one name."""
-        named = {id(tensor): name for name, tensor in {**self.model.tensors, **self.loss.tensors, **self.params}.items()}
-        tensors = {**self.model.tensors, **self.loss.tensors, **self.params}
-        return {name: tensors[name] for name in named.values()}
+        """The tensors of model and loss."""
+        return {**self.model.tensors, **self.loss.tensors}
 
     def _described(self) -> dict[str, Any]:
-        shapes = {name: (tuple(p.shape), p.dtype) for name, p in self.params.items()}
+        shapes = [(name, tuple(p.shape), p.dtype) for name, p in self.params.items()]
         return {"parameters": shapes, "model": self.model.description, "loss": self.loss.description}
 
 

@@ -70,7 +70,9 @@ def cases() -> Iterator[tuple[str, Callable[..., Any], Problem]]:
 def wanted(name: str, how: str) -> bool:
     """Whether a case is computed with the data shared in some way: all with uneven shares, the most different ones otherwise."""
     problem, operator = name.split(", ", 1)
-    return how == "uneven" or (problem in ("mlp", "gated", "averaged") and operator in (*RISK, *KRONECKER) and operator in SOME)
+    return how == "uneven" or (
+        problem in ("mlp", "gated", "averaged") and operator in (*RISK, *KRONECKER) and operator in SOME
+    )
 
 
 def values(name: str, make: Callable[..., Any], p: Problem, data: list[Any], **group: Any) -> dict[str, Tensor] | str:

@@ -35,7 +35,6 @@ class Message:
     size: int  # of its share of the data
     count: float  # its part of what a mean divides by
 
-
     def words(self) -> Tensor:
         """As words of 64 bits."""
         reals = torch.tensor([*self.probe, self.count], dtype=torch.float64).view(torch.int64)
@@ -232,8 +231,12 @@ class Ranks:
         first_what, first_state = several[0]
         for rank, (its_what, its_state) in enumerate(several):
             if its_what != first_what:
-                raise RanksError(f"the processes compute different things: process 0 {first_what}, process {rank} {its_what}.")
-            if differing := [name for name in {**first_state, **its_state} if first_state.get(name) != its_state.get(name)]:
+                raise RanksError(
+                    f"the processes compute different things: process 0 {first_what}, process {rank} {its_what}."
+                )
+            if differing := [
+                name for name in {**first_state, **its_state} if first_state.get(name) != its_state.get(name)
+            ]:
                 raise RanksError(
                     f"{what}: {describe(differing)} differ between the processes 0 and {rank}. An operator has one model: broadcast "
                     "parameters and buffers from one process."

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curvops.checkpoint import Checkpoint
     from curvops.clients.check import check
     from curvops.estimators.estimate import Estimate
     from curvops.kronecker.diagonal import GGNDiagonalLinearOperator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from curvops.tour.own import tour as tour  # the module itself, which can be called
 _HOMES = {
     "BlockRule": "curvops.kronecker.options",
+    "Checkpoint": "curvops.checkpoint",
     "DiagonalOperator": "curvops.operators.diagonal",
     "EFLinearOperator": "curvops.products.ggn",
     "EKFACLinearOperator": "curvops.kronecker.kfac",
@@ -57,6 +59,7 @@ _HOMES = {
 }
 __all__ = [
     "BlockRule",
+    "Checkpoint",
     "DiagonalOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",

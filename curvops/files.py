@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
         FileNotFoundError: If there is no such file.
         ValueError: If it is cut, or of another format.
     """
+    with _opened(path, format) as (file, about):
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
+
+
+def read_about(path: Path, format: str) -> dict[str, Any]:
+    """What is known about the tensors, without them; errors as of `read_tensors`."""
+    with _opened(path, format) as (_, about):
+        return about
+
+
+@contextmanager
+def _opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     library = extra("safetensors", "Loading from a file")
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is not a file.")
@@ -46,7 +59,7 @@ def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
             about = json.loads((file.metadata() or {}).get(KEY, "null"))
             if not isinstance(about, dict) or about.get("format") != format:
                 raise ValueError(f"'{path}' is a safetensors file, but not one of {format}.")
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
+            yield file, about
     except (library.SafetensorError, json.JSONDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"'{path}' is truncated or not a safetensors file ({reason}).") from None

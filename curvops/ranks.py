@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.digest import close, digest, probe, word
 from curvops.space import describe
 
 FAILED, COMPARES = 1, 2  # of a `Message`'s status
 SMALL = 2**18  # numbers of a tensor up to which it is sent together with others
-_STEP = 2**20  # words that are hashed together
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 class RanksError(RuntimeError):
@@ -148,14 +146,14 @@ class Ranks:
         """
         if self.alone:
             return [size], count, False
-        own = Message(COMPARES * compares, _word(what), _hash(state or {}), _probe(vectors), size, count)
+        own = Message(COMPARES * compares, word(what), digest(state or {}), probe(vectors), size, count)
         found = self._exchange(own)
         if any(message.status == FAILED for message in found):
             self._raise_failure()
         first = found[0]
         if any((message.what, message.state) != (first.what, first.state) for message in found):
             self._raise_difference(what, state or {})
-        if not all(_close(message.probe, first.probe) for message in found):
+        if not all(close(message.probe, first.probe) for message in found):
             raise RanksError(
                 f"{what}: the processes multiply different vectors. Give all of them the same: draw it from a generator with the same "
                 "seed in each process, or broadcast it from one."
@@ -227,7 +225,7 @@ class Ranks:
         raise RanksError(f"process {failed[0][0]} of {self.number} failed with {failed[0][1]}{more}")
 
     def _raise_difference(self, what: str, state: Mapping[str, Tensor]) -> None:
-        several = self.gather((what, {name: _hash({name: tensor}) for name, tensor in state.items()}))
+        several = self.gather((what, {name: digest({name: tensor}) for name, tensor in state.items()}))
         first_what, first_state = several[0]
         for rank, (its_what, its_state) in enumerate(several):
             if its_what != first_what:
@@ -242,45 +240,6 @@ class Ranks:
                     "parameters and buffers from one process."
                 )
         raise RanksError(f"{what}: the processes differ.")
-
-
-def _word(text: str) -> int:
-    """A hash of a text as a signed word of 64 bits, the same in each process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> int:
-    """A hash of tensors' bits: sums of integers, which do not depend on the number of threads."""
-    total = 0
-    for name, tensor in tensors.items():
-        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-        flat = real.contiguous().flatten()
-        words = flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
-        own = _word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-        for start in range(0, len(words), _STEP):
-            part = words[start : start + _STEP].long()
-            ramp = torch.arange(start, start + len(part), device=part.device).mul_(_GOLDEN).mul_(2).add_(1)
-            own += int((part * ramp).sum())
-        total = total * 31 + own
-    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _probe(vectors: Tensor | None) -> tuple[float, float]:
-    """The norm, and a linear function that depends on each entry's place."""
-    if vectors is None or not vectors.numel():
-        return 0.0, 0.0
-    flat = vectors.detach().flatten().double()
-    ramp = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64).cos_()
-    return float(flat.norm()), float(flat @ ramp)
-
-
-def _close(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether two probes are those of the same vectors; those that are not finite show in the product."""
-    least = 1e-5 * max(abs(one[0]), abs(other[0]))
-    return all(not abs(a - b) > least for a, b in zip(one, other, strict=True))
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,21 +10,24 @@ from torch import Tensor
 
 from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
+from curvops.kronecker.progress import Progress, Taker
 from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.shares import summed
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
-from curvops.memory import budget
 
 TOGETHER = 32 * 2**20  # bytes of output gradients of one forward pass that are taken together, within the budget
 
 
-class Consumer(Protocol):
+class Consumer(Taker, Protocol):
     """Takes the rows of linear groups."""
 
     def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Add the rows of a layer in a pass."""
+
+    def parts(self) -> dict[Key, Entry]:
+        """What was added so far, as `put` takes it."""
 
 
 SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
@@ -34,8 +36,8 @@ SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
 class Collection:
     """Walks the data for an operator, or looks at the first batch to plan it, with shapes on the ``meta`` device."""
 
-    def __init__(self, sweep: Sweep, title: str, planned: bool) -> None:
-        self.sweep, self.title, self.planned = sweep, title, planned
+    def __init__(self, sweep: Sweep, title: str, planned: bool, progress: Progress) -> None:
+        self.sweep, self.title, self.planned, self.progress = sweep, title, planned, progress
         self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
         self.device = torch.device("meta") if planned else sweep.risk.space.device
         self.kept_bytes = 0
@@ -43,10 +45,10 @@ class Collection:
         self._open = False  # whether all batches' rows are kept
         self._planned: dict[int, Use] = {}
 
-    @cached_property
+    @property
     def budget(self) -> int:
         """Bytes that rows may take."""
-        return budget(self.sweep.risk.space.device, self.sweep.options.memory_budget)
+        return self.progress.budget
 
     def first(
         self, make: Callable[[], SomeConsumer], *, dense: bool = True, keep: bool = False, together: bool = False
@@ -57,18 +59,44 @@ class Collection:
         says whether the backward passes of a forward pass are better taken together.
         """
         sweep, share = self.sweep, min(self.budget // 4, TOGETHER) if together else 0
+        progress, more = self.progress, keep or self.progress.keeps
         while True:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
-            self._kept, self.kept_bytes, self._open = [], 0, keep and not self.planned and self.budget > 0
-            for found in sweep.planned() if self.planned else sweep.walk(self.title, share, keep):
+            start = progress.resume(sweep, consumer, wholes)
+
+            def done(place: int, due: bool = False, takers: tuple[Consumer, WholeGradients] = (consumer, wholes)) -> None:
+                progress.write(place, sweep, lambda: takers[0].parts() | takers[1].parts(), due=due)
+
+            if not (start or self.planned):
+                done(0, due=True)
+            # what a run that was killed had kept is gone
+            self._kept, self.kept_bytes = [], 0
+            self._open = keep and not (self.planned or start) and self.budget > 0
+            passes = sweep.planned() if self.planned else sweep.walk(self.title, share, more, start, done)
+            for found in passes:
                 for group, uses in found.rows():
                     consumer.add(group, uses, found)  # first: a convolution's factor may need no windows
                     self._keep(group, uses, found)
                 for group, gradients in found.gradients():
                     wholes.add(group, gradients)
                 del found  # its graph is gone before the next one grows
-            if (self.planned and not sweep.grouping.again) or (not self.planned and sweep.agree()):
+            if sweep.grouping.again:
+                continue
+            if self.planned:
                 return consumer, wholes.entries()
+            done(len(sweep.marks), due=True)
+            if sweep.agree():
+                return consumer, wholes.entries()
+            progress.next()
+
+    def second(self, first: Callable[[], dict[Key, Entry]]) -> dict[Key, Entry]:
+        """The entries that further looks start from: what the ``first`` one gives, or what a checkpoint knows."""
+        if (known := self.progress.second(self.sweep)) is not None:
+            return known
+        entries = first()
+        self.progress.next()
+        self.progress.write(0, self.sweep, lambda: entries, second=True, due=True)
+        return entries
 
     def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:
         """Entries over the data of all processes that share them."""
@@ -82,16 +110,29 @@ class Collection:
         ranks.meet(f"{self.title}: {len(tensors)} sums")
         ranks.add_all(tensors)
 
-    def again(self, title: str) -> Iterator[tuple[Key, Sequence[Rows]]]:
-        """The rows of each linear group in each forward pass once more, for some or all of its backward passes."""
-        for batch in self._kept:
+    def again(
+        self, title: str, entries: dict[Key, Entry] | None = None
+    ) -> Iterator[tuple[Key, Sequence[Rows]]]:
+        """The rows of each linear group in each forward pass once more, for some or all of its backward passes.
+
+        If there are ``entries`` that the caller adds to, this look goes on where a checkpoint says.
+        """
+
+        def done(place: int, due: bool = False) -> None:
+            if entries is not None:
+                self.progress.write(place, self.sweep, lambda: entries, second=True, due=due)
+
+        for place, batch in enumerate(self._kept):
             yield from batch
+            done(place + 1)
         if not (self._open or self.planned):
-            share = min(self.budget // 4, TOGETHER)
-            for found in self.sweep.further(f"{self.title} {title}", len(self._kept), share):
+            share, start = min(self.budget // 4, TOGETHER), max(len(self._kept), self.progress.place)
+            for found in self.sweep.further(f"{self.title} {title}", start, share, done):
                 for group, uses in found.rows():
                     yield group.key, [rows.formed() for rows in uses]
                 del found
+        if not self.planned:
+            done(len(self.sweep.marks), due=True)
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""

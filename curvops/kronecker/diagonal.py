@@ -41,7 +41,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         diagonals, wholes = collection.first(lambda: Diagonals(collection), dense=False, together=True)
-        return collection.summed({**{key: diagonal.entry() for key, diagonal in diagonals.found.items()}, **wholes})
+        return collection.summed({**diagonals.parts(), **wholes})
 
 
 class Diagonals:
@@ -58,3 +58,11 @@ class Diagonals:
             self.found[group.key] = BasisDiagonal(None, None, total, collection.budget)
         if not collection.planned:
             self.found[group.key].add([rows.formed() for rows in uses])
+
+    def parts(self) -> dict[Key, Entry]:
+        """What was added so far, as `put` takes it again."""
+        return {key: diagonal.entry() for key, diagonal in self.found.items()}
+
+    def put(self, group: Group, part: Entry) -> None:
+        """Go on from a part."""
+        self.found[group.key] = BasisDiagonal(None, None, part.tensors["total"], self._collection.budget)

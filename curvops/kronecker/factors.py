@@ -71,6 +71,24 @@ class Factors:
         self._moments = {}
         return found
 
+    def parts(self) -> dict[Key, Entry]:
+        """What was added so far, as `put` takes it again."""
+        return {
+            key: Entry(
+                self._kind,
+                {f"{s}.{name}": getattr(m, name) for s, m in sides.items() for name in ("inputs", "outputs")},
+                {"rows": {s: m.rows for s, m in sides.items()}},
+            )
+            for key, sides in self._moments.items()
+        }
+
+    def put(self, group: Group, part: Entry) -> None:
+        """Go on from a part."""
+        self._groups[group.key], t = group, part.tensors
+        self._moments[group.key] = {
+            s: Moments(t[f"{s}.inputs"], t[f"{s}.outputs"], rows) for s, rows in part.numbers["rows"].items()
+        }
+
     def _zeros(self, group: Group, side: str, one_hot: bool) -> Moments:
         groups, left, right = group.shape
         a, g = (right, left) if side == "right" else (left, right)
@@ -136,11 +154,19 @@ class WholeGradients:
             else:
                 block += rows.square().sum(0)
 
+    def parts(self) -> dict[Key, Entry]:
+        """What was added so far, as `put` takes it again."""
+        return {key: Entry("block", {"block": block}) for key, block in self._blocks.items()}
+
+    def put(self, group: Group, part: Entry) -> None:
+        """Go on from a part."""
+        self._blocks[group.key] = part.tensors["block"]
+
     def entries(self) -> dict[Key, Entry]:
         """What was added."""
         if self._identity:
             return {key: Entry("identity", {"block": torch.ones_like(b)}) for key, b in self._blocks.items()}
-        return {key: Entry("block", {"block": block}) for key, block in self._blocks.items()}
+        return self.parts()
 
 
 def _sum(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:

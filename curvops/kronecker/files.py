@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,7 @@ CONVENTIONS = (
 
 def write_state(path: Path, state: State) -> None:
     """Write a state; a file that was there before stays unless this one is complete."""
-    tensors: dict[str, Tensor] = {}
-    groups: list[dict[str, Any]] = []
-    for k, (group, entry) in enumerate(state.groups):
-        where = group.places.index
-        if isinstance(where, Tensor):
-            tensors[f"{k}.positions"] = where
-        tensors.update({f"{k}.{name}": tensor for name, tensor in entry.tensors.items()})
-        own = {name: getattr(group, name) for name in ("names", "kind", "shape", "operation")}
-        span = [where.start, where.stop] if isinstance(where, slice) else None
-        groups.append({**own, "range": span, "entry": entry.kind, "numbers": entry.numbers})
+    tensors, groups = packed(state.groups)
     shapes, dtypes = state.space.shapes, state.space.dtypes
     about = {
         **{name: getattr(state, name) for name in FIELDS},
@@ -58,14 +49,49 @@ def read_state(path: Path, params: Mapping[str, Tensor] | None) -> State:
             for name, (shape, dtype) in shapes.items()
         }
     )
-    groups = []
-    for k, saved in enumerate(about["groups"]):
-        own = {name.partition(".")[2]: t.to(device) for name, t in tensors.items() if name.partition(".")[0] == str(k)}
-        where = Places(slice(*saved["range"]) if saved["range"] else own.pop("positions"), device)
-        names, shape = tuple(saved["names"]), (saved["shape"][0], saved["shape"][1], saved["shape"][2])
-        group = Group(((k, *names),), names, saved["kind"], shape, where, saved["operation"])
-        groups.append((group, Entry(saved["entry"], own, saved["numbers"])))
+    known = unpacked({name: tensor.to(device) for name, tensor in tensors.items()}, about["groups"], device)
+    groups = [(group, entry) for group, entry in known if entry is not None]
     return State(space=space, groups=groups, **{name: about[name] for name in FIELDS})
+
+
+def packed(groups: Iterable[tuple[Group, Entry | None]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Groups, with what is known of each, as tensors and what JSON can hold."""
+    tensors: dict[str, Tensor] = {}
+    about: list[dict[str, Any]] = []
+    for k, (group, entry) in enumerate(groups):
+        where = group.places.index
+        if isinstance(where, Tensor):
+            tensors[f"{k}.positions"] = where
+        own = {name: getattr(group, name) for name in ("key", "names", "kind", "shape", "operation", "weight")}
+        own["range"] = [where.start, where.stop] if isinstance(where, slice) else None
+        if entry is not None:
+            tensors.update({f"{k}.{name}": tensor for name, tensor in entry.tensors.items()})
+            own |= {"entry": entry.kind, "numbers": entry.numbers}
+        about.append(own)
+    return tensors, about
+
+
+def unpacked(
+    tensors: Mapping[str, Tensor], about: Iterable[Mapping[str, Any]], device: torch.device
+) -> list[tuple[Group, Entry | None]]:
+    """What was packed."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        k, _, part = name.partition(".")
+        own.setdefault(k, {})[part] = tensor
+    groups: list[tuple[Group, Entry | None]] = []
+    for k, saved in enumerate(about):
+        mine = own.get(str(k), {})
+        where = Places(slice(*saved["range"]) if saved["range"] else mine.pop("positions"), device)
+        named = {name: frozen(saved[name]) for name in ("key", "names", "shape", "weight")}
+        group = Group(kind=saved["kind"], operation=saved["operation"], places=where, **named)
+        groups.append((group, Entry(saved["entry"], mine, saved["numbers"]) if "entry" in saved else None))
+    return groups
+
+
+def frozen(value: Any) -> Any:
+    """Lists as the tuples that they were before JSON."""
+    return tuple(frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def _compare(path: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], params: Mapping[str, Tensor]) -> None:

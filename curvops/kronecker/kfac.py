@@ -98,14 +98,22 @@ class EKFACLinearOperator(KroneckerOperator):
     needs_gradients = "so there is nothing to correct the eigenvalues by. Use KFACLinearOperator."
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
-        factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-        entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
-        diagonals = _diagonals(entries, collection)
-        for key, uses in collection.again("correction"):
+        def first() -> dict[Key, Entry]:
+            factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
+            entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
+            diagonals = _diagonals(entries, collection)
+            return {**entries, **{key: diagonal.entry() for key, diagonal in diagonals.items()}}
+
+        entries = collection.second(first)
+        diagonals = {
+            key: BasisDiagonal(t.get("left"), t.get("right"), t["total"], collection.budget)
+            for key, t in ((key, entry.tensors) for key, entry in entries.items() if "total" in entry.tensors)
+        }
+        for key, uses in collection.again("correction", entries):
             if key in diagonals:
                 diagonals[key].add(uses)
         collection.add_all([diagonal.total for diagonal in diagonals.values()])
-        return {**entries, **{key: diagonal.entry() for key, diagonal in diagonals.items()}}
+        return entries
 
 
 def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, BasisDiagonal]:

@@ -47,8 +47,11 @@ class KFOCLinearOperator(KroneckerOperator):
     needs_gradients = "so no product is nearest. Use KFACLinearOperator."
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
-        factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-        entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
+        def first() -> dict[Key, Entry]:
+            factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
+            return collection.summed({**factors.entries(collection.sweep.data), **wholes})
+
+        entries = collection.second(first)
         groups = collection.sweep.grouping.groups
         blocks = {key: entries.pop(key).block(1.0) for key in list(entries) if groups[key].kind == "linear"}
         products = {

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
+from curvops.checkpoint import Checkpoint
 from curvops.kronecker.account import Explanation, byte_size, explained, notes_of, plan_notes
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
 from curvops.kronecker.groups import Key
 from curvops.kronecker.options import KroneckerOptions, Options
+from curvops.kronecker.progress import Progress
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.state import Entry, State
 from curvops.kronecker.sweep import Proof, Sweep
@@ -111,21 +113,26 @@ class KroneckerOperator(StateOperator):
         data: Iterable[tuple[Any, Any]],
         *,
         check_deterministic: bool = True,
+        checkpoint: Checkpoint | None = None,
         **options: Unpack[KroneckerOptions],
     ) -> None:
         given: dict[str, Any] = dict(options)
         problem = {name: given.pop(name) for name in RiskOptions.__annotations__ if name in given}
         own = self._options(**given)
         risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
-        if check_deterministic:
+        progress = self._progress(checkpoint, risk, own)
+        if check_deterministic and not progress.checked:
             check(risk)
-        self._set(risk, own)
+            progress.checked = True
+        self._set(risk, own, progress)
 
     @classmethod
-    def of(cls: type[SomeOperator], risk: EmpiricalRisk, **options: Any) -> SomeOperator:
+    def of(
+        cls: type[SomeOperator], risk: EmpiricalRisk, *, checkpoint: Checkpoint | None = None, **options: Any
+    ) -> SomeOperator:
         """The operator of an existing risk, whose determinism is not checked; options as for the constructor."""
-        operator = cls.__new__(cls)
-        operator._set(risk, cls._options(**options))
+        operator, own = cls.__new__(cls), cls._options(**options)
+        operator._set(risk, own, cls._progress(checkpoint, risk, own))
         return operator
 
     @classmethod
@@ -141,12 +148,13 @@ class KroneckerOperator(StateOperator):
 
         The arguments are those of the constructor; determinism and the number of data are not checked.
         """
-        ignored = {"progressbar", "check_deterministic", "num_data"}
+        ignored = {"progressbar", "check_deterministic", "num_data", "checkpoint"}
         given = {name: option for name, option in options.items() if name not in ignored}
         problem = {name: given.pop(name) for name in RiskOptions.__annotations__ if name in given}
         risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
         operator = cls.__new__(cls)
-        operator._set(risk, cls._options(**given), planned=True)
+        own = cls._options(**given)
+        operator._set(risk, own, cls._progress(None, risk, own), planned=True)
         return operator.explain()
 
     def refresh(
@@ -184,7 +192,8 @@ class KroneckerOperator(StateOperator):
             self.state.expect_average(decay)
         options = replace(self.options, seed=self.options.seed + 1 if seed is None else seed)
         operator = type(self).__new__(type(self))
-        operator._set(self.risk if data is None else self.risk.of_data(data), options, proofs=self._proofs)
+        risk = self.risk if data is None else self.risk.of_data(data)
+        operator._set(risk, options, self._progress(None, risk, options), proofs=self._proofs)
         if decay:
             mixed = self.state.average(operator.state, decay)
             StateOperator.__init__(operator, mixed, operator._reasons, operator._notes)
@@ -220,12 +229,24 @@ class KroneckerOperator(StateOperator):
             raise ValueError(f"fisher_type: 'forward-only' takes no gradients, {cls.needs_gradients}")
         return options
 
-    def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False, proofs: Sequence[Proof] = ()) -> None:
+    @classmethod
+    def _progress(cls, checkpoint: Checkpoint | None, risk: EmpiricalRisk, options: Options) -> Progress:
+        with risk.ranks.together():
+            return Progress(checkpoint, risk, options, cls.__name__)
+
+    def _set(
+        self,
+        risk: EmpiricalRisk,
+        options: Options,
+        progress: Progress,
+        planned: bool = False,
+        proofs: Sequence[Proof] = (),
+    ) -> None:
         self.risk, self.options = risk, options
         risk.model.check_current()
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs
-        collection = Collection(sweep, type(self).__name__, planned)
+        collection = Collection(sweep, type(self).__name__, planned, progress)
         with risk.ranks.together(), torch.inference_mode(False), risk.evaluation():
             if not (planned or risk.ranks.alone):
                 risk.ranks.meet(f"{collection.title}, {options.settings}, seed {options.seed}", risk.state)

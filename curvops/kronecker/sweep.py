@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import REMOVE
+from curvops.digest import close
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.options import Options
+from curvops.kronecker.parts import cut, output, same, same_output
 from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
 from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
 from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
-from curvops.products.account import relative_difference, tolerance
 from curvops.risk.data import Batch
 from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
-from curvops.tree import map_tensors, tensors_of
+from curvops.tree import tensors_of
 
 SOME = 4  # data that a large batch is certified on
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
@@ -55,18 +56,28 @@ class Sweep:
         self._earlier = list(proofs)
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
+        self.marks: list[tuple[float, ...]] = []  # of the batches of the first walk, if there may be more
+        # place and output of each batch on which something was proved; of a run that was killed, those to be looked at again
+        self.learnt: dict[int, tuple[float, float]] = {}
+        self.forgotten: dict[int, tuple[float, float]] = {}
+        self.progress = (0.0, 0)  # what the loss has learnt of the batches so far
         self.size = self.forward_passes = self.backward_passes = 0
-        self.signed = self._planned = self._streamed = False
+        self.resumed = self.signed = self._planned = self._streamed = False
+        self._reset()
 
-    def walk(self, title: str, together: int, more: bool = False) -> Iterator[Pass]:
+    def walk(
+        self, title: str, together: int, more: bool = False, start: int = 0, done: Callable[[int], None] | None = None
+    ) -> Iterator[Pass]:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
 
         Backward passes of one forward pass come together up to so many bytes of output gradients. If there may be
-        ``more`` walks, these must yield the same batches.
+        ``more`` walks, these must yield the same batches. A walk that goes on from a state of an earlier run ``start``s at
+        a later batch; after each batch ``done`` is told how many these are.
         """
-        self._reset()
-        self._marks: list[tuple[float, ...]] = []
-        yield from self._passes(title, together, mark=self._marks.append if more else None)
+        if not start:
+            self._reset()
+            self.marks = []
+        return self._passes(title, together, start, more, done)
 
     def agree(self) -> bool:
         """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
@@ -78,20 +89,12 @@ class Sweep:
             self.constant = self._steps.constant
         return agreed
 
-    def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
+    def further(
+        self, title: str, skip: int, together: int, done: Callable[[int], None] | None = None
+    ) -> Iterator[Pass]:
         """The same passes once more, without those of some batches at the beginning."""
-        marks = iter(self._marks)
-
-        def check(mark: tuple[float, ...] | None) -> None:
-            if next(marks, None) != mark:
-                raise RuntimeError(
-                    f"{title}: a further walk over the data yields other batches than the first. Pass a DataLoader with "
-                    "shuffle=False and fixed transforms, or give the rows of the first walk more room by memory_budget=."
-                )
-
-        yield from self._passes(title, together, skip, check)
-        if not self.grouping.again:
-            check(None)
+        self._first = False
+        yield from self._passes(title, together, skip, True, done)
         if self.grouping.again:
             raise RuntimeError(
                 f"{title}: a further walk over the data met other operations than the first. Make model and data "
@@ -106,16 +109,21 @@ class Sweep:
     def planned(self) -> Iterator[Pass]:
         """The forward passes of the first batch."""
         self._planned = True
-        self._reset()
         return self._passes("Plan", 0)
 
     def _reset(self) -> None:
+        self._first = True  # whether this is a first walk, on which data are counted
         self.grouping.restart()
         self.data = dict.fromkeys(self.risk.space.names, 0)
         self.reasons: dict[str, list[str]] = {name: [] for name in self.data}
 
     def _passes(
-        self, title: str, together: int, skip: int = 0, mark: Callable[[tuple[float, ...]], None] | None = None
+        self,
+        title: str,
+        together: int,
+        skip: int = 0,
+        more: bool = False,
+        done: Callable[[int], None] | None = None,
     ) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
@@ -124,15 +132,46 @@ class Sweep:
                 if self._streamed:
                     self.grouping, self.whole = Grouping(self.risk.space, self.grouping.joint), {}
                     self._reset()
-                if mark is not None:
-                    mark(fingerprint(batch))
+                if more:
+                    self._mark(place, fingerprint(batch), title)
                 if place >= skip:
                     yield from self._batch(place, batch, together)
+                elif place in self.forgotten:
+                    self._look(place, batch)
+                if place == skip - 1 and self._first:
+                    self._steps.resume(self.progress)
                 while self.grouping.again and (self._streamed or self._planned):  # this batch contradicts itself
                     self._reset()
                     yield from self._batch(place, batch, together)
                 if self._planned or self.grouping.again:
                     return
+                if done is not None and place >= skip:
+                    self.progress = self._steps.progress if self._first else self.progress
+                    done(place + 1)
+            if more and self._steps.batches < len(self.marks):
+                raise self._other_data(self._steps.batches, title)
+
+    def _mark(self, place: int, mark: tuple[float, ...], title: str) -> None:
+        """Note a batch of the first walk; of others, and of one that goes on from a state, expect it."""
+        if self._first and place == len(self.marks):
+            self.marks.append(mark)
+        elif self.marks[place : place + 1] != [mark]:
+            raise self._other_data(place, title)
+
+    def _other_data(self, place: int, title: str) -> Exception:
+        if self.resumed:
+            return ValueError(f"data: the checkpoint is of other data: batch {place} (counted from 0) differs. {REMOVE}")
+        return RuntimeError(
+            f"{title}: a further walk over the data yields other batches than the first. Pass a DataLoader with "
+            "shuffle=False and fixed transforms, or give the rows of the first walk more room by memory_budget=."
+        )
+
+    def _look(self, place: int, batch: Batch) -> None:
+        """Prove again what a batch has shown in a run that was killed."""
+        tape = record(self.risk, batch.X, batch.size)
+        if not close(output(tape), self.forgotten.pop(place)):
+            raise ValueError(f"model: the checkpoint is of one with another output for batch {place}. {REMOVE}")
+        self._certify(batch, tape, self._steps.curvature(tape.z.detach(), batch))
 
     def _batch(self, place: int, batch: Batch, together: int) -> Iterator[Pass]:
         """Record, certify and pull one batch."""
@@ -142,9 +181,12 @@ class Sweep:
         if expected is not None and seen != expected:
             what = f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}."
             raise ValueError(f"{what} Leave it out: it is inferred.")
+        proved = len(self.proofs)
         ways, kept = self._certify(batch, tape, curvature)
+        if not place or len(self.proofs) > proved or self._steps.progress[1] == 1:
+            self.learnt[place] = output(tape)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
-        for name, way in ways.items():
+        for name, way in ways.items() if self._first else ():
             self.data[name] += 1 if way == "one" else batch.size
         kind, noise = self.options.fisher_type, Noise(self.options.seed, batch.start)
         factor = curvature.factor(kind, self.options.mc_samples, noise)
@@ -290,7 +332,7 @@ class Sweep:
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
         some = self._run(batch, places, taped=taped)
-        return some if _agree(some.z if isinstance(some, Tape) else some, tape, places) else None
+        return some if same_output(some.z if isinstance(some, Tape) else some, tape, places) else None
 
     def _alone(self, batch: Batch, tape: Tape, names: list[str]) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch.
@@ -307,12 +349,12 @@ class Sweep:
             totals = [torch.zeros_like(tape.params[name]) for name in names]
             for n, part in enumerate(cotangent.unflatten(0, (batch.size, -1))):
                 single = self._run(batch, [n], kept, taped=True)
-                if not _agree(single and single.z, tape, [n]):
+                if not same_output(single and single.z, tape, [n]):
                     break
                 for total, g in zip(totals, single.gradients(part, (), names)[1], strict=True):
                     total += 0 if g is None else g
             else:
-                same = (_same(a, b, tape) for a, b in zip(totals, expected, strict=True))
+                same = (same(a, b, tape) for a, b in zip(totals, expected, strict=True))
                 return kept if all(same) else None
         return None
 
@@ -328,30 +370,6 @@ class Sweep:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None
-
-
-def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) -> Any:
-    """Some data of a batch: each tensor with the data along its first axis is indexed, but those that are ``kept``."""
-    number = count()
-
-    def some(t: Tensor) -> Tensor:
-        whole = next(number) in kept or t.ndim == 0 or t.shape[0] != size
-        return t if whole else t[torch.tensor(places, device=t.device)]
-
-    return map_tensors(some, X)
-
-
-def _agree(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
-    """Whether some data's output is what they have in their batch."""
-    if z is None or tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
-        return False
-    expected = tape.z.detach().unflatten(0, (tape.size, -1))[list(places)]
-    return z.numel() == expected.numel() and _same(z.detach().view_as(expected), expected, tape)
-
-
-def _same(found: Tensor, expected: Tensor | None, tape: Tape) -> bool:
-    expected = found * 0 if expected is None else expected
-    return relative_difference(found, expected) <= max(tolerance(found.dtype), tolerance(tape.precision))
 
 
 def _scale(tape: Tape) -> Tensor:

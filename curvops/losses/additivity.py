@@ -58,6 +58,15 @@ class LossWalk:
         return self._count
 
     @property
+    def progress(self) -> tuple[float, int]:
+        """The count so far, and how many batches were compared, to go on from with `resume`."""
+        return self._count, self._batches
+
+    def resume(self, count: float, batches: int) -> None:
+        """Go on from an earlier pass's progress; batches on which the latter had changed first have been asked again."""
+        self._count, self._batches = count, batches
+
+    @property
     def first(self) -> tuple[int, Any]:
         """How many batches of this pass had to be compared with each other, and a few data of the first, for `compare`."""
         return self._batches, self._first

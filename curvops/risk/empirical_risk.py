@@ -94,7 +94,7 @@ class EmpiricalRisk:
             self.model = Model(model_func, params)
             self.space = self.model.space
             self.data = Data(data, self.space.device, batch_size_fn, share=not self.ranks.alone)
-            self.ranks.expect_same("EmpiricalRisk", self._described() if process_group is not None else {})
+            self.ranks.expect_same("EmpiricalRisk", self.described if process_group is not None else {})
         self.progressbar = progressbar and self.ranks.rank == 0
         self.num_data = num_data
         # what was proved of fast ways, for the operators of this risk: passes of the same operations only
@@ -226,7 +226,9 @@ class EmpiricalRisk:
         """The tensors of model and loss."""
         return {**self.model.tensors, **self.loss.tensors}
 
-    def _described(self) -> dict[str, Any]:
+    @property
+    def described(self) -> dict[str, Any]:
+        """What operators of the same risk have in common, apart from the tensors' values."""
         shapes = [(name, tuple(p.shape), p.dtype) for name, p in self.params.items()]
         return {"parameters": shapes, "model": self.model.description, "loss": self.loss.description}
 
@@ -293,6 +295,15 @@ class Walk:
     def curvature(self, z: Tensor, batch: Batch) -> OutputCurvature:
         """The loss as it is now at the outputs ``z`` of a batch, without c; to be asked once for each batch."""
         return self._loss.curvature(z, batch.y, batch.size)
+
+    @property
+    def progress(self) -> tuple[float, int]:
+        """What the loss has learnt of the batches so far: see `LossWalk.progress`."""
+        return self._loss.progress
+
+    def resume(self, progress: tuple[float, int]) -> None:
+        """Go on from an earlier pass's progress."""
+        self._loss.resume(*progress)
 
     @property
     def constant(self) -> float:

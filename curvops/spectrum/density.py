@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
+from curvops.digest import digest
 from curvops.display import card
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
+from curvops.spectrum.krylov import Map
 from curvops.spectrum.pairs import EigenPairs
 from curvops.spectrum.quadrature import SPENT, quadrature
+from curvops.spectrum.saved import Saved
 
 Scale = Literal["linear", "symlog"]
 NOTHING = 1e-30  # a weight, a square, that rounding leaves where there is none
@@ -204,6 +209,7 @@ def spectral_density(
     memory_budget: int | None = None,
     basis_device: torch.device | str | None = None,
     basis_dtype: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> SpectralDensity:
     """Spectral density by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
@@ -220,6 +226,7 @@ def spectral_density(
         memory_budget: Bytes for the bases; starts go in groups whose bases fit. Default: a quarter of what is free.
         basis_device: Where the bases live. Default: the matrix's device.
         basis_dtype: Their precision, to which orthogonality is kept. Default: that of the matrix, at least single.
+        checkpoint: Where the state is kept, to go on from after the process was killed, as of `eigenpairs`.
         progressbar: Show a bar that counts products.
 
     Raises:
@@ -253,10 +260,9 @@ def spectral_density(
         starts = torch.linalg.qr(outside(torch.linalg.qr(outside(starts))[0]))[0]
         device, dtype = torch.device(basis_device or products.device), basis_dtype or wide
         together = max(1, budget(device, memory_budget) // (max(1, depth) * size * dtype.itemsize))
-        rules = [
-            quadrature(image, some, depth, basis_device=device, basis_dtype=dtype)
-            for some in starts.split(together, dim=1)
-        ]
+        asked = {"depth": depth, "seed": seed, "basis_dtype": dtype, "basis_device": device.type}
+        saved = Saved(checkpoint, products, {**asked, "starts": digest({"starts": starts})}, image)
+        rules = _rules(image, starts.split(saved.about.get("together", together), dim=1), depth, device, dtype, saved)
         nodes, weights, ended = (torch.cat(parts) for parts in zip(*rules, strict=True))
         outliers = torch.zeros(0) if deflate is None else deflate.values
         complete = bool(ended.all()) or depth >= bulk
@@ -266,3 +272,26 @@ def spectral_density(
             * float(torch.cat([nodes.flatten(), outliers.to(nodes)]).abs().max())
         )
         return SpectralDensity(nodes, weights, outliers.double().cpu(), size, products.count, complete, rounding)
+
+
+def _rules(
+    image: Map, groups: Sequence[Tensor], depth: int, device: torch.device, dtype: torch.dtype, saved: Saved
+) -> list[tuple[Tensor, ...]]:
+    """Quadratures at groups of starts, from the state that was saved on."""
+    names, known = ("nodes", "weights", "ended"), saved.tensors
+    rules = [tuple(known[f"{k}.{name}"] for name in names) for k in range(saved.about.get("rules", 0))]
+    unfinished = known if "bases" in known else None
+
+    def write(state: dict[str, Tensor], due: bool = False) -> None:
+        finished = {f"{k}.{name}": t for k, rule in enumerate(rules) for name, t in zip(names, rule, strict=True)}
+        saved.write(lambda: ({**finished, **state}, {"rules": len(rules), "together": groups[0].shape[1]}), due)
+
+    if not saved.about:
+        write({}, due=True)
+    for starts in groups[len(rules) :]:
+        rule = quadrature(
+            image, starts, depth, basis_device=device, basis_dtype=dtype, state=unfinished, done=write
+        )
+        rules, unfinished = [*rules, rule], None
+        write({}, due=len(rules) == len(groups))
+    return rules

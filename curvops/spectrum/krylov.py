@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,20 @@ class Krylov:
         self.room, self.size, self.block = room, 0, 0  # vectors of V at most, of V, of X
         self.ended = False  # whether the last product found the space invariant
         self._advance(start)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `resume` goes on from."""
+        tensors = {"rows": self._rows[: self.size + self.block], "overlaps": self._overlaps, "coupling": self._coupling}
+        numbers = {name: getattr(self, name) for name in ("room", "size", "block", "ended", "_largest")}
+        return {**tensors, "generator": self._generator.get_state()}, numbers
+
+    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from a state of a space with the same arguments; its tensors may be on the CPU."""
+        for name in ("size", "block", "ended", "_largest"):
+            setattr(self, name, numbers[name])
+        self._rows[: self.size + self.block] = tensors["rows"]
+        self._overlaps, self._coupling = tensors["overlaps"], tensors["coupling"]
+        self._generator.set_state(tensors["generator"])
 
     def expand(self) -> None:
         """Take products with the block X, which joins the basis."""
@@ -126,7 +140,7 @@ class Krylov:
             self._rows[self.size + self.block] = (found / norm).to(self._rows)
             self.block += 1
         before = torch.zeros(self.block, max(0, self.size - columns.shape[1]), dtype=torch.float64)
-        self._coupling = torch.cat([before, coordinates[self.size :]], 1)[:, : self.size]
+        self._coupling = torch.cat([before, coordinates[self.size :]], 1)[:, : self.size].contiguous()
         return coordinates[: self.size]
 
     def _outside(self, column: Tensor) -> tuple[Tensor, Tensor]:

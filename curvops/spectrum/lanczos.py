@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
+from curvops.digest import digest
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
 from curvops.spectrum.choice import Choice, Which
 from curvops.spectrum.dense import dense_pairs
 from curvops.spectrum.krylov import Krylov, Map, Ritz
 from curvops.spectrum.pairs import CONVERGED, EigenPairs
+from curvops.spectrum.saved import Saved, State
 
 SUBSPACE = 20  # basis vectors for each wanted one, where memory allows; no restart is needed before
 LEAST = 100  # but no fewer than so many in all
@@ -38,6 +41,7 @@ def eigenpairs(
     basis_device: torch.device | str | None = None,
     basis_dtype: torch.dtype | None = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> EigenPairs:
     """Eigenpairs A v = λ v at the ends of the spectrum, or A v = λ B v with a metric B.
@@ -65,6 +69,8 @@ def eigenpairs(
         basis_device: Where the basis lives, such as ``"cpu"`` for a small GPU. Default: the matrix's device.
         basis_dtype: Precision of the basis, which bounds the residuals. Default: that of the matrix.
         seed: Of the random start.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`. Where
+            several processes multiply together it is one file, which all of them see. The dense matrix has no state.
         progressbar: Show a bar that counts products.
 
     Returns:
@@ -100,13 +106,19 @@ def eigenpairs(
         if size <= DENSE * choice.count and (max_products is None or max_products >= size):
             return dense_pairs(products, None if metric is None else weigh, choice)
         device, dtype = torch.device(basis_device or products.device), basis_dtype or products.dtype
-        room = _room(subspace, choice.count, block, size, budget(device, memory_budget) // (size * dtype.itemsize))
         generator = seeded(seed)
         first = _first(products, start, block, generator)
+        asked = {"k": k, "which": which, "block": block, "tolerance": tolerance, "max_products": max_products}
+        asked |= {"subspace": subspace, "basis_dtype": dtype, "basis_device": device.type, "seed": seed}
+        asked |= {"start": digest({"start": first}), "metric": metric is not None}
+        saved = Saved(checkpoint, products, asked, lambda v: torch.cat([unweigh(products(v)), weigh(v)], 1))
+        fits = budget(device, memory_budget) // (size * dtype.itemsize)
+        room = saved.about.get("room") or _room(subspace, choice.count, block, size, fits)
         space = Krylov(
             products, lambda v: unweigh(products(v)), weigh, first, room, tolerance, device, dtype, generator
         )
-        ritz, reason = _iterate(space, products, choice, tolerance, 20 * room if max_products is None else max_products)
+        most = 20 * room if max_products is None else max_products
+        ritz, reason = _iterate(space, products, choice, tolerance, most, saved)
         chosen = choice.of(ritz.values)
         values, residuals = (
             found[chosen].to(products.device, products.dtype) for found in (ritz.values, ritz.residuals)
@@ -119,10 +131,26 @@ def eigenpairs(
         return EigenPairs(values, vectors, residuals, products.count, not reason, reason or CONVERGED, domain)
 
 
-def _iterate(space: Krylov, products: Products, choice: Choice, tolerance: float, most: int) -> tuple[Ritz, str]:
+def _iterate(
+    space: Krylov, products: Products, choice: Choice, tolerance: float, most: int, saved: Saved
+) -> tuple[Ritz, str]:
     """Expand and restart until the chosen pairs converge; the reason is empty where they do."""
     judged, begun, before = 0, -PROBE, None  # size when last judged; products and values when the space last ended
+    reason: str | None = None  # why it is through, once it is
+    if saved.about:
+        space.resume(saved.tensors, saved.about)
+        judged, begun, reason = (saved.about[name] for name in ("judged", "begun", "reason"))
+        before = saved.tensors.get("before")
+        if reason is not None:
+            return space.ritz(), reason
+
+    def state() -> State:
+        tensors, numbers = space.state()
+        known = {} if before is None else {"before": before}
+        return {**tensors, **known}, {**numbers, "judged": judged, "begun": begun, "reason": reason}
+
     while True:
+        saved.write(state, due=not products.count)
         space.expand()
         full, spent = space.size + space.block > space.room, products.count + space.block > most
         due = space.size > max(choice.count - 1, judged + judged // CHECKS)
@@ -137,15 +165,18 @@ def _iterate(space: Krylov, products: Products, choice: Choice, tolerance: float
             settled = before is not None and bool((ritz.values[chosen] - before).abs().max() <= bound)
             begun, before = products.count, ritz.values[chosen] if space.size >= choice.count else None
         if worst <= bound and space.size >= choice.count and (settled or not space.block):
-            return ritz, ""
-        if spent or not space.block:
-            return ritz, (
+            reason = ""
+        elif spent or not space.block:
+            reason = (
                 f"stopped after {products.count} products: the largest residual is {worst:.1e}, asked {bound:.1e}. "
                 "Raise max_products, subspace or tolerance, or give an earlier result as start."
             )
-        if full:
+        elif full:
             space.restart(ritz, choice.ranked(ritz.values)[: (choice.count + space.room) // 2])
             judged = 0
+        if reason is not None:
+            saved.write(state, due=True)
+            return ritz, reason
 
 
 def _check_symmetry(space: Krylov, products: Products) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ def quadrature(
     *,
     basis_device: torch.device | None = None,
     basis_dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    done: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes and weights with ``sᵀ f(A) s ≈ Σ weights f(nodes)`` for each start s.
 
@@ -32,6 +34,8 @@ def quadrature(
         depth: Steps. No more than D are taken.
         basis_device: Where the bases, K · depth · D numbers, are kept. Default: with the starts.
         basis_dtype: Their precision, which bounds the orthogonality. Default: that of the starts.
+        state: Where to go on from, as an earlier call had told.
+        done: Told the state after each step.
 
     Returns:
         Nodes and weights, both ``[K, min(depth, D)]`` in double precision on the CPU. Where a start's Krylov space ends earlier,
@@ -55,7 +59,13 @@ def quadrature(
     diagonal, beside = (torch.zeros(count, depth, dtype=torch.float64) for _ in range(2))
     going = torch.arange(count)
     previous, current, norms = torch.zeros_like(starts), starts, starts.new_zeros(count)
-    for step in range(depth):
+    first = 0
+    if state is not None:
+        diagonal, beside, going, filled = (state[name] for name in ("diagonal", "beside", "going", "bases"))
+        previous, current, norms = (state[name].to(starts.device) for name in ("previous", "current", "norms"))
+        first, bases = filled.shape[1], bases[: len(going)]
+        bases[:, :first] = filled
+    for step in range(first, depth):
         bases[:, step] = current.T.to(bases)
         image = products(current)
         if not image.isfinite().all():
@@ -76,6 +86,9 @@ def quadrature(
             break
         beside[going, step] = norms.double().cpu()
         previous, current = current, image / norms
+        if done is not None:
+            known = {"diagonal": diagonal, "beside": beside, "going": going, "bases": bases[:, : step + 1]}
+            done({**known, "previous": previous, "current": current, "norms": norms})
     return *_rule(diagonal, beside[:, :-1]), (beside[:, -1] == 0) | (depth == size)
 
 

@@ -1,0 +1,149 @@
+"""What is kept of a Kronecker operator's computation in a checkpoint, and how it goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curvops.checkpoint import Checkpoint
+from curvops.digest import digest
+from curvops.kronecker.files import frozen, packed, unpacked
+from curvops.kronecker.groups import Group, Key
+from curvops.kronecker.options import Options
+from curvops.kronecker.state import Entry
+from curvops.kronecker.sweep import Sweep
+from curvops.memory import budget
+from curvops.risk.empirical_risk import EmpiricalRisk
+
+# of a sweep, as they are
+FIELDS = ("data", "reasons", "whole", "size", "forward_passes", "backward_passes", "signed")
+
+
+class Taker(Protocol):
+    """What goes on from parts."""
+
+    def put(self, group: Group, part: Entry) -> None:
+        """Go on from what another had added."""
+
+
+class Progress:
+    """The place that a computation has reached, written to a checkpoint and found again; it does nothing without one.
+
+    Stages lie between meetings of all processes, places are batches of a stage. A process writes its stages to two files
+    in turn. It writes each stage when it begins, and comes to the next meeting after that; so whenever the processes are
+    killed, there is a stage of which all have a state. What each of them has added in this stage is its own, so that they
+    may go on from different places.
+
+    Raises:
+        ValueError: If a file is of another computation.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, risk: EmpiricalRisk, options: Options, title: str) -> None:
+        self.budget = budget(risk.space.device, options.memory_budget)
+        self.stage = self.place = 0  # where to go on
+        self.checked = False  # whether the data were found deterministic
+        self._risk, self._written = risk, (-1, -1)
+        self._files: list[Checkpoint] = []
+        self._found: dict[str, Any] | None = None
+        if checkpoint is None:
+            return
+        ranks = risk.ranks
+        tensors = {name: digest({name: tensor}) for name, tensor in risk.state.items()}
+        self._every = checkpoint.every
+        self._witness = {
+            "computation": title,
+            **asdict(options),
+            **risk.described,
+            "device": risk.space.device.type,
+            "tensors": tensors,
+        }
+        self._files = [checkpoint]
+        if not ranks.alone:
+            self._files = [checkpoint.beside(f"{ranks.rank}-of-{ranks.number}.{turn}") for turn in range(2)]
+        known = {one["stage"]: one for file in self._files if (one := file.about(self._witness)) is not None}
+        ranks.meet(f"{title}: checkpoint")
+        several = ranks.gather({stage: one["checked"] for stage, one in known.items()})
+        if common := set.intersection(*map(set, several)):
+            self.stage = max(common)
+            self._found, self.checked = known[self.stage], all(one[self.stage] for one in several)
+            self.budget = self._found["budget"]  # some sums are cut by it
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(self._files)
+
+    def resume(self, sweep: Sweep, linear: Taker, whole: Taker) -> int:
+        """Hand the state of a first walk over, if one was found: the batch that it goes on from, else 0."""
+        for group, part in self._restored(sweep):
+            if part is not None:
+                (linear if group.kind == "linear" else whole).put(group, part)
+        place, self.place = self.place, 0
+        return place
+
+    def second(self, sweep: Sweep) -> dict[Key, Entry] | None:
+        """The entries that a second look at the data adds to, if a state of it was found."""
+        if self._found is None or not self._found["second"]:
+            return None
+        return {group.key: entry for group, entry in self._restored(sweep) if entry is not None}
+
+    def next(self) -> None:
+        """The processes have met, and another stage begins."""
+        self.stage, self.place = self.stage + 1, 0
+
+    def write(
+        self, place: int, sweep: Sweep, entries: Callable[[], Mapping[Key, Entry]], *, second: bool = False, due: bool = False
+    ) -> None:
+        """Write the state after some batches, if it is their turn or it is ``due``, unless it is there already."""
+        if not self._files or (self.stage, place) == self._written or not (due or place % self._every == 0):
+            return
+        begins = self._written == (-1, -1)
+        self._written = self.stage, place
+        found = entries()
+        tensors, groups = packed((group, found.get(key)) for key, group in sweep.grouping.groups.items())
+        tensors["marks"] = torch.tensor([number for mark in sweep.marks for number in mark], dtype=torch.float64)
+        tensors["lengths"] = torch.tensor([len(mark) for mark in sweep.marks], dtype=torch.int64)
+        about = {
+            **{name: getattr(sweep, name) for name in FIELDS},
+            "stage": self.stage,
+            "place": place,
+            "second": second,
+            "checked": self.checked,
+            "budget": self.budget,
+            "groups": groups,
+            "refuted": sweep.grouping.refuted,
+            "partners": list(sweep.grouping.partners.items()),
+            "learnt": list(sweep.learnt.items()),
+            "progress": sweep.progress,
+            "constant": sweep.constant if second else None,
+        }
+        self._files[self.stage % len(self._files)].write(self._witness, tensors, about, begins)
+
+    def _restored(self, sweep: Sweep) -> list[tuple[Group, Entry | None]]:
+        """Bring a sweep to the state that was found, once; groups and what is known of them."""
+        if self._found is None:
+            return []
+        about, self._found = self._found, None
+        device = self._risk.space.device
+        tensors: dict[str, Tensor] = self._files[self.stage % len(self._files)].tensors(device)
+        self.place, self._written = about["place"], (self.stage, about["place"])
+        for name in FIELDS:
+            setattr(sweep, name, about[name])
+        known = unpacked(tensors, about["groups"], device)
+        grouping = sweep.grouping
+        grouping.refuted, grouping.partners = about["refuted"], dict(frozen(about["partners"]))
+        grouping.restart()
+        for group, _ in known:
+            grouping.add(group)
+        lengths, marks = tensors["lengths"].tolist(), iter(tensors["marks"].tolist())
+        sweep.marks = [tuple(next(marks) for _ in range(length)) for length in lengths]
+        sweep.learnt = {place: seen for place, seen in frozen(about["learnt"])}
+        sweep.resumed, sweep.forgotten = True, dict(sweep.learnt)
+        sweep.progress = frozen(about["progress"])
+        if about["second"]:
+            sweep.constant = about["constant"]
+        return known

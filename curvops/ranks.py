@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,21 @@ SMALL = 2**18  # numbers of a tensor up to which it is sent together with others
 
 
 class RanksError(RuntimeError):
-    """Processes of a group disagree, or one of them failed: raised by all of them."""
+    """Processes of a group disagree, or one of them failed or is gone: raised by all of them."""
+
+
+@contextmanager
+def reaching_all() -> Iterator[None]:
+    """What `torch.distributed` raises where it cannot reach a process, as a RanksError; the group is of no use afterwards."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RanksError(
+            f"a process of the group is gone, or did not come within the group's timeout ({reason}). Start all of them again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Ranks:
 
     All collective calls are here. Each `add` of a buffer follows a `meet`, of 56 bytes a process, in which processes that
     failed or that compute something else are seen by all of them: then all raise, and none waits for another. A process
-    that never comes to meet the others is noticed after the group's timeout.
+    that is gone, or that never comes to meet the others, is an error too, after the group's timeout at most.
 
     Args:
         group: The group, or ``None``.
@@ -117,7 +131,8 @@ class Ranks:
             raise
         except Exception as error:
             if self._depth == 1:
-                self._tell(error)
+                with suppress(RanksError):  # where nobody can be told, this process's own error says more
+                    self._tell(error)
             raise
         finally:
             self._depth -= 1
@@ -165,7 +180,8 @@ class Ranks:
         """Replace a tensor by its sum over the processes, all of which have met; the same bits in each of them."""
         if not self.alone:
             flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-            torch.distributed.all_reduce(flat, group=self._group)
+            with reaching_all():
+                torch.distributed.all_reduce(flat, group=self._group)
             if flat is not tensor:
                 tensor.copy_(flat)
         return tensor
@@ -190,7 +206,8 @@ class Ranks:
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.number
-        torch.distributed.all_gather_object(found, value, group=self._group)
+        with reaching_all():
+            torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
     def expect_same(self, what: str, facts: Mapping[str, Any]) -> None:
@@ -210,7 +227,8 @@ class Ranks:
     def _exchange(self, message: Message) -> list[Message]:
         words = message.words().to(self.device)
         found = [torch.empty_like(words) for _ in range(self.number)]
-        torch.distributed.all_gather(found, words, group=self._group)
+        with reaching_all():
+            torch.distributed.all_gather(found, words, group=self._group)
         return [Message.read(words.cpu()) for words in found]
 
     def _tell(self, error: Exception) -> None:

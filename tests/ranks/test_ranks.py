@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 from problems import PROBLEMS
+from ranks.lost import TIMEOUT
 from ranks.cases import BATCHES, SHARES, cases, others, values
 
 HERE = Path(__file__).parent
 
 
-def torchrun(number: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent.parent)))}
+
+
+def torchrun(
+    number: int, script: str, *arguments: object, check: bool = True, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
     """As a user would start it, on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    path = os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent.parent)))
     done = subprocess.run(
-        [*command, HERE / script, *map(str, arguments)],
+        [*command, f"--max-restarts={restarts}", HERE / script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": path},
+        env=ENVIRONMENT,
     )
     own = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
     assert not check or done.returncode == 0, "\n".join(own) or done.stderr
@@ -82,3 +88,30 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_all_of_them(tmp_path):
     for name, expected in BOTH.items():
         for found in (first[name], second[name]):
             assert re.search(expected, found, re.DOTALL), (name, found)
+
+
+# steps of process 1, which has five batches, after which it kills itself: one walk counts them, and a further one is made
+@pytest.mark.parametrize(("name", "last"), [("kfac", 8), ("ekfac", 9), ("swept", 13), ("eigenpairs", 8)])
+def test_killed_processes_that_are_started_again_go_on(name, last, tmp_path):
+    """One process kills itself, torchrun starts both again: they go on from files of their own, to the same bits."""
+    torchrun(2, "survivors.py", tmp_path, name, last, restarts=1)
+    for report in json.loads((tmp_path / f"{name}.json").read_text()):
+        assert report["restarted"]
+        assert report["same"]
+        assert report["saved"] > 0 or name == "ekfac"  # whose rows had been kept in memory
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_gone_is_an_error_in_the_others(end, tmp_path):
+    command = [sys.executable, HERE / "lost.py", tmp_path]
+    both = [subprocess.Popen([*command, str(rank), str(int(end))], env=ENVIRONMENT) for rank in range(2)]
+    try:
+        assert both[0].wait(60) == 0
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    said, cause, seconds = (tmp_path / "said").read_text().splitlines()
+    assert re.fullmatch(r"RanksError: a process of the group is gone, or did not come within .* timeout \(.+\)\. Start .*", said)
+    assert cause == "RuntimeError"
+    assert float(seconds) < TIMEOUT + 20

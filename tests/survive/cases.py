@@ -1,0 +1,104 @@
+"""Computations that are interrupted, and what counts their steps."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvops import (
+    Checkpoint,
+    EKFACLinearOperator,
+    GGNDiagonalLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+)
+from curvops.spectrum import eigenpairs, spectral_density
+
+Stop = Callable[[int], None]  # told the number of steps so far
+
+
+class Loader:
+    """Batches that tell their number, over all walks, before each of them."""
+
+    def __init__(self, batches: list[Any], stop: Stop) -> None:
+        self.batches, self.stop, self.count = batches, stop, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.stop(self.count)
+            self.count += 1
+            yield batch
+
+
+class Counted:
+    """A matrix that tells the number of its products before each of them."""
+
+    def __init__(self, matrix: Any, stop: Stop) -> None:
+        self.matrix, self.stop, self.count = matrix, stop, 0
+        self.shape, self.dtype = matrix.shape, matrix.dtype
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        self.stop(self.count)
+        self.count += 1
+        return self.matrix @ columns
+
+
+def convolutional(number: int = 12) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4))
+        # the last batch is smaller, so that its operations are proved anew
+        data = [(torch.randn(n, 2, 6, 6).double(), torch.randint(4, (n,))) for n in [7] * (number - 1) + [3]]
+    return model.double(), nn.CrossEntropyLoss(), dict(model.named_parameters()), data
+
+
+def kronecker(cls: Any, **options: Any) -> Callable[..., dict[str, Tensor]]:
+    def compute(stop: Stop, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+        *problem, data = convolutional()
+        op = cls(*problem, Loader(data, stop), check_deterministic=False, checkpoint=checkpoint, **options)
+        return {f"{k}.{name}": t for k, (_, entry) in enumerate(op.state.groups) for name, t in entry.tensors.items()}
+
+    return compute
+
+
+def symmetric() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(150, 150, generator=generator, dtype=torch.float64))[0]
+    matrix = basis @ torch.linspace(-1, 2, 150, dtype=torch.float64).pow(3).diag() @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def spectral(call: Callable[..., Any], **options: Any) -> Callable[..., dict[str, Tensor]]:
+    def compute(stop: Stop, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+        found = call(Counted(symmetric(), stop), checkpoint=checkpoint, **options)
+        names = ("values", "vectors", "residuals") if call is eigenpairs else ("nodes", "weights", "outliers")
+        return {"products": torch.tensor(found.products), **{name: getattr(found, name) for name in names}}
+
+    return compute
+
+
+METRIC = torch.linspace(1, 2, 150, dtype=torch.float64).diag()
+COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "kfac": kronecker(KFACLinearOperator),
+    "kfac joint": kronecker(KFACLinearOperator, separate_weight_and_bias=False, fisher_type="type-2"),
+    "kfac reduce": kronecker(KFACLinearOperator, kfac_approx="reduce"),
+    "kfac forward-only": kronecker(KFACLinearOperator, fisher_type="forward-only"),
+    "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
+    "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
+    "kfoc": kronecker(KFOCLinearOperator),
+    "diagonal": kronecker(GGNDiagonalLinearOperator),
+    "eigenpairs": spectral(eigenpairs, k=2, which="both"),
+    "eigenpairs restarted": spectral(eigenpairs, k=2, which="smallest", subspace=9),
+    "eigenpairs in blocks": spectral(eigenpairs, k=2, which="magnitude", block=2, basis_dtype=torch.float32),
+    "eigenpairs in a metric": spectral(eigenpairs, k=2, metric=METRIC, metric_inverse=METRIC.inverse()),
+    "eigenpairs stopped": spectral(eigenpairs, k=2, which="smallest", subspace=9, max_products=20),
+    "density": spectral(spectral_density, depth=10, num_vectors=3),
+    "density in parts": spectral(spectral_density, depth=10, num_vectors=3, memory_budget=8 * 150 * 10),
+}
+
+
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What is not the same to the bit."""
+    names = found.keys() | expected.keys()
+    return sorted(n for n in names if n not in found or n not in expected or not torch.equal(found[n], expected[n]))

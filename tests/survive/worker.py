@@ -1,0 +1,28 @@
+"""Computes all that there is to compute, each from its checkpoint, and waits to be killed at a step of one of them."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from survive.cases import COMPUTATIONS
+
+from curvops import Checkpoint
+
+
+def main(folder: Path, stopped: str = "", at: str = "0") -> None:
+    found, steps = {}, {}
+    for name, compute in COMPUTATIONS.items():
+
+        def stop(count: int, name: str = name) -> None:
+            steps[name] = count + 1
+            if name == stopped and count == int(at):
+                (folder / "here").touch()
+                time.sleep(600)
+
+        found[name] = compute(stop, Checkpoint(folder / f"{name}.safetensors", every=3))
+    torch.save((found, steps), folder / "found.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

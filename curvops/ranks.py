@@ -30,7 +30,7 @@ def reaching_all() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).split("] ", 1)[-1].split(". ")[0] or type(error).__name__  # without the place in the source
         raise RanksError(
             f"a process of the group is gone, or did not come within the group's timeout ({reason}). Start all of them again."
         ) from error

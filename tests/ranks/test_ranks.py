@@ -30,7 +30,8 @@ def torchrun(
         capture_output=True,
         text=True,
         timeout=300,
-        env=ENVIRONMENT,
+        # else, when started again, processes may find the addresses of those that were killed
+        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else ENVIRONMENT,
     )
     own = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
     assert not check or done.returncode == 0, "\n".join(own) or done.stderr

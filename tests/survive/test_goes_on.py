@@ -199,7 +199,7 @@ def test_what_is_of_something_else_is_refused(tmp_path, monkeypatch):
     refused(tmp_path, "computation KFACLinearOperator, now EKFACLinearOperator", cls=EKFACLinearOperator)
     refused(tmp_path, "other loss", loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
     monkeypatch.setattr(curvops.checkpoint, "versions", lambda: {"curvops": "0", "torch": "0"})
-    refused(tmp_path, r"other versions \('curvops' and 'torch'\)")
+    refused(tmp_path, r"other versions \('curvops', 'torch'\)")
 
 
 def test_another_matrix_is_refused(tmp_path):

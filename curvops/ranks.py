@@ -187,6 +187,30 @@ class Ranks:
             for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
+    def send(self, tensor: Tensor, source: int) -> Tensor:
+        """A contiguous tensor of one process, in the place of those of the others, all of which have met."""
+        if not self.alone:
+            torch.distributed.broadcast(tensor, group=self._group, group_src=source)
+        return tensor
+
+    def own(self, number: int) -> slice:
+        """This process's range where so many things are divided among all, as equally as may be."""
+        first, more = divmod(number, self.number)
+        start = self.rank * first + min(self.rank, more)
+        return slice(start, start + first + (self.rank < more))
+
+    def join_columns(self, part: Tensor, number: int) -> Tensor:
+        """Columns of all processes, which have met, each of which has its own (`own`) of so many ``[rows, number]``."""
+        if self.alone:
+            return part
+        most = -(-number // self.number)
+        padded = part.new_zeros(most, part.shape[0])
+        padded[: part.shape[1]] = part.T
+        found = [torch.empty_like(padded) for _ in range(self.number)]
+        torch.distributed.all_gather(found, padded, group=self._group)
+        first, more = divmod(number, self.number)
+        return torch.cat([columns[: first + (rank < more)] for rank, columns in enumerate(found)]).T
+
     def gather(self, value: Any) -> list[Any]:
         """Small objects of all processes, which have met."""
         if self.alone:

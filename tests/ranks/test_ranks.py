@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import PROBLEMS
-from ranks.cases import BATCHES, SHARES, cases, others, values
+from ranks.cases import BATCHES, SHARES, cases, others, spread, values
 
 HERE = Path(__file__).parent
 
@@ -36,6 +36,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = {name: values(name, make, p, p.data(*BATCHES)) for name, make, p in cases()}
     p = PROBLEMS["mlp"]()
     found["others"] = others(p, p.data(*BATCHES))
+    found["spread"] = spread(PROBLEMS["mlp"](), None)
     path = tmp_path_factory.mktemp("ranks") / "references.pt"
     torch.save(found, path)
     return path

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
     from curvops.products.hessian import HessianLinearOperator
     from curvops.products.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
-    from curvops.ranks import RanksError
+    from curvops.ranks import RanksError, share_of
     from curvops.risk.empirical_risk import EmpiricalRisk
     from curvops.space import TensorSpace
     from curvops.tour.own import tour as tour  # the module itself, which can be called
@@ -58,6 +58,7 @@ _HOMES = {
     "check": "curvops.clients.check",
     "kronecker_product": "curvops.operators.structured",
     "load": "curvops.kronecker.operator",
+    "share_of": "curvops.ranks",
 }
 __all__ = [
     "BlockRule",
@@ -86,6 +87,7 @@ __all__ = [
     "check",
     "kronecker_product",
     "load",
+    "share_of",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from curvops.space import describe
 
@@ -266,6 +267,39 @@ class Ranks:
                     "parameters and buffers from one process."
                 )
         raise RanksError(f"{what}: the processes differ.")
+
+
+def share_of(data: Any, process_group: Any) -> Any:
+    """This process's share of a data set, or of a list of batches: no datum twice, and none left out.
+
+    Shares are consecutive and as equal as may be, so that random numbers belong to the same data for any number of
+    processes. (A ``DistributedSampler`` repeats some data where they cannot be divided equally, which curvature counts
+    twice.)
+
+    Args:
+        data: A data set with a length, for a ``DataLoader``, or a list.
+        process_group: Processes of `torch.distributed`.
+
+    Returns:
+        A `torch.utils.data.Subset`; of a list its part.
+
+    Raises:
+        TypeError: If it has no length, as an iterable data set.
+
+    Example:
+        In a script that is started by ``torchrun --nproc-per-node 4 script.py``::
+
+            group = torch.distributed.group.WORLD
+            loader = DataLoader(share_of(dataset, group), batch_size=64)
+            ggn = GGNLinearOperator(model, loss, params, loader, process_group=group)
+    """
+    try:
+        own = Ranks(process_group).own(len(data))
+    except TypeError:
+        raise TypeError(
+            f"share_of: expected a data set with a length or a list, got {type(data).__name__}. Let each process pass the data that it has."
+        ) from None
+    return data[own] if isinstance(data, (list, tuple)) else Subset(data, range(own.start, own.stop))
 
 
 def _word(text: str) -> int:

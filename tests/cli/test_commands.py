@@ -141,7 +141,22 @@ def test_spectrum_is_that_of_the_matrix(target, capsys):
     assert all(Path(figure).stat().st_size > 1000 for figure in hessian["density"]["figures"])
     tensors, about = read_tensors(Path("spectrum/hessian.eigenvalues.safetensors"), "eigenpairs")
     torch.testing.assert_close(dense @ tensors["vectors"], tensors["vectors"] * tensors["values"])
-    assert about["settings"]["params"] == list(params)
+    assert about["settings"]["params"] == list(params) and about["settings"]["method"] == "exact, from the matrix"
+    assert 0 < max(kfac["residuals"]) < 1e-12, "what rounding leaves"
+
+
+def test_results_of_one_method_are_not_those_of_another(target, capsys, monkeypatch):
+    asked = ["spectrum", target, "-k", "1", "--matrix", "ggn", "--no-density"]
+    assert main(asked) == 0
+    monkeypatch.setattr("curvops.cli.spectrum.DENSE", 0)
+    assert main(asked) == 1
+    assert "(method exact, from the matrix, now Lanczos)" in capsys.readouterr().err
+
+
+def test_residuals_hold_the_rounding_of_single_precision(target, capsys):
+    found = document(capsys, "spectrum", target, "--no-density")[0]["matrices"]["hessian"]
+    assert found["method"] == found["reason"] == "exact, from the matrix" and found["converged"]
+    assert all(1e-12 < residual < 1e-6 for residual in found["residuals"])
 
 
 def test_the_spectrum_of_a_large_matrix_has_an_honest_error(target, capsys, monkeypatch):

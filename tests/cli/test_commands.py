@@ -227,6 +227,11 @@ def test_kfac_is_kept_and_loads(name, target, capsys):
     assert document(capsys, *asked)[0] == found and Path(found["file"]).stat().st_mtime_ns == changed
     assert main([*asked, "--seed", "1"]) == 1
     assert "seed 0, now 1, other weights" in capsys.readouterr().err
+    whole = Path(found["file"]).read_bytes()
+    for other in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):  # cut, and a bit changed
+        Path(found["file"]).write_bytes(other)
+        assert main(asked) == 1
+        assert f"'kfac/{name}.safetensors' was edited or cut since" in capsys.readouterr().err
     Path(found["file"]).with_suffix(".json").unlink()
     assert main(asked) == 1 and "--fresh computes it anew" in capsys.readouterr().err
     assert main([*asked, "--fresh", "--batches", "1"]) == 0

@@ -7,7 +7,7 @@ const whole = (axis) => [[-0.5, axis.rows - 0.5], [-0.5, axis.rows - 0.5]];
 
 // Values as plotly takes them, drawn on a scale: one array for each row.
 function drawn(values, rows, of) {
-  const places = new Float32Array(values.length);
+  const places = new Float64Array(values.length); // linear places are the numbers: in single precision 1e200 is infinite
   for (let k = 0; k < values.length; k++) places[k] = of(values[k]);
   return Array.from({ length: rows }, (_, r) => places.subarray(r * rows, (r + 1) * rows));
 }

@@ -63,16 +63,16 @@ function seriesOf(titles, of, points, joined = false) {
 }
 
 function showEigenvalues(place, page, stop, kind) {
-  const sorted = (values) => (kind === "log" ? values.slice().sort((a, b) => Math.abs(b) - Math.abs(a)) : values);
-  const all = page.stops.flatMap((one) => Object.values(one.eigenvalues ?? {}).map((e) => e.values));
-  if (!all.length) return false;
+  if (!Object.keys(stop.eigenvalues).length) return false;
+  const all = page.stops.flatMap((one) => Object.values(one.eigenvalues).map((e) => e.values));
   const { of, y } = verticalScale(kind, all, "eigenvalue");
   const traces = seriesOf(page.titles, of, (title) => {
     const given = stop.eigenvalues[title];
     if (!given) return null;
-    const values = sorted(given.values);
-    const errors = given.residuals;
-        const texts = Array.from(values, (x, k) => `${title}: λ${k + 1} = ${errors ? measured(x, errors[k], "residual") : exactly(x, values)}`);
+    const order = Array.from(given.values.keys());
+    if (kind === "log") order.sort((a, b) => Math.abs(given.values[b]) - Math.abs(given.values[a]));
+    const [values, errors] = [given.values, given.residuals].map((numbers) => numbers?.map((_, k) => numbers[order[k]]));
+    const texts = Array.from(values, (x, k) => `${title}: λ${k + 1} = ${errors ? measured(x, errors[k], "residual") : exactly(x, values)}`);
     return { x: Array.from(values, (_, k) => k + 1), values, texts, errors };
   }, true);
   drawCurves(place, traces, { x: { title: { text: kind === "log" ? "rank by magnitude" : "rank" } }, y });

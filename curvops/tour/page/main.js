@@ -94,18 +94,25 @@ function showErrors(a, b) {
   byId("overall").textContent = errors
     ? `Frobenius norm of the difference over that of the ${other}, all blocks together, ${caption}: ${percent(overall)}.`
     : "Of matrices this large only the blocks' norms are known: below is by how much these differ, which says less than the norm of a difference.";
-  showBlocks(byId("blocks"), axis.groups, between, norms, caption);
+  const doubt = errorsOfDifference(current(), one, other);
+  showBlocks(byId("blocks"), axis.groups, between, norms, caption, doubt);
   showWide(byId("blocks"), byId("blocks-more"));
-  byId("blocks-note").textContent = "Frobenius norms, in double precision, of whole blocks.";
+  byId("blocks-note").textContent = page.kind !== "norms"
+    ? "Frobenius norms, in double precision, of whole blocks."
+    : doubt
+      ? "Norms of blocks are estimated from products: ± is a standard error of the difference, the root of both squares. Blocks that differ by less than two of them are not told apart, and drawn as zero."
+      : "Frobenius norms of blocks, which are exact for these two.";
 }
 
 function drawSpectra() {
   const kind = value("axis");
+  byId("eigenvalues").hidden = false;
   const shown = showEigenvalues(byId("eigenvalues"), page, current(), kind);
+  byId("eigenvalues").hidden = !shown;
   const marked = Object.values(current().eigenvalues).some((of) => of.values.length <= MARKS);
   const hollow = marked ? " Hollow marks are negative." : "";
   byId("eigenvalues-note").textContent = !shown
-    ? `Not computed: the matrices have ${axis.side} rows, and pages compute eigenvalues of up to ${page.eigenvalue_limit}.`
+    ? page.kind === "norms" ? "Not computed." : `Not computed: the matrices have ${axis.side} rows, and pages compute eigenvalues of up to ${page.eigenvalue_limit}.`
     : page.kind === "norms"
       ? `The largest in magnitude, with the residual of each as its error bar.${hollow}`
       : `All eigenvalues of the symmetric part, in double precision.${hollow} The rounding of a matrix in single precision moves an eigenvalue by about 10⁻⁷ of the largest: smaller ones are noise.`;
@@ -150,7 +157,9 @@ function reading(row, column, here = null) {
   if (here === "difference") {
     const [one, other] = pair().map((i) => titles[i]);
     const gap = current().sheets[one].values[k] - current().sheets[other].values[k];
-    lines.push([`${one} − ${other}`, page.kind === "entries" ? written(gap) : roughly(gap, 4), "here"]);
+    const doubt = errorsOfDifference(current(), one, other)?.[k];
+    const text = doubt !== undefined ? measured(gap, doubt) : page.kind === "entries" ? written(gap) : roughly(gap, 4);
+    lines.push([`${one} − ${other}`, toldApart(gap, doubt) ? text : `${text}, not told apart`, "here"]);
   }
   const list = element("dl", { class: "reading" });
   for (const [name, text, mark] of lines) list.append(element("dt", { class: mark === "here" ? mark : "" }, name), element("dd", { class: mark }, text));

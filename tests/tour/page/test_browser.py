@@ -287,8 +287,8 @@ def test_a_coarse_tour(chromium, tmp_path):
         errors={title: 0.1 * n for title, n in norms.items()},
         traces={"A": pair},
         trace_errors={"A": pair.abs() / 10},
-        eigenvalues={"A": pair},
-        residuals={"A": pair.abs() / 100},
+        eigenvalues={"A": pair.flip(0)},
+        residuals={"A": pair.flip(0).abs() / 100},
         masses={"A": torch.tensor([[0.25, 0.75], [1.0, 0.0]])},
         densities={"A": density},
         parameters={"w": (5,), "b": (3,)},
@@ -300,13 +300,68 @@ def test_a_coarse_tour(chromium, tmp_path):
     assert (here, told["row"], told["A"]) == ("A", "w (5 parameters)", "0.5 ± 0.05")
     assert "less than the norm of a difference" in chromium.text("overall")
     assert "Hollow marks" in chromium.text("eigenvalues-note")
+    chromium.choose("axis", "Logarithm of the magnitude")  # which sorts them, and their residuals
+    assert chromium.plot("eigenvalues", "p.data[0].text") == ["A: λ1 = 3, residual 0.03", "A: λ2 = -1, residual 0.01"]
     chromium.choose("axis", "Linear")
     assert chromium.plot("traces", "[p.data[0].y, p.data[0].error_y.array]") == [[3, -1], pytest.approx([0.3, 0.1])]
-    assert chromium.plot("eigenvalues", "p.data[0].y") == [3, -1]
+    assert chromium.plot("eigenvalues", "p.data[0].y") == [-1, 3]
     assert chromium.plot("masses", "p.data[0].z") == [[0.25, 0.75], [1, 0]]
     assert max(chromium.plot("density", "p.data[1].y")) == pytest.approx(float(coarse.curves()["A"].values.max()))
     assert not chromium.find("diagonal-part").is_displayed()
     assert not chromium.find("edges").is_displayed()
+    assert chromium.errors() == []
+
+
+def test_differences_of_estimates_carry_their_errors(chromium, tmp_path):
+    norms = {"A": torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double(), "B": torch.tensor([[1.0, 0.39], [0.39, 1.0]]).double()}
+    errors = {"A": torch.full((2, 2), 0.03).double(), "B": torch.full((2, 2), 0.04).double()}
+    errors["A"][1, 1] = torch.nan  # of one sample
+    coarse = CoarseFile(norms, errors=errors, parameters={"w": (5,), "b": (3,)}, groups={"w": 5, "b": 3})
+    chromium.open(write_page(tmp_path / "coarse.html", coarse))
+    chromium.choose("colors", "Linear")
+
+    def cells():
+        return chromium.run("return [...document.querySelectorAll('#blocks td.number')].map(c => c.textContent)")
+
+    chromium.choose("subtrahend", "B")
+    chromium.choose("minuend", "A")
+    # errors are √(0.03² + 0.04²) = 0.05: 0.5 and 0.39 differ by more than two of them
+    assert cells() == ["100 % ± 5 %", "28.2 % ± 12.8 %", "28.2 % ± 12.8 %", "not told apart"]
+    (image,) = chromium.images("difference").values()
+    np.testing.assert_allclose(image[0], [[1, 0.11], [0.11, 0]], rtol=1e-6)
+    assert chromium.hover(0, 0, "difference")[0]["A − B"] == "1.000 ± 0.05"
+    told = chromium.hover(1, 1, "difference")[0]
+    assert (told["A − B"], told["A"]) == ("0, error unknown, not told apart", "1, error unknown")
+    note = chromium.text("blocks-note")
+    assert "estimated" in note and "double precision" not in note
+    norms["A"][0, 1] = norms["A"][1, 0] = 0.485
+    chromium.open(write_page(tmp_path / "near.html", coarse))
+    chromium.choose("subtrahend", "B")
+    chromium.choose("minuend", "A")
+    assert cells()[1:3] == ["not told apart"] * 2
+    assert not chromium.find("eigenvalues").is_displayed()  # an empty box
+    assert chromium.text("eigenvalues-note") == "Not computed."
+    assert chromium.errors() == []
+
+
+def test_many_groups(chromium, tmp_path):
+    norms = torch.eye(360, dtype=torch.float64)
+    names = {f"{k}": 1 for k in range(360)}
+    chromium.open(write_page(tmp_path / "many.html", CoarseFile({"A": norms, "B": 3 * norms}, groups=names)))
+    assert not chromium.find("alert").is_displayed()
+    assert chromium.errors() == []
+
+
+def test_zeros_keep_their_sign_and_doubles_their_range(chromium, tmp_path):
+    single = torch.tensor([[-0.0, 0.0], [0.0, 1.0]])
+    double = torch.tensor([[1e200, -1e-50], [-1e-50, 1.0]], dtype=torch.float64)
+    chromium.open(write_page(tmp_path / "tour.html", MatrixFile({"A": single, "B": double})))
+    told, _ = chromium.hover(0, 0)
+    assert (told["A"], told["B"]) == ("-0", "1e+200")
+    place, low, _ = chromium.images()["B"]
+    np.testing.assert_allclose(place, [[200, low], [low, low]])  # nothing is exactly zero
+    chromium.choose("colors", "Linear")
+    assert np.array_equal(chromium.images()["B"][0], double)
     assert chromium.errors() == []
 
 

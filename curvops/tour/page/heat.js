@@ -117,7 +117,7 @@ function listen(place, { enter, leave, open, move, reset }) {
     if (point) enter(...point.pointNumber, point.data.name, event.event);
   });
   place.on("plotly_unhover", leave);
-  place.on("plotly_click", (event) => cell(event) && open(...cell(event).pointNumber));
+  place.on("plotly_click", (event) => cell(event) && open(...cell(event).pointNumber, cell(event).data.name));
   place.on("plotly_doubleclick", reset);
   place.on("plotly_relayout", (changes) => {
     if (Object.keys(changes).some((key) => /axis\d*\.range\[/.test(key))) {

@@ -169,6 +169,23 @@ function reading(row, column, here = null) {
 function showEntry() {
   const inside = (id) => Math.min(Math.max(Math.round(Number(value(id))) || 0, 0), axis.rows - 1);
   byId("entry").replaceChildren(reading(inside("row"), inside("column")));
+  showCode(inside("row"), inside("column"));
+}
+
+// A line of Python that computes the entries of a block, of which the page knows the norm.
+function showCode(row, column) {
+  const operator = current().code[state.title ?? titles[0]];
+  byId("code-part").hidden = !operator || !page.group_code.length;
+  if (byId("code-part").hidden) return;
+  const [above, aside] = [page.group_code[row], page.group_code[column]];
+  const key = row === column ? above.names : `${above.names}, ${aside.names}`;
+  const slices = above.rows || aside.rows ? `[${above.rows || ":"}, ${aside.rows || ":"}]` : "";
+  byId("code").textContent = `${operator}[${key}].to_dense()${slices}`;
+}
+
+function copyCode() {
+  getSelection().selectAllChildren(byId("code")); // where there is no clipboard, Ctrl+C copies it
+  navigator.clipboard?.writeText(byId("code").textContent).catch(() => {});
 }
 
 function showTip(row, column, title, event) {
@@ -199,8 +216,11 @@ function look(view) {
 const all = () => look(whole(axis));
 const span = (group) => [group.start - 0.5, group.start + group.rows - 0.5];
 
-function openBlock(row, column) {
-  if (page.kind !== "norms") look([span(partOf(axis.groups, row)), span(partOf(axis.groups, column))]);
+function openBlock(row, column, title) {
+  if (page.kind !== "norms") return look([span(partOf(axis.groups, row)), span(partOf(axis.groups, column))]);
+  [byId("row").value, byId("column").value] = [row, column];
+  if (titles.includes(title)) state.title = title;
+  showEntry();
 }
 
 function lookAtChosen() {
@@ -246,7 +266,7 @@ function fillControls() {
     for (const part of document.querySelectorAll(".entries")) part.hidden = true;
     byId("colors").querySelector("[value=signed]").remove();
   }
-  const hand = page.kind === "norms" ? "" : "Click a block of layers to open it, Escape to see the whole. ";
+  const hand = page.kind === "norms" ? "Click a block for a line of Python that computes its entries. " : "Click a block of layers to open it, Escape to see the whole. ";
   byId("panels").setAttribute("aria-label", `Heat maps of ${titles.join(", ")}`);
   byId("panels-help").textContent = `${hand}Point at an entry to read it. With the keyboard: + and − zoom, the arrows move, Escape shows the whole.`;
   if (page.kind === "cells") {
@@ -265,6 +285,7 @@ function wire() {
   on("axis", "change", drawSpectra);
   on("mass-of", "change", drawMasses);
   on("whole", "click", all);
+  on("copy", "click", copyCode);
   on("zoom-in", "click", () => zoom(0.5));
   on("zoom-out", "click", () => zoom(2));
   on("stop", "input", () => show(Number(value("stop"))));

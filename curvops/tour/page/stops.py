@@ -15,6 +15,7 @@ from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.files import MatrixFile
 from curvops.tour.page.axis import Axis
 from curvops.tour.page.blobs import Array, Blobs
+from curvops.tour.page.code import operator_code
 
 EIGENVALUES = 2000  # rows of matrices up to which all eigenvalues are computed
 _SHARE = 0.99  # of a matrix's entries that the linear colours hold, by magnitude
@@ -62,6 +63,7 @@ class View:
     curves: dict[str, Any] = field(default_factory=dict)  # of the spectral density, with their errors
     threshold: float | None = None  # where the scale of `curves` turns from linear to logarithmic
     about: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str | None] = field(default_factory=dict)  # of the operators whose blocks are known by norms
 
 
 def view_of_matrices(stop: MatrixFile, axis: Axis, blobs: Blobs) -> View:
@@ -85,7 +87,7 @@ def view_of_matrices(stop: MatrixFile, axis: Axis, blobs: Blobs) -> View:
 
 def view_of_blocks(stop: CoarseFile, axis: Axis, blobs: Blobs) -> View:
     """Return what there is to see of matrices that are known by their blocks."""
-    view = View(about=_about(stop))
+    view = View(about=_about(stop), code={title: operator_code(title, stop.settings) for title in stop.norms})
     for title, norms in stop.norms.items():
         errors = stop.errors.get(title)
         sheet = Sheet(_array(norms), errors=None if errors is None else _array(errors))

@@ -17,6 +17,7 @@ from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.files import MatrixFile
 from curvops.tour.page.axis import Axis, entries_axis, groups_axis
 from curvops.tour.page.blobs import Blobs, json_for_html, packed
+from curvops.tour.page.code import group_code
 from curvops.tour.page.palettes import palettes
 from curvops.tour.page.stops import EIGENVALUES, View, number_bytes, view_of_blocks, view_of_matrices
 
@@ -79,6 +80,7 @@ def write_page(
         "axis": axis.described(),
         "titles": list(_matrices(first)),
         "stops": [{"label": label, **asdict(view)} for label, view in views.items()],
+        "group_code": group_code(first.parameters, first.groups) if isinstance(first, CoarseFile) else [],
         "palettes": palettes(),
         "eigenvalue_limit": EIGENVALUES,
         "written_by": versions()["curvops"],

@@ -1,6 +1,6 @@
 """The page in a real browser: it loads alone, each control does what it says, and numbers are those that were saved."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -8,10 +8,13 @@ import torch
 from selenium.webdriver.common.keys import Keys
 from tour.page.pages import random_tour
 
+import curvops
 from curvops.spectrum import SpectralDensity
-from curvops.tour import MatrixFile
+from curvops.tour import OPERATORS, MatrixFile
+from curvops.tour.coarse import Effort, coarse_tour, operator_options
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.page import write_page
+from curvops.tour.setups import tiny
 
 ROW, COLUMN = 9, 3  # of the tiny network
 NAMES = {"row": "3.weight[1, 3]", "column": "3.weight[0, 1]"}
@@ -329,7 +332,7 @@ def test_differences_of_estimates_carry_their_errors(chromium, tmp_path):
     assert cells() == ["100 % ± 5 %", "28.2 % ± 12.8 %", "28.2 % ± 12.8 %", "not told apart"]
     (image,) = chromium.images("difference").values()
     np.testing.assert_allclose(image[0], [[1, 0.11], [0.11, 0]], rtol=1e-6)
-    assert chromium.hover(0, 0, "difference")[0]["A − B"] == "1.000 ± 0.05"
+    assert chromium.hover(0, 0, "difference")[0]["A − B"] == "1 ± 0.05"
     told = chromium.hover(1, 1, "difference")[0]
     assert (told["A − B"], told["A"]) == ("0, error unknown, not told apart", "1, error unknown")
     note = chromium.text("blocks-note")
@@ -341,6 +344,35 @@ def test_differences_of_estimates_carry_their_errors(chromium, tmp_path):
     assert cells()[1:3] == ["not told apart"] * 2
     assert not chromium.find("eigenvalues").is_displayed()  # an empty box
     assert chromium.text("eigenvalues-note") == "Not computed."
+    assert chromium.errors() == []
+
+
+GROUPS = {"two layers": "modules", "cut within a layer": {"0": 1, "1": 3, "2": 8}, "tensors": "tensors"}
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_a_line_computes_the_entries_of_a_block(groups, chromium, tmp_path):
+    setup, titles = tiny(dtype=torch.float64), list(OPERATORS)
+    coarse = coarse_tour(setup.risk(), titles=titles, groups=groups, seed=3, effort=Effort(2, 0, 1, 1, 0))
+    chromium.open(write_page(tmp_path / "coarse.html", coarse))
+    given = {name: getattr(setup, name) for name in ("model", "loss", "params", "data")}
+    edges = [0, *accumulate(coarse.groups.values())]
+    for k, title in enumerate(titles):
+        row, column = k % len(coarse.groups), (k + k // 2) % len(coarse.groups)
+        chromium.click(row, column, panel=k)
+        chromium.wait(f"return document.getElementById('code').textContent.includes('{OPERATORS[title][0].__name__}')")
+        assert (chromium.find("row").get_attribute("value"), chromium.find("column").get_attribute("value")) == (
+            f"{row}",
+            f"{column}",
+        )
+        block = eval(chromium.text("code"), {"curvops": curvops, **given})
+        whole = OPERATORS[title][0].of(setup.risk(), **operator_options(title, coarse.settings)).to_dense()
+        expected = whole[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
+        torch.testing.assert_close(block, expected, rtol=1e-12, atol=1e-14)
+        if not coarse.errors[title][row, column]:
+            torch.testing.assert_close(coarse.norms[title][row, column], block.norm(), rtol=1e-10, atol=1e-14)
+    chromium.find("copy").click()
+    assert chromium.run("return getSelection().toString()") == chromium.text("code")
     assert chromium.errors() == []
 
 

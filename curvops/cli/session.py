@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import click
 
-from curvops.cli.failures import UserError, failure_text, one_line, usage_line
+from curvops.cli.failures import UserError, failure_text, for_the_shell, usage_line, warning_text
 
 
 @dataclass
@@ -36,10 +36,13 @@ class Session:
 
     def say(self, text: str = "") -> None:
         """A line for a person."""
-        print(text, file=sys.stderr if self.as_json else self.stdout, flush=True)
+        print(for_the_shell(text), file=sys.stderr if self.as_json else self.stdout, flush=True)
 
     def note(self, text: str) -> None:
         """A line about the run, on stderr."""
+        self._tell(for_the_shell(text))
+
+    def _tell(self, text: str) -> None:
         print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def answer(self, document: dict[str, Any]) -> None:
@@ -66,7 +69,7 @@ class Session:
             return 1
         except (Exception, UserError) as error:
             self._trace()
-            self.note(failure_text(error))
+            self._tell(failure_text(error))
             return 1
 
     @contextlib.contextmanager
@@ -83,8 +86,8 @@ class Session:
                 warnings.showwarning = self._warn
             yield
 
-    def _warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        self.note(f"warning: {one_line(str(message))}")
+    def _warn(self, message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+        self._tell(f"warning: {warning_text(message, filename)}")
 
     def _trace(self) -> None:
         if self.traceback:
@@ -92,13 +95,15 @@ class Session:
 
 
 def json_text(document: dict[str, Any]) -> str:
-    """A document as JSON, with null for what JSON has no number for."""
-    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    """A document as JSON, with null for what JSON has no number for, and advice for the shell."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_plain(one) for one in value]
+    if isinstance(value, str):
+        return for_the_shell(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -125,7 +125,7 @@ class _Matrix:
             asked: dict[str, Any] = {"depth": depth, "num_vectors": vectors, "deflate": deflate}
             return _parts(self.operator.spectral_density(**asked, **self._common()))
 
-        more = {} if self.exact else {"depth": depth, "vectors": vectors}
+        more: dict[str, Any] = {} if self.exact else {"depth": depth, "vectors": vectors}
         more |= {"method": self.exact or "Lanczos quadrature"}
         tensors, about = self._kept("density", more, compute)
         facts: dict[str, Any] = {name: about[name] for name in _FACTS if name in about}

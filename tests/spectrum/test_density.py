@@ -137,7 +137,9 @@ def test_no_resolution_is_missing_where_the_krylov_space_ended():
 
 
 KNOWN = {
-    "thirds, several times": torch.tensor([-1 / 3, -1 / 3, -1 / 3, 0, -0.0, 1 / 3, 1 / 3, 1 / 3, 0.1, 0.1, 0.1]).double(),
+    "thirds, several times": torch.tensor(
+        [-1 / 3, -1 / 3, -1 / 3, 0, -0.0, 1 / 3, 1 / 3, 1 / 3, 0.1, 0.1, 0.1]
+    ).double(),
     "decades on both sides": CLUSTERS["decades on both sides"],
     "one": torch.full((7,), 0.1).double(),
     "tiny": torch.linspace(-3, 4, 50).double() * 5e-324,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 from curvops.tour.coarse import operator_options
@@ -22,7 +21,7 @@ def operator_code(title: str, settings: Mapping[str, Any]) -> str | None:
         >>> operator_code("Monte-Carlo Fisher", {"mc_samples": 2, "seed": 0, "width": 10})
         'curvops.GGNLinearOperator(model, loss, params, data, mc_samples=2, seed=0)'
     """
-    if title not in OPERATORS or not _NEEDED <= settings.keys():
+    if title not in OPERATORS or not settings.keys() >= _NEEDED:
         return None
     options = [f"{name}={value!r}" for name, value in operator_options(title, settings).items()]
     return f"curvops.{OPERATORS[title][0].__name__}({', '.join(['model', 'loss', 'params', 'data', *options])})"
@@ -54,6 +53,6 @@ def _pattern(names: list[str], known: list[str]) -> str:
     """Names as `op[…]` takes them: one, the pattern that matches these and no other, or a list."""
     if len(names) == 1:
         return repr(names[0])
-    shared = os.path.commonprefix(names)
-    pattern = f"{shared[: shared.rfind('.') + 1]}*"
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    pattern = ".".join([level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)] + ["*"])
     return repr(pattern if [name for name in known if fnmatchcase(name, pattern)] == names else names)

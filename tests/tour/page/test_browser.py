@@ -316,7 +316,10 @@ def test_a_coarse_tour(chromium, tmp_path):
 
 
 def test_differences_of_estimates_carry_their_errors(chromium, tmp_path):
-    norms = {"A": torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double(), "B": torch.tensor([[1.0, 0.39], [0.39, 1.0]]).double()}
+    norms = {
+        "A": torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double(),
+        "B": torch.tensor([[1.0, 0.39], [0.39, 1.0]]).double(),
+    }
     errors = {"A": torch.full((2, 2), 0.03).double(), "B": torch.full((2, 2), 0.04).double()}
     errors["A"][1, 1] = torch.nan  # of one sample
     coarse = CoarseFile(norms, errors=errors, parameters={"w": (5,), "b": (3,)}, groups={"w": 5, "b": 3})

@@ -11,6 +11,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -65,7 +67,8 @@ class Session:
             return 130
         except BrokenPipeError:
             # whoever read has gone; what Python flushes at its end must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stdout.fileno())
             return 1
         except (Exception, UserError) as error:
             self._trace()
@@ -74,8 +77,15 @@ class Session:
 
     @contextlib.contextmanager
     def _surroundings(self) -> Any:
-        os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
+        """What a command may change for its time; whoever called it in a process of their own finds all as it was."""
+        torch = import_module("torch")
         with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            stack.enter_context(import_module("curvops.context").preserved_random_state())
+            stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
+            if "MPLBACKEND" not in os.environ:
+                os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window is needed
+                stack.callback(os.environ.pop, "MPLBACKEND", None)
             if self.as_json:
                 # what the user's file prints is not the document
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))

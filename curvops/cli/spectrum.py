@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import matplotlib.pyplot as plt
 import torch
 
 from curvops.cli.matrices import KRONECKER, OPERATORS, options
@@ -175,6 +176,7 @@ def _drawn(found: SpectralDensity, stem: Path, session: Session, exact: str) -> 
     axes = plot_spectral_density(found)
     figure: Any = axes.figure
     files = [str(save_figure(figure, stem.with_name(f"{stem.name}.{suffix}"))) for suffix in ("pdf", "png")]
+    plt.close(figure)
     # where all eigenvalues are known, those that rounding leaves of zeros count as zeros
     edge = 2 * found.rounding if exact else 0.0
     shares = found.cumulative(torch.tensor([edge, -edge], dtype=torch.float64))

@@ -1,10 +1,16 @@
 """The commands on a small problem: what they print, write and keep."""
 
 import json
+import os
+import random
 import subprocess
 import sys
+import warnings
+from copy import copy
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -236,6 +242,27 @@ def test_kfac_is_kept_and_loads(name, target, capsys):
     assert main(asked) == 1 and "--fresh computes it anew" in capsys.readouterr().err
     assert main([*asked, "--fresh", "--batches", "1"]) == 0
     assert f"kfac/{name}.safetensors" in capsys.readouterr().out
+
+
+def test_nothing_outlives_a_run(target, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND")
+    text = PROBLEM.replace("    model =", "    random.seed(1), np.random.seed(1)\n    model =")
+    (tmp_path / "elsewhere").mkdir()
+    Path("elsewhere/mine.py").write_text(f"import random\nimport numpy as np\n{text}")
+    torch.set_num_threads(2)
+
+    def state():
+        drawn = [torch.get_rng_state().tolist(), random.getstate(), np.random.mtrand._rand.get_state()[1].tolist()]
+        own = [*map(copy, (sys.path, dict(os.environ), warnings.filters)), torch.get_num_threads(), plt.get_fignums()]
+        return [*drawn, *own, id(sys.stdout), len(list(Path("/proc/self/fd").iterdir()))]
+
+    asked = ["elsewhere/mine.py", "--threads", "3", "--seed", "5"]
+    assert main(["spectrum", *asked, "-k", "1"]) == 0  # what is made once, such as caches of fonts
+    before = state()
+    assert main(["spectrum", *asked, "-k", "1", "--fresh", "--json"]) == 0
+    assert main(["spectrum", *asked, "-k", "100"]) == 2
+    assert main(["kfac", *asked, "--output", "elsewhere/mine.py"]) == 1
+    assert state() == before
 
 
 @pytest.mark.parametrize("name", sorted(group.commands))

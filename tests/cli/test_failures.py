@@ -1,5 +1,7 @@
 """What a hostile user sees: one line with the remedy, or the traceback of their own file, and the exit status."""
 
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import curvops
 from curvops.cli import main
 from curvops.cli.problem import load_problem
 
@@ -187,12 +190,12 @@ def test_a_missing_module_is_looked_for_below_packages(capsys):
 
 
 def test_what_is_asked_for_is_what_is_taken():
-    problem = load_problem("file.py:wide", dtype="float64", params=("2.*", "0.bias"), batches=2, seed=3, threads=1)
+    problem = load_problem("file.py:wide", dtype="float64", params=("2.*", "0.bias"), batches=2, seed=3, threads=2)
     assert list(problem.params) == ["0.bias", "2.weight", "2.bias"] and len(problem.data) == 2
     assert {p.dtype for p in problem.params.values()} == {X.dtype for X, _ in problem.data} == {torch.float64}
     assert torch.equal(problem.params["0.bias"], load_problem("file.py:wide", seed=3).params["0.bias"].double())
     assert not torch.equal(problem.params["0.bias"], load_problem("file.py:wide").params["0.bias"].double())
-    assert float(problem.risk().value()) > 0 and torch.get_num_threads() == 1
+    assert float(problem.risk().value()) > 0 and torch.get_num_threads() == 2
     assert len(load_problem("file.py:pair").data) == 1
     assert load_problem("file.py:stated").risk().loss.reduction == "mean"
     assert load_problem("file.py:frozen", params=("*.bias",)).risk().space.dim == 5
@@ -245,7 +248,7 @@ def test_warnings_of_others_are_as_they_are(capsys):
     assert "curvops explain: warning: Pass it by memory_budget=.\n" in capsys.readouterr().err
 
 
-def test_who_reads_may_go_away(monkeypatch, tmp_path):
+def test_who_reads_may_go_away(monkeypatch, tmp_path, capsys):
     class Closed:
         def write(self, _):
             raise BrokenPipeError(32, "Broken pipe")
@@ -257,6 +260,23 @@ def test_who_reads_may_go_away(monkeypatch, tmp_path):
             return self.file.fileno()
 
     closed = Closed()
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
     with (tmp_path / "pipe").open("w") as closed.file:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["new", "read.py"]) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", closed)
+            assert main(["new", "read.py"]) == 1
+        assert capsys.readouterr().err == ""  # it is no failure to be told
+        assert os.path.samestat(
+            os.fstat(closed.fileno()), Path(os.devnull).stat()
+        )  # where what is flushed at the end goes
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+
+def test_a_pipe_whose_reader_has_gone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "curvops", "new", "piped.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(curvops.__file__).parents[1])}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "") and Path("piped.py").exists()

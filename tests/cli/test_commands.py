@@ -253,7 +253,11 @@ def test_nothing_outlives_a_run(target, tmp_path, capsys, monkeypatch):
 
     def state():
         drawn = [torch.get_rng_state().tolist(), random.getstate(), np.random.mtrand._rand.get_state()[1].tolist()]
-        own = [*map(copy, (sys.path, os.environ.get("MPLBACKEND"), warnings.filters)), torch.get_num_threads(), plt.get_fignums()]
+        own = [
+            *map(copy, (sys.path, os.environ.get("MPLBACKEND"), warnings.filters)),
+            torch.get_num_threads(),
+            plt.get_fignums(),
+        ]
         return [*drawn, *own, id(sys.stdout)]
 
     def open_files():

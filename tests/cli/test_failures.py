@@ -116,7 +116,7 @@ ONE_LINE = [
     ("check file.py:module", 1, "the reduction of 'Own' is not known. Return a dict with the keys model, loss, data and reduction"),
     ("check file.py:copied", 1, "'0.weight', '0.bias', '2.weight', '2.bias' are not the tensors of the model, but others"),
     ("kfac file.py:good --fisher-type forward-only --ekfac", 1, "fisher_type: 'forward-only' takes no gradients"),
-    ("kfac file.py:good --output file.py", 1, "cannot write 0 MB to 'file.py': Not a directory"),
+    ("kfac file.py:good --output file.py", 1, "cannot write 0 B to 'file.py': Not a directory"),
     ("spectrum file.py:good --matrix hesian", 2, "'hesian' is not a comma-separated choice of hessian, ggn, ef"),
     ("spectrum file.py:good -k 20", 2, "-k: the matrix has 19 eigenvalues, one for each parameter; got 20."),
     ("tour file.py:good --setups digits", 2, "--setups chooses among built-in models, and 'file.py:good' is"),

@@ -44,10 +44,10 @@ function showBlocks(table, groups, errors, norms, caption, doubt = null) {
       const k = i * groups.length + j;
       const share = errors[k] / norms[k];
       const told = toldApart(errors[k], doubt?.[k]);
-      const text = !told ? "not told apart" : errors[k] === 0 ? "0 %" : norms[k] === 0 ? "only here" : percent(share);
-      const error = doubt && told && doubt[k] > 0 && norms[k] > 0 ? ` ± ${percent(doubt[k] / norms[k])}` : "";
+      const known = percent(share, doubt && doubt[k] / norms[k]);
+      const text = !told ? "not told apart" : errors[k] === 0 ? "0 %" : norms[k] === 0 ? "only here" : known;
       const size = doubt ? measured(errors[k], doubt[k]) : roughly(errors[k]);
-      const cell = element("td", { class: "number", title: `${size} of ${roughly(norms[k])}` }, text + error);
+      const cell = element("td", { class: "number", title: `${size} of ${roughly(norms[k])}` }, text);
       const deep = errors[k] === 0 || !told ? 0 : norms[k] === 0 ? 1 : shade(share);
       cell.style.background = `rgba(${ink("heat")}, ${(0.55 * deep).toFixed(3)})`;
       return cell;

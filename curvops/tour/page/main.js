@@ -80,7 +80,8 @@ function drawDifference() {
   drawHeat(byId("difference"), [panel], { axis, view: state.view, edges: edges(), drag: value("drag") });
   const what = page.kind === "cells" ? "difference of mean entries" : page.kind === "norms" ? "difference of norms" : "difference";
   const title = scale.kind === "log" ? `|${what}|, logarithmic${palest(scale)}` : `${what}, ${scale.kind === "signed" ? "with its sign, logarithmic" : "linear"}`;
-  showLegend(byId("difference-legend"), scale, colors, { title, own: null });
+  const zero = errorsOfDifference(current(), one, other) ? "zero, or not told apart" : undefined;
+  showLegend(byId("difference-legend"), scale, colors, { title, own: null, zero });
 }
 
 function showErrors(a, b) {
@@ -265,10 +266,13 @@ function fillControls() {
   if (page.kind === "norms") {
     for (const part of document.querySelectorAll(".entries")) part.hidden = true;
     byId("colors").querySelector("[value=signed]").remove();
+    byId("read-what").textContent = "Read a block";
+    byId("blocks-heading").textContent = "Relative difference of the norms";
+    byId("spectra-heading").textContent = "Eigenvalues and traces";
   }
   const hand = page.kind === "norms" ? "Click a block for a line of Python that computes its entries. " : "Click a block of layers to open it, Escape to see the whole. ";
   byId("panels").setAttribute("aria-label", `Heat maps of ${titles.join(", ")}`);
-  byId("panels-help").textContent = `${hand}Point at an entry to read it. With the keyboard: + and − zoom, the arrows move, Escape shows the whole.`;
+  byId("panels-help").textContent = `${hand}Point at ${page.kind === "norms" ? "a block" : "an entry"} to read it. With the keyboard: + and − zoom, the arrows move, Escape shows the whole.`;
   if (page.kind === "cells") {
     const step = Math.max(...axis.pieces.map((piece) => piece.step));
     byId("cells-note").hidden = false;

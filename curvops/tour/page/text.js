@@ -39,9 +39,10 @@ function written(number) {
   return Object.is(number, -0) ? "-0" : size && (size < 1e-3 || size >= 1e7) ? number.toExponential() : String(number);
 }
 
-function percent(share) {
+function percent(share, error = null) {
   if (!Number.isFinite(share)) return "—";
-  return share < 100 ? `${roughly(100 * share)} %` : `${roughly(share)} ×`;
+  const said = (unit) => (error === null ? roughly(unit * share) : measured(unit * share, unit * error));
+  return share < 100 ? `${said(100)} %` : `${said(1)} ×`;
 }
 
 function bytesText(count) {

@@ -308,6 +308,8 @@ def test_a_coarse_tour(chromium, tmp_path):
     chromium.choose("axis", "Linear")
     assert chromium.plot("traces", "[p.data[0].y, p.data[0].error_y.array]") == [[3, -1], pytest.approx([0.3, 0.1])]
     assert chromium.plot("eigenvalues", "p.data[0].y") == [-1, 3]
+    ticks = "return [...document.querySelectorAll('#eigenvalues .xtick text')].map(t => t.textContent)"
+    assert chromium.run(ticks) == ["1", "2"]
     assert chromium.plot("masses", "p.data[0].z") == [[0.25, 0.75], [1, 0]]
     assert max(chromium.plot("density", "p.data[1].y")) == pytest.approx(float(coarse.curves()["A"].values.max()))
     assert not chromium.find("diagonal-part").is_displayed()
@@ -332,10 +334,13 @@ def test_differences_of_estimates_carry_their_errors(chromium, tmp_path):
     chromium.choose("subtrahend", "B")
     chromium.choose("minuend", "A")
     # errors are √(0.03² + 0.04²) = 0.05: 0.5 and 0.39 differ by more than two of them
-    assert cells() == ["100 % ± 5 %", "28.2 % ± 12.8 %", "28.2 % ± 12.8 %", "not told apart"]
+    assert cells() == ["100 ± 5 %", "28.2 ± 12.8 %", "28.2 ± 12.8 %", "not told apart"]
     (image,) = chromium.images("difference").values()
     np.testing.assert_allclose(image[0], [[1, 0.11], [0.11, 0]], rtol=1e-6)
     assert chromium.hover(0, 0, "difference")[0]["A − B"] == "1 ± 0.05"
+    chromium.choose("colors", "Logarithm of the magnitude")
+    assert "zero, or not told apart" in chromium.text("difference-legend")
+    assert "exactly zero" in chromium.text("legend")
     told = chromium.hover(1, 1, "difference")[0]
     assert (told["A − B"], told["A"]) == ("0, error unknown, not told apart", "1, error unknown")
     note = chromium.text("blocks-note")

@@ -81,6 +81,7 @@ class Session:
         torch = import_module("torch")
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             stack.enter_context(import_module("curvops.context").preserved_random_state())
             stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
             if "MPLBACKEND" not in os.environ:

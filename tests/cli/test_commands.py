@@ -248,7 +248,9 @@ def test_nothing_outlives_a_run(target, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MPLBACKEND")
     text = PROBLEM.replace("    model =", "    random.seed(1), np.random.seed(1)\n    model =")
     (tmp_path / "elsewhere").mkdir()
-    Path("elsewhere/mine.py").write_text(f"import random\nimport numpy as np\n{text}")
+    Path("elsewhere/mine.py").write_text(
+        f"import random, torch\nimport numpy as np\ntorch.set_default_dtype(torch.float64)\n{text}"
+    )
     torch.set_num_threads(2)
 
     def state():
@@ -256,6 +258,7 @@ def test_nothing_outlives_a_run(target, tmp_path, capsys, monkeypatch):
         own = [
             *map(copy, (sys.path, os.environ.get("MPLBACKEND"), warnings.filters)),
             torch.get_num_threads(),
+            torch.get_default_dtype(),
             plt.get_fignums(),
         ]
         return [*drawn, *own, id(sys.stdout)]

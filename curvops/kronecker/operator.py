@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.kronecker.account import Explanation, byte_size, explained, notes_of, plan_notes
+from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
@@ -24,6 +24,7 @@ from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.shares import assigned, decompositions
 from curvops.kronecker.state import Entry, State
 from curvops.kronecker.sweep import Proof, Sweep
+from curvops.memory import byte_size
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
 from curvops.operators.blocks import KroneckerBlock
 from curvops.operators.linear_operator import LinearOperator

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from curvops.memory import byte_size
 from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
@@ -69,7 +70,7 @@ class Kept:
             return total
 
     def __str__(self) -> str:
-        return f"{len(self._products)} of {self._number} batches kept, {self._size / 2**20:.1f} MiB"
+        return f"{len(self._products)} of {self._number} batches kept, {byte_size(self._size)}"
 
     def _walk(self, rows: Tensor, total: Tensor) -> Tensor:
         budget = self._budget()

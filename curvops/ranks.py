@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from curvops.sharding import local
 from curvops.space import describe
 
 FAILED, COMPARES = 1, 2  # of a `Message`'s status
@@ -311,15 +312,16 @@ def _hash(tensors: Mapping[str, Tensor]) -> int:
     """A hash of tensors' bits: sums of integers, which do not depend on the number of threads."""
     total = 0
     for name, tensor in tensors.items():
-        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        own = local(tensor)
+        real = torch.view_as_real(own) if own.is_complex() else own
         flat = real.contiguous().flatten()
         words = flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
-        own = _word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        number = _word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
         for start in range(0, len(words), _STEP):
             part = words[start : start + _STEP].long()
             ramp = torch.arange(start, start + len(part), device=part.device).mul_(_GOLDEN).mul_(2).add_(1)
-            own += int((part * ramp).sum())
-        total = total * 31 + own
+            number += int((part * ramp).sum())
+        total = total * 31 + number
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 

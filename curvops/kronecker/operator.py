@@ -279,6 +279,11 @@ class KroneckerOperator(StateOperator):
 
     def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False, proofs: Sequence[Proof] = ()) -> None:
         self.risk, self.options = risk, options
+        if risk.space.shards:
+            raise TypeError(
+                f"{type(self).__name__}: {describe(list(risk.space.shards))} are cut over processes (DTensors), of whose layers no "
+                "process sees the rows. Take the Hessian, the GGN or a Fisher matrix, or the parameters whole."
+            )
         risk.model.check_current()
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs

@@ -14,6 +14,7 @@ from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.sharding import local
 from curvops.tree import tensors_of
 
 State = list[tuple[str, int, int]]
@@ -108,7 +109,7 @@ class Kept:
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the same memory, without the cycle of an output that saves itself
 

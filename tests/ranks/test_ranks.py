@@ -117,3 +117,24 @@ def test_a_group_must_be_there():
         RuntimeError, match=r"process_group: torch.distributed is not initialised. Call .* started by torchrun"
     ):
         GGNLinearOperator(*p.args(), process_group=object())
+
+
+def test_models_that_are_cut_over_processes(tmp_path):
+    torchrun(2, "sharded.py", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "model_func: fully_shard computes with copies of its parameters" in report.pop("fully_shard")
+    errors = {
+        "flat": "the parameters are cut over processes, and so are vectors: expected a list of 4 DTensors, or a dict",
+        "plain": "expected a DTensor for '0.weight', as the parameter is, got Tensor",
+        "dense": "to_dense(): the parameters are cut over processes",
+        "trace": "the parameters are cut over processes",
+        "kfac": "KFACLinearOperator: '0.weight', '0.bias', '2.weight', '2.bias' are cut over processes (DTensors)",
+    }
+    for name, value in report.items():
+        if name.endswith("errors"):
+            assert all(errors[key] in text for key, text in value.items()) and value.keys() == errors.keys(), value
+        elif name.endswith("share"):
+            assert max(value) <= 0.6, name  # of parameters, of products, of what is held of a vector
+        else:
+            assert value < 1e-12, name
+    assert len(report) == 2 * (4 + 3)

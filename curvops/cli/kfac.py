@@ -12,7 +12,7 @@ from typing import Any
 from curvops.cli.failures import Failure
 from curvops.cli.matrices import OPERATORS, options
 from curvops.cli.problem import load_problem
-from curvops.cli.results import expect_same
+from curvops.cli.results import expect_same, problem_settings
 from curvops.cli.session import Session, json_text
 from curvops.files import replace_atomically
 from curvops.tour.files import prepare_output
@@ -27,7 +27,7 @@ def run(
     name = "ekfac" if ekfac else "kfac"
     own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory) | {"kfac_approx": approximation}
     asked = {"matrix": name, "fisher_type": fisher_type, "approximation": approximation, "seed": seed}
-    settings = {**asked, **problem.fingerprint()}
+    settings = {**asked, **problem_settings(problem)}
     path = Path(output) / f"{name}.safetensors"
     beside = path.with_suffix(".json")  # what the file itself does not say
     document = None if fresh else _kept(path, beside, settings)

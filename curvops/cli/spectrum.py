@@ -14,7 +14,7 @@ import torch
 
 from curvops.cli.matrices import KRONECKER, OPERATORS, options
 from curvops.cli.problem import Problem, load_problem
-from curvops.cli.results import Found, kept_or_computed
+from curvops.cli.results import Found, kept_or_computed, problem_settings
 from curvops.cli.session import Session, json_text
 from curvops.files import replace_atomically
 from curvops.plots import plot_spectral_density
@@ -41,7 +41,7 @@ def run(
         raise click.UsageError(f"-k: the matrix has {D:,} eigenvalues, one for each parameter; got {k:,}")
     folder = prepare_output(output, 0)
     settings = {"k": min(5, D) if k is None else k, "which": which, "fisher_type": fisher_type, "seed": seed}
-    settings |= problem.fingerprint()
+    settings |= problem_settings(problem)
     document: dict[str, Any] = {"problem": problem.target, "output": str(folder), "settings": settings, "matrices": {}}
     for name in matrices:
         own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory)

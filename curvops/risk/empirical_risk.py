@@ -77,7 +77,7 @@ class EmpiricalRisk:
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
-        self.loss = output_loss(loss_func, reduction)
+        self.loss, self.loss_func = output_loss(loss_func, reduction), loss_func
         self.model = Model(model_func, params)
         self.space = self.model.space
         self.data = Data(data, self.space.device, batch_size_fn)

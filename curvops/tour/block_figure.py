@@ -82,6 +82,11 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
     return fig, axes
 
 
+def complete_titles(coarse: CoarseFile) -> list[str]:
+    """The titles of which there are all parts that `plot_spectra` shows."""
+    return [title for title in coarse.norms if title in coarse.masses and title in coarse.densities]
+
+
 def plot_spectra(coarse: CoarseFile, *, config: Any = None, usetex: bool = False) -> tuple[Figure, npt.NDArray[Any]]:
     """Draw the traces by group, the groups that the top eigenvectors live in, and the spectral densities.
 
@@ -99,7 +104,7 @@ def plot_spectra(coarse: CoarseFile, *, config: Any = None, usetex: bool = False
         ['Trace', 'Eigenvalue', 'Density']
         >>> plt.close(fig)
     """
-    titles = [title for title in coarse.norms if title in coarse.masses and title in coarse.densities]
+    titles = complete_titles(coarse)
     if not titles:
         raise ValueError("plot_spectra: the coarse tour has no matrix with eigenvectors and a density yet.")
     style: Style = figure_style(2, 3, usetex=usetex) if config is None else dict(config)

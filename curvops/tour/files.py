@@ -22,6 +22,19 @@ class OutputError(OSError):
     """The output folder cannot take the tour's files; the message is one line that says why."""
 
 
+@dataclass
+class Finished:
+    """What a tour has written so far: by file the titles of the matrices in it, and the files of figures and pages."""
+
+    matrices: dict[Path, list[str]] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kept = [f"{', '.join(titles)} in {path}" for path, titles in self.matrices.items()]
+        kept += [f"{len(self.figures)} figures"] * bool(self.figures)
+        return "; ".join(kept) or "nothing"
+
+
 @dataclass(frozen=True)
 class MatrixFile:
     """Matrices `[D, D]` by title, in the order in which they were computed, with what is needed to read them.

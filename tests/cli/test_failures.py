@@ -9,6 +9,8 @@ import torch
 
 from curvops.cli import main
 from curvops.cli.problem import load_problem
+from curvops.cli.results import problem_settings
+from curvops.tour.identity import differences
 
 FILE = """
 import sys
@@ -184,16 +186,15 @@ def test_what_is_asked_for_is_what_is_taken():
     assert load_problem("file.py:functional", dtype="float64").risk().space.dtype == torch.float64
 
 
-def test_the_fingerprint_is_that_of_what_is_asked():
-    def print_of(name="good", **given):
-        return load_problem(f"file.py:{name}", **given).fingerprint()
+def test_a_problem_is_known_by_what_is_asked():
+    def settings_of(name="good", **given):
+        return problem_settings(load_problem(f"file.py:{name}", **given))
 
-    first = print_of()
-    assert print_of() == first and print_of("stated")["code"] == print_of("stated")["code"]
-    changed = {key for key, value in print_of(seed=1).items() if value != first[key]}
-    assert changed == {"weights"}
-    assert {key for key, value in print_of(params=("0.*",)).items() if value != first[key]} == {"params"}
-    assert print_of("nan")["data"] != print_of("nan", batches=1)["data"] == first["data"]
+    first = settings_of()
+    assert not differences(first, settings_of()) and not differences(settings_of("stated"), settings_of("stated"))
+    assert differences(first, settings_of(seed=1)) == ["other weights"]
+    assert differences(first, settings_of(params=("0.*",))) == ["other params", "other weights", "other model"]
+    assert differences(settings_of("wide"), settings_of("wide", batches=1)) == ["other data"]
 
 
 def test_warnings_are_one_line(capsys):

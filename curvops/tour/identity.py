@@ -21,8 +21,10 @@ from curvops.files import versions
 from curvops.products.hessian import HessianLinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import STANDARD
+from curvops.tree import select, tensors_of
 
 LIBRARIES = ("curvops", "python", "torch")  # whose versions decide what is computed
+FEW = 4  # data of which a product is taken
 # from each number that the code gives to the one that its rounding goes by
 _WITNESSES = {
     "risk": "risk",
@@ -40,8 +42,8 @@ def identity(risk: EmpiricalRisk) -> dict[str, Any]:
     """What tells this problem from any other, in a form that JSON can hold; to be compared by `differences`.
 
     Device and precision; the `content`; and witnesses of what no digest sees, code that is called from somewhere: the
-    risk, the norm of its gradient g, a product H v with a fixed random unit vector v (None where it cannot be had), g · v
-    and v · H v.
+    risk, the norm of its gradient g, g · v with a fixed random unit vector v, and the norm of H v and v · H v of the first
+    few data (None where they cannot be had). Together they take little more than a gradient.
 
     Example:
         >>> from curvops.tour.setups import tiny
@@ -63,7 +65,7 @@ def identity(risk: EmpiricalRisk) -> dict[str, Any]:
         "hessian_probe": None,
     }
     try:
-        product = HessianLinearOperator.of(risk) @ probe
+        product = HessianLinearOperator.of(_beginning(risk)) @ probe
         found |= {"hessian_norm": float(product.norm()), "hessian_probe": float(product @ probe)}
     except Exception:  # whoever asks for the Hessian is told
         pass
@@ -111,6 +113,17 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     if not found and not all(_agree(name, there, here) for name in _WITNESSES):
         # the same tensors, objects and data
         found.append(f"other code: risk {there.get('risk')}, now {here.get('risk')}")
+    return found
+
+
+def _beginning(risk: EmpiricalRisk) -> EmpiricalRisk:
+    """The risk of a few data, of which a product takes little time and memory; of the first batch if it cannot be cut."""
+    with risk.walk("Content") as walk:
+        batch = next(iter(walk))
+    plain = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
+    some = slice(FEW if plain else batch.size)
+    found = risk.of_data([(select(batch.X, batch.size, some), select(batch.y, batch.size, some))])
+    found.proofs = []
     return found
 
 

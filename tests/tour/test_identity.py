@@ -96,6 +96,10 @@ TINY = 1e-13  # less than any witness tells
 CHANGES = {
     "forward code": (lambda _, patch: patch.setattr(f"{__name__}.scale", lambda x: x * x.sin()), "model"),
     "library code": (lambda _, patch: patch.setattr(nn.functional, "dropout", lambda x, *_: 2 * x), "code"),
+    "code of second order": (
+        lambda _, patch: patch.setattr(nn.functional, "dropout", lambda x, *_: x + (x - x.detach()).square()),
+        "code",
+    ),
     "weight": (put("model.weight", TINY), "weights"),
     "frozen weight": (put("model.frozen", TINY), "model"),
     "buffer": (put("model.shift", TINY), "model"),

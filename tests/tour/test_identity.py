@@ -44,7 +44,7 @@ class Net(nn.Module):
         given = (
             (x["a"] + 2 * x["b"]) * self.frozen * self.plain + self.shift + self.options["gain"] ** self.config.power
         )
-        return self.drop(scale(given) * torch.from_numpy(self.table)) @ self.weight.T
+        return self.drop((scale(given) * torch.from_numpy(self.table)) @ self.weight.T)
 
 
 class Problem:

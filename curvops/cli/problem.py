@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import Module
 from curvops.cli.failures import Failure, UserError
 from curvops.cli.find import find_function
 from curvops.losses import output_loss
-from curvops.risk.determinism import NotFiniteWarning
+from curvops.risk.determinism import NotFiniteWarning, check_deterministic
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.space import TensorSpace, describe
 from curvops.tree import map_tensors
@@ -42,9 +43,16 @@ class Problem:
         """What all operators take."""
         return self.model, self.loss, self.params, self.data
 
-    def risk(self, **options: Any) -> EmpiricalRisk:
-        """The empirical risk, of which all operators can be made."""
-        return EmpiricalRisk(*self.arguments, **{**self.options, **options})
+    @cached_property
+    def risk(self) -> EmpiricalRisk:
+        """The empirical risk, of which all operators are made."""
+        return EmpiricalRisk(*self.arguments, **self.options)
+
+    @cached_property
+    def checked_risk(self) -> EmpiricalRisk:
+        """The same, after its determinism was checked."""
+        check_deterministic(self.risk)
+        return self.risk
 
 
 class Batches:

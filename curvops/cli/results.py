@@ -20,7 +20,7 @@ Found = tuple[dict[str, Tensor], dict[str, Any]]
 
 def problem_settings(problem: Problem) -> dict[str, Any]:
     """What tells this problem from another: its names, and its `identity`."""
-    return {"problem": problem.target, "params": list(problem.params), **identity(problem.risk())}
+    return {"problem": problem.target, "params": list(problem.params), **identity(problem.risk)}
 
 
 def kept_or_computed(

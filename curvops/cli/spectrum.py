@@ -12,7 +12,7 @@ from typing import Any
 import click
 import torch
 
-from curvops.cli.matrices import KRONECKER, OPERATORS, options
+from curvops.cli.matrices import KRONECKER, operator_of, options
 from curvops.cli.problem import Problem, load_problem
 from curvops.cli.results import Found, kept_or_computed, problem_settings
 from curvops.cli.session import Session, json_text
@@ -44,7 +44,7 @@ def run(
     settings |= problem_settings(problem)
     document: dict[str, Any] = {"problem": problem.target, "output": str(folder), "settings": settings, "matrices": {}}
     for name in matrices:
-        own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory)
+        own = options(name, seed=seed, fisher_type=fisher_type, memory=memory)
         one = _Matrix(session, folder, name, problem, own, settings, fresh)
         pairs = one.eigenpairs()
         note = _note(pairs, which, one.exact)
@@ -75,8 +75,8 @@ class _Matrix:
 
     @cached_property
     def operator(self) -> Any:
-        """Made only where something is computed: it walks the data to be checked."""
-        return OPERATORS[self.name](*self.problem.arguments, **self.options)
+        """Made only where something is computed: the first one walks the data to be checked."""
+        return operator_of(self.name, self.problem, **self.options)
 
     @property
     def exact(self) -> str:

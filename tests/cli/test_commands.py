@@ -12,6 +12,7 @@ import curvops
 from curvops.cli import main
 from curvops.cli.commands import MATRICES
 from curvops.cli.commands import curvops as group
+from curvops.cli.matrices import OPERATORS as KNOWN
 from curvops.files import read_tensors
 from curvops.tour import OPERATORS, load_matrices
 
@@ -112,7 +113,7 @@ def test_the_tour_of_checkpoints(target, capsys, monkeypatch):
 
 def test_explain_takes_one_batch(target, capsys):
     found, _ = document(capsys, "explain", target, "--params", "2.*", "--dtype", "float64")
-    assert list(found["matrices"]) == list(MATRICES)
+    assert list(found["matrices"]) == list(MATRICES) == list(KNOWN)
     assert found["matrices"]["hessian"]["shape"] == [9, 9]
     assert found["matrices"]["hessian"]["rows"]["products"]["choice"] == "reverse over reverse"
     assert [row["names"] for row in found["matrices"]["kfac"]["rows"]] == [["2.weight"], ["2.bias"]]
@@ -170,7 +171,7 @@ def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
         raise AssertionError("computed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(curvops.GGNLinearOperator, "__init__", never)
+        patch.setattr(curvops.GGNLinearOperator, "of", never)
         again, errors = document(capsys, *asked)
         assert again == first and errors.count("is not computed again") == 2
         assert main([*asked, "--fresh"]) == 1 and "computed" in capsys.readouterr().err
@@ -247,6 +248,16 @@ def test_nothing_of_another_problem_is_served(changed, command, target, capsys, 
         Path("helpers.py").write_text(helpers.replace("cos", "sin"))
     error = found(1)
     assert "was computed with other settings" in error and "not computed again" not in error
+
+
+def test_all_matrices_of_a_run_are_checked_by_one_pair_of_passes(target, capsys, monkeypatch):
+    passes = []
+    walk = curvops.EmpiricalRisk.walk
+    monkeypatch.setattr(curvops.EmpiricalRisk, "walk", lambda self, title: passes.append(title) or walk(self, title))
+    assert main(["spectrum", target, "--matrix", "hessian,ggn,ef,kfac", "--no-density"]) == 0
+    # of the first few data a product tells problems apart
+    assert passes.count("Determinism check") == 2 and passes.count("Content") == 2
+    assert passes.count("Risk") == 1
 
 
 def test_an_interrupted_run_goes_on(target, capsys, monkeypatch):

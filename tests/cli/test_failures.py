@@ -179,11 +179,11 @@ def test_what_is_asked_for_is_what_is_taken():
     assert {p.dtype for p in problem.params.values()} == {X.dtype for X, _ in problem.data} == {torch.float64}
     assert torch.equal(problem.params["0.bias"], load_problem("file.py:wide", seed=3).params["0.bias"].double())
     assert not torch.equal(problem.params["0.bias"], load_problem("file.py:wide").params["0.bias"].double())
-    assert float(problem.risk().value()) > 0 and torch.get_num_threads() == 1
+    assert float(problem.risk.value()) > 0 and torch.get_num_threads() == 1
     assert len(load_problem("file.py:pair").data) == 1
-    assert load_problem("file.py:stated").risk().loss.reduction == "mean"
-    assert load_problem("file.py:frozen", params=("*.bias",)).risk().space.dim == 5
-    assert load_problem("file.py:functional", dtype="float64").risk().space.dtype == torch.float64
+    assert load_problem("file.py:stated").risk.loss.reduction == "mean"
+    assert load_problem("file.py:frozen", params=("*.bias",)).risk.space.dim == 5
+    assert load_problem("file.py:functional", dtype="float64").risk.space.dtype == torch.float64
 
 
 def test_a_problem_is_known_by_what_is_asked():

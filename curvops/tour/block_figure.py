@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.figure import make_room, plot_matrices
+from curvops.tour.figure import explain_mark, plot_matrices
 from curvops.tour.groups import module_groups
 from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
@@ -78,7 +78,8 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
     for ax, doubt in zip(axes.flat, doubtful, strict=False):
         _cross(ax, doubt)
     if any(bool(doubt.any()) for doubt in doubtful):
-        _explain_crosses(fig, axes)
+        cross = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="error > ½ norm")
+        explain_mark(fig, axes, cross, "left")
     return fig, axes
 
 
@@ -138,25 +139,6 @@ def _cross(ax: Axes, doubt: Tensor) -> None:
     size = min(max(0.4 * float(points), 1.5), 5.0)
     for width, color in ((1.1, "white"), (0.5, "black")):  # seen on dark and on light blocks
         ax.plot(columns.numpy(), rows.numpy(), "x", ms=size, mew=width, color=color, zorder=3)
-
-
-def _explain_crosses(fig: Figure, axes: npt.NDArray[Any]) -> None:
-    """Say below the panels at the left what crosses mean."""
-    label: Any = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
-    mark = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="error > ½ norm")
-    legend = fig.legend(
-        handles=[mark],
-        loc="lower left",
-        bbox_to_anchor=(axes[-1, 0].get_position().x0, label.get_position()[1]),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.0,
-        handletextpad=0.3,
-        prop={"family": label.get_fontfamily(), "size": label.get_fontsize() - 1},
-    )
-    legend.set_in_layout(False)
-    make_room(fig, legend)
 
 
 def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse, with_part
 from curvops.tour.facts import facts
 from curvops.tour.files import Finished, prepare_output
-from curvops.tour.groups import module_groups
+from curvops.tour.groups import Groups, sizes_of
 from curvops.tour.identity import differences
 from curvops.tour.matrices import OPERATORS, refusals
 from curvops.tour.meter import Cost, measured
@@ -61,7 +60,7 @@ def coarse_tour(
     path: str | Path | None = None,
     *,
     titles: Sequence[str] = tuple(OPERATORS),
-    groups: Mapping[str, int] | int | str = "modules",
+    groups: Groups = "modules",
     effort: Effort = Effort(),
     mc_samples: int = 1,
     seed: int = 0,
@@ -89,8 +88,8 @@ def coarse_tour(
         path: The file.
         titles: Some of `OPERATORS`, in the order in which they are computed.
         groups: Rows that belong together: ``"modules"`` for modules, of which near ones are put together until there are
-            at most 40; a depth of module names, such as 1 for the model's children; ``"tensors"``; or a mapping from
-            label to number of consecutive parameters (entries).
+            at most 40; a depth of module names, such as 1 for the model's children; ``"tensors"``; or numbers of
+            consecutive parameters (entries), by label or in order.
         effort: Numbers of products.
         mc_samples: Monte-Carlo samples of the MC-Fisher, and of KFAC and EKFAC where a loss term has more than 16 classes
             (their exact output factor has one column for each).
@@ -122,7 +121,7 @@ def coarse_tour(
     shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     begun = CoarseFile(
         parameters=shapes,
-        groups=group_sizes(groups, shapes),
+        groups=sizes_of(groups, risk.space.dim, shapes, most=MOST),
         settings={
             **(facts(risk) if known is None else known),
             "seed": seed,
@@ -145,32 +144,6 @@ def coarse_tour(
             if line:
                 say(line)
     return run.coarse
-
-
-def group_sizes(groups: Mapping[str, int] | int | str, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return the number of parameters of each group, in the order of the rows; see `coarse_tour`.
-
-    Example:
-        >>> group_sizes("tensors", {"0.weight": (2, 3), "0.bias": (2,)})
-        {'0.weight': 6, '0.bias': 2}
-    """
-    sizes = {name: size for name, shape in shapes.items() if (size := math.prod(shape))}
-    if groups == "modules":
-        return {name: size for name, size in module_groups(shapes, most=MOST).items() if size}
-    if groups == "tensors":
-        return sizes
-    if isinstance(groups, int) and not isinstance(groups, bool):
-        return {name: size for name, size in module_groups(shapes, groups).items() if size}
-    if not isinstance(groups, Mapping):
-        raise ValueError(
-            f"groups: expected 'modules', 'tensors', a depth or a mapping from label to size, got {groups!r}."
-        )
-    if any(size < 1 for size in groups.values()) or sum(groups.values()) != sum(sizes.values()):
-        raise ValueError(
-            f"groups: expected positive sizes that sum to the {sum(sizes.values())} parameters, got "
-            f"{dict(groups)}, which sum to {sum(groups.values())}."
-        )
-    return dict(groups)
 
 
 class _Run:

@@ -28,7 +28,7 @@ from curvops.tour import (
     save_matrices,
     tutorial,
 )
-from curvops.tour.coarse import group_sizes
+from curvops.tour.groups import sizes_of
 from curvops.tour.matrices import each_matrix
 from curvops.tour.setups import tiny
 from curvops.tour.table import table
@@ -45,7 +45,7 @@ def risk_of(name):
         return setup.risk(), setup.groups
     model, X, y, loss = copy.deepcopy(ZOO["gpt_with_positions"].build())
     risk = EmpiricalRisk(model.double(), loss, dict(model.named_parameters()), [(X, y)])
-    return risk, group_sizes("modules", risk.space.shapes)
+    return risk, sizes_of("modules", risk.space.dim, risk.space.shapes, most=40)
 
 
 @cache
@@ -168,13 +168,13 @@ def test_refusals(tmp_path):
     risk, shapes = tiny().risk(), {"a.weight": (2, 3), "a.bias": (2,), "b.weight": (4,)}
     with pytest.raises(ValueError, match=r"titles must be some of .*got \['Hesse'\]"):
         coarse_tour(risk, titles=["Hesse"])
-    with pytest.raises(ValueError, match=r"positive sizes that sum to the 12 parameters, got .*which sum to 3"):
+    with pytest.raises(ValueError, match=r"the group sizes \[3\] sum to 3, the matrices have 12 rows"):
         coarse_tour(risk, groups={"a": 3})
-    with pytest.raises(ValueError, match="expected 'modules', 'tensors', a depth or a mapping"):
-        group_sizes("layers", shapes)
-    assert group_sizes("tensors", shapes) == {"a.weight": 6, "a.bias": 2, "b.weight": 4}
-    assert group_sizes("modules", shapes) == group_sizes(1, shapes) == {"a": 8, "b": 4}
-    assert group_sizes("modules", {**shapes, "c.weight": (0, 3)}) == {"a": 8, "b": 4}
+    with pytest.raises(TypeError, match=r"expected sizes, a mapping from label to size, .* got 'layers'"):
+        coarse_tour(risk, groups="layers")
+    assert sizes_of("tensors", 12, shapes) == {"a.weight": 6, "a.bias": 2, "b.weight": 4}
+    assert sizes_of("modules", 12, shapes) == sizes_of(1, 12, shapes) == {"a": 8, "b": 4}
+    assert sizes_of("modules", 12, {**shapes, "c.weight": (0, 3)}) == {"a": 8, "b": 4}
     with pytest.raises(ValueError, match="block_products must be an integer ≥ 2, got 1"):
         Effort(block_products=1)
     (tmp_path / "file").touch()

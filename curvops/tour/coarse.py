@@ -118,6 +118,8 @@ def coarse_tour(
     unknown = [title for title in titles if title not in OPERATORS]
     if unknown or not titles:
         raise ValueError(f"coarse_tour: titles must be some of {list(OPERATORS)}, got {list(titles)}.")
+    if path is not None:
+        prepare_output(Path(path).parent, 0)
     shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     begun = CoarseFile(
         parameters=shapes,
@@ -165,7 +167,6 @@ class _Run:
     def begin(self, path: Path, resume: bool, say: Say) -> None:
         """Save to a file from now on, and go on with what is there if it is of the same problem and settings."""
         self._path = path
-        prepare_output(path.parent, 0)
         if not path.is_file():
             return
         if not resume:

@@ -105,14 +105,15 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for name in [name for name in {**there, **here} if name not in _WITNESSES]:
         before, now = there.get(name), here.get(name)
         if name == "content":
-            before, now = before or {}, now or {}
-            found += [f"other {part}" for part in {**before, **now} if before.get(part) != now.get(part)]
+            known = before if isinstance(before, Mapping) else {}
+            parts = {**known, **here["content"]}
+            found += [f"other {part}" for part in parts if known.get(part) != here["content"].get(part)]
         elif before != now:
             short = all(isinstance(value, (int, float, str, type(None))) for value in (before, now))
             found.append(f"{name} {before}, now {now}" if short else f"other {name}")
-    if not found and not all(_agree(name, there, here) for name in _WITNESSES):
-        # the same tensors, objects and data
-        found.append(f"other code: risk {there.get('risk')}, now {here.get('risk')}")
+    if not found:  # the same tensors, objects and data
+        moved = [name for name in _WITNESSES if not _agree(name, there, here)]
+        found += [f"other code: {name} {there.get(name)}, now {here.get(name)}" for name in moved[:1]]
     return found
 
 
@@ -128,11 +129,11 @@ def _beginning(risk: EmpiricalRisk) -> EmpiricalRisk:
 
 
 def _agree(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    before, now = there.get(name), here.get(name)
-    if before is None or now is None:
-        return before is now
+    before, now, scale = there.get(name), here.get(name), here.get(_WITNESSES[name])
+    if before is None or now is None or scale is None:
+        return before is now is None
     rounding = torch.finfo(getattr(torch, here["dtype"])).eps ** 0.7  # 1e-5 in single precision, 1e-11 in double
-    return abs(before - now) <= rounding * abs(here[_WITNESSES[name]])
+    return abs(before - now) <= rounding * abs(scale)
 
 
 def _digest(*values: Any, named: Mapping[int, str] | None = None) -> bytes:

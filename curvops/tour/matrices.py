@@ -88,7 +88,9 @@ def refusals(refused: dict[str, Exception] | None, name: str) -> Iterator[None]:
             raise
         refused[name] = error
         cause: BaseException | None = error
-        while cause is not None:
+        seen: list[BaseException] = []
+        while cause is not None and cause not in seen:
+            seen.append(cause)
             clear_frames(cause.__traceback__)
             cause = cause.__cause__ or cause.__context__
         # neither this frame nor the body's, which goes on and holds what it likes

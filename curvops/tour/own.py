@@ -85,7 +85,8 @@ def tour(
         memory_budget: Bytes that the matrices may take; a quarter of the free memory if not given.
         check_deterministic: Compare two passes over the data first.
         progressbar: Show what is computed: lines on stderr, and bars on a terminal or in a notebook.
-        resume: Keep the matrices that a file in `output` has of the same model, data and seed by the same versions.
+        resume: Keep what a file in `output` has of the same model, loss, data and seed by the same versions. Any change of a
+            tensor, a mode, an attribute or the data, and any of the code that risk or derivatives show, means anew.
         finished: Is filled in with what is written, for a caller that may be interrupted.
         say: Takes the lines about what is computed; by default they go to stderr.
         reduction: `"mean"` or `"sum"`, for losses that do not say it themselves.
@@ -314,7 +315,7 @@ def _folders(labels: Iterable[Any]) -> dict[str, str]:
     taken = {name: f"the tour's own file {name!r}" for name in (PAGE, FILM)}
     for label in labels:
         folder = str(label).replace("/", "-").replace("\\", "-")
-        if folder.strip() in ("", ".", "..") or "\0" in folder:
+        if folder.strip() in ("", ".", "..") or "\0" in folder or len(folder.encode()) > 255:
             raise ValueError(f"tour_checkpoints: the label {label!r} names no folder. Give it another one.")
         # some file systems tell no cases apart
         if other := taken.get(folder.casefold()):

@@ -34,7 +34,7 @@ def table(
     for title in file.norms if isinstance(file, CoarseFile) else file.matrices:
         cells = _of_blocks(file, title) if isinstance(file, CoarseFile) else _of_matrix(file, title)
         lines.append(f"{title:<26}{_cells(file.costs.get(title, Cost()))}{cells}")
-    lines += [f"{title:<26}not computed: {reason}" for title, reason in refused.items()]
+    lines += [f"{title:<25} not computed: {reason}" for title, reason in refused.items()]
     sums = {"all matrices": sum(cost.seconds for cost in file.costs.values()), **(drawing or {})}
     return "\n".join([*lines, *(f"{name:<26}{seconds:>9.3f}" for name, seconds in sums.items())])
 

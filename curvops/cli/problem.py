@@ -19,7 +19,7 @@ from curvops.cli.failures import Failure, UserError
 from curvops.cli.find import find_function
 from curvops.losses import output_loss
 from curvops.risk.determinism import NotFiniteWarning, check_deterministic
-from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
+from curvops.risk.empirical_risk import EmpiricalRisk, ProblemOptions
 from curvops.space import TensorSpace, describe
 from curvops.tree import map_tensors
 
@@ -138,7 +138,7 @@ def find_device(text: str) -> torch.device:
 
 def _parts(target: str, given: Any) -> tuple[Any, Any, Any, dict[str, Tensor], dict[str, Any]]:
     if isinstance(given, Mapping):
-        known = [*_NAMES, *(name for name in RiskOptions.__annotations__ if name != "progressbar")]
+        known = [*_NAMES, *(name for name in ProblemOptions.__annotations__ if name != "progressbar")]
         if unknown := [key for key in given if key not in known]:
             raise TypeError(
                 f"{target!r} returned a dict with unknown keys {describe(unknown)}; there are {', '.join(known)}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.rows import Pass, Rows
+from curvops.kronecker.shares import summed
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
@@ -65,8 +67,20 @@ class Collection:
                 for group, gradients in found.gradients():
                     wholes.add(group, gradients)
                 del found  # its graph is gone before the next one grows
-            if not sweep.grouping.again:
+            if (self.planned and not sweep.grouping.again) or (not self.planned and sweep.agree()):
                 return consumer, wholes.entries()
+
+    def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:
+        """Entries over the data of all processes that share them."""
+        sweep = self.sweep
+        reduces = sweep.options.kfac_approx == "reduce"
+        return summed(sweep.risk.ranks, sweep.grouping.groups, entries, sweep.data, reduces)
+
+    def add_all(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, of the same shapes in all processes that share the data, by their sums over these."""
+        ranks = self.sweep.risk.ranks
+        ranks.meet(f"{self.title}: {len(tensors)} sums")
+        ranks.add_all(tensors)
 
     def again(self, title: str) -> Iterator[tuple[Key, Sequence[Rows]]]:
         """The rows of each linear group in each forward pass once more, for some or all of its backward passes."""

@@ -34,6 +34,7 @@ class KFACLinearOperator(KroneckerOperator):
         check_deterministic: Compare two passes over the data before anything is computed.
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
+        process_group: Processes of `torch.distributed` that pass a share of the data each; see `EmpiricalRisk`.
         fisher_type: ``"type-2"`` (all columns of the output Hessian's root), ``"mc"`` (gradients at sampled
             labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity). ``"mc"`` if not given, for
             `GGNDiagonalLinearOperator` ``"type-2"``.
@@ -64,7 +65,7 @@ class KFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection))
-        return {**factors.entries(collection.sweep.data), **wholes}
+        return collection.summed({**factors.entries(collection.sweep.data), **wholes})
 
 
 class EKFACLinearOperator(KroneckerOperator):
@@ -80,7 +81,7 @@ class EKFACLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx``, ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch
@@ -98,11 +99,13 @@ class EKFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-        diagonals = _diagonals(factors.entries(collection.sweep.data), collection)
+        entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
+        diagonals = _diagonals(entries, collection)
         for key, uses in collection.again("correction"):
             if key in diagonals:
                 diagonals[key].add(uses)
-        return {**{key: diagonal.entry() for key, diagonal in diagonals.items()}, **wholes}
+        collection.add_all([diagonal.total for diagonal in diagonals.values()])
+        return {**entries, **{key: diagonal.entry() for key, diagonal in diagonals.items()}}
 
 
 def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, BasisDiagonal]:
@@ -120,7 +123,7 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
         return len(factors) - 1
 
     places, groups = {}, collection.sweep.grouping.groups
-    for key in list(entries):
+    for key in [key for key in entries if groups[key].kind == "linear"]:
         block = entries.pop(key).block(1.0)
         if isinstance(block, KroneckerBlock):
             label = f"block of {describe(groups[key].names)}"

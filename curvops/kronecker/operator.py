@@ -226,7 +226,10 @@ class KroneckerOperator(StateOperator):
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs
         collection = Collection(sweep, type(self).__name__, planned)
-        with torch.inference_mode(False), risk.evaluation():
+        with risk.ranks.together(), torch.inference_mode(False), risk.evaluation():
+            if not (planned or risk.ranks.alone):
+                risk.ranks.meet(f"{collection.title}, {options.settings}, seed {options.seed}", risk.state)
+                risk.start(collection.title)
             entries = self._compute(collection)
         groups = [(group, entries[key]) for key, group in sweep.grouping.groups.items() if key in entries]
         count = 1.0 if planned else 1.0 / sweep.constant

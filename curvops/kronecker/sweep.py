@@ -16,6 +16,7 @@ from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass
+from curvops.kronecker.shares import agree
 from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
 from curvops.kronecker.uses import LinearUse, Use
@@ -66,8 +67,16 @@ class Sweep:
         self._reset()
         self._marks: list[tuple[float, ...]] = []
         yield from self._passes(title, together, mark=self._marks.append if more else None)
-        if not self.grouping.again:
+
+    def agree(self) -> bool:
+        """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
+        if self.grouping.again:
+            return False  # alone: several processes walk until their own data fit
+        self._steps.join()
+        agreed = agree(self.risk.ranks, self.grouping, self.whole)
+        if agreed:
             self.constant = self._steps.constant
+        return agreed
 
     def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
         """The same passes once more, without those of some batches at the beginning."""
@@ -109,7 +118,7 @@ class Sweep:
         self, title: str, together: int, skip: int = 0, mark: Callable[[tuple[float, ...]], None] | None = None
     ) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
-        with closing(self.risk.data.walk()) as batches:
+        with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
             self._steps = Walk(self.risk, batches, title)
             for place, batch in enumerate(self._steps):
                 if self._streamed:

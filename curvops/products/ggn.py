@@ -199,7 +199,7 @@ class GGNLinearOperator(OutputFactorOperator):
         mc_samples: Number of sampled labels a loss term; 0 for the exact matrix.
         seed: Seed of the samples.
         check_deterministic, memory_budget: As there.
-        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as there.
+        options: ``reduction``, ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Raises:
         ValueError: If ``mc_samples`` is negative.
@@ -240,6 +240,10 @@ class GGNLinearOperator(OutputFactorOperator):
     def _is_psd(self) -> bool:
         return self.mc_samples > 0 or self.risk.loss.psd
 
+    @property
+    def _by_place(self) -> str:
+        return f"{self.mc_samples} samples, seed {self.seed}" if self.mc_samples else ""
+
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         if self.mc_samples:
             return curvature.factor("mc", self.mc_samples, Noise(self.seed, start))
@@ -258,7 +262,7 @@ class EFLinearOperator(OutputFactorOperator):
     Args:
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `HessianLinearOperator`.
         check_deterministic, memory_budget: As there.
-        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as there.
+        options: ``reduction``, ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch

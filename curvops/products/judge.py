@@ -133,7 +133,9 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     if risk.space.dim > LARGEST:
         return long
     with risk.evaluation(), closing(risk.data.walk()) as batches:
-        batch = next(batches)
+        batch = next(batches, None)
+    if batch is None:
+        return Verdict(None, "this process has no data")
     # about a gradient of the whole batch, where it has many data
     cut = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
     few = max(1, min(DATA, batch.size // 8)) if cut else batch.size

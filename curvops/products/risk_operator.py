@@ -112,7 +112,9 @@ class RiskOperator(LinearOperator):
         """
         with _LOCK:
             if not self._open:
-                self._kept = Kept(self.risk, self.name, self._begin, self._hold, self._budget, self.account)
+                self._kept = Kept(
+                    self.risk, self.name, self._by_place, self._begin, self._hold, self._budget, self.account
+                )
             self._open += 1
         try:
             yield self
@@ -139,6 +141,11 @@ class RiskOperator(LinearOperator):
     def _judge(self) -> tuple[str, str]:
         """Compare this operator's kind of derivative with central differences; the verdict, and its reason."""
         return "not judged", ""
+
+    @property
+    def _by_place(self) -> str:
+        """What belongs to the data's places, such as random numbers."""
+        return ""
 
     @abstractmethod
     def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> BatchProduct:
@@ -209,7 +216,7 @@ class RiskOperator(LinearOperator):
                 flush()
             waiting.append(product)
 
-        return self.risk.sum_over_data(self.name, total, add, flush)
+        return self.risk.sum_over_data(self.name, total, add, flush, vectors=rows, by_place=self._by_place)
 
     def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
         if rows is None:
@@ -275,4 +282,5 @@ class CrossOperator(LinearOperator):
             for sums, v in zip(total, vectors.T, strict=True):
                 rows.join(product(v), sums)
 
-        return risk.sum_over_data(self.name, total, add).T.to(rows.dtype)
+        by_place = self.operator._by_place
+        return risk.sum_over_data(self.name, total, add, vectors=vectors, by_place=by_place).T.to(rows.dtype)

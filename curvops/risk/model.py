@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.description import described
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 
@@ -59,10 +60,16 @@ class Model:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, those of ``params`` too, and buffers."""
+        """Parameters and buffers, each once: those of ``params`` under their names there."""
         own = ((m, n, t) for m in self._modules() for n, t in {**m._parameters, **m._buffers}.items())
         named = {f"{type(m).__name__}.{n} {k}": t for k, (m, n, t) in enumerate(own) if t is not None}
-        return named | self.params
+        unique = {id(tensor): name for name, tensor in {**named, **self.params}.items()}
+        return {name: tensor for name, tensor in {**self.params, **named}.items() if unique[id(tensor)] == name}
+
+    @property
+    def description(self) -> str:
+        """What it is, in words that are the same in another process."""
+        return described(self._searched)
 
     def __call__(self, X: Any) -> Tensor:
         """Output of the model as it stands.

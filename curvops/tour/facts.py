@@ -35,6 +35,7 @@ def facts(risk: EmpiricalRisk) -> dict[str, Any]:
                 z = risk.forward(batch.X)
             curvature = walk.curvature(z, batch)
             terms, width = terms + curvature.num_terms, max(width, curvature.width)
+        walk.join()
         constant, number = walk.constant, walk.size
     return {
         "loss": risk.loss.name,

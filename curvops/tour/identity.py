@@ -80,18 +80,23 @@ def content(risk: EmpiricalRisk) -> dict[str, str]:
     of the function; of the data also keys, order and cut into batches.
     """
     cut = hashlib.blake2b(digest_size=16)
+    model = risk.model.function if risk.model.module is None else risk.model.module
+    known = versions()
     with risk.walk("Content") as walk:
         for batch in walk:
             cut.update(_digest(batch.X, batch.y, batch.size))
-    model = risk.model.function if risk.model.module is None else risk.model.module
-    known = versions()
-    return {
-        "weights": _digest(risk.params).hex(),
-        "model": _digest(model, named={id(tensor): name for name, tensor in risk.params.items()}).hex(),
-        "loss": _digest(risk.loss_func, risk.loss.reduction).hex(),
-        "data": cut.hexdigest(),
-        "versions": ", ".join(f"{name} {known.get(name, 'unknown')}" for name in LIBRARIES),
-    }
+        own = {
+            "weights": _digest(risk.params).hex(),
+            "model": _digest(model, named={id(tensor): name for name, tensor in risk.params.items()}).hex(),
+            "loss": _digest(risk.loss_func, risk.loss.reduction).hex(),
+            "data": cut.hexdigest(),
+            "versions": ", ".join(f"{name} {known.get(name, 'unknown')}" for name in LIBRARIES),
+        }
+        walk.join()
+        if risk.ranks.alone:
+            return own
+        shares = risk.ranks.gather(own)  # so that all processes decide alike
+    return {name: _digest([share[name] for share in shares]).hex() for name in own}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -120,7 +125,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def _beginning(risk: EmpiricalRisk) -> EmpiricalRisk:
     """The risk of a few data, of which a product takes little time and memory; of the first batch if it cannot be cut."""
     with risk.walk("Content") as walk:
-        batch = next(iter(walk))
+        batch = next(iter(walk), None)
+    if batch is None:  # an empty share of the data
+        return risk.of_data([])
     plain = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
     some = slice(FEW if plain else batch.size)
     found = risk.of_data([(select(batch.X, batch.size, some), select(batch.y, batch.size, some))])

@@ -1,0 +1,54 @@
+"""Started by torchrun: computes each case with the data shared, and reports the differences from what one process found."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import BATCHES, SHARES, cases, others, values, wanted
+from problems import PROBLEMS
+
+
+def difference(found: Any, expected: Any) -> float | str:
+    """The largest difference relative to the largest entry, or what is wrong."""
+    if isinstance(found, str) or isinstance(expected, str):
+        # other batches may be the first to be refused
+        return 0.0 if str(found).split(":")[0] == str(expected).split(":")[0] else f"{found}, alone {expected}"
+    errors = [0.0]
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            return f"{key}: {tuple(tensor.shape)}, alone {tuple(expected[key].shape)}"
+        scale = float(expected[key].abs().max()) or 1.0
+        errors.append(float((tensor - expected[key]).abs().max().nan_to_num(1.0)) / scale)
+        same = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(same, tensor.contiguous())
+        if not all(torch.equal(other, tensor) for other in same):
+            return f"{key}: other bits in another process"
+    return max(errors)
+
+
+def main(references: str, report: str) -> None:
+    dist.init_process_group("gloo")
+    rank, group = dist.get_rank(), dist.group.WORLD
+    expected = torch.load(references, weights_only=True)
+    found: dict[str, float | str] = {}
+    for how, shares in SHARES[dist.get_world_size()].items():
+        for name, make, p in cases():
+            if not wanted(name, how):
+                continue
+            data = [p.data(*BATCHES)[k] for k in shares[rank]]
+            found[f"{how}: {name}"] = difference(values(name, make, p, data, process_group=group), expected[name])
+        p = PROBLEMS["mlp"]()
+        data = [p.data(*BATCHES)[k] for k in shares[rank]]
+        found[f"{how}: others"] = difference(others(p, data, process_group=group), expected["others"])
+    if rank == 0:
+        Path(report).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(*sys.argv[1:])

@@ -253,7 +253,9 @@ def test_nothing_of_another_problem_is_served(changed, command, target, capsys, 
 def test_all_matrices_of_a_run_are_checked_by_one_pair_of_passes(target, capsys, monkeypatch):
     passes = []
     walk = curvops.EmpiricalRisk.walk
-    monkeypatch.setattr(curvops.EmpiricalRisk, "walk", lambda self, title: passes.append(title) or walk(self, title))
+    monkeypatch.setattr(
+        curvops.EmpiricalRisk, "walk", lambda self, *given: passes.append(given[0]) or walk(self, *given)
+    )
     assert main(["spectrum", target, "--matrix", "hessian,ggn,ef,kfac", "--no-density"]) == 0
     # of the first few data a product tells problems apart
     assert passes.count("Determinism check") == 2 and passes.count("Content") == 2

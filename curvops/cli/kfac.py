@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from curvops.cli.failures import Failure
-from curvops.cli.matrices import OPERATORS, options
+from curvops.cli.matrices import operator_of, options
 from curvops.cli.problem import load_problem
-from curvops.cli.results import expect_same
+from curvops.cli.results import expect_same, problem_settings
 from curvops.cli.session import Session, json_text
 from curvops.files import digest, replace_atomically
 from curvops.tour.files import prepare_output
@@ -25,17 +25,17 @@ def run(
     """Compute, save and explain; what is there with the same settings is shown only."""
     problem = load_problem(target, seed=seed, **given)
     name = "ekfac" if ekfac else "kfac"
-    own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory) | {"kfac_approx": approximation}
+    own = options(name, seed=seed, fisher_type=fisher_type, memory=memory) | {"kfac_approx": approximation}
     asked = {"matrix": name, "fisher_type": fisher_type, "approximation": approximation, "seed": seed}
-    settings = {**asked, **problem.fingerprint()}
+    settings = {**asked, **problem_settings(problem)}
     path = Path(output) / f"{name}.safetensors"
     beside = path.with_suffix(".json")  # what the file itself does not say
     document = None if fresh else _kept(path, beside, settings)
     if document is None:
         prepare_output(output, 0)
-        own |= {"progressbar": sys.stderr.isatty()}
+        problem.risk.progressbar = sys.stderr.isatty()
         start = time.perf_counter()
-        operator = OPERATORS[name](*problem.arguments, **own)
+        operator = operator_of(name, problem, **own)
         seconds = time.perf_counter() - start
         explanation = operator.explain()
         document = {

@@ -13,9 +13,9 @@ import click
 import matplotlib.pyplot as plt
 import torch
 
-from curvops.cli.matrices import KRONECKER, OPERATORS, options
+from curvops.cli.matrices import KRONECKER, operator_of, options
 from curvops.cli.problem import Problem, load_problem
-from curvops.cli.results import Found, kept_or_computed
+from curvops.cli.results import Found, kept_or_computed, problem_settings
 from curvops.cli.session import Session, json_text
 from curvops.files import replace_atomically
 from curvops.plots import plot_spectral_density
@@ -42,10 +42,10 @@ def run(
         raise click.UsageError(f"-k: the matrix has {D:,} eigenvalues, one for each parameter; got {k:,}")
     folder = prepare_output(output, 0)
     settings = {"k": min(5, D) if k is None else k, "which": which, "fisher_type": fisher_type, "seed": seed}
-    settings |= problem.fingerprint()
+    settings |= problem_settings(problem)
     document: dict[str, Any] = {"problem": problem.target, "output": str(folder), "settings": settings, "matrices": {}}
     for name in matrices:
-        own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory)
+        own = options(name, seed=seed, fisher_type=fisher_type, memory=memory)
         one = _Matrix(session, folder, name, problem, own, settings, fresh)
         pairs = one.eigenpairs()
         note = _note(pairs, which, one.exact)
@@ -76,8 +76,8 @@ class _Matrix:
 
     @cached_property
     def operator(self) -> Any:
-        """Made only where something is computed: it walks the data to be checked."""
-        return OPERATORS[self.name](*self.problem.arguments, **self.options)
+        """Made only where something is computed: the first one walks the data to be checked."""
+        return operator_of(self.name, self.problem, **self.options)
 
     @property
     def exact(self) -> str:

@@ -12,8 +12,8 @@ import torch
 from curvops.cli.commands import SETUPS
 from curvops.cli.problem import find_device, load_problem
 from curvops.cli.session import Session
-from curvops.tour.compute import Finished, Tour
-from curvops.tour.files import load_matrices
+from curvops.tour.compute import Tour
+from curvops.tour.files import Finished, load_matrices
 from curvops.tour.own import TourOptions, tour, tour_checkpoints
 from curvops.tour.run import run_tour
 

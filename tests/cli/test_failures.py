@@ -12,6 +12,8 @@ import torch
 import curvops
 from curvops.cli import main
 from curvops.cli.problem import load_problem
+from curvops.cli.results import problem_settings
+from curvops.tour.identity import differences
 
 FILE = """
 import sys
@@ -195,23 +197,22 @@ def test_what_is_asked_for_is_what_is_taken():
     assert {p.dtype for p in problem.params.values()} == {X.dtype for X, _ in problem.data} == {torch.float64}
     assert torch.equal(problem.params["0.bias"], load_problem("file.py:wide", seed=3).params["0.bias"].double())
     assert not torch.equal(problem.params["0.bias"], load_problem("file.py:wide").params["0.bias"].double())
-    assert float(problem.risk().value()) > 0 and torch.get_num_threads() == 2
+    assert float(problem.risk.value()) > 0 and torch.get_num_threads() == 2
     assert len(load_problem("file.py:pair").data) == 1
-    assert load_problem("file.py:stated").risk().loss.reduction == "mean"
-    assert load_problem("file.py:frozen", params=("*.bias",)).risk().space.dim == 5
-    assert load_problem("file.py:functional", dtype="float64").risk().space.dtype == torch.float64
+    assert load_problem("file.py:stated").risk.loss.reduction == "mean"
+    assert load_problem("file.py:frozen", params=("*.bias",)).risk.space.dim == 5
+    assert load_problem("file.py:functional", dtype="float64").risk.space.dtype == torch.float64
 
 
-def test_the_fingerprint_is_that_of_what_is_asked():
-    def print_of(name="good", **given):
-        return load_problem(f"file.py:{name}", **given).fingerprint()
+def test_a_problem_is_known_by_what_is_asked():
+    def settings_of(name="good", **given):
+        return problem_settings(load_problem(f"file.py:{name}", **given))
 
-    first = print_of()
-    assert print_of() == first and print_of("stated")["code"] == print_of("stated")["code"]
-    changed = {key for key, value in print_of(seed=1).items() if value != first[key]}
-    assert changed == {"weights"}
-    assert {key for key, value in print_of(params=("0.*",)).items() if value != first[key]} == {"params"}
-    assert print_of("nan")["data"] != print_of("nan", batches=1)["data"] == first["data"]
+    first = settings_of()
+    assert not differences(first, settings_of()) and not differences(settings_of("stated"), settings_of("stated"))
+    assert differences(first, settings_of(seed=1)) == ["other weights"]
+    assert differences(first, settings_of(params=("0.*",))) == ["other params", "other weights", "other model"]
+    assert differences(settings_of("wide"), settings_of("wide", batches=1)) == ["other data"]
 
 
 def test_warnings_are_one_line(capsys):

@@ -223,7 +223,7 @@ class _Run:
     def keep(self, title: str, fields: Mapping[str, Any]) -> None:
         """Take in, and save, fields of a matrix."""
         self.coarse = with_part(self.coarse, title, fields)
-        if self._path is not None:
+        if self._path is not None and not self._risk.ranks.rank:  # the first process writes
             save_coarse(self._path, self.coarse)
             self._finished.matrices[self._path] = list(self.coarse.norms)
 

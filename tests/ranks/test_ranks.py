@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from curvops import GGNLinearOperator, share_of
 from curvops.ranks import Ranks
+from curvops.tour import load_matrices
 
 HERE = Path(__file__).parent
 
@@ -138,3 +139,59 @@ def test_models_that_are_cut_over_processes(tmp_path):
         else:
             assert value < 1e-12, name
     assert len(report) == 2 * (4 + 3)
+
+
+PROBLEM = """
+import torch
+from torch import nn
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    X, y = torch.randn(11, 3).double(), torch.randint(2, (11,))
+    return model, nn.CrossEntropyLoss(), [(X[:4], y[:4]), (X[4:7], y[4:7]), (X[7:], y[7:])]
+
+def failing():
+    import os
+    model, loss, data = problem()
+    if os.environ.get("RANK") == "1":
+        data[2] = (data[2][0][:, :2], data[2][1])
+    return model, loss, data
+"""
+
+
+def test_the_command_line_is_shared_by_processes(tmp_path):
+    (tmp_path / "own.py").write_text(PROBLEM)
+
+    def run(where: str, *command: str, number: int = 0) -> subprocess.CompletedProcess[str]:
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number else []
+        line = [sys.executable, *start, "-m", "curvops", *command, "--output", where]
+        path = {"PYTHONPATH": str(HERE.parent.parent)}
+        return subprocess.run(line, capture_output=True, text=True, timeout=300, env=os.environ | path, cwd=tmp_path)
+
+    def answers(*command: str) -> tuple[dict, dict]:
+        done = [run("alone", *command), run("shared", *command, number=2)]
+        assert not any(one.returncode for one in done), done
+        return tuple(json.loads(one.stdout) for one in done)
+
+    alone, shared = answers(
+        "spectrum", "own.py:problem", "--json", "--matrix", "hessian,fisher,ekfac", "-k", "3", "--density"
+    )
+    for name, one in alone["matrices"].items():
+        for key in ("eigenvalues", "density"):
+            mine, its = one[key], shared["matrices"][name][key]
+            mine, its = (part["at_most_zero"] if key == "density" else part for part in (mine, its))
+            assert mine == pytest.approx(its, rel=1e-9, abs=1e-12), (name, key)
+    alone, shared = answers("kfac", "own.py:problem", "--json", "--ekfac")
+    assert alone["trace"] == pytest.approx(shared["trace"], rel=1e-10)
+    alone, shared = answers("tour", "own.py:problem", "--json")
+    assert [Path(name).name for name in alone["files"]] == [Path(name).name for name in shared["files"]]
+    mine, its = (load_matrices(tmp_path / where / "matrices.safetensors") for where in ("alone", "shared"))
+    assert len(mine.matrices) == 6
+    for title, matrix in mine.matrices.items():
+        torch.testing.assert_close(its.matrices[title], matrix, rtol=0, atol=1e-12)
+    again = run("shared", "tour", "own.py:problem", number=2)
+    assert again.returncode == 0 and again.stderr.count("in 'shared/matrices.safetensors' already") == 6
+    failed = run("failed", "spectrum", "own.py:failing", number=2)
+    own = [line for line in failed.stderr.splitlines() if line.startswith("curvops spectrum:")]
+    assert failed.returncode and len(own) == 1 and "process 1 of 2 failed with RuntimeError" in own[0], failed.stderr

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
+from curvops.sharding import local
 from curvops.space import describe
 
 FAILED, COMPARES = 1, 2  # of a `Message`'s status
@@ -187,6 +189,30 @@ class Ranks:
             for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
+    def send(self, tensor: Tensor, source: int) -> Tensor:
+        """A contiguous tensor of one process, in the place of those of the others, all of which have met."""
+        if not self.alone:
+            torch.distributed.broadcast(tensor, group=self._group, group_src=source)
+        return tensor
+
+    def own(self, number: int) -> slice:
+        """This process's range where so many things are divided among all, as equally as may be."""
+        first, more = divmod(number, self.number)
+        start = self.rank * first + min(self.rank, more)
+        return slice(start, start + first + (self.rank < more))
+
+    def join_columns(self, part: Tensor, number: int) -> Tensor:
+        """Columns of all processes, which have met, each of which has its own (`own`) of so many ``[rows, number]``."""
+        if self.alone:
+            return part
+        most = -(-number // self.number)
+        padded = part.new_zeros(most, part.shape[0])
+        padded[: part.shape[1]] = part.T
+        found = [torch.empty_like(padded) for _ in range(self.number)]
+        torch.distributed.all_gather(found, padded, group=self._group)
+        first, more = divmod(number, self.number)
+        return torch.cat([columns[: first + (rank < more)] for rank, columns in enumerate(found)]).T
+
     def gather(self, value: Any) -> list[Any]:
         """Small objects of all processes, which have met."""
         if self.alone:
@@ -244,6 +270,39 @@ class Ranks:
         raise RanksError(f"{what}: the processes differ.")
 
 
+def share_of(data: Any, process_group: Any) -> Any:
+    """This process's share of a data set, or of a list of batches: no datum twice, and none left out.
+
+    Shares are consecutive and as equal as may be, so that random numbers belong to the same data for any number of
+    processes. (A ``DistributedSampler`` repeats some data where they cannot be divided equally, which curvature counts
+    twice.)
+
+    Args:
+        data: A data set with a length, for a ``DataLoader``, or a list.
+        process_group: Processes of `torch.distributed`.
+
+    Returns:
+        A `torch.utils.data.Subset`; of a list its part.
+
+    Raises:
+        TypeError: If it has no length, as an iterable data set.
+
+    Example:
+        In a script that is started by ``torchrun --nproc-per-node 4 script.py``::
+
+            group = torch.distributed.group.WORLD
+            loader = DataLoader(share_of(dataset, group), batch_size=64)
+            ggn = GGNLinearOperator(model, loss, params, loader, process_group=group)
+    """
+    try:
+        own = Ranks(process_group).own(len(data))
+    except TypeError:
+        raise TypeError(
+            f"share_of: expected a data set with a length or a list, got {type(data).__name__}. Let each process pass the data that it has."
+        ) from None
+    return data[own] if isinstance(data, (list, tuple)) else Subset(data, range(own.start, own.stop))
+
+
 def _word(text: str) -> int:
     """A hash of a text as a signed word of 64 bits, the same in each process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
@@ -253,15 +312,16 @@ def _hash(tensors: Mapping[str, Tensor]) -> int:
     """A hash of tensors' bits: sums of integers, which do not depend on the number of threads."""
     total = 0
     for name, tensor in tensors.items():
-        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        own = local(tensor)
+        real = torch.view_as_real(own) if own.is_complex() else own
         flat = real.contiguous().flatten()
         words = flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
-        own = _word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        number = _word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
         for start in range(0, len(words), _STEP):
             part = words[start : start + _STEP].long()
             ramp = torch.arange(start, start + len(part), device=part.device).mul_(_GOLDEN).mul_(2).add_(1)
-            own += int((part * ramp).sum())
-        total = total * 31 + own
+            number += int((part * ramp).sum())
+        total = total * 31 + number
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 

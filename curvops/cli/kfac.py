@@ -14,7 +14,7 @@ from curvops.cli.matrices import operator_of, options
 from curvops.cli.problem import load_problem
 from curvops.cli.results import expect_same, problem_settings
 from curvops.cli.session import Session, json_text
-from curvops.files import replace_atomically
+from curvops.files import digest, replace_atomically
 from curvops.tour.files import prepare_output
 
 
@@ -45,6 +45,7 @@ def run(
         }  # fmt: skip
         beside.unlink(missing_ok=True)
         operator.save(path)
+        document["sha256"] = digest(path)
         text = json_text(document)
         replace_atomically(beside, lambda partial: partial.write_text(text))
     else:
@@ -65,5 +66,9 @@ def _kept(path: Path, beside: Path, settings: dict[str, Any]) -> dict[str, Any] 
             f"'{path}' is there, but '{beside}', which says what it is, is not; --fresh computes it anew"
         ) from None
     expect_same(path, document.get("settings"), settings)
+    if document.get("sha256") != digest(path):
+        raise Failure(
+            f"'{path}' was edited or cut since it was written: it is not what '{beside}' describes; --fresh computes it anew"
+        )
     found: dict[str, Any] = document
     return found

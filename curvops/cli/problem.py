@@ -102,7 +102,7 @@ def load_problem(
     except SystemExit:
         raise Failure(f"{target!r} ended the program (SystemExit); it must return {_EXPECTED}") from None
     except Exception as error:
-        raise UserError(f"{target!r} failed, in your code:") from error
+        raise UserError(f"{target!r} failed") from error
     model, loss, data, named, options = _parts(target, given)
     kind = None if dtype is None else getattr(torch, dtype)
     for module in (model, loss):

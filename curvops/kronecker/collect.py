@@ -12,7 +12,7 @@ from torch import Tensor
 from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.rows import Pass, Rows
-from curvops.kronecker.shares import summed
+from curvops.kronecker.shares import decompositions, summed
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
@@ -92,6 +92,12 @@ class Collection:
                 for group, uses in found.rows():
                     yield group.key, [rows.formed() for rows in uses]
                 del found
+
+    def eigenvectors(self, factors: list[tuple[Tensor, str]]) -> list[Tensor | None]:
+        """Eigenvectors of factors with labels, ``None`` for a diagonal one; the factors are given up one by one."""
+        if self.planned:
+            return [factor if factor.ndim == 3 else None for factor, _ in factors]
+        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors)]
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""

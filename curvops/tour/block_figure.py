@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from curvops.plots.axes import decades
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.figure import explain_mark, plot_matrices
 from curvops.tour.groups import module_groups
@@ -195,20 +195,13 @@ def _densities(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
         ax.fill_between(points.numpy(), lower, upper, color=COLORS[k % 6], alpha=0.2, lw=0)
     low, high = next(iter(curves.values())).points[[0, -1]].tolist()
     ax.set_xscale("asinh", linear_width=turn)
-    ax.set_xticks(_decades(turn, low, high))
+    ax.set_xticks(decades(turn, low, high))
     ax.minorticks_off()
     ax.set_xlim(low, high)
     ax.set_yscale("log")
     ax.set_ylim(bottom, 2 * top)
     ax.set_xlabel("Eigenvalue")
     ax.set_ylabel("Density")
-
-
-def _decades(turn: float, low: float, high: float) -> list[float]:
-    """Zero, and powers of ten on both sides: at most five, that the scale keeps apart."""
-    first, last = math.ceil(math.log10(3 * turn)), math.floor(math.log10(max(-low, high, 3 * turn)))
-    powers = [10.0**k for k in range(last, first - 1, -1 - (last - first) // 5)]
-    return [x for x in (*(-power for power in powers), 0.0, *powers[::-1]) if low <= x <= high]
 
 
 def _folded(title: str) -> str:

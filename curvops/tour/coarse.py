@@ -118,12 +118,13 @@ def coarse_tour(
     unknown = [title for title in titles if title not in OPERATORS]
     if unknown or not titles:
         raise ValueError(f"coarse_tour: titles must be some of {list(OPERATORS)}, got {list(titles)}.")
+    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
+    sizes = sizes_of(groups, risk.space.dim, shapes, most=MOST)
     if path is not None:
         prepare_output(Path(path).parent, 0)
-    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     begun = CoarseFile(
         parameters=shapes,
-        groups=sizes_of(groups, risk.space.dim, shapes, most=MOST),
+        groups=sizes,
         settings={
             **(facts(risk) if known is None else known),
             "seed": seed,
@@ -148,6 +149,17 @@ def coarse_tour(
     return run.coarse
 
 
+def operator_options(title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the operator of a title in a coarse tour of such settings."""
+    options = OPERATORS[title][1]
+    sampled = {"mc_samples": settings["mc_samples"], "seed": settings["seed"]}
+    if "mc_samples" in options:
+        return {**options, **sampled}
+    if "fisher_type" in options and settings["width"] > WIDEST:
+        return {**options, "fisher_type": "mc", **sampled}
+    return options
+
+
 class _Run:
     """A coarse tour under way: `coarse` is what is finished."""
 
@@ -157,7 +169,7 @@ class _Run:
         self.coarse, self._risk, self._effort, self._memory = begun, risk, effort, memory // 2
         self._progressbar, self._finished = progressbar, finished
         self._path: Path | None = None
-        self._seed, self._samples = begun.settings["seed"], begun.settings["mc_samples"]
+        self._seed = begun.settings["seed"]
         self._parts = {"norms": self._blocks}
         if effort.eigenvalues:
             self._parts["masses"] = self._eigenvectors
@@ -221,13 +233,8 @@ class _Run:
         return f"{title}: {PARTS[name]}" if title in self.coarse.norms else title
 
     def _operator(self, title: str) -> Any:
-        kind, options = OPERATORS[title]
-        options = {**options, "memory_budget": self._memory}
-        if "mc_samples" in options:
-            options |= {"mc_samples": self._samples, "seed": self._seed}
-        if "fisher_type" in options and self.coarse.settings["width"] > WIDEST:
-            options |= {"fisher_type": "mc", "mc_samples": self._samples, "seed": self._seed}
-        return kind.of(self._risk, **options)
+        options = operator_options(title, self.coarse.settings)
+        return OPERATORS[title][0].of(self._risk, **options, memory_budget=self._memory)
 
     def _blocks(self, operator: Any) -> Part:
         edges = accumulate(self.coarse.groups.values(), initial=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvops.files import versions
-from curvops.memory import budget
+from curvops.memory import budget, byte_size
 from curvops.risk.determinism import check_deterministic
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse import coarse_tour
@@ -97,16 +97,10 @@ def too_large(risk: EmpiricalRisk, memory_budget: int | None = None) -> str:
         if count * one > (room := budget(where, memory_budget)):
             each = f"{count} matrices" if count > 1 else f"on {where} a matrix"
             return (
-                f"{each} of {risk.space.dim:,}² entries need {_gigabytes(count * one)} with the copies for drawing, more than "
-                f"the budget of {_gigabytes(room)}"
+                f"{each} of {risk.space.dim:,}² entries need {byte_size(count * one)} with the copies for drawing, more than "
+                f"the budget of {byte_size(room)}"
             )
     return ""
-
-
-def _gigabytes(size: int) -> str:
-    return (
-        f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-    )
 
 
 def shown(progressbar: bool) -> bool:

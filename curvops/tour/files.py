@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from curvops.files import read_tensors, write_tensors
+from curvops.memory import byte_size
 from curvops.tour.meter import Cost
 
 _FORMAT = "curvature matrices"
@@ -140,5 +141,5 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
             for path in missing:
                 path.rmdir()
         reason = error.strerror or error
-        raise OutputError(f"cannot write {expected_bytes / 1e6:.0f} MB to '{folder}': {reason}") from None
+        raise OutputError(f"cannot write {byte_size(expected_bytes)} to '{folder}': {reason}") from None
     return folder

@@ -1,10 +1,16 @@
 """The commands on a small problem: what they print, write and keep."""
 
 import json
+import os
+import random
 import subprocess
 import sys
+import warnings
+from copy import copy
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -141,7 +147,22 @@ def test_spectrum_is_that_of_the_matrix(target, capsys):
     assert all(Path(figure).stat().st_size > 1000 for figure in hessian["density"]["figures"])
     tensors, about = read_tensors(Path("spectrum/hessian.eigenvalues.safetensors"), "eigenpairs")
     torch.testing.assert_close(dense @ tensors["vectors"], tensors["vectors"] * tensors["values"])
-    assert about["settings"]["params"] == list(params)
+    assert about["settings"]["params"] == list(params) and about["settings"]["method"] == "exact, from the matrix"
+    assert 0 < max(kfac["residuals"]) < 1e-12, "what rounding leaves"
+
+
+def test_results_of_one_method_are_not_those_of_another(target, capsys, monkeypatch):
+    asked = ["spectrum", target, "-k", "1", "--matrix", "ggn", "--no-density"]
+    assert main(asked) == 0
+    monkeypatch.setattr("curvops.cli.spectrum.DENSE", 0)
+    assert main(asked) == 1
+    assert "(method exact, from the matrix, now Lanczos)" in capsys.readouterr().err
+
+
+def test_residuals_hold_the_rounding_of_single_precision(target, capsys):
+    found = document(capsys, "spectrum", target, "--no-density")[0]["matrices"]["hessian"]
+    assert found["method"] == found["reason"] == "exact, from the matrix" and found["converged"]
+    assert all(1e-12 < residual < 1e-6 for residual in found["residuals"])
 
 
 def test_the_spectrum_of_a_large_matrix_has_an_honest_error(target, capsys, monkeypatch):
@@ -286,10 +307,48 @@ def test_kfac_is_kept_and_loads(name, target, capsys):
     assert document(capsys, *asked)[0] == found and Path(found["file"]).stat().st_mtime_ns == changed
     assert main([*asked, "--seed", "1"]) == 1
     assert "seed 0, now 1, other weights" in capsys.readouterr().err
+    whole = Path(found["file"]).read_bytes()
+    for other in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):  # cut, and a bit changed
+        Path(found["file"]).write_bytes(other)
+        assert main(asked) == 1
+        assert f"'kfac/{name}.safetensors' was edited or cut since" in capsys.readouterr().err
     Path(found["file"]).with_suffix(".json").unlink()
     assert main(asked) == 1 and "--fresh computes it anew" in capsys.readouterr().err
     assert main([*asked, "--fresh", "--batches", "1"]) == 0
     assert f"kfac/{name}.safetensors" in capsys.readouterr().out
+
+
+def test_nothing_outlives_a_run(target, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND")
+    text = PROBLEM.replace("    model =", "    random.seed(1), np.random.seed(1)\n    model =")
+    (tmp_path / "elsewhere").mkdir()
+    Path("elsewhere/mine.py").write_text(
+        f"import random, torch\nimport numpy as np\ntorch.set_default_dtype(torch.float64)\n{text}"
+    )
+    torch.set_num_threads(2)
+
+    def state():
+        drawn = [torch.get_rng_state().tolist(), random.getstate(), np.random.mtrand._rand.get_state()[1].tolist()]
+        own = [
+            *map(copy, (sys.path, os.environ.get("MPLBACKEND"), warnings.filters)),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            plt.get_fignums(),
+        ]
+        return [*drawn, *own, id(sys.stdout)]
+
+    def open_files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    asked = ["elsewhere/mine.py", "--threads", "3", "--seed", "5"]
+    before = state()
+    assert main(["spectrum", *asked, "-k", "1"]) == 0
+    opened = open_files()  # some once and for all, such as those of fonts
+    assert main(["spectrum", *asked, "-k", "1", "--fresh", "--json"]) == 0
+    assert main(["spectrum", *asked, "-k", "100"]) == 2
+    assert main(["kfac", *asked, "--output", "elsewhere/mine.py"]) == 1
+    assert state() == before
+    assert open_files() == opened
 
 
 @pytest.mark.parametrize("name", sorted(group.commands))

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from problems import PROBLEMS
-from ranks.cases import BATCHES, SHARES, cases, others, values
+from ranks.cases import BATCHES, SHARES, cases, others, spread, values
+from torch.utils.data import TensorDataset
+
+from curvops import GGNLinearOperator, share_of
+from curvops.ranks import Ranks
 
 HERE = Path(__file__).parent
 
@@ -36,6 +40,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = {name: values(name, make, p, p.data(*BATCHES)) for name, make, p in cases()}
     p = PROBLEMS["mlp"]()
     found["others"] = others(p, p.data(*BATCHES))
+    found["spread"] = spread(PROBLEMS["mlp"](), None)
     path = tmp_path_factory.mktemp("ranks") / "references.pt"
     torch.save(found, path)
     return path
@@ -82,3 +87,54 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_all_of_them(tmp_path):
     for name, expected in BOTH.items():
         for found in (first[name], second[name]):
             assert re.search(expected, found, re.DOTALL), (name, found)
+
+
+def test_bytes_are_those_of_the_formulas():
+    printed = torchrun(2, "../../benchmarks/processes.py", "--bytes").stdout.splitlines()[1:]
+    assert len(printed) == 9
+    for line in printed:
+        # what goes over the network device besides is that of other tests, too
+        given, formula = (int(number.replace(",", "")) for number in line.split()[-4:-2])
+        assert given == formula > 0, line
+
+
+def test_the_example_runs():
+    assert "largest eigenvalues of the GGN: [" in torchrun(2, "../../examples/processes.py").stdout
+
+
+def test_a_share_is_a_part_of_the_data(monkeypatch):
+    monkeypatch.setattr(Ranks, "__init__", lambda self, group: vars(self).update(_group=group, number=3, rank=group))
+    data, batches = TensorDataset(torch.arange(10)), [[k] for k in range(5)]
+    assert [x.item() for rank in range(3) for (x,) in share_of(data, rank)] == list(range(10))
+    assert [share_of(batches, rank) for rank in range(3)] == [[[0], [1]], [[2], [3]], [[4]]]
+    with pytest.raises(TypeError, match=r"share_of: expected a data set with a length or a list, got generator"):
+        share_of((k for k in range(3)), 0)
+
+
+def test_a_group_must_be_there():
+    p = PROBLEMS["mlp"]()
+    with pytest.raises(
+        RuntimeError, match=r"process_group: torch.distributed is not initialised. Call .* started by torchrun"
+    ):
+        GGNLinearOperator(*p.args(), process_group=object())
+
+
+def test_models_that_are_cut_over_processes(tmp_path):
+    torchrun(2, "sharded.py", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "model_func: fully_shard computes with copies of its parameters" in report.pop("fully_shard")
+    errors = {
+        "flat": "the parameters are cut over processes, and so are vectors: expected a list of 4 DTensors, or a dict",
+        "plain": "expected a DTensor for '0.weight', as the parameter is, got Tensor",
+        "dense": "to_dense(): the parameters are cut over processes",
+        "trace": "the parameters are cut over processes",
+        "kfac": "KFACLinearOperator: '0.weight', '0.bias', '2.weight', '2.bias' are cut over processes (DTensors)",
+    }
+    for name, value in report.items():
+        if name.endswith("errors"):
+            assert all(errors[key] in text for key, text in value.items()) and value.keys() == errors.keys(), value
+        elif name.endswith("share"):
+            assert max(value) <= 0.6, name  # of parameters, of products, of what is held of a vector
+        else:
+            assert value < 1e-12, name
+    assert len(report) == 2 * (4 + 3)

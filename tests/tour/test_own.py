@@ -210,7 +210,7 @@ def test_blocks_where_the_matrices_do_not_fit(undrawn, tmp_path):
     assert "products" in header and re.search(r"Hessian +\S+ +\S+ +\S+ ± \S+ ", str(found)), rows
     assert all(re.search(r"\d, exact ", row) for row in rows if "KFAC" in row)
     assert said[0] == f"Sequential, 47 parameters: one batch on cpu in float32, to '{tmp_path}'"
-    assert re.fullmatch(r"6 matrices of 47² .* need 0.159 MB .* budget of 0.1 MB: norms of blocks instead", said[1])
+    assert re.fullmatch(r"6 matrices of 47² .* need 159 kB .* budget of 100 kB: norms of blocks instead", said[1])
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"blocks.safetensors", "matrices.safetensors", "mine.txt"}, "stale drawings are removed, no numbers"
     assert said[-2:] == [

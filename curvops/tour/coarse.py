@@ -118,12 +118,13 @@ def coarse_tour(
     unknown = [title for title in titles if title not in OPERATORS]
     if unknown or not titles:
         raise ValueError(f"coarse_tour: titles must be some of {list(OPERATORS)}, got {list(titles)}.")
+    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
+    sizes = sizes_of(groups, risk.space.dim, shapes, most=MOST)
     if path is not None:
         prepare_output(Path(path).parent, 0)
-    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     begun = CoarseFile(
         parameters=shapes,
-        groups=sizes_of(groups, risk.space.dim, shapes, most=MOST),
+        groups=sizes,
         settings={
             **(facts(risk) if known is None else known),
             "seed": seed,

@@ -14,8 +14,11 @@ from ranks.cases import BATCHES, SHARES, cases, others, spread, values
 from torch.utils.data import TensorDataset
 
 from curvops import GGNLinearOperator, share_of
+from curvops.cli import main
+from curvops.cli.problem import load_problem
 from curvops.ranks import Ranks
 from curvops.tour import load_matrices
+from curvops.tour.matrices import OPERATORS as TOUR
 
 HERE = Path(__file__).parent
 
@@ -160,19 +163,20 @@ def failing():
 """
 
 
-def test_the_command_line_is_shared_by_processes(tmp_path):
+def test_the_command_line_is_shared_by_processes(tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text(PROBLEM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent.parent))
 
-    def run(where: str, *command: str, number: int = 0) -> subprocess.CompletedProcess[str]:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number else []
-        line = [sys.executable, *start, "-m", "curvops", *command, "--output", where]
-        path = {"PYTHONPATH": str(HERE.parent.parent)}
-        return subprocess.run(line, capture_output=True, text=True, timeout=300, env=os.environ | path, cwd=tmp_path)
+    def shared_run(*command: str) -> subprocess.CompletedProcess[str]:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "curvops"]
+        return subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
 
     def answers(*command: str) -> tuple[dict, dict]:
-        done = [run("alone", *command), run("shared", *command, number=2)]
-        assert not any(one.returncode for one in done), done
-        return tuple(json.loads(one.stdout) for one in done)
+        assert main([*command, "--output", "alone"]) == 0
+        alone, shared = capsys.readouterr().out, shared_run(*command, "--output", "shared")
+        assert shared.returncode == 0, shared.stderr
+        return json.loads(alone), json.loads(shared.stdout)
 
     alone, shared = answers(
         "spectrum", "own.py:problem", "--json", "--matrix", "hessian,fisher,ekfac", "-k", "3", "--density"
@@ -184,14 +188,18 @@ def test_the_command_line_is_shared_by_processes(tmp_path):
             assert mine == pytest.approx(its, rel=1e-9, abs=1e-12), (name, key)
     alone, shared = answers("kfac", "own.py:problem", "--json", "--ekfac")
     assert alone["trace"] == pytest.approx(shared["trace"], rel=1e-10)
-    alone, shared = answers("tour", "own.py:problem", "--json")
-    assert [Path(name).name for name in alone["files"]] == [Path(name).name for name in shared["files"]]
-    mine, its = (load_matrices(tmp_path / where / "matrices.safetensors") for where in ("alone", "shared"))
-    assert len(mine.matrices) == 6
-    for title, matrix in mine.matrices.items():
-        torch.testing.assert_close(its.matrices[title], matrix, rtol=0, atol=1e-12)
-    again = run("shared", "tour", "own.py:problem", number=2)
-    assert again.returncode == 0 and again.stderr.count("in 'shared/matrices.safetensors' already") == 6
-    failed = run("failed", "spectrum", "own.py:failing", number=2)
+    again = shared_run("spectrum", "own.py:problem", "--matrix", "hessian", "-k", "3", "--output", "shared")
+    assert (
+        again.returncode == 0
+        and again.stderr.count("eigenvalues.safetensors' is there, and is not computed again") == 1
+    )
+    assert shared_run("tour", "own.py:problem", "--output", "shared").returncode == 0
+    found = load_matrices(tmp_path / "shared" / "matrices.safetensors").matrices
+    problem = load_problem("own.py:problem")
+    assert len(found) == 6
+    for title, (kind, options) in TOUR.items():
+        expected = kind(*problem.arguments, **options, **({"seed": 0} if "mc_samples" in options else {})).to_dense()
+        torch.testing.assert_close(found[title], expected, rtol=0, atol=1e-12)
+    failed = shared_run("spectrum", "own.py:failing", "--output", "failed")
     own = [line for line in failed.stderr.splitlines() if line.startswith("curvops spectrum:")]
     assert failed.returncode and len(own) == 1 and "process 1 of 2 failed with RuntimeError" in own[0], failed.stderr

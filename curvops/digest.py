@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from curvops.sharding import local
+
 STEP = 2**20  # words that are hashed together
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,7 +24,8 @@ def digest(tensors: Mapping[str, Tensor]) -> int:
     """A hash of tensors' bits: sums of integers, which do not depend on the number of threads."""
     total = 0
     for name, tensor in tensors.items():
-        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        here = local(tensor)
+        real = torch.view_as_real(here) if here.is_complex() else here
         flat = real.contiguous().flatten()
         words = flat if flat.dtype == torch.bool else flat.view(INTEGERS[flat.element_size()])
         own = word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from curvops.digest import close, digest, probe, word
 from curvops.space import describe
@@ -201,6 +202,32 @@ class Ranks:
             for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
+    def send(self, tensor: Tensor, source: int) -> Tensor:
+        """A contiguous tensor of one process, in the place of those of the others, all of which have met."""
+        if not self.alone:
+            with reaching_all():
+                torch.distributed.broadcast(tensor, group=self._group, group_src=source)
+        return tensor
+
+    def own(self, number: int) -> slice:
+        """This process's range where so many things are divided among all, as equally as may be."""
+        first, more = divmod(number, self.number)
+        start = self.rank * first + min(self.rank, more)
+        return slice(start, start + first + (self.rank < more))
+
+    def join_columns(self, part: Tensor, number: int) -> Tensor:
+        """Columns of all processes, which have met, each of which has its own (`own`) of so many ``[rows, number]``."""
+        if self.alone:
+            return part
+        most = -(-number // self.number)
+        padded = part.new_zeros(most, part.shape[0])
+        padded[: part.shape[1]] = part.T
+        found = [torch.empty_like(padded) for _ in range(self.number)]
+        with reaching_all():
+            torch.distributed.all_gather(found, padded, group=self._group)
+        first, more = divmod(number, self.number)
+        return torch.cat([columns[: first + (rank < more)] for rank, columns in enumerate(found)]).T
+
     def gather(self, value: Any) -> list[Any]:
         """Small objects of all processes, which have met."""
         if self.alone:
@@ -258,6 +285,38 @@ class Ranks:
                     "parameters and buffers from one process."
                 )
         raise RanksError(f"{what}: the processes differ.")
+
+
+def share_of(data: Any, process_group: Any) -> Any:
+    """This process's share of a data set, or of a list of batches: no datum twice, and none left out.
+
+    Shares are consecutive and as equal as may be, so that random numbers belong to the same data for any number of
+    processes. (A ``DistributedSampler`` repeats some data where they cannot be divided equally, which curvature counts
+    twice.)
+
+    Args:
+        data: A data set with a length, for a ``DataLoader``, or a list.
+        process_group: Processes of `torch.distributed`.
+
+    Returns:
+        A `torch.utils.data.Subset`; of a list its part.
+
+    Raises:
+        TypeError: If it has no length, as an iterable data set.
+
+    Example:
+        In a script that is started by ``torchrun --nproc-per-node 4 script.py``::
+
+            group = torch.distributed.group.WORLD
+            loader = DataLoader(share_of(dataset, group), batch_size=64)
+            ggn = GGNLinearOperator(model, loss, params, loader, process_group=group)
+    """
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"share_of: expected a data set with a length or a list, got {type(data).__name__}. Let each process pass the data that it has."
+        )
+    own = Ranks(process_group).own(len(data))
+    return data[own] if isinstance(data, (list, tuple)) else Subset(data, range(own.start, own.stop))
 
 
 def _shown(value: Any) -> str:

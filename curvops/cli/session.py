@@ -11,11 +11,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
-from curvops.cli.failures import UserError, failure_text, one_line, usage_line
+from curvops.cli.failures import UserError, failure_text, for_the_shell, usage_line, warning_text
 
 
 @dataclass
@@ -25,21 +27,26 @@ class Session:
     Attributes:
         title: The command, in front of each line on stderr.
         as_json: Whether stdout takes one JSON document and nothing else.
+        together: Whether processes that torchrun has started share the work; otherwise the first one does it.
         kept: What is finished and kept on disk, for the line of an interruption.
     """
 
     title: str
     as_json: bool = False
     traceback: bool = False
+    together: bool = False
     kept: list[Any] = field(default_factory=list)
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
     def say(self, text: str = "") -> None:
         """A line for a person."""
-        print(text, file=sys.stderr if self.as_json else self.stdout, flush=True)
+        print(for_the_shell(text), file=sys.stderr if self.as_json else self.stdout, flush=True)
 
     def note(self, text: str) -> None:
         """A line about the run, on stderr."""
+        self._tell(for_the_shell(text))
+
+    def _tell(self, text: str) -> None:
         print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def answer(self, document: dict[str, Any]) -> None:
@@ -49,6 +56,9 @@ class Session:
 
     def run(self, command: Callable[[Session], bool | None]) -> int:
         """Run a command and explain how it fails; ``False`` is a failure that it has told itself."""
+        processes = import_module("curvops.cli.processes")
+        if not (self.together or processes.is_first()):
+            return 0
         try:
             with self._surroundings():
                 return 1 if command(self) is False else 0
@@ -62,17 +72,37 @@ class Session:
             return 130
         except BrokenPipeError:
             # whoever read has gone; what Python flushes at its end must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stdout.fileno())
             return 1
         except (Exception, UserError) as error:
             self._trace()
-            self.note(failure_text(error))
+            # what fails within the group is told to the first process
+            if processes.is_first() or not processes.joined():
+                self._tell(failure_text(error))
             return 1
+        finally:
+            processes.leave()
 
     @contextlib.contextmanager
     def _surroundings(self) -> Any:
-        os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
+        """What a command may change for its time; whoever called it in a process of their own finds all as it was."""
+        torch = import_module("torch")
         with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            stack.enter_context(import_module("curvops.context").preserved_random_state())
+            stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
+            if "MPLBACKEND" not in os.environ:
+                os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window is needed
+                stack.callback(os.environ.pop, "MPLBACKEND", None)
+            processes = import_module("curvops.cli.processes")
+            if not processes.is_first():  # the first one speaks
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.callback(setattr, self, "stdout", self.stdout)
+                self.stdout = nowhere
             if self.as_json:
                 # what the user's file prints is not the document
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -83,8 +113,8 @@ class Session:
                 warnings.showwarning = self._warn
             yield
 
-    def _warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        self.note(f"warning: {one_line(str(message))}")
+    def _warn(self, message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+        self._tell(f"warning: {warning_text(message, filename)}")
 
     def _trace(self) -> None:
         if self.traceback:
@@ -92,13 +122,15 @@ class Session:
 
 
 def json_text(document: dict[str, Any]) -> str:
-    """A document as JSON, with null for what JSON has no number for."""
-    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    """A document as JSON, with null for what JSON has no number for, and advice for the shell."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_plain(one) for one in value]
+    if isinstance(value, str):
+        return for_the_shell(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.progress import Progress, Taker
 from curvops.kronecker.rows import Pass, Rows
-from curvops.kronecker.shares import summed
+from curvops.kronecker.shares import decompositions, summed
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
@@ -64,7 +64,9 @@ class Collection:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
             start = progress.resume(sweep, consumer, wholes)
 
-            def done(place: int, due: bool = False, takers: tuple[Consumer, WholeGradients] = (consumer, wholes)) -> None:
+            def done(
+                place: int, due: bool = False, takers: tuple[Consumer, WholeGradients] = (consumer, wholes)
+            ) -> None:
                 progress.write(place, sweep, lambda: takers[0].parts() | takers[1].parts(), due=due)
 
             if not (start or self.planned):
@@ -110,9 +112,7 @@ class Collection:
         ranks.meet(f"{self.title}: {len(tensors)} sums")
         ranks.add_all(tensors)
 
-    def again(
-        self, title: str, entries: dict[Key, Entry] | None = None
-    ) -> Iterator[tuple[Key, Sequence[Rows]]]:
+    def again(self, title: str, entries: dict[Key, Entry] | None = None) -> Iterator[tuple[Key, Sequence[Rows]]]:
         """The rows of each linear group in each forward pass once more, for some or all of its backward passes.
 
         If there are ``entries`` that the caller adds to, this look goes on where a checkpoint says.
@@ -133,6 +133,12 @@ class Collection:
                 del found
         if not self.planned:
             done(len(self.sweep.marks), due=True)
+
+    def eigenvectors(self, factors: list[tuple[Tensor, str]]) -> list[Tensor | None]:
+        """Eigenvectors of factors with labels, ``None`` for a diagonal one; the factors are given up one by one."""
+        if self.planned:
+            return [factor if factor.ndim == 3 else None for factor, _ in factors]
+        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors)]
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""

@@ -80,8 +80,8 @@ def unpacked(
         k, _, part = name.partition(".")
         own.setdefault(k, {})[part] = tensor
     groups: list[tuple[Group, Entry | None]] = []
-    for k, saved in enumerate(about):
-        mine = own.get(str(k), {})
+    for place, saved in enumerate(about):
+        mine = own.get(str(place), {})
         where = Places(slice(*saved["range"]) if saved["range"] else mine.pop("positions"), device)
         named = {name: frozen(saved[name]) for name in ("key", "names", "shape", "weight")}
         group = Group(kind=saved["kind"], operation=saved["operation"], places=where, **named)

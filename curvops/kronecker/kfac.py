@@ -11,7 +11,6 @@ from curvops.kronecker.groups import Key
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.state import Entry
 from curvops.operators.blocks import KroneckerBlock
-from curvops.operators.eigen import eigh
 from curvops.space import describe
 
 
@@ -136,17 +135,9 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
         if isinstance(block, KroneckerBlock):
             label = f"block of {describe(groups[key].names)}"
             places[key] = [place(factor, label) for factor in (block.left, block.right)]
-    factors.reverse()
-    vectors = [_vectors(*factors.pop()) for _ in range(len(factors))]
+    vectors = collection.eigenvectors(factors)
     found = {}
     for key, (left, right) in places.items():
         total = torch.zeros(groups[key].shape, dtype=collection.dtype, device=collection.device)
         found[key] = BasisDiagonal(vectors[left], vectors[right], total, collection.budget)
     return found
-
-
-def _vectors(factor: Tensor, label: str) -> Tensor | None:
-    """Eigenvectors of a factor, ``None`` for a diagonal one."""
-    if factor.is_meta:
-        return factor if factor.ndim == 3 else None
-    return eigh(factor, label)[1]

@@ -96,7 +96,13 @@ class Progress:
         self.stage, self.place = self.stage + 1, 0
 
     def write(
-        self, place: int, sweep: Sweep, entries: Callable[[], Mapping[Key, Entry]], *, second: bool = False, due: bool = False
+        self,
+        place: int,
+        sweep: Sweep,
+        entries: Callable[[], Mapping[Key, Entry]],
+        *,
+        second: bool = False,
+        due: bool = False,
     ) -> None:
         """Write the state after some batches, if it is their turn or it is ``due``, unless it is there already."""
         if not self._files or (self.stage, place) == self._written or not (due or place % self._every == 0):
@@ -141,7 +147,7 @@ class Progress:
             grouping.add(group)
         lengths, marks = tensors["lengths"].tolist(), iter(tensors["marks"].tolist())
         sweep.marks = [tuple(next(marks) for _ in range(length)) for length in lengths]
-        sweep.learnt = {place: seen for place, seen in frozen(about["learnt"])}
+        sweep.learnt = dict(frozen(about["learnt"]))
         sweep.resumed, sweep.forgotten = True, dict(sweep.learnt)
         sweep.progress = frozen(about["progress"])
         if about["second"]:

@@ -1,13 +1,15 @@
-"""Kronecker operators of data that several processes share: what they learn of the model together, and the sums of entries."""
+"""Kronecker operators of several processes: what they learn of the model together, sums of entries, eigenproblems."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from curvops.kronecker.groups import Group, Grouping, Key
 from curvops.kronecker.state import Entry
+from curvops.operators.eigen import eigh
 from curvops.ranks import Ranks
 from curvops.space import describe
 
@@ -103,3 +105,45 @@ def _own(entry: Entry | None, known: Sequence[Outline], group: Group) -> Entry:
 
 def _rows(outline: Outline | None, side: str, absent: int) -> float:
     return absent if outline is None else outline[2].get(side, absent)
+
+
+def assigned(costs: Sequence[float], number: int) -> list[int]:
+    """For each job the process that does it: the dearest first, each to the one with the least to do.
+
+    Example:
+        >>> assigned([1.0, 5.0, 3.0, 2.0], 2)
+        [1, 0, 1, 0]
+    """
+    loads, owners = [0.0] * number, [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        owners[job] = loads.index(min(loads))
+        loads[owners[job]] += costs[job]
+    return owners
+
+
+def decompositions(ranks: Ranks, factors: list[tuple[Tensor, str]]) -> list[tuple[Tensor, Tensor | None]]:
+    """Eigenvalues and eigenvectors of factors with labels (see `eigh`), which are given up one by one.
+
+    Processes divide dense ones among them by their numbers of operations.
+    """
+    owners = assigned([len(f) * float(f.shape[-1]) ** 3 if f.ndim == 3 else 0.0 for f, _ in factors], ranks.number)
+    shapes = [(factor.shape, factor.dtype, factor.device) for factor, _ in factors]
+    factors.reverse()
+    found = [
+        eigh(*one) if len(one[0].shape) == 2 or owner == ranks.rank else None
+        for owner in owners
+        for one in [factors.pop()]
+    ]
+    if ranks.alone:
+        return [one for one in found if one is not None]
+    ranks.meet(f"{len(owners)} eigendecompositions")
+    results: list[tuple[Tensor, Tensor | None]] = []
+    for owner, one, (shape, dtype, device) in zip(owners, found, shapes, strict=True):
+        values, vectors = one or (
+            torch.empty(shape[:-1], dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+        )
+        if vectors is not None:
+            values, vectors = ranks.send(values.contiguous(), owner), ranks.send(vectors.contiguous(), owner)
+        results.append((values, vectors))
+    return results

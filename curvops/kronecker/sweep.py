@@ -160,7 +160,9 @@ class Sweep:
 
     def _other_data(self, place: int, title: str) -> Exception:
         if self.resumed:
-            return ValueError(f"data: the checkpoint is of other data: batch {place} (counted from 0) differs. {REMOVE}")
+            return ValueError(
+                f"data: the checkpoint is of other data: batch {place} (counted from 0) differs. {REMOVE}"
+            )
         return RuntimeError(
             f"{title}: a further walk over the data yields other batches than the first. Pass a DataLoader with "
             "shuffle=False and fixed transforms, or give the rows of the first walk more room by memory_budget=."

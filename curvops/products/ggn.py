@@ -95,7 +95,7 @@ class OutputFactorOperator(RiskOperator):
     def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
         columns = self.domain.dim if rows is None else len(rows)
         for product in products:
-            factor = self._known_factor(product)
+            factor = None if self.domain.shards else self._known_factor(product)
             rows_of_batch = 0 if factor is None else factor.num_terms * factor.num_columns
             if factor is None or not rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work):
                 super()._one_by_one(total, [product], rows)
@@ -127,6 +127,8 @@ class OutputFactorOperator(RiskOperator):
 
     def _smaller(self, product: BatchProduct) -> BatchProduct:
         assert isinstance(product, FactorProduct)
+        if self.domain.shards:
+            return product
         if self._rows_pay(product, 0):
             return self._held_rows(product)
         if product.push is not None:

@@ -130,6 +130,8 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
 def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | Verdict:
     """Parameters and a few data in double precision, their space, and a random direction; or why there is no verdict."""
     long = Verdict(None, "central differences would take long")
+    if risk.space.shards:
+        return Verdict(None, "parameters are cut over processes")
     if risk.space.dim > LARGEST:
         return long
     with risk.evaluation(), closing(risk.data.walk()) as batches:

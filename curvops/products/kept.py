@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from curvops.memory import byte_size
 from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.sharding import local
 from curvops.tree import tensors_of
 
 State = list[tuple[str, int, int]]
@@ -69,7 +71,7 @@ class Kept:
             return total
 
     def __str__(self) -> str:
-        return f"{len(self._products)} of {self._number} batches kept, {self._size / 2**20:.1f} MiB"
+        return f"{len(self._products)} of {self._number} batches kept, {byte_size(self._size)}"
 
     def _walk(self, rows: Tensor, total: Tensor) -> Tensor:
         budget = self._budget()
@@ -107,7 +109,7 @@ class Kept:
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the same memory, without the cycle of an output that saves itself
 

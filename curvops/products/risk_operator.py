@@ -171,7 +171,7 @@ class RiskOperator(LinearOperator):
         return product
 
     def _apply(self, columns: Tensor) -> Tensor:
-        if self._kept is None and rules.matrix_pays(columns.shape[1], self.domain.dim):
+        if self._kept is None and not self.domain.shards and rules.matrix_pays(columns.shape[1], self.domain.dim):
             dense = self._dense()
             # the identity is what many ask with; to multiply with it would take longer than some matrices
             eye = torch.eye(len(columns), dtype=self.dtype, device=self.device)
@@ -197,7 +197,7 @@ class RiskOperator(LinearOperator):
         K = self.domain.dim if rows is None else len(rows)
         total = torch.zeros(K, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         waiting: list[BatchProduct] = []
-        refuted = False
+        refuted = bool(self.domain.shards)  # fast ways know whole tensors only
 
         def flush() -> None:
             nonlocal refuted

@@ -90,7 +90,7 @@ class EmpiricalRisk:
     ) -> None:
         self.ranks = Ranks(process_group)
         with self.ranks.together():
-            self.loss = output_loss(loss_func, reduction)
+            self.loss, self.loss_func = output_loss(loss_func, reduction), loss_func
             self.model = Model(model_func, params)
             self.space = self.model.space
             self.data = Data(data, self.space.device, batch_size_fn, share=not self.ranks.alone)

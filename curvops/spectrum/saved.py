@@ -59,9 +59,7 @@ class Saved:
             return
         tensors, about = state()
         first, self._last = not (count or self.about), count
-        self._checkpoint.write(
-            self._witness, {**tensors, "answer": self._answer}, {**about, "products": count}, first
-        )
+        self._checkpoint.write(self._witness, {**tensors, "answer": self._answer}, {**about, "products": count}, first)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

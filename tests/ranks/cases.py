@@ -8,7 +8,15 @@ from conformance import KRONECKER, OPERATORS, RISK, SOME, draws
 from problems import LOSSES, PROBLEMS, N, Problem, real
 from torch import Tensor, nn
 
-from curvops import EmpiricalRisk, JacobianLinearOperator
+from curvops import (
+    EKFACLinearOperator,
+    EmpiricalRisk,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    KFACLinearOperator,
+    SpreadOperator,
+)
 
 BATCHES = (2, 1, 3)
 # which of these batches each process has, by how they are shared
@@ -91,15 +99,44 @@ def values(name: str, make: Callable[..., Any], p: Problem, data: list[Any], **g
 
 
 def others(p: Problem, data: list[Any], **group: Any) -> dict[str, Tensor]:
-    """What has no loss, or is no operator."""
+    """What has no loss, is no operator, or is done with one."""
     jacobian = JacobianLinearOperator(p.model, p.params, data, **group)
     risk = EmpiricalRisk(p.model, p.loss, p.params, data, num_data=N, **group)
     value, gradient = risk.value_and_gradient()
+    kfac = KFACLinearOperator(p.model, p.loss, p.params, data, **group)
+    ekfac = EKFACLinearOperator(p.model, p.loss, p.params, data, fisher_type="type-2", **group)
+    mine = GGNLinearOperator(p.model, p.loss, p.params, data, **group)
     return {
+        "decomposed": kfac.decompose().inverse(damping=0.1).to_dense(),
+        "refreshed": kfac.refresh(data, decay=0.5).to_dense(),
+        "ekfac trace": ekfac.trace().detach(),
+        "layer": mine["0.*"].to_dense(),
+        "off-diagonal": mine["0.*", "2.*"].to_dense(),
+        "trace": mine.trace(num_products=6).detach().as_subclass(Tensor),
+        "top": mine.eigenpairs(2).values,
+        "solution": mine.solve(draws(p.dim), damping=0.1).x,
         "jacobian": jacobian.to_dense(),
         "J v": jacobian @ draws(jacobian.shape[1], 2),
         "Jᵀ u": jacobian.T @ draws(jacobian.shape[0], 2),
         "datum": jacobian.datum(4).to_dense(),
         "value": value,
         "gradient": gradient,
+    }
+
+
+def spread(p: Problem, group: Any) -> dict[str, Tensor]:
+    """What processes that have all data compute together; without a group what one does."""
+    op = HessianLinearOperator(p.model, p.loss, p.params, p.data())
+    shared = op if group is None else SpreadOperator(op, group)
+    with shared.linearized():
+        kept = shared @ draws(p.dim, 5)
+    return {
+        "dense": shared.to_dense(),
+        "columns": shared @ draws(p.dim, 5),
+        "one": shared @ draws(p.dim),
+        "kept": kept,
+        "adjoint": draws(p.dim, 2).T @ shared,
+        "layer": shared["0.*"].to_dense(),
+        "trace": shared.trace(num_products=8).detach().as_subclass(Tensor),
+        "top": shared.eigenpairs(2, block=2).values,
     }

@@ -35,7 +35,9 @@ def main(folder: Path, rank: int, end: int) -> None:
     batches = Ending(p.data(4, 2)[rank : rank + 1], end if rank else 0)
     start = time.monotonic()
     try:
-        KFACLinearOperator(p.model, p.loss, p.params, batches, process_group=dist.group.WORLD, check_deterministic=False)
+        KFACLinearOperator(
+            p.model, p.loss, p.params, batches, process_group=dist.group.WORLD, check_deterministic=False
+        )
     except Exception as error:
         cause = type(error.__cause__).__name__
         (folder / "said").write_text(f"{type(error).__name__}: {error}\n{cause}\n{time.monotonic() - start}")

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from problems import PROBLEMS
+from ranks.cases import BATCHES, SHARES, cases, others, spread, values
 from ranks.lost import TIMEOUT
-from ranks.cases import BATCHES, SHARES, cases, others, values
+from torch.utils.data import TensorDataset
+
+from curvops import GGNLinearOperator, share_of
+from curvops.cli import main
+from curvops.cli.problem import load_problem
+from curvops.ranks import Ranks
+from curvops.tour import load_matrices
+from curvops.tour.matrices import OPERATORS as TOUR
 
 HERE = Path(__file__).parent
 
@@ -43,6 +51,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = {name: values(name, make, p, p.data(*BATCHES)) for name, make, p in cases()}
     p = PROBLEMS["mlp"]()
     found["others"] = others(p, p.data(*BATCHES))
+    found["spread"] = spread(PROBLEMS["mlp"](), None)
     path = tmp_path_factory.mktemp("ranks") / "references.pt"
     torch.save(found, path)
     return path
@@ -113,6 +122,120 @@ def test_a_process_that_is_gone_is_an_error_in_the_others(end, tmp_path):
             process.kill()
             process.wait()
     said, cause, seconds = (tmp_path / "said").read_text().splitlines()
-    assert re.fullmatch(r"RanksError: a process of the group is gone, or did not come within .* timeout \(.+\)\. Start .*", said)
+    assert re.fullmatch(
+        r"RanksError: a process of the group is gone, or did not come within .* timeout \(.+\)\. Start .*", said
+    )
     assert cause == "RuntimeError"
     assert float(seconds) < TIMEOUT + 20
+
+
+def test_bytes_are_those_of_the_formulas():
+    printed = torchrun(2, "../../benchmarks/processes.py", "--bytes").stdout.splitlines()[1:]
+    assert len(printed) == 9
+    for line in printed:
+        # what goes over the network device besides is that of other tests, too
+        given, formula = (int(number.replace(",", "")) for number in line.split()[-4:-2])
+        assert given == formula > 0, line
+
+
+def test_the_example_runs():
+    assert "largest eigenvalues of the GGN: [" in torchrun(2, "../../examples/processes.py").stdout
+
+
+def test_a_share_is_a_part_of_the_data(monkeypatch):
+    monkeypatch.setattr(Ranks, "__init__", lambda self, group: vars(self).update(_group=group, number=3, rank=group))
+    data, batches = TensorDataset(torch.arange(10)), [[k] for k in range(5)]
+    assert [x.item() for rank in range(3) for (x,) in share_of(data, rank)] == list(range(10))
+    assert [share_of(batches, rank) for rank in range(3)] == [[[0], [1]], [[2], [3]], [[4]]]
+    with pytest.raises(TypeError, match=r"share_of: expected a data set with a length or a list, got generator"):
+        share_of((k for k in range(3)), 0)
+
+
+def test_a_group_must_be_there():
+    p = PROBLEMS["mlp"]()
+    with pytest.raises(
+        RuntimeError, match=r"process_group: torch.distributed is not initialised. Call .* started by torchrun"
+    ):
+        GGNLinearOperator(*p.args(), process_group=object())
+
+
+def test_models_that_are_cut_over_processes(tmp_path):
+    torchrun(2, "sharded.py", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "model_func: fully_shard computes with copies of its parameters" in report.pop("fully_shard")
+    errors = {
+        "flat": "the parameters are cut over processes, and so are vectors: expected a list of 4 DTensors, or a dict",
+        "plain": "expected a DTensor for '0.weight', as the parameter is, got Tensor",
+        "dense": "to_dense(): the parameters are cut over processes",
+        "trace": "the parameters are cut over processes",
+        "kfac": "KFACLinearOperator: '0.weight', '0.bias', '2.weight', '2.bias' are cut over processes (DTensors)",
+    }
+    for name, value in report.items():
+        if name.endswith("errors"):
+            assert all(errors[key] in text for key, text in value.items()) and value.keys() == errors.keys(), value
+        elif name.endswith("share"):
+            assert max(value) <= 0.6, name  # of parameters, of products, of what is held of a vector
+        else:
+            assert value < 1e-12, name
+    assert len(report) == 2 * (4 + 3)
+
+
+PROBLEM = """
+import torch
+from torch import nn
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    X, y = torch.randn(11, 3).double(), torch.randint(2, (11,))
+    return model, nn.CrossEntropyLoss(), [(X[:4], y[:4]), (X[4:7], y[4:7]), (X[7:], y[7:])]
+
+def failing():
+    import os
+    model, loss, data = problem()
+    if os.environ.get("RANK") == "1":
+        data[2] = (data[2][0][:, :2], data[2][1])
+    return model, loss, data
+"""
+
+
+def test_the_command_line_is_shared_by_processes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(PROBLEM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent.parent))
+
+    def shared_run(*command: str) -> subprocess.CompletedProcess[str]:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "curvops"]
+        return subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
+
+    def answers(*command: str) -> tuple[dict, dict]:
+        assert main([*command, "--output", "alone"]) == 0
+        alone, shared = capsys.readouterr().out, shared_run(*command, "--output", "shared")
+        assert shared.returncode == 0, shared.stderr
+        return json.loads(alone), json.loads(shared.stdout)
+
+    alone, shared = answers(
+        "spectrum", "own.py:problem", "--json", "--matrix", "hessian,fisher,ekfac", "-k", "3", "--density"
+    )
+    for name, one in alone["matrices"].items():
+        for key in ("eigenvalues", "density"):
+            mine, its = one[key], shared["matrices"][name][key]
+            mine, its = (part["at_most_zero"] if key == "density" else part for part in (mine, its))
+            assert mine == pytest.approx(its, rel=1e-9, abs=1e-12), (name, key)
+    alone, shared = answers("kfac", "own.py:problem", "--json", "--ekfac")
+    assert alone["trace"] == pytest.approx(shared["trace"], rel=1e-10)
+    again = shared_run("spectrum", "own.py:problem", "--matrix", "hessian", "-k", "3", "--output", "shared")
+    assert (
+        again.returncode == 0
+        and again.stderr.count("eigenvalues.safetensors' is there, and is not computed again") == 1
+    )
+    assert shared_run("tour", "own.py:problem", "--output", "shared").returncode == 0
+    found = load_matrices(tmp_path / "shared" / "matrices.safetensors").matrices
+    problem = load_problem("own.py:problem")
+    assert len(found) == 6
+    for title, (kind, options) in TOUR.items():
+        expected = kind(*problem.arguments, **options, **({"seed": 0} if "mc_samples" in options else {})).to_dense()
+        torch.testing.assert_close(found[title], expected, rtol=0, atol=1e-12)
+    failed = shared_run("spectrum", "own.py:failing", "--output", "failed")
+    own = [line for line in failed.stderr.splitlines() if line.startswith("curvops spectrum:")]
+    assert failed.returncode and len(own) == 1 and "process 1 of 2 failed with RuntimeError" in own[0], failed.stderr

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import BATCHES, SHARES, cases, others, values, wanted
+from cases import BATCHES, SHARES, cases, others, spread, values, wanted
 from problems import PROBLEMS
+
+from curvops import KFACLinearOperator
 
 
 def difference(found: Any, expected: Any) -> float | str:
@@ -30,6 +32,20 @@ def difference(found: Any, expected: Any) -> float | str:
     return max(errors)
 
 
+def share(group: Any) -> float | str:
+    """The blocks of all processes are those of the whole operator, each once."""
+    p = PROBLEMS["mlp"]()
+    whole = KFACLinearOperator(p.model, p.loss, p.params, p.data(), fisher_type="type-2")
+    mine = KFACLinearOperator(
+        p.model, p.loss, p.params, p.data() if dist.get_rank() == 0 else [], fisher_type="type-2", process_group=group
+    ).share()
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, mine.domain.names)
+    if sorted(name for some in names for name in some) != sorted(p.params):
+        return f"shares {names}"
+    return float((mine.to_dense() - whole[list(mine.domain.names)].to_dense()).abs().max())
+
+
 def main(references: str, report: str) -> None:
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -44,6 +60,8 @@ def main(references: str, report: str) -> None:
         p = PROBLEMS["mlp"]()
         data = [p.data(*BATCHES)[k] for k in shares[rank]]
         found[f"{how}: others"] = difference(others(p, data, process_group=group), expected["others"])
+    found["spread"] = difference(spread(PROBLEMS["mlp"](), group), expected["spread"])
+    found["share"] = share(group)
     if rank == 0:
         Path(report).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -152,7 +152,9 @@ def test_a_full_disk_loses_nothing(name, tmp_path, monkeypatch):
 
 def test_a_full_disk_at_the_beginning_is_an_error(tmp_path, monkeypatch):
     full(monkeypatch, 0)
-    with pytest.raises(OSError, match=r"'.*state' cannot be written \(No space left on device\). Pass a Checkpoint with"):
+    with pytest.raises(
+        OSError, match=r"'.*state' cannot be written \(No space left on device\). Pass a Checkpoint with"
+    ):
         COMPUTATIONS["kfac"](never, Checkpoint(tmp_path / "state"))
     assert not list(tmp_path.iterdir())
 
@@ -169,7 +171,9 @@ def refused(tmp_path, match, change=lambda model, data: None, cls=KFACLinearOper
     checkpoint = Checkpoint(tmp_path / "state", every=2)
     if not checkpoint.path.exists():
         with pytest.raises(Interrupted):
-            KFACLinearOperator(model, loss, params, Loader(data, at(7)), check_deterministic=False, checkpoint=checkpoint)
+            KFACLinearOperator(
+                model, loss, params, Loader(data, at(7)), check_deterministic=False, checkpoint=checkpoint
+            )
     before = checkpoint.path.read_bytes()
     changed = change(model, data)
     given = {"loss_func": loss, "check_deterministic": False, "checkpoint": checkpoint} | options

@@ -17,7 +17,9 @@ STOPS = {"kfac": 8, "ekfac": 5, "ekfac swept": 17, "kfoc": 10, "diagonal": 6, "e
 
 
 def started(*arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, HERE / "worker.py", *map(str, arguments)], env=os.environ | {"PYTHONPATH": PATH})
+    return subprocess.Popen(
+        [sys.executable, HERE / "worker.py", *map(str, arguments)], env=os.environ | {"PYTHONPATH": PATH}
+    )
 
 
 def test_killed_processes_go_on_to_the_same_bits(tmp_path):

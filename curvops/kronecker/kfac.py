@@ -47,6 +47,7 @@ class KFACLinearOperator(KroneckerOperator):
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
         rule: When blocks and factors are kept as diagonals.
+        checkpoint: Where the state of the computation is kept, to go on from after it was killed: see `Checkpoint`.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -77,7 +78,7 @@ class EKFACLinearOperator(KroneckerOperator):
 
     Args:
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
-        check_deterministic: As there.
+        check_deterministic, checkpoint: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx``, ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.

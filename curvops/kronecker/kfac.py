@@ -137,5 +137,5 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
 def _vectors(factor: Tensor, label: str) -> Tensor | None:
     """Eigenvectors of a factor, ``None`` for a diagonal one."""
     if factor.is_meta:
-        return factor if factor.ndim == 3 else None
+        return factor if factor.ndim == 3 and factor.shape[2] > 1 else None
     return eigh(factor, label)[1]

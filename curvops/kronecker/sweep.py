@@ -269,8 +269,8 @@ class Sweep:
         scale = _scale(tape)
         if curvature is None or tape.size == 1:
             return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names)
-        rows = scale.repeat_interleave(curvature.num_terms // tape.size)
-        spread = curvature.outputs(rows[:, None].expand(-1, curvature.width).to(curvature.dtype).contiguous())
+        rows = scale.to(curvature.dtype).repeat_interleave(curvature.num_terms // tape.size)
+        spread = curvature.outputs(rows.unsqueeze(1).expand(-1, curvature.width))
         return certify(tape, scale, spread, names)
 
     def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:

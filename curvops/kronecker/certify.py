@@ -87,14 +87,14 @@ def _layout(before: Tensor, after: Tensor, weights: Tensor, precision: torch.dty
     return None, float(torch.linalg.vector_norm(before))
 
 
-def _rows(use: Use, g: Tensor) -> Tensor:
+def rows_of(use: Use, g: Tensor) -> Tensor:
     """A use's output rows ``[*rows, groups, out]``, a vector's gradients ``[*rows, 1, size]``."""
     return use.outputs(g) if isinstance(use, LinearUse) else use.rows(g).unsqueeze(-2)
 
 
 def _projected(use: Use, g: Tensor, directions: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
     """Random projections ``[*rows, 1, PROJECTIONS]`` of output rows, or these: enough to see that they are scaled."""
-    rows = _rows(use, g)
+    rows = rows_of(use, g)
     if rows.numel() <= FEW:
         return rows
     rows = rows.flatten(-2)
@@ -129,7 +129,7 @@ def _over_uses(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]]) -> Tens
 
 def _summed(use: Use, view: View, g: Tensor) -> Tensor:
     """The gradient of one view, summed over all rows."""
-    rows = _rows(use, g)
+    rows = rows_of(use, g)
     if isinstance(use, VectorUse) or view is use.bias:
         return rows.sum(tuple(range(rows.ndim - 2)))
     a, out = use.inputs(), rows.reshape(-1, *rows.shape[-2:])

@@ -48,11 +48,12 @@ class Recording:
 
     Tensors other than the parameters get numbers in the order in which they appear. It ``mixes`` if a result that
     depends on the data has no axis for them, such as a mean over the batch, or if it may be made by what has two, such
-    as a graph of the data: how much it mixes them may depend on their values, and no signature shows that.
+    as a graph of the data: how much it mixes them may depend on their values, and no signature shows that. It ``pools``
+    if there is a result without an axis for the data, through which no gradient may flow.
     """
 
     def __init__(self, parameters: Iterable[Tensor], size: int) -> None:
-        self.size, self.mixes = size, False
+        self.size, self.mixes, self.pools = size, False, False
         self._entries: list[Any] = []
         self._met: list[Tensor] = []  # tensors of the data that the current call takes
         self._known: dict[int, Known] = {}  # by `id`
@@ -88,8 +89,8 @@ class Recording:
                     known = self._remember(result, of_data)
                 requires_grad = result.requires_grad
                 self._entries += (known[1], result.dtype, requires_grad, *result.shape)
-                if of_data and requires_grad and not self.mixes:
-                    self.mixes = self._reduced(func, args, result, known[3])
+                if of_data and not self.mixes and self._reduced(func, args, result, known[3]):
+                    self.pools, self.mixes = True, requires_grad
                 if several and not pairs and not self.mixes:
                     self.mixes = self._has_pairs(result)
             elif isinstance(result, int):  # the model may branch here
@@ -148,8 +149,7 @@ class Recording:
     def _remember(self, tensor: Tensor, of_data: bool | None = None) -> Known:
         """Number a tensor; one that nothing is known of depends on the data if it may have an axis for them."""
         self._count += 1
-        size = self.size
-        has_axis = any([length % size == 0 for length in tensor.shape])
+        has_axis = any(length % self.size == 0 for length in tensor.shape)
         known = ref(tensor), f"tensor {self._count}", has_axis if of_data is None else of_data, has_axis
         self._known[id(tensor)] = known
         return known

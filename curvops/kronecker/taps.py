@@ -45,6 +45,11 @@ class Taps(TorchFunctionMode):
         """The applications that a rule knows."""
         return [*self._uses, *self.lookups.uses]
 
+    @property
+    def pools(self) -> bool:
+        """Whether the data's values enter by something that they have in common, such as their largest."""
+        return self._recording.pools
+
     def signature(self, output: Tensor) -> Signature:
         """The operations of the pass, which gave an output."""
         return self._recording.signature(output)

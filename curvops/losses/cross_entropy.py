@@ -161,10 +161,9 @@ class CrossEntropyCurvature(ClosedForm):
                 "expected a non-negative sum."
             )
         lowest, highest = (0, 0) if self._soft or not y.numel() else map(int, y.aminmax())
-        if lowest < 0 or highest >= self.width:
-            wrong = ((y < 0) | (y >= self.width)) & (y != self._ignore_index)
-            if not wrong.any():
-                return
+        if (lowest < 0 or highest >= self.width) and bool(
+            (wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()
+        ):
             raise ValueError(
                 f"'CrossEntropyLoss': expected labels from 0 to {self.width - 1} or "
                 f"ignore_index={self._ignore_index}, got {y[wrong][0].item()}."

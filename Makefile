@@ -5,7 +5,7 @@ ARGS ?=
 TORCH ?= 2.6.0
 BIN := .venv/bin
 
-.PHONY: help tour test test-torch check format docs support bench bench-minilm calibrate peer others clients memory minilm picture clean
+.PHONY: help tour test test-torch check format docs support bench bench-minilm calibrate peer others clients memory minilm processes picture clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make clients  the backends for laplace-torch beside its own: tests, an example, and seconds"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
 	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, the doubts that follow from them, and its coarse tour"
+	@echo "make processes  examples of several processes that share the data, and what they send and take"
 	@echo "make picture  the README's picture, after make tour"
 	@echo "make clean    remove the environments and what the chores leave behind"
 
@@ -66,7 +67,15 @@ bench: .venv-peer/.peer .venv-others/.others
 	.venv-others/bin/python benchmarks/peers.py --write docs $(ARGS)
 	.venv-peer/bin/python benchmarks/summary.py --write README.md
 
-bench-minilm: .venv-models/.peer
+bench-TORCHRUN = $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+processes: .venv/.dev
+	$(TORCHRUN) examples/processes.py
+	$(BIN)/accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu examples/accelerated.py
+	$(TORCHRUN) benchmarks/processes.py --bytes
+	$(TORCHRUN) benchmarks/processes.py
+	$(BIN)/python benchmarks/processes.py --large
+
+minilm: .venv-models/.peer
 	.venv-models/bin/python benchmarks/work.py --models minilm --work first,repeated,kfac --rounds 3 \
 	  --write docs $(ARGS)
 
@@ -87,6 +96,14 @@ clients: .venv-others/.others
 
 memory: .venv/.dev
 	$(BIN)/python benchmarks/gpt2_memory.py $(ARGS)
+
+TORCHRUN = $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+processes: .venv/.dev
+	$(TORCHRUN) examples/processes.py
+	$(BIN)/accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu examples/accelerated.py
+	$(TORCHRUN) benchmarks/processes.py --bytes
+	$(TORCHRUN) benchmarks/processes.py
+	$(BIN)/python benchmarks/processes.py --large
 
 minilm: .venv-models/.weights
 	.venv-models/bin/python examples/minilm_laplace.py

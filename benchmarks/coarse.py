@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from curvops import EmpiricalRisk
 from curvops.estimators import BlockNorms, block_norms
 from curvops.tour import OPERATORS, tutorial
-from curvops.tour.coarse import group_sizes
+from curvops.tour.coarse import MOST
+from curvops.tour.groups import sizes_of
 
 Rows = dict[str, slice]
 
@@ -86,7 +87,7 @@ def main() -> None:
     section.table(header)
     for make in (tutorial_cnn, small_gpt):
         risk = make()
-        groups = group_sizes("modules", {name: tuple(shape) for name, shape in risk.space.shapes.items()})
+        groups = sizes_of("modules", risk.space.dim, risk.space.shapes, most=MOST)
         edges = accumulate(groups.values(), initial=0)
         rows = {name: slice(*ends) for name, ends in zip(groups, pairwise(edges), strict=True)}
         for title, (kind, how) in OPERATORS.items():

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from curvops.operators.inverse import InverseOperator
     from curvops.operators.linear_operator import LinearOperator
     from curvops.operators.low_rank import LowRankPlusDiagonalOperator, OuterProductOperator
+    from curvops.operators.spread import SpreadOperator
     from curvops.operators.structured import block_diagonal, kronecker_product
     from curvops.operators.submatrix import SubmatrixLinearOperator
     from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
     from curvops.products.hessian import HessianLinearOperator
     from curvops.products.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+    from curvops.ranks import RanksError, share_of
     from curvops.risk.empirical_risk import EmpiricalRisk
     from curvops.space import TensorSpace
     from curvops.tour.own import tour as tour  # the module itself, which can be called
@@ -47,6 +49,8 @@ _HOMES = {
     "LinearOperator": "curvops.operators.linear_operator",
     "LowRankPlusDiagonalOperator": "curvops.operators.low_rank",
     "OuterProductOperator": "curvops.operators.low_rank",
+    "RanksError": "curvops.ranks",
+    "SpreadOperator": "curvops.operators.spread",
     "SubmatrixLinearOperator": "curvops.operators.submatrix",
     "TensorSpace": "curvops.space",
     "TransposedJacobianLinearOperator": "curvops.products.jacobian",
@@ -54,6 +58,7 @@ _HOMES = {
     "check": "curvops.clients.check",
     "kronecker_product": "curvops.operators.structured",
     "load": "curvops.kronecker.operator",
+    "share_of": "curvops.ranks",
 }
 __all__ = [
     "BlockRule",
@@ -73,6 +78,8 @@ __all__ = [
     "LinearOperator",
     "LowRankPlusDiagonalOperator",
     "OuterProductOperator",
+    "RanksError",
+    "SpreadOperator",
     "SubmatrixLinearOperator",
     "TensorSpace",
     "TransposedJacobianLinearOperator",
@@ -80,6 +87,7 @@ __all__ = [
     "check",
     "kronecker_product",
     "load",
+    "share_of",
 ]
 
 

@@ -46,12 +46,26 @@ def budget(device: torch.device, memory_budget: int | None) -> int:
     return free_memory(device) // 4 if memory_budget is None else memory_budget
 
 
+def byte_size(number: float) -> str:
+    """A number of bytes in words, with the units of ten that files are told in, too.
+
+    Example:
+        >>> byte_size(159), byte_size(31_800_000), byte_size(745_058_100_000_000)
+        ('159 B', '31.8 MB', '745,058 GB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB" if number < 999.5 else f"{number:,.0f} GB"
+
+
 def check_fits(rows: int, columns: int, dtype: torch.dtype, device: torch.device, what: str) -> None:
     """Refuse a dense matrix that does not fit into the free memory by a MemoryError that gives its size."""
     size, free = rows * columns * dtype.itemsize, free_memory(device)
     if size > free:
         raise MemoryError(
-            f"{what}: a {rows} × {columns} matrix takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
+            f"{what}: a {rows} × {columns} matrix takes {byte_size(size)}, {byte_size(free)} are free. "
             "Multiply onto the columns that you need, or take the operator of fewer parameters."
         )
 

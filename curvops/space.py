@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from curvops.sharding import Sharding, is_sharded, local, shardings
+
 Vector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -45,7 +47,7 @@ class TensorSpace:
         [(2, 3), (2,)]
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], shards: Mapping[str, Sharding] | None = None) -> None:
         if not isinstance(tensors, Mapping):
             raise TypeError(
                 f"expected a dict of named tensors, got {type(tensors).__name__}. "
@@ -58,7 +60,9 @@ class TensorSpace:
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name!r}: expected a real floating-point tensor, got {got}.")
         self.names = list(tensors)
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        #: of tensors that are cut over processes, how; shapes and entries are those of this process's parts
+        self.shards = shardings(tensors) if shards is None else dict(shards)
+        self.shapes = {name: local(tensor).shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         devices = {tensor.device for tensor in tensors.values()}
         if len(devices) > 1:
@@ -76,7 +80,7 @@ class TensorSpace:
         self._slices = {name: slice(end - size, end) for name, size, end in ends}
         formats = f"one vector of length {self.dim}, a list of {len(tensors)} tensors, or a dict with these names"
         self._hint = f"Pass {formats}."
-        self._key = tuple(self.shapes.items()), tuple(self.dtypes.values()), self.device
+        self._key = tuple(self.shapes.items()), tuple(self.dtypes.values()), self.device, str(self.shards)
 
     @classmethod
     def flat(
@@ -95,7 +99,8 @@ class TensorSpace:
         """The space of some of the tensors, in the order of this one; a KeyError if there is none of a name."""
         chosen = {name: self.slice(name) for name in names}
         return TensorSpace(
-            {n: _stand_in(self.shapes[n], self.dtypes[n], self.device) for n in self.names if n in chosen}
+            {n: _stand_in(self.shapes[n], self.dtypes[n], self.device) for n in self.names if n in chosen},
+            {n: how for n, how in self.shards.items() if n in chosen},
         )
 
     def match(self, patterns: str | Iterable[str]) -> list[str]:
@@ -144,12 +149,31 @@ class TensorSpace:
     def split(self, flat: Tensor) -> list[Tensor]:
         """Tensors of a flat vector ``[D]``, or with trailing columns of ``[D, K]``, in their own dtypes."""
         parts = zip(flat.split(self.sizes), self.shapes.values(), self.dtypes.values(), strict=True)
-        return [part.reshape((*shape, *flat.shape[1:])).to(dtype) for part, shape, dtype in parts]
+        return self.wholes([part.reshape((*shape, *flat.shape[1:])).to(dtype) for part, shape, dtype in parts])
+
+    def wholes(self, parts: list[Tensor]) -> list[Tensor]:
+        """Tensors of which this process has parts; the same where nothing is cut."""
+        if not self.shards:
+            return parts
+        return [
+            self.shards[n].whole(part) if n in self.shards else part for n, part in zip(self.names, parts, strict=True)
+        ]
+
+    def parts(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """This process's parts of tensors in order; the same where nothing is cut."""
+        if not self.shards:
+            return tensors
+        return [
+            self.shards[n].part(t) if n in self.shards and t is not None else t
+            for n, t in zip(self.names, tensors, strict=True)
+        ]
 
     def join(self, tensors: Iterable[Tensor | None], total: Tensor | None = None) -> Tensor:
         """Flat vector ``[D]`` of tensors in order, added to ``total`` if that is given; ``None`` stands for zeros."""
         flat = torch.zeros(self.dim, dtype=self.dtype, device=self.device) if total is None else total
-        for part, tensor in zip(flat.split(self.sizes), tensors, strict=True):
+        for part, tensor in zip(
+            flat.split(self.sizes), self.parts(list(tensors)) if self.shards else tensors, strict=True
+        ):
             if tensor is not None:
                 part.add_(tensor.reshape(-1))
         return flat
@@ -168,6 +192,11 @@ class TensorSpace:
             TypeError: If the vector is of no known format, or of another dtype.
             ValueError: If lengths, shapes, names or devices do not fit.
         """
+        if self.shards and not isinstance(vector, (Mapping, list, tuple)):
+            raise TypeError(
+                f"{context}: the parameters are cut over processes, and so are vectors: expected a list of {len(self.names)} DTensors, or a "
+                f"dict with these names, got {type(vector).__name__}. Whatever needs flat vectors needs the parameters whole."
+            )
         if isinstance(vector, Tensor):
             self._check_kind(vector, self.dtype, context)
             return self._flat_columns(vector, "flat", context, leading)
@@ -224,6 +253,8 @@ class TensorSpace:
         return torch.from_numpy(array.copy()).to(self.device)
 
     def _tensor_columns(self, tensors: list[Tensor], kind: str, context: str, leading: bool) -> tuple[Tensor, Format]:
+        if self.shards:
+            tensors = [self._own(name, tensor, context) for name, tensor in zip(self.names, tensors, strict=True)]
         extra: set[tuple[int, ...]] = set()
         axis, many = ("leading", "rows") if leading else ("trailing", "columns")
         for (name, shape), tensor in zip(self.shapes.items(), tensors, strict=True):
@@ -246,6 +277,15 @@ class TensorSpace:
         width = rest[0] if rest else 1
         parts = [t.reshape(size, width).to(self.dtype) for t, size in zip(moved, self.sizes, strict=True)]
         return torch.cat(parts), Format(kind, bool(rest), leading)
+
+    def _own(self, name: str, tensor: Tensor, context: str) -> Tensor:
+        """This process's part of a tensor that belongs to a parameter."""
+        if is_sharded(tensor) != (name in self.shards):
+            wanted = "a DTensor" if name in self.shards else "a plain tensor"
+            raise TypeError(
+                f"{context}: expected {wanted} for {name!r}, as the parameter is, got {type(tensor).__name__}."
+            )
+        return self.shards[name].part(tensor) if name in self.shards else tensor
 
     def _check_kind(self, tensor: Tensor, dtype: torch.dtype, context: str) -> None:
         if tensor.dtype != dtype:

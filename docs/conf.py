@@ -75,7 +75,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
-    "ignore_pattern": r"laplace_transformer|minilm",
+    "ignore_pattern": r"laplace_transformer|minilm|processes|accelerated",
     "within_subsection_order": ExplicitOrder(
         [
             f"{name}.py"

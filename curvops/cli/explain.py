@@ -17,7 +17,7 @@ def run(
     problem = load_problem(target, seed=seed, **given)
     document: dict[str, Any] = {"problem": problem.target, "matrices": {}}
     for name in matrices:
-        own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory)
+        own = {**problem.options, **options(name, seed=seed, fisher_type=fisher_type, memory=memory)}
         text, about = (_planned if name in KRONECKER else _tried)(name, problem, own)
         session.say(f"{name}: {text}\n")
         document["matrices"][name] = {"explanation": text, **about}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+import os
+import re
 import sysconfig
 import traceback
 from pathlib import Path
@@ -12,8 +14,17 @@ import click
 
 _OURS = Path(__file__).resolve().parents[1]
 _LIBRARIES = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
-# from what PyTorch says to what helps
+_CPU = "leave model and data on the CPU; --device moves them"
+# from what Python and PyTorch say to what helps
 _REMEDIES = {
+    "weights_only": "torch.load(…, weights_only=False), if you trust the file",
+    "Attempting to deserialize object on": "torch.load(…, map_location='cpu'); --device moves the model",
+    "Error(s) in loading state_dict": "the weights of this very model, as model.state_dict() gives them",
+    "No such file or directory": "a path that holds in the folder where the command runs, which relative ones are taken from",
+    "No module named": "installing it where curvops is installed, or running the command in the folder that it is in",
+    "not compiled with CUDA enabled": _CPU,
+    "No CUDA GPUs are available": _CPU,
+    "Found no NVIDIA driver": _CPU,
     "same dtype": "--dtype float32 or float64 brings model, loss and data to one precision",
     "expected scalar type": "--dtype float32 or float64 brings model, loss and data to one precision",
     "same device": "--device brings model, loss and data to one device",
@@ -22,10 +33,21 @@ _REMEDIES = {
 # from what a call in Python is advised to what helps in a shell
 _ADVICE = {
     "Raise memory_budget, keep the basis elsewhere (basis_device='cpu') or in a lower basis_dtype,": "Raise --memory,",
+    "Raise max_products, subspace or tolerance, or give an earlier result as start.": "Ask for fewer eigenvalues (-k), or for --dtype float64.",
     "Call model.eval(), or pass check_deterministic=False to accept products that vary.": "Call model.eval() in your function, before it returns the model.",
+    "Multiply onto the columns that you need, or take the operator of fewer parameters.": "Take fewer parameters with --params.",
+    "Check op.risk.gradient(), or compute in float32.": "Look for infinite or huge numbers in weights and data, or take --dtype float32.",
     "by memory_budget=": "by --memory",
+    "(memory_budget=)": "(--memory)",
     "or more memory_budget,": "or more --memory,",
+    "fisher_type='mc' takes mc_samples, 'empirical' one": "--fisher-type mc takes one, empirical one",
+    "less memory: rule=BlockRule(largest_factor=…, largest_block=…)": "less memory: fewer parameters, with --params",
+    ": inside linearized() the loader": ": at a further pass the loader",
+    " inside linearized()": " where many are taken",
+    "batch_size_fn=lambda X": "a dict with batch_size_fn: lambda X",
 }
+# what a call takes, a function of the command line's returns
+_PASS = re.compile(r"(?:(?<=[,;:] )|(?<=\bor )|(?<![^.;] )\b(?=P))([Pp])ass (?!--|over\b)")
 _CODE = "\n    class "  # how an error's message begins code that is to be copied
 
 
@@ -45,17 +67,16 @@ def usage_line(error: click.UsageError, command: str = "curvops") -> str:
 
 
 def failure_text(error: BaseException) -> str:
-    """A line for what our code refuses and says itself, else the traceback of the user's code, or the error's first line."""
+    """A line for what our code refuses and says itself, else for the user's code with its traceback, or the first line."""
     if isinstance(error, UserError) and error.__cause__ is not None:
-        return f"{error}\n{_users_traceback(error.__cause__)}"
+        return _users_failure(str(error), error.__cause__)
     if isinstance(error, ModuleNotFoundError) and not _from_user(error):
         return f"it needs {error.name}: pip install 'curvops[tour]'"
     if isinstance(error, (Failure, OSError)) or _raised_by_us(error):
         return _message(error)
-    remedy = next((f". Try: {what}" for said, what in _REMEDIES.items() if said in str(error)), "")
     if _from_user(error):
-        return f"your code raised {type(error).__name__}{remedy}\n{_users_traceback(error)}"
-    return f"{type(error).__name__}: {_message(error)}{remedy or ' (--traceback shows where)'}"
+        return _users_failure("your code failed", error)
+    return f"{type(error).__name__}: {_message(error)}{_remedy(error) or ' (--traceback shows where)'}"
 
 
 def one_line(text: str) -> str:
@@ -75,7 +96,35 @@ def for_the_shell(text: str) -> str:
     """A message whose advice names options of the command line in place of Python's arguments."""
     for python, shell in _ADVICE.items():
         text = text.replace(python, shell)
-    return text
+    return _PASS.sub(lambda found: "Return " if found[1] == "P" else "return ", text)
+
+
+def warning_text(message: Warning | str, filename: str) -> str:
+    """A warning in one line, and what it advises for the shell where it is ours."""
+    said = one_line(str(message))
+    return for_the_shell(said) if _inside(Path(filename), _OURS) else said
+
+
+def _remedy(error: BaseException) -> str:
+    return next((f". Try: {what}" for said, what in _REMEDIES.items() if said in str(error)), "")
+
+
+def _users_failure(what: str, error: BaseException) -> str:
+    """What failed, where in the user's code and why, and what helps, in one line; below it the traceback."""
+    said = error.msg if isinstance(error, SyntaxError) else str(error).strip()
+    why = ": ".join([type(error).__name__, *filter(None, [said.partition("\n")[0].rstrip(".:")])])
+    return f"{what}{_users_place(error)}: {why}{_remedy(error)}\n{_users_traceback(error)}"
+
+
+def _users_place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        line, path = error.lineno, Path(error.filename)
+    elif own := [(trace, path) for trace, path in _frames(error) if _is_users(path)]:
+        line, path = own[-1][0].tb_lineno, own[-1][1]
+    else:
+        return ""
+    near = path.resolve().is_relative_to(Path.cwd())
+    return f" in line {line} of {os.path.relpath(path) if near else path}"
 
 
 def _frames(error: BaseException) -> list[tuple[TracebackType, Path]]:

@@ -92,7 +92,7 @@ def _failed(place: str, error: BaseException) -> BaseException:
         )
     if not isinstance(error, Exception):
         return error
-    return UserError(f"importing {place!r} failed, in your code:")
+    return UserError(f"importing {place!r} failed")
 
 
 def _importable(folder: Path) -> None:

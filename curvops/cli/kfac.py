@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from curvops.cli.failures import Failure
-from curvops.cli.matrices import OPERATORS, options
+from curvops.cli.matrices import operator_of, options
 from curvops.cli.problem import load_problem
-from curvops.cli.results import expect_same
+from curvops.cli.results import expect_same, problem_settings
 from curvops.cli.session import Session, json_text
-from curvops.files import replace_atomically
+from curvops.files import digest, replace_atomically
 from curvops.tour.files import prepare_output
 
 
@@ -25,17 +25,17 @@ def run(
     """Compute, save and explain; what is there with the same settings is shown only."""
     problem = load_problem(target, seed=seed, **given)
     name = "ekfac" if ekfac else "kfac"
-    own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory) | {"kfac_approx": approximation}
+    own = options(name, seed=seed, fisher_type=fisher_type, memory=memory) | {"kfac_approx": approximation}
     asked = {"matrix": name, "fisher_type": fisher_type, "approximation": approximation, "seed": seed}
-    settings = {**asked, **problem.fingerprint()}
+    settings = {**asked, **problem_settings(problem)}
     path = Path(output) / f"{name}.safetensors"
     beside = path.with_suffix(".json")  # what the file itself does not say
     document = None if fresh else _kept(path, beside, settings)
     if document is None:
         prepare_output(output, 0)
-        own |= {"progressbar": sys.stderr.isatty()}
+        problem.risk.progressbar = sys.stderr.isatty()
         start = time.perf_counter()
-        operator = OPERATORS[name](*problem.arguments, **own)
+        operator = operator_of(name, problem, **own)
         seconds = time.perf_counter() - start
         explanation = operator.explain()
         document = {
@@ -45,6 +45,7 @@ def run(
         }  # fmt: skip
         beside.unlink(missing_ok=True)
         operator.save(path)
+        document["sha256"] = digest(path)
         text = json_text(document)
         replace_atomically(beside, lambda partial: partial.write_text(text))
     else:
@@ -65,5 +66,9 @@ def _kept(path: Path, beside: Path, settings: dict[str, Any]) -> dict[str, Any] 
             f"'{path}' is there, but '{beside}', which says what it is, is not; --fresh computes it anew"
         ) from None
     expect_same(path, document.get("settings"), settings)
+    if document.get("sha256") != digest(path):
+        raise Failure(
+            f"'{path}' was edited or cut since it was written: it is not what '{beside}' describes; --fresh computes it anew"
+        )
     found: dict[str, Any] = document
     return found

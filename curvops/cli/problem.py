@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,10 +18,10 @@ from torch.nn import Module
 from curvops.cli.failures import Failure, UserError
 from curvops.cli.find import find_function
 from curvops.losses import output_loss
-from curvops.risk.determinism import NotFiniteWarning
-from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
+from curvops.risk.determinism import NotFiniteWarning, check_deterministic
+from curvops.risk.empirical_risk import EmpiricalRisk, ProblemOptions
 from curvops.space import TensorSpace, describe
-from curvops.tree import map_tensors, tensors_of
+from curvops.tree import map_tensors
 
 _NAMES = ("model", "loss", "data", "params")
 _EXPECTED = "model, loss and data (and params by name, if only some), or a dict with these keys"
@@ -40,34 +37,22 @@ class Problem:
     data: Any
     params: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
-    source: str = ""
 
     @property
     def arguments(self) -> tuple[Any, Any, dict[str, Tensor], Any]:
         """What all operators take."""
         return self.model, self.loss, self.params, self.data
 
-    def risk(self, **options: Any) -> EmpiricalRisk:
-        """The empirical risk, of which all operators can be made."""
-        return EmpiricalRisk(*self.arguments, **{**self.options, **options})
+    @cached_property
+    def risk(self) -> EmpiricalRisk:
+        """The empirical risk, of which all operators are made."""
+        return EmpiricalRisk(*self.arguments, **self.options)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this problem from another: hashes of its tensors, its data, and the text that describes the rest."""
-        self.risk()  # what cannot be walked is refused there
-        model = self.model if isinstance(self.model, Module) else None
-        tensors = {**({} if model is None else model.state_dict()), **self.params}
-        batches = (tensors_of(batch) for batch in self.data)
-        return {
-            "problem": self.target,
-            "params": list(self.params),
-            "device": str(next(iter(self.params.values())).device),
-            "dtype": str(next(iter(self.params.values())).dtype).removeprefix("torch."),
-            "weights": _hash(tensors.values()),
-            "data": _hash(tensor for batch in batches for tensor in batch),
-            "code": hashlib.sha256(_without_addresses(f"{self.source}{model!r}{self.loss!r}").encode()).hexdigest()[
-                :16
-            ],
-        }
+    @cached_property
+    def checked_risk(self) -> EmpiricalRisk:
+        """The same, after its determinism was checked."""
+        check_deterministic(self.risk)
+        return self.risk
 
 
 class Batches:
@@ -117,7 +102,7 @@ def load_problem(
     except SystemExit:
         raise Failure(f"{target!r} ended the program (SystemExit); it must return {_EXPECTED}") from None
     except Exception as error:
-        raise UserError(f"{target!r} failed, in your code:") from error
+        raise UserError(f"{target!r} failed") from error
     model, loss, data, named, options = _parts(target, given)
     kind = None if dtype is None else getattr(torch, dtype)
     for module in (model, loss):
@@ -135,7 +120,7 @@ def load_problem(
         raise Failure(
             f"{target!r}: the model's parameters are on the meta device: they have no values. Load its weights"
         )
-    return Problem(target, model, loss, data, chosen, options, _source(function))
+    return Problem(target, model, loss, data, chosen, options)
 
 
 def find_device(text: str) -> torch.device:
@@ -153,7 +138,7 @@ def find_device(text: str) -> torch.device:
 
 def _parts(target: str, given: Any) -> tuple[Any, Any, Any, dict[str, Tensor], dict[str, Any]]:
     if isinstance(given, Mapping):
-        known = [*_NAMES, *(name for name in RiskOptions.__annotations__ if name != "progressbar")]
+        known = [*_NAMES, *(name for name in ProblemOptions.__annotations__ if name != "progressbar")]
         if unknown := [key for key in given if key not in known]:
             raise TypeError(
                 f"{target!r} returned a dict with unknown keys {describe(unknown)}; there are {', '.join(known)}"
@@ -219,23 +204,3 @@ def _chosen(named: dict[str, Tensor], patterns: tuple[str, ...]) -> dict[str, Te
         return {name: named[name] for name in TensorSpace(named).match(patterns)}
     except KeyError as error:
         raise click.UsageError(f"--params: {error.args[0]}") from None
-
-
-def _source(function: Callable[[], Any]) -> str:
-    with suppress(OSError, TypeError):
-        return Path(inspect.getsourcefile(function) or "").read_text()
-    return ""
-
-
-def _without_addresses(text: str) -> str:
-    # of functions, which are elsewhere in each run
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _hash(tensors: Any) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().to("cpu").contiguous()
-        found.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        found.update(plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b"")
-    return found.hexdigest()[:16]

@@ -10,10 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from curvops.cli.failures import Failure
+from curvops.cli.problem import Problem
 from curvops.cli.session import Session
 from curvops.files import read_tensors, write_tensors
+from curvops.tour.identity import differences, identity
 
 Found = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def problem_settings(problem: Problem) -> dict[str, Any]:
+    """What tells this problem from another: its names, and its `identity`."""
+    return {"problem": problem.target, "params": list(problem.params), **identity(problem.risk)}
 
 
 def kept_or_computed(
@@ -48,14 +55,7 @@ def expect_same(path: Path, found: Any, settings: Mapping[str, Any]) -> None:
         raise Failure(
             f"'{path}' is of another problem ({found['problem']}); --fresh computes it anew, --output puts it elsewhere"
         )
-    differ = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
-    if differ:
-        said = ", ".join(_change(key, found.get(key), settings.get(key)) for key in differ)
+    if differ := differences(found, settings):
         raise Failure(
-            f"'{path}' was computed with other settings ({said}); --fresh computes it anew, --output puts it elsewhere"
+            f"'{path}' was computed with other settings ({', '.join(differ)}); --fresh computes it anew, --output puts it elsewhere"
         )
-
-
-def _change(key: str, before: Any, now: Any) -> str:
-    short = all(isinstance(value, (int, float, str, type(None))) for value in (before, now))
-    return f"{key} {before}, now {now}" if short and key not in ("weights", "data", "code") else f"other {key}"

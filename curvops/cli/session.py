@@ -11,11 +11,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
-from curvops.cli.failures import UserError, failure_text, one_line, usage_line
+from curvops.cli.failures import UserError, failure_text, for_the_shell, usage_line, warning_text
 
 
 @dataclass
@@ -36,10 +38,13 @@ class Session:
 
     def say(self, text: str = "") -> None:
         """A line for a person."""
-        print(text, file=sys.stderr if self.as_json else self.stdout, flush=True)
+        print(for_the_shell(text), file=sys.stderr if self.as_json else self.stdout, flush=True)
 
     def note(self, text: str) -> None:
         """A line about the run, on stderr."""
+        self._tell(for_the_shell(text))
+
+    def _tell(self, text: str) -> None:
         print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def answer(self, document: dict[str, Any]) -> None:
@@ -62,17 +67,26 @@ class Session:
             return 130
         except BrokenPipeError:
             # whoever read has gone; what Python flushes at its end must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stdout.fileno())
             return 1
         except (Exception, UserError) as error:
             self._trace()
-            self.note(failure_text(error))
+            self._tell(failure_text(error))
             return 1
 
     @contextlib.contextmanager
     def _surroundings(self) -> Any:
-        os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files: no window is needed
+        """What a command may change for its time; whoever called it in a process of their own finds all as it was."""
+        torch = import_module("torch")
         with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            stack.enter_context(import_module("curvops.context").preserved_random_state())
+            stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
+            if "MPLBACKEND" not in os.environ:
+                os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window is needed
+                stack.callback(os.environ.pop, "MPLBACKEND", None)
             if self.as_json:
                 # what the user's file prints is not the document
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -83,8 +97,8 @@ class Session:
                 warnings.showwarning = self._warn
             yield
 
-    def _warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        self.note(f"warning: {one_line(str(message))}")
+    def _warn(self, message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+        self._tell(f"warning: {warning_text(message, filename)}")
 
     def _trace(self) -> None:
         if self.traceback:
@@ -92,13 +106,15 @@ class Session:
 
 
 def json_text(document: dict[str, Any]) -> str:
-    """A document as JSON, with null for what JSON has no number for."""
-    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    """A document as JSON, with null for what JSON has no number for, and advice for the shell."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_plain(one) for one in value]
+    if isinstance(value, str):
+        return for_the_shell(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import matplotlib.pyplot as plt
 import torch
 
-from curvops.cli.matrices import KRONECKER, OPERATORS, options
+from curvops.cli.matrices import KRONECKER, operator_of, options
 from curvops.cli.problem import Problem, load_problem
-from curvops.cli.results import Found, kept_or_computed
+from curvops.cli.results import Found, kept_or_computed, problem_settings
 from curvops.cli.session import Session, json_text
 from curvops.files import replace_atomically
 from curvops.plots import plot_spectral_density
-from curvops.spectrum import EigenPairs, SpectralDensity, Which
+from curvops.spectrum import EigenPairs, SpectralDensity, Which, eigenpairs
 from curvops.spectrum.choice import Choice
 from curvops.tour.figure import save_figure
 from curvops.tour.files import prepare_output
@@ -41,10 +42,10 @@ def run(
         raise click.UsageError(f"-k: the matrix has {D:,} eigenvalues, one for each parameter; got {k:,}")
     folder = prepare_output(output, 0)
     settings = {"k": min(5, D) if k is None else k, "which": which, "fisher_type": fisher_type, "seed": seed}
-    settings |= problem.fingerprint()
+    settings |= problem_settings(problem)
     document: dict[str, Any] = {"problem": problem.target, "output": str(folder), "settings": settings, "matrices": {}}
     for name in matrices:
-        own = options(name, problem, seed=seed, fisher_type=fisher_type, memory=memory)
+        own = options(name, seed=seed, fisher_type=fisher_type, memory=memory)
         one = _Matrix(session, folder, name, problem, own, settings, fresh)
         pairs = one.eigenpairs()
         note = _note(pairs, which, one.exact)
@@ -75,8 +76,8 @@ class _Matrix:
 
     @cached_property
     def operator(self) -> Any:
-        """Made only where something is computed: it walks the data to be checked."""
-        return OPERATORS[self.name](*self.problem.arguments, **self.options)
+        """Made only where something is computed: the first one walks the data to be checked."""
+        return operator_of(self.name, self.problem, **self.options)
 
     @property
     def exact(self) -> str:
@@ -89,9 +90,10 @@ class _Matrix:
     def dense(self) -> EigenPairs:
         """All eigenpairs of the matrix, in double precision."""
         matrix = self.operator.to_dense().double()
-        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        residuals = (matrix @ vectors - vectors * values).norm(dim=0)
-        return EigenPairs(values, vectors, residuals, len(matrix), True, FROM_MATRIX)
+        symmetric = (matrix + matrix.T) / 2  # which rounding in the operator's precision spoils
+        found = eigenpairs(symmetric, len(matrix))
+        residuals = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
+        return replace(found, residuals=residuals, reason=FROM_MATRIX)
 
     def eigenpairs(self) -> EigenPairs:
         def compute() -> Found:
@@ -109,7 +111,7 @@ class _Matrix:
             about = {name: getattr(found, name) for name in ("products", "converged", "reason")}
             return {name: getattr(found, name) for name in ("values", "vectors", "residuals")}, about
 
-        tensors, about = self._kept("eigenvalues", {}, compute)
+        tensors, about = self._kept("eigenvalues", {"method": self.exact or "Lanczos"}, compute)
         numbers: dict[str, Any] = {name: about[name] for name in ("products", "converged", "reason")}
         return EigenPairs(tensors["values"], tensors["vectors"], tensors["residuals"], **numbers)
 
@@ -124,7 +126,8 @@ class _Matrix:
             asked: dict[str, Any] = {"depth": depth, "num_vectors": vectors, "deflate": deflate}
             return _parts(self.operator.spectral_density(**asked, **self._common()))
 
-        more = {"method": self.exact} if self.exact else {"depth": depth, "vectors": vectors}
+        more: dict[str, Any] = {} if self.exact else {"depth": depth, "vectors": vectors}
+        more |= {"method": self.exact or "Lanczos quadrature"}
         tensors, about = self._kept("density", more, compute)
         facts: dict[str, Any] = {name: about[name] for name in _FACTS if name in about}
         return SpectralDensity(tensors["nodes"], tensors["weights"], tensors["outliers"], **facts)
@@ -173,6 +176,7 @@ def _drawn(found: SpectralDensity, stem: Path, session: Session, exact: str) -> 
     axes = plot_spectral_density(found)
     figure: Any = axes.figure
     files = [str(save_figure(figure, stem.with_name(f"{stem.name}.{suffix}"))) for suffix in ("pdf", "png")]
+    plt.close(figure)
     # where all eigenvalues are known, those that rounding leaves of zeros count as zeros
     edge = 2 * found.rounding if exact else 0.0
     shares = found.cumulative(torch.tensor([edge, -edge], dtype=torch.float64))

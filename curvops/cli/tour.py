@@ -10,11 +10,10 @@ import click
 import torch
 
 from curvops.cli.commands import SETUPS
-from curvops.cli.failures import for_the_shell
 from curvops.cli.problem import find_device, load_problem
 from curvops.cli.session import Session
-from curvops.tour.compute import Finished, Tour
-from curvops.tour.files import load_matrices
+from curvops.tour.compute import Tour
+from curvops.tour.files import Finished, load_matrices
 from curvops.tour.own import TourOptions, tour, tour_checkpoints
 from curvops.tour.run import run_tour
 
@@ -80,7 +79,7 @@ def _own(
         tours = {"": tour(*own, problem.params, output=output, **options)}
     document: dict[str, Any] = {"problem": problem.target, "output": output, "tours": {}}
     for label, found in tours.items():
-        session.say("\n".join([*[label] * bool(label), for_the_shell(found.table())]))
+        session.say("\n".join([*[label] * bool(label), found.table()]))
         document["tours"][label] = _facts(found)
     files = [*finished.matrices, *finished.figures]
     session.say("\n".join(map(str, files)))

@@ -26,7 +26,7 @@ from curvops.matrix import seeded
 from curvops.products.account import reason
 from curvops.products.ggn import EFLinearOperator, GGNLinearOperator
 from curvops.products.hessian import HessianLinearOperator
-from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
+from curvops.risk.empirical_risk import EmpiricalRisk, ProblemOptions
 from curvops.risk.model import ModelFunction
 
 Comparison = tuple[str, str, Callable[[Problem], Outcome]]
@@ -65,7 +65,7 @@ def check(
     data: Iterable[tuple[Any, Any]],
     *,
     seed: int = 0,
-    **options: Unpack[RiskOptions],
+    **options: Unpack[ProblemOptions],
 ) -> Report:
     """Compare all operators with their definitions on a few data of your own model.
 

@@ -9,6 +9,7 @@ from curvops.display import card, table
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.cotangents import LIMIT
 from curvops.kronecker.state import State
+from curvops.memory import byte_size
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock
 
@@ -126,13 +127,3 @@ def _described(block: Block) -> str:
     if right == 1:
         return f"{many}{'eigen' if eigen else 'dense' if dense[0] else 'diagonal'} {left}"
     return f"{many}{'eigen' if eigen else 'Kronecker'} {a} ⊗ {b}"
-
-
-def byte_size(number: int) -> str:
-    """A number of bytes in words."""
-    size = float(number)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -12,6 +12,7 @@ from torch import Tensor
 from curvops.kronecker.certify import rows_of
 from curvops.kronecker.rows import Slopes
 from curvops.kronecker.tape import Tape
+from curvops.kronecker.uses import LinearUse, Use
 from curvops.products.account import relative_difference, tolerance
 from curvops.tree import map_tensors
 
@@ -51,7 +52,7 @@ def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) ->
     return map_tensors(some, X)
 
 
-def agree(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
+def agrees(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
     """Whether some data's output is what they have in their batch."""
     if z is None or tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
         return False
@@ -69,3 +70,9 @@ def scale_of(tape: Tape) -> Tensor:
     """A number for each datum, all different."""
     numbers = torch.rand(tape.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return (0.5 + numbers).to(tape.z.device)
+
+
+def work_of(use: Use) -> tuple[int, int]:
+    """Entries of a layer's output, and multiplications that it takes."""
+    size = use.shape.numel() if isinstance(use, LinearUse) else 0
+    return size, size * use.input_shape[1] if isinstance(use, LinearUse) else 0

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.rows import Pass, Rows
+from curvops.kronecker.shares import decompositions, summed
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
 from curvops.memory import budget
+from curvops.operators.eigen import has_basis
 
 TOGETHER = 32 * 2**20  # bytes of output gradients of one forward pass that are taken together, within the budget
 
@@ -65,8 +68,20 @@ class Collection:
                 for group, gradients in found.gradients():
                     wholes.add(group, gradients)
                 del found  # its graph is gone before the next one grows
-            if not sweep.grouping.again:
+            if (self.planned and not sweep.grouping.again) or (not self.planned and sweep.agree()):
                 return consumer, wholes.entries()
+
+    def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:
+        """Entries over the data of all processes that share them."""
+        sweep = self.sweep
+        reduces = sweep.options.kfac_approx == "reduce"
+        return summed(sweep.risk.ranks, sweep.grouping.groups, entries, sweep.data, reduces)
+
+    def add_all(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, of the same shapes in all processes that share the data, by their sums over these."""
+        ranks = self.sweep.risk.ranks
+        ranks.meet(f"{self.title}: {len(tensors)} sums")
+        ranks.add_all(tensors)
 
     def again(self, title: str) -> Iterator[tuple[Key, Sequence[Rows]]]:
         """The rows of each linear group in each forward pass once more, for some or all of its backward passes."""
@@ -78,6 +93,12 @@ class Collection:
                 for group, uses in found.rows():
                     yield group.key, [rows.formed() for rows in uses]
                 del found
+
+    def eigenvectors(self, factors: list[tuple[Tensor, str]]) -> list[Tensor | None]:
+        """Eigenvectors of factors with labels, ``None`` for a diagonal one; the factors are given up one by one."""
+        if self.planned:
+            return [factor if has_basis(factor.shape) else None for factor, _ in factors]
+        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors)]
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""

@@ -23,7 +23,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (without effect), ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch
@@ -41,7 +41,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         diagonals, wholes = collection.first(lambda: Diagonals(collection), dense=False, together=True)
-        return {**{key: diagonal.entry() for key, diagonal in diagonals.found.items()}, **wholes}
+        return collection.summed({**{key: diagonal.entry() for key, diagonal in diagonals.found.items()}, **wholes})
 
 
 class Diagonals:

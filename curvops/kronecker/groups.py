@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -43,7 +43,7 @@ class Grouping:
         # parameters that enter different batches in ways that no block-diagonal form fits, and why
         self.refuted: dict[str, str] = {}
         # of weights and biases, what they always come together with, and the side of the inputs; None if there is none
-        self._partners: dict[Key, tuple[Key, str] | None] = {}
+        self.partners: dict[Key, tuple[Key, str] | None] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -67,6 +67,14 @@ class Grouping:
         """The group of a parameter that is known by its gradients only."""
         key, places = (("whole", name),), Places(self.space.slice(name), self.space.device)
         return self.groups.setdefault(key, Group(key, (name,), "whole", (1, len(places), 1), places, reason))
+
+    def add(self, group: Group) -> None:
+        """Add a group that other data have shown."""
+        if group.kind == "whole":
+            self.groups.setdefault(group.key, group)
+            return
+        for kind in group.operation.split(", "):
+            self._add(group, kind)
 
     def _add(self, group: Group, kind: str) -> None:
         known = self.groups.get(group.key)
@@ -98,15 +106,18 @@ class Grouping:
                 for one, other in (ends, ends[::-1]):
                     if one is not None:
                         met.setdefault(one, set()).add((other, use.input_side) if use.joint and other else None)
-        for one, others in met.items():
-            (partner,) = others if len(others) == 1 else (None,)
-            if self._partners.setdefault(one, partner) != partner and self._partners[one] is not None:
-                self._partners[one], self.again = None, True
+        self.learn({one: next(iter(others)) if len(others) == 1 else None for one, others in met.items()})
+
+    def learn(self, partners: Mapping[Key, tuple[Key, str] | None]) -> None:
+        """Take over what weights and biases come together with; those that also come otherwise are parted."""
+        for one, partner in partners.items():
+            if self.partners.setdefault(one, partner) != partner and self.partners[one] is not None:
+                self.partners[one], self.again = None, True
 
     def _partner(self, one: Key) -> Key | None:
         """What a weight or bias always comes together with, and that with it."""
-        partner = self._partners[one]
-        return partner[0] if partner and self._partners.get(partner[0]) == (one, partner[1]) else None
+        partner = self.partners[one]
+        return partner[0] if partner and self.partners.get(partner[0]) == (one, partner[1]) else None
 
     def _roles(self, use: Use, names: set[str]) -> Iterator[tuple[str, list[View]]]:
         if isinstance(use, VectorUse):

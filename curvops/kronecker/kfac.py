@@ -11,7 +11,6 @@ from curvops.kronecker.groups import Key
 from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.state import Entry
 from curvops.operators.blocks import KroneckerBlock
-from curvops.operators.eigen import eigh
 from curvops.space import describe
 
 
@@ -34,6 +33,7 @@ class KFACLinearOperator(KroneckerOperator):
         check_deterministic: Compare two passes over the data before anything is computed.
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
+        process_group: Processes of `torch.distributed` that pass a share of the data each; see `EmpiricalRisk`.
         fisher_type: ``"type-2"`` (all columns of the output Hessian's root), ``"mc"`` (gradients at sampled
             labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity). ``"mc"`` if not given, for
             `GGNDiagonalLinearOperator` ``"type-2"``.
@@ -64,7 +64,7 @@ class KFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection))
-        return {**factors.entries(collection.sweep.data), **wholes}
+        return collection.summed({**factors.entries(collection.sweep.data), **wholes})
 
 
 class EKFACLinearOperator(KroneckerOperator):
@@ -80,7 +80,7 @@ class EKFACLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx``, ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch
@@ -98,11 +98,13 @@ class EKFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-        diagonals = _diagonals(factors.entries(collection.sweep.data), collection)
+        entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
+        diagonals = _diagonals(entries, collection)
         for key, uses in collection.again("correction"):
             if key in diagonals:
                 diagonals[key].add(uses)
-        return {**{key: diagonal.entry() for key, diagonal in diagonals.items()}, **wholes}
+        collection.add_all([diagonal.total for diagonal in diagonals.values()])
+        return {**entries, **{key: diagonal.entry() for key, diagonal in diagonals.items()}}
 
 
 def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, BasisDiagonal]:
@@ -120,22 +122,14 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
         return len(factors) - 1
 
     places, groups = {}, collection.sweep.grouping.groups
-    for key in list(entries):
+    for key in [key for key in entries if groups[key].kind == "linear"]:
         block = entries.pop(key).block(1.0)
         if isinstance(block, KroneckerBlock):
             label = f"block of {describe(groups[key].names)}"
             places[key] = [place(factor, label) for factor in (block.left, block.right)]
-    factors.reverse()
-    vectors = [_vectors(*factors.pop()) for _ in range(len(factors))]
+    vectors = collection.eigenvectors(factors)
     found = {}
     for key, (left, right) in places.items():
         total = torch.zeros(groups[key].shape, dtype=collection.dtype, device=collection.device)
         found[key] = BasisDiagonal(vectors[left], vectors[right], total, collection.budget)
     return found
-
-
-def _vectors(factor: Tensor, label: str) -> Tensor | None:
-    """Eigenvectors of a factor, ``None`` for a diagonal one."""
-    if factor.is_meta:
-        return factor if factor.ndim == 3 and factor.shape[2] > 1 else None
-    return eigh(factor, label)[1]

@@ -31,7 +31,7 @@ class KFOCLinearOperator(KroneckerOperator):
         check_deterministic: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (of the start only), ``separate_weight_and_bias``,
             ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
-            ``num_data`` and ``batch_size_fn``, as there.
+            ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch
@@ -48,7 +48,9 @@ class KFOCLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-        blocks = {key: entry.block(1.0) for key, entry in factors.entries(collection.sweep.data).items()}
+        entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
+        groups = collection.sweep.grouping.groups
+        blocks = {key: entries.pop(key).block(1.0) for key in list(entries) if groups[key].kind == "linear"}
         products = {
             key: NearestProduct(block, collection.budget)
             for key, block in blocks.items()
@@ -58,11 +60,12 @@ class KFOCLinearOperator(KroneckerOperator):
             for key, uses in collection.again(f"step {step + 1}"):
                 if key in products and not products[key].converged:
                     products[key].add(uses)
+            collection.add_all([product.sum for product in products.values() if not product.converged])
             for product in products.values():
                 product.step()
             if all(product.converged for product in products.values()):
                 break
-        return {**{key: Entry("product", {"left": p.left, "right": p.right}) for key, p in products.items()}, **wholes}
+        return {**entries, **{key: Entry("product", {"left": p.left, "right": p.right}) for key, p in products.items()}}
 
 
 class NearestProduct:
@@ -74,7 +77,7 @@ class NearestProduct:
         self._update_left = True
         self._sizes: list[Tensor] = []
         self._bytes = budget // 4
-        self._sum = torch.zeros_like(self.left)
+        self.sum = torch.zeros_like(self.left)
 
     def add(self, uses: Sequence[Rows]) -> None:
         """Add Σ G R Gᵀ, or Σ Gᵀ L G, over the data of some backward passes."""
@@ -84,10 +87,10 @@ class NearestProduct:
             g = found.flatten(0, 1)
             inner, other = (g, self.right) if self._update_left else (g.mT, self.left)
             half = inner * other.unsqueeze(1) if other.ndim == 2 else inner @ other
-            if self._sum.ndim == 2:
-                self._sum += (half * inner).sum((0, 3))
+            if self.sum.ndim == 2:
+                self.sum += (half * inner).sum((0, 3))
             else:
-                self._sum += torch.einsum("ngij,ngkj->gik", half, inner)
+                self.sum += torch.einsum("ngij,ngkj->gik", half, inner)
 
     def step(self) -> None:
         """Take the least-squares solution for one factor, and turn to the other."""
@@ -96,9 +99,9 @@ class NearestProduct:
         other = self.right if self._update_left else self.left
         scale = other.flatten(1).square().sum(1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        setattr(self, "left" if self._update_left else "right", self._sum / scale.view(-1, *[1] * (self._sum.ndim - 1)))
+        setattr(self, "left" if self._update_left else "right", self.sum / scale.view(-1, *[1] * (self.sum.ndim - 1)))
         self._update_left = not self._update_left
-        self._sum = torch.zeros_like(other)
+        self.sum = torch.zeros_like(other)
         self._sizes.append((self.left.flatten(1).norm(dim=1) * self.right.flatten(1).norm(dim=1)).norm())
         if len(self._sizes) > 2:
             least = CONVERGED * torch.finfo(self._sizes[-1].dtype).eps * self._sizes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -13,16 +14,20 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.kronecker.account import Explanation, byte_size, explained, notes_of, plan_notes
+from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
 from curvops.kronecker.groups import Key
 from curvops.kronecker.options import KroneckerOptions, Options
 from curvops.kronecker.rows import LayerRows, layer_rows
+from curvops.kronecker.shares import assigned, decompositions
 from curvops.kronecker.state import Entry, State
 from curvops.kronecker.sweep import Proof, Sweep
+from curvops.memory import byte_size
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
+from curvops.operators.blocks import KroneckerBlock
+from curvops.operators.linear_operator import LinearOperator
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.risk.model import ModelFunction
@@ -178,17 +183,65 @@ class KroneckerOperator(StateOperator):
             >>> for step in range(3):
             ...     kfac = kfac.refresh([(torch.rand(5, 3), torch.rand(5, 2))], decay=0.9)
         """
-        if "risk" not in vars(self):
-            raise RuntimeError(f"{self.name}.refresh(): a copy holds neither model nor data. Make the operator anew.")
+        risk = self._data_of("refresh")
         if decay:
             self.state.expect_average(decay)
         options = replace(self.options, seed=self.options.seed + 1 if seed is None else seed)
         operator = type(self).__new__(type(self))
-        operator._set(self.risk if data is None else self.risk.of_data(data), options, proofs=self._proofs)
+        operator._set(risk if data is None else risk.of_data(data), options, proofs=self._proofs)
         if decay:
             mixed = self.state.average(operator.state, decay)
             StateOperator.__init__(operator, mixed, operator._reasons, operator._notes)
         return operator
+
+    def decompose(self: SomeOperator) -> SomeOperator:
+        """Take the eigendecompositions that exact inverses, powers and determinants need, divided among the processes.
+
+        Each dense factor is decomposed by one process of the group that shares the data, and sent to the others, so that
+        all can use it at once. Without a group it takes the same work that these would take later.
+
+        Returns:
+            The operator itself.
+
+        Example:
+            >>> import torch
+            >>> from curvops import KFACLinearOperator
+            >>> model, data = torch.nn.Linear(3, 2), [(torch.rand(5, 3), torch.rand(5, 2))]
+            >>> kfac = KFACLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+            >>> kfac.decompose().inverse(damping=1e-2).shape
+            (8, 8)
+        """
+        ranks = self._data_of("decompose").ranks
+        with ranks.together(), torch.inference_mode(False):
+            blocks = [
+                (placed.block, placed.label) for placed in self.blocks if isinstance(placed.block, KroneckerBlock)
+            ]
+            missing: dict[int, tuple[Tensor, str]] = {}
+            for block, label in blocks:
+                missing.update({id(factor): (factor, label) for factor in block.undecomposed()})
+            factors = list(missing.values())
+            found = list(zip([f for f, _ in factors], decompositions(ranks, factors), strict=True))
+            for block, _ in blocks:
+                block.decomposed = [*block.decomposed, *found]
+        return self
+
+    def share(self) -> LinearOperator:
+        """The blocks that are this process's, as an operator on their parameters, so that it need not keep the others.
+
+        Blocks are divided among the processes that share the data by the cost of their eigendecompositions.
+        """
+        ranks = self._data_of("share").ranks
+        layers: dict[str, float] = {}
+        for placed in self.blocks:
+            layers[placed.names[0]] = layers.get(placed.names[0], 0.0) + sum(
+                float(n) ** 3 for n in placed.block.shape[1:]
+            )
+        owners = assigned(list(layers.values()), ranks.number)
+        own = [name for name, owner in zip(layers, owners, strict=True) if owner == ranks.rank]
+        if not own:
+            raise ValueError(f"{self.name}.share(): {len(layers)} layers are not enough for {ranks.number} processes.")
+        names = {name for placed in self.blocks if placed.names[0] in own for name in placed.names}
+        return self[[glob.escape(name) for name in self.domain.names if name in names]]
 
     def layers(self) -> Iterator[LayerRows]:
         """Inputs and output gradients of each layer, one backward pass at a time: see `LayerRows`.
@@ -198,16 +251,20 @@ class KroneckerOperator(StateOperator):
         Raises:
             RuntimeError: If this is a copy, which holds neither.
         """
-        if "risk" not in vars(self):
-            raise RuntimeError(f"{self.name}.layers(): a copy holds neither model nor data. Make the operator anew.")
-        rows = layer_rows(Sweep(self.risk, self.options).streamed(f"{self.name} layers"))
+        risk = self._data_of("layers")
+        rows = layer_rows(Sweep(risk, self.options).streamed(f"{self.name} layers"))
         while True:
             # the caller's code between two rows runs in the caller's context
-            with torch.inference_mode(False), self.risk.evaluation():
+            with torch.inference_mode(False), risk.evaluation():
                 row = next(rows, None)
             if row is None:
                 return
             yield row
+
+    def _data_of(self, method: str) -> EmpiricalRisk:
+        if "risk" not in vars(self):
+            raise RuntimeError(f"{self.name}.{method}(): a copy holds neither model nor data. Make the operator anew.")
+        return self.risk
 
     @classmethod
     def _options(cls, **given: Any) -> Options:
@@ -222,11 +279,19 @@ class KroneckerOperator(StateOperator):
 
     def _set(self, risk: EmpiricalRisk, options: Options, planned: bool = False, proofs: Sequence[Proof] = ()) -> None:
         self.risk, self.options = risk, options
+        if risk.space.shards:
+            raise TypeError(
+                f"{type(self).__name__}: {describe(list(risk.space.shards))} are cut over processes (DTensors), of whose layers no "
+                "process sees the rows. Take the Hessian, the GGN or a Fisher matrix, or the parameters whole."
+            )
         risk.model.check_current()
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs
         collection = Collection(sweep, type(self).__name__, planned)
-        with torch.inference_mode(False), risk.evaluation():
+        with risk.ranks.together(), torch.inference_mode(False), risk.evaluation():
+            if not (planned or risk.ranks.alone):
+                risk.ranks.meet(f"{collection.title}, {options.settings}, seed {options.seed}", risk.state)
+                risk.start(collection.title)
             entries = self._compute(collection)
         groups = [(group, entries[key]) for key, group in sweep.grouping.groups.items() if key in entries]
         count = 1.0 if planned else 1.0 / sweep.constant

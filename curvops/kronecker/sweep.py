@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvops.kronecker.alone import SOME, Joint, agree, cut, same, scale_of
+from curvops.kronecker.alone import SOME, Joint, agrees, cut, same, scale_of, work_of
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass
+from curvops.kronecker.shares import agree
 from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
-from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch, joined_batch, joins
 from curvops.risk.determinism import fingerprint
@@ -71,8 +71,16 @@ class Sweep:
         self._marks: list[tuple[float, ...]] = []
         self._cuts = []
         yield from self._passes(title, together, mark=self._marks.append if more else None)
-        if not self.grouping.again:
+
+    def agree(self) -> bool:
+        """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
+        if self.grouping.again:
+            return False  # alone: several processes walk until their own data fit
+        self._steps.join()
+        agreed = agree(self.risk.ranks, self.grouping, self.whole)
+        if agreed:
             self.constant = self._steps.constant
+        return agreed
 
     def further(self, title: str, skip: int, together: int) -> Iterator[Pass]:
         """The same passes once more, without those of some batches at the beginning."""
@@ -118,9 +126,9 @@ class Sweep:
         mark: Callable[[tuple[float, ...]], None] | None = None,
         cuts: Sequence[int] = (),
     ) -> Iterator[Pass]:
-        self._most = sys.maxsize if cuts else 0
+        self._first, self._most = 0, sys.maxsize if cuts else 0
         # what is done between two batches runs in the caller's context, so no context is entered here
-        with closing(self.risk.data.walk()) as batches:
+        with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
             self._steps = Walk(self.risk, batches, title)
             for place, several in enumerate(self._gathered(mark, cuts)):
                 if not cuts:
@@ -147,7 +155,7 @@ class Sweep:
         numbers = iter(cuts)
         number = next(numbers, 1)
         for batch in self._steps:
-            self._first = self._first if batch.start else batch.size
+            self._first = self._first or batch.size
             if mark is not None:
                 mark(fingerprint(batch))
             # of one size, which the first one had: a model may do something else with other numbers of data
@@ -174,7 +182,7 @@ class Sweep:
         alone = self._run(batch, places, taped=True)
         for proof in () if alone is None or tape.taps.data_dependent or tape.taps.pools else self.proofs:
             known = proof.way == "batch" and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
-            if known and not proof.failed and alone.fits(proof.layouts) and agree(alone.z, tape, places):
+            if known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places):
                 tape.layouts = list(proof.layouts)
                 return Joint(tape, alone, places)
         return None
@@ -183,7 +191,7 @@ class Sweep:
         """How many data may go together, by what one batch of them took."""
         if not curvature.closed_form or set(ways.values()) != {"batch"} or batch.size < 2:
             return 0
-        size = sum(_work(use)[0] for use in tape.uses) * tape.z.itemsize
+        size = sum(work_of(use)[0] for use in tape.uses) * tape.z.itemsize
         budget = self.options.memory_budget
         most = min(JOINED, JOINED if budget is None else budget // 4) * batch.size // max(size, 1)
         return most if most >= 2 * batch.size else 0
@@ -255,7 +263,7 @@ class Sweep:
             self.backward_passes += len(columns)
             yield found
             return
-        one = sum(_work(tape.uses[k])[0] for k in indices) * tape.z.itemsize
+        one = sum(work_of(tape.uses[k])[0] for k in indices) * tape.z.itemsize
         some = max(1, together // max(one, 1))
         for first in range(0, len(columns), some):
             slopes, totals = [], []
@@ -328,7 +336,7 @@ class Sweep:
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
-        large = sum(_work(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
+        large = sum(work_of(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, taped=True) if batch is not None and large else None
         if isinstance(some, Tape) and some.signature.covers(tape.signature):
             scale = scale_of(some)
@@ -352,7 +360,7 @@ class Sweep:
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
         some = self._run(batch, places, taped=taped)
-        return some if agree(some.z if isinstance(some, Tape) else some, tape, places) else None
+        return some if agrees(some.z if isinstance(some, Tape) else some, tape, places) else None
 
     def _alone(self, batch: Batch, tape: Tape, names: list[str]) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch.
@@ -369,7 +377,7 @@ class Sweep:
             totals = [torch.zeros_like(tape.params[name]) for name in names]
             for n, part in enumerate(cotangent.unflatten(0, (batch.size, -1))):
                 single = self._run(batch, [n], kept, taped=True)
-                if not agree(single and single.z, tape, [n]):
+                if not agrees(single and single.z, tape, [n]):
                     break
                 for total, g in zip(totals, single.gradients(part, (), names)[1], strict=True):
                     total += 0 if g is None else g
@@ -389,9 +397,3 @@ class Sweep:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None
-
-
-def _work(use: Use) -> tuple[int, int]:
-    """Entries of a layer's output, and multiplications that it takes."""
-    size = use.shape.numel() if isinstance(use, LinearUse) else 0
-    return size, size * use.input_shape[1] if isinstance(use, LinearUse) else 0

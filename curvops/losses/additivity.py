@@ -1,6 +1,6 @@
 """Whether a loss is a sum over data, in a batch and between batches, and what its mean divides by."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,16 +52,36 @@ class LossWalk:
             self._count += found.count
         return found
 
-    def constant(self) -> float:
-        """The factor c in front of the sum over all data of this pass; a ValueError where PyTorch's mean is 0/0."""
+    @property
+    def count(self) -> float:
+        """What a mean over the data so far divides by."""
+        return self._count
+
+    @property
+    def first(self) -> tuple[int, Any]:
+        """How many batches of this pass had to be compared with each other, and a few data of the first, for `compare`."""
+        return self._batches, self._first
+
+    def compare(self, others: Sequence[tuple[int, Any]]) -> None:
+        """Compare passes over several shares of the data, this one among them, as batches are compared."""
+        pieces = [piece for batches, piece in others if batches]
+        if self._batches and pieces[0] is not self._first:
+            self._check_pair(pieces[0], self._first)
+
+    def constant(self, count: float | None = None) -> float:
+        """The factor c in front of the sum over all data; a ValueError where PyTorch's mean is 0/0.
+
+        The ``count`` of all shares, where this pass saw one of several.
+        """
         if self._reduction == "sum":
             return 1.0
-        if self._count <= 0:
+        count = self._count if count is None else count
+        if count <= 0:
             raise ValueError(
-                f"loss: the mean runs over {self._count:g} entries (all targets ignored, or all weights zero), so it "
+                f"loss: the mean runs over {count:g} entries (all targets ignored, or all weights zero), so it "
                 'is undefined. Use targets that count, or reduction="sum".'
             )
-        return 1.0 / self._count
+        return 1.0 / count
 
     def _share(self, whole: _Piece) -> float:
         """Check a batch, and compute its share of what "mean" divides by."""
@@ -87,13 +107,17 @@ class LossWalk:
         if self._batches == 1:
             # copied: it holds no batch, and a loader may overwrite its own
             self._first = few and replace(few, z=few.z.clone(), y=map_tensors(Tensor.clone, few.y))
-            return
-        seen = bool(self._first and few and self._expect_sum(None, self._first, few))
+        else:
+            self._check_pair(self._first, few, whole)
+
+    def _check_pair(self, first: _Piece | None, few: _Piece | None, whole: _Piece | None = None) -> None:
+        seen = bool(first and few and self._expect_sum(None, first, few))
         if not seen and self._reduction == "mean" and not self._loss.switchable:
+            of = whole or few
+            shape = f" (this one has an output of shape {tuple(of.z.shape)} for {of.size} data)" if of else ""
             raise ValueError(
-                f"{self._loss.name!r} with reduction='mean': the batches cannot be compared (this one has an output of "
-                f"shape {tuple(whole.z.shape)} for {whole.size} data), so it cannot be seen whether the loss weighs "
-                "batches by their numbers of data, as reduction='mean' says, or by something else, such as tokens. "
+                f"{self._loss.name!r} with reduction='mean': the batches cannot be compared{shape}, so it cannot be seen whether "
+                "the loss weighs batches by their numbers of data, as reduction='mean' says, or by something else, such as tokens. "
                 "Pass a function that sums over the data, with reduction='sum', and scale it yourself."
             )
 

@@ -75,6 +75,16 @@ class OutputLoss:
         return self._loss.name
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it holds, such as class weights, by name."""
+        return self._loss.tensors
+
+    @property
+    def description(self) -> str:
+        """What it is, in words that are the same in another process."""
+        return self._loss.description
+
+    @property
     def reduction(self) -> str:
         """ "mean" or "sum", over the whole data set."""
         return self._loss.reduction()[0]

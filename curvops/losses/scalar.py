@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvops.description import described
 from curvops.losses.entries import expect_no_batch_axis
 from curvops.substitutions import Substitutions
 from curvops.tree import map_tensors, tensors_of
@@ -70,6 +71,23 @@ class ScalarLoss:
     @property
     def keywords(self) -> dict[str, Any]:
         return {name: option for name, option in self._options.items() if name not in _REDUCING}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it holds, by name."""
+        module = self.function if isinstance(self.function, nn.Module) else None
+        held = (
+            {**dict(module.named_parameters()), **dict(module.named_buffers()), **vars(module)}
+            if module
+            else self.keywords
+        )
+        return {f"loss.{name}": value for name, value in held.items() if isinstance(value, Tensor)}
+
+    @property
+    def description(self) -> str:
+        """What it is, in words that are the same in another process."""
+        own = {name: option for name, option in self.keywords.items() if not isinstance(option, Tensor)}
+        return f"{described(self.function)}, {own}, reduction {self.reduction()[0]}"
 
     @property
     def switchable(self) -> bool:

@@ -60,6 +60,14 @@ class KroneckerBlock(_Block):
             self._eigen = EigenBlock(left_basis, right_basis, values, factors)
         return self._eigen
 
+    def undecomposed(self) -> list[Tensor]:
+        """The factors whose eigendecompositions are not known yet."""
+        return (
+            []
+            if self._eigen
+            else [f for f in (self._left, self._right) if all(f is not own for own, _ in self.decomposed)]
+        )
+
     def _decompose(self, factor: Tensor, label: str) -> Decomposed:
         for known, found in self.decomposed:
             if known is factor:

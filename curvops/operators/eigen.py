@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
     rounding.
     """
     check_finite(factor, label)
-    if factor.ndim == 3 and factor.shape[2] > 1:
+    if has_basis(factor.shape):
         values, vectors, lowest, highest = _decompose(factor, label)
     else:
         values, vectors = factor.reshape(factor.shape[:2]), None
@@ -29,6 +30,11 @@ def eigh(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
             f"{highest:.2e}. Likely causes: a factor that was changed by hand, or accumulation in half precision."
         )
     return values.clamp(min=0), vectors
+
+
+def has_basis(shape: Sequence[int]) -> bool:
+    """Whether a factor of some shape has eigenvectors of its own: a diagonal and a number have the unit vectors."""
+    return len(shape) == 3 and shape[2] > 1
 
 
 def check_finite(factor: Tensor, label: str) -> None:

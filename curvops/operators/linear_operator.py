@@ -312,6 +312,10 @@ class LinearOperator(Quantities):
         Raises:
             MemoryError: If it does not fit; the message gives the size.
         """
+        if self.domain.shards or self.codomain.shards:
+            raise TypeError(
+                f"{self.name}.to_dense(): the parameters are cut over processes, and so is what is multiplied."
+            )
         check_fits(*self.shape, self.dtype, self.device, f"{self.name}.to_dense()")
         with torch.inference_mode(False):
             return self._dense()

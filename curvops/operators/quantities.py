@@ -190,15 +190,9 @@ class Quantities(ABC):
         _check_names("eigenpairs", options, spectrum.eigenpairs)
         if "metric" not in options and (values := self._exact_eigenvalues()) is not None:
             chosen = Choice(which, k, len(values)).of(values)
-            return EigenPairs(
-                values[chosen],
-                self._exact_eigenvectors(chosen),
-                torch.zeros_like(values[chosen]),
-                0,
-                True,
-                "structure",
-                self.domain,
-            )
+            values, vectors = values[chosen], self._exact_eigenvectors(chosen)
+            residuals = (self @ vectors - vectors * values).norm(dim=0)  # what rounding leaves
+            return EigenPairs(values, vectors, residuals, 0, True, "structure", self.domain)
         return spectrum.eigenpairs(self, k, which, **options)
 
     def spectral_density(self, **options: Any) -> SpectralDensity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 from curvops.extras import extra
@@ -55,3 +56,10 @@ def drawn_on(ax: Axes | None, title: str) -> Iterator[Axes]:
             pyplot.close(figure)
             raise
         figure.draw_without_rendering()  # texts that are made late take their fonts from here
+
+
+def decades(turn: float, low: float, high: float) -> list[float]:
+    """Zero, and powers of ten on both sides: at most five, that a symmetric logarithm which turns there keeps apart."""
+    first, last = ceil(log10(3 * turn)), floor(log10(max(-low, high, 3 * turn)))
+    powers = [10.0**k for k in range(last, first - 1, -1 - (last - first) // 5)]
+    return [x for x in (*(-power for power in powers), 0.0, *powers[::-1]) if low <= x <= high]

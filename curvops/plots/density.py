@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from curvops.plots.axes import BLUE, RED, drawn_on
+from curvops.plots.axes import BLUE, RED, decades, drawn_on
 from curvops.spectrum.density import NOTHING, Scale, SpectralDensity
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def plot_spectral_density(
             ax.set_title("Details between nodes are not resolved", fontsize="small", color="gray")
         if scale == "symlog":
             ax.set_xscale("asinh", linear_width=turn)
-            ax.set_xticks(_decades(turn, *ax.get_xlim()))
+            ax.set_xticks(decades(turn, *ax.get_xlim()))
         ax.set_yscale("log")
         bottom, top = float(values.max()) / density.dim, float((values + errors * band.nan_to_num()).max())
         ax.set_ylim(bottom, top * (top / bottom) ** 0.08)
@@ -88,10 +87,3 @@ def _marked(ax: Axes, values: torch.Tensor, color: str, name: str) -> None:
         label = f"{len(values)} {name}"
         ax.plot(values, torch.full_like(values, 0.03), "v", color=color, ms=3, label=label, **at_bottom)
         ax.legend()
-
-
-def _decades(turn: float, low: float, high: float) -> list[float]:
-    """Zero, and powers of ten on both sides that the scale keeps apart, some five at most."""
-    first, last = ceil(log10(3 * turn)), floor(log10(max(-low, high, 3 * turn)))
-    powers = [10.0**k for k in range(last, first - 1, -1 - (last - first) // 5)]
-    return [x for x in (*(-power for power in powers), 0.0, *powers[::-1]) if low <= x <= high]

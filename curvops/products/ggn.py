@@ -95,7 +95,7 @@ class OutputFactorOperator(RiskOperator):
     def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
         columns = self.domain.dim if rows is None else len(rows)
         for product in products:
-            factor = self._known_factor(product)
+            factor = None if self.domain.shards else self._known_factor(product)
             rows_of_batch = 0 if factor is None else factor.num_terms * factor.num_columns
             if factor is None or not rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work):
                 super()._one_by_one(total, [product], rows)
@@ -127,6 +127,8 @@ class OutputFactorOperator(RiskOperator):
 
     def _smaller(self, product: BatchProduct) -> BatchProduct:
         assert isinstance(product, FactorProduct)
+        if self.domain.shards:
+            return product
         if self._rows_pay(product, 0):
             return self._held_rows(product)
         if product.push is not None:
@@ -199,7 +201,7 @@ class GGNLinearOperator(OutputFactorOperator):
         mc_samples: Number of sampled labels a loss term; 0 for the exact matrix.
         seed: Seed of the samples.
         check_deterministic, memory_budget: As there.
-        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as there.
+        options: ``reduction``, ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Raises:
         ValueError: If ``mc_samples`` is negative.
@@ -240,6 +242,10 @@ class GGNLinearOperator(OutputFactorOperator):
     def _is_psd(self) -> bool:
         return self.mc_samples > 0 or self.risk.loss.psd
 
+    @property
+    def _by_place(self) -> str:
+        return f"{self.mc_samples} samples, seed {self.seed}" if self.mc_samples else ""
+
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         if self.mc_samples:
             return curvature.factor("mc", self.mc_samples, Noise(self.seed, start))
@@ -258,7 +264,7 @@ class EFLinearOperator(OutputFactorOperator):
     Args:
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `HessianLinearOperator`.
         check_deterministic, memory_budget: As there.
-        options: ``reduction``, ``progressbar``, ``num_data`` and ``batch_size_fn``, as there.
+        options: ``reduction``, ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
         >>> import torch

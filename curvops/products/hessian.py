@@ -34,7 +34,8 @@ class HessianLinearOperator(RiskOperator):
             free memory if not given.
         options: ``reduction`` (``"mean"`` or ``"sum"``, for losses that do not say it themselves), ``progressbar``
             (over the batches; needs ``tqdm``), ``num_data`` (compared with what the loader yields),
-            ``batch_size_fn`` (number of data in ``X`` where it cannot be seen).
+            ``batch_size_fn`` (number of data in ``X`` where it cannot be seen), ``process_group`` (processes of
+            `torch.distributed` that pass a share of the data each, see `EmpiricalRisk`).
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.

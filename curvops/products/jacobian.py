@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization
 from curvops.products.rows import pulled_rows
 from curvops.products.rules import matrix_pays
-from curvops.risk.data import Batch
+from curvops.risk.data import EMPTY, Batch
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
 from curvops.risk.model import ModelFunction
@@ -42,7 +43,7 @@ class JacobianLinearOperator(LinearOperator):
         data: Iterable of ``(X, y)`` that can be walked again, in the same order; ``y`` is not looked at.
         check_deterministic: Compare two passes over the data before anything is computed.
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
-        options: ``progressbar``, ``num_data``, ``batch_size_fn``, as of `HessianLinearOperator`; its ``reduction`` has no effect.
+        options: ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as of `HessianLinearOperator`; its ``reduction`` has no effect.
 
     Raises:
         TypeError, ValueError: If an argument does not fit; the message says which and how.
@@ -111,43 +112,50 @@ class JacobianLinearOperator(LinearOperator):
     def _apply(self, columns: Tensor) -> Tensor:
         if matrix_pays(columns.shape[1], self.domain.dim):
             return (self._matrix() @ columns).to(self.codomain.dtype)
-        pieces = []
-        for one in self._batches():
-            push, found = self._push(one), [one.z.new_zeros(one.z.numel(), 0)]
-            found += [push(v).reshape(-1, 1).to(self.codomain.dtype) for v in columns.T]
-            pieces.append(torch.cat(found, 1))
-        return torch.cat(pieces)
+        total = torch.zeros(self.shape[0], columns.shape[1], dtype=self.codomain.dtype, device=self.device)
+        with self.risk.ranks.together():
+            for one, rows in self._batches():
+                push = self._push(one)
+                for k, v in enumerate(columns.T):
+                    total[rows, k] = push(v).flatten().to(total.dtype)
+            return self._summed(total, columns)
 
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
         total = torch.zeros(columns.shape[1], self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
-        start = 0
-        for one in self._batches():
-            for row, u in zip(total, columns[start : start + one.z.numel()].T, strict=True):
-                self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
-            start += one.z.numel()
-        return total.T.to(self.domain.dtype)
+        with self.risk.ranks.together():
+            for one, rows in self._batches():
+                for row, u in zip(total, columns[rows].T, strict=True):
+                    self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
+            return self._summed(total, columns).T.to(self.domain.dtype)
+
+    def _summed(self, total: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """What the processes of a group have found, together."""
+        ranks = self.risk.ranks
+        if not ranks.alone:
+            ranks.meet(f"{self.name}, {' × '.join(map(str, total.shape))} numbers", self.risk.state, vectors)
+        return ranks.add(total)
 
     def _dense(self) -> Tensor:
         return self._matrix().to(self.codomain.dtype)
 
     def _matrix(self) -> Tensor:
         """By `vmap` over the data, or by as many products as there are outputs or parameters in a batch's graph."""
-        rows = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
-        start = 0
-        for one in self._batches():
-            own = rows[start : start + one.z.numel()]
-            if self._together(one, own):
-                pass
-            elif one.z.numel() <= self.domain.dim:
-                units = torch.eye(one.z.numel(), dtype=one.z.dtype, device=one.z.device)
-                for row, u in zip(own, units, strict=True):
-                    self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
-            else:
-                push = self._push(one)
-                for k, v in enumerate(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device)):
-                    own[:, k] = push(v).flatten()
-            start += one.z.numel()
-        return rows
+        matrix = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
+        with self.risk.ranks.together():
+            for one, rows in self._batches():
+                if not self._together(one, matrix[rows]):
+                    self._one_by_one(one, matrix[rows])
+            return self._summed(matrix)
+
+    def _one_by_one(self, one: _Outputs, rows: Tensor) -> None:
+        if one.z.numel() <= self.domain.dim:
+            units = torch.eye(one.z.numel(), dtype=one.z.dtype, device=one.z.device)
+            for row, u in zip(rows, units, strict=True):
+                self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
+        else:
+            push = self._push(one)
+            for k, v in enumerate(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device)):
+                rows[:, k] = push(v).flatten()
 
     def _together(self, one: _Outputs, rows: Tensor) -> bool:
         """Fill in the rows by `vmap` over a batch's data, if a random combination of them is that of its graph."""
@@ -180,14 +188,20 @@ class JacobianLinearOperator(LinearOperator):
         self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
         return push or one.jacobian.push
 
-    def _batches(self) -> Iterator[_Outputs]:
-        """The outputs of each batch with their graph, or only those of the datum that is asked for."""
-        with self.risk.walk(self.name) as walk:
+    def _batches(self) -> Iterator[tuple[_Outputs, slice]]:
+        """The outputs of each batch with their graph, or only those of the datum that is asked for, and their rows."""
+        start = self._first_row
+        with self._walk() as walk:
             for batch in self._wanted(walk):
                 record = Recorder(batch.size)
                 z = record.finish(self.risk.forward(batch.X, record))
                 own = z if self._datum is None else z[self._datum - batch.start]
-                yield _Outputs(batch, record, own, OutputLinearization(own, self.risk.params, self.domain))
+                rows = slice(start, start + own.numel())
+                yield _Outputs(batch, record, own, OutputLinearization(own, self.risk.params, self.domain)), rows
+                start = rows.stop
+
+    def _walk(self) -> AbstractContextManager[Walk]:
+        return self.risk.walk(self.name, "" if self._datum is None else f"datum {self._datum}")
 
     def _wanted(self, walk: Walk) -> Iterator[Batch]:
         """All batches, or the one with the datum that is asked for, after which no other is looked at."""
@@ -197,25 +211,39 @@ class JacobianLinearOperator(LinearOperator):
             elif 0 <= self._datum - batch.start < batch.size:
                 yield batch
                 return
-        if self._datum is not None:
-            raise IndexError(f"datum: expected a place among {walk.size} data, got {self._datum}.")
 
     def _outputs(self) -> TensorSpace:
-        with self.risk.walk(self.name) as walk, torch.no_grad():
-            found = []
-            for batch in self._wanted(walk):
-                z = self.risk.forward(batch.X)
-                if z.ndim == 0 or len(z) != batch.size:
-                    raise ValueError(
-                        f"{self.name}: expected an output with one row for each of {batch.size} data, got shape {tuple(z.shape)}."
-                    )
-                found.append(z if self._datum is None else z[self._datum - batch.start])
+        """The space of all outputs, of all processes of a group one after the other."""
+        found = []
+        ranks = self.risk.ranks
+        with ranks.together():
+            with self._walk() as walk, torch.no_grad():
+                for batch in self._wanted(walk):
+                    z = self.risk.forward(batch.X)
+                    if z.ndim == 0 or len(z) != batch.size:
+                        raise ValueError(
+                            f"{self.name}: expected an output with one row for each of {batch.size} data, got shape {tuple(z.shape)}."
+                        )
+                    found.append((z.shape if self._datum is None else z.shape[1:], z.dtype))
+                size = walk.size
+            sizes, *_ = ranks.meet(f"{self.name}: outputs", size=size)
+            shares = ranks.gather(found)
+        self._first_row = sum(shape.numel() for share in shares[: ranks.rank] for shape, _ in share)
+        outputs = [
+            torch.zeros((), dtype=dtype, device=self.risk.space.device).expand(shape)
+            for share in shares
+            for shape, dtype in share
+        ]
         if self._datum is not None:
-            return TensorSpace({"output": found[0]})
-        if len({z.shape[1:] for z in found}) > 1:
-            return TensorSpace({str(k): z for k, z in enumerate(found)})
-        shape = (sum(map(len, found)), *found[0].shape[1:])
-        return TensorSpace({"output": found[0].new_zeros(()).expand(shape)})
+            if not outputs:
+                raise IndexError(f"datum: expected a place among {sum(sizes)} data, got {self._datum}.")
+            return TensorSpace({"output": outputs[0]})
+        if not outputs:
+            raise ValueError(EMPTY)
+        if len({z.shape[1:] for z in outputs}) > 1:
+            return TensorSpace({str(k): z for k, z in enumerate(outputs)})
+        shape = (sum(map(len, outputs)), *outputs[0].shape[1:])
+        return TensorSpace({"output": outputs[0].new_zeros(()).expand(shape)})
 
 
 class _Outputs(NamedTuple):
@@ -233,7 +261,7 @@ class TransposedJacobianLinearOperator(AdjointOperator):
     Args:
         model_func, params, data: Model, parameters by name and batches, as of `JacobianLinearOperator`.
         check_deterministic, memory_budget: As there.
-        options: ``progressbar``, ``num_data`` and ``batch_size_fn``, as there; ``reduction`` has no effect.
+        options: ``progressbar``, ``num_data``, ``batch_size_fn`` and ``process_group``, as there; ``reduction`` has no effect.
 
     Example:
         >>> import torch

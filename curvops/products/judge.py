@@ -130,10 +130,14 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
 def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | Verdict:
     """Parameters and a few data in double precision, their space, and a random direction; or why there is no verdict."""
     long = Verdict(None, "central differences would take long")
+    if risk.space.shards:
+        return Verdict(None, "parameters are cut over processes")
     if risk.space.dim > LARGEST:
         return long
     with risk.evaluation(), closing(risk.data.walk()) as batches:
-        batch = next(batches)
+        batch = next(batches, None)
+    if batch is None:
+        return Verdict(None, "this process has no data")
     # about a gradient of the whole batch, where it has many data
     cut = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
     few = max(1, min(DATA, batch.size // 8)) if cut else batch.size

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from curvops.memory import byte_size
 from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.sharding import local
 from curvops.tree import tensors_of
 
 State = list[tuple[str, int, int]]
@@ -24,6 +26,7 @@ class Kept:
     Args:
         risk: The empirical risk.
         title: For the progress bar.
+        by_place: What belongs to the data's places, as of the risk's `walk`.
         linearize: Makes the products of a batch.
         hold: Gives what is kept of them for many products: themselves, or something smaller.
         budget: Gives the bytes that may be kept.
@@ -34,17 +37,18 @@ class Kept:
         self,
         risk: EmpiricalRisk,
         title: str,
+        by_place: str,
         linearize: Callable[[Batch, Walk], BatchProduct],
         hold: Callable[[BatchProduct], BatchProduct],
         budget: Callable[[], int],
         account: Account,
     ) -> None:
-        self._risk, self._title, self._linearize, self._hold = risk, title, linearize, hold
+        self._risk, self._title, self._by_place, self._linearize, self._hold = risk, title, by_place, linearize, hold
         self._budget, self._account = budget, account
         self._products: dict[int, BatchProduct] = {}
         self._size = 0
         self._number: int | None = None  # of batches, once they were counted
-        self._constant = 0.0
+        self._first: Walk | None = None  # the walk that counted them
         self._state: State = []
 
     def add_to(self, total: Tensor, rows: Tensor) -> Tensor:
@@ -53,26 +57,27 @@ class Kept:
         Raises:
             RuntimeError: If a parameter, a buffer or a mode has changed since the first product.
         """
-        if self._number is not None:
-            self._check()
-        if len(self._products) == self._number:
-            with self._risk.evaluation():
-                for product in self._products.values():
-                    product.add_to(total, rows)
-            total.mul_(self._constant)
-        else:
-            total = self._walk(rows, total)
-        self._state = self._look()  # a model that changes its own buffers has had them put back
-        return total
+        with self._risk.ranks.together():
+            if self._number is not None:
+                self._check()
+            if self._first is not None and len(self._products) == self._number:
+                with self._risk.evaluation():
+                    for product in self._products.values():
+                        product.add_to(total, rows)
+                total = self._first.summed(total, rows).mul_(self._first.constant)
+            else:
+                total = self._walk(rows, total)
+            self._state = self._look()  # a model that changes its own buffers has had them put back
+            return total
 
     def __str__(self) -> str:
-        return f"{len(self._products)} of {self._number} batches kept, {self._size / 2**20:.1f} MiB"
+        return f"{len(self._products)} of {self._number} batches kept, {byte_size(self._size)}"
 
     def _walk(self, rows: Tensor, total: Tensor) -> Tensor:
         budget = self._budget()
         if self._number is None:
             self._products, self._size = {}, 0  # of a walk that did not reach its end
-        with self._risk.walk(self._title) as walk:
+        with self._risk.walk(self._title, self._by_place) as walk:
             for place, batch in enumerate(walk):
                 if place in self._products:
                     self._check_same(self._products[place].batch, batch)
@@ -81,10 +86,13 @@ class Kept:
                 product, size = self._counted(batch, walk, total, rows, budget - self._size)
                 if size is not None and self._size + size <= budget:
                     self._products[place], self._size = product, self._size + size
-            if self._number is None:
-                self._number, self._constant = walk.batches, walk.constant
+            # a kept batch's loss is not asked again, so that only the first walk knows the constant
+            counted = self._first or walk
+            total = counted.summed(total, rows).mul_(counted.constant)
+            if self._first is None:
+                self._number, self._first = walk.batches, walk
         self._account.note("linearized", str(self), "what does not fit the memory budget is computed anew")
-        return total.mul_(self._constant)
+        return total
 
     def _check_same(self, kept: Batch, batch: Batch) -> None:
         pairs = zip(tensors_of((kept.X, kept.y)), tensors_of((batch.X, batch.y)), strict=False)
@@ -101,7 +109,7 @@ class Kept:
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the same memory, without the cycle of an output that saves itself
 

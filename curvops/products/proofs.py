@@ -31,6 +31,8 @@ class Proof:
 
 def pushed_forward(risk: EmpiricalRisk, batch: Batch, record: Recorder, z: Tensor) -> tuple[Push | None, str]:
     """J v of a batch by forward mode where that takes less and is proved, else ``None``; and why."""
+    if risk.space.shards:
+        return None, "parameters are cut over processes"
     if not rules.forward_mode_pays(record):
         return None, "about 2.3 gradients, 1.3 inside linearized()"
     proof = proved(risk, batch, record)

@@ -31,7 +31,7 @@ class OutputLinearization:
         """Jᵀ u by parameter, for u of the output's shape; ``None`` for zeros. The ``last`` one frees the graphs."""
         if last:
             self._dummy, self._pulled = None, []
-        return _pull([self.z], self._params, [u.to(self.z.dtype)], last)
+        return self.space.parts(_pull([self.z], self._params, [u.to(self.z.dtype)], last))
 
     def push(self, v: Tensor) -> Tensor:
         """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩."""
@@ -78,13 +78,14 @@ class GradientLinearization:
         With ``params``, the rows of these: the gradient's derivative along v in other tensors at the graph's end.
         """
         inputs = self._params if params is None else list(params.values())
-        return _pull(self._slopes, inputs, tangents(v, self.space), last)
+        found = _pull(self._slopes, inputs, tangents(v, self.space), last)
+        return self.space.parts(found) if params is None else found
 
 
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:
     """Parts by parameter of a flat vector ``[D]``, or of several ``[K, D]``, in the parameters' dtypes."""
     named = zip(v.split(space.sizes, -1), space.shapes.values(), space.dtypes.values(), strict=True)
-    return [part.reshape((*v.shape[:-1], *shape)).to(dtype) for part, shape, dtype in named]
+    return space.wholes([part.reshape((*v.shape[:-1], *shape)).to(dtype) for part, shape, dtype in named])
 
 
 def drained(found: list[Tensor | None]) -> Iterator[Tensor | None]:

@@ -112,7 +112,9 @@ class RiskOperator(LinearOperator):
         """
         with _LOCK:
             if not self._open:
-                self._kept = Kept(self.risk, self.name, self._begin, self._hold, self._budget, self.account)
+                self._kept = Kept(
+                    self.risk, self.name, self._by_place, self._begin, self._hold, self._budget, self.account
+                )
             self._open += 1
         try:
             yield self
@@ -140,6 +142,11 @@ class RiskOperator(LinearOperator):
         """Compare this operator's kind of derivative with central differences; the verdict, and its reason."""
         return "not judged", ""
 
+    @property
+    def _by_place(self) -> str:
+        """What belongs to the data's places, such as random numbers."""
+        return ""
+
     @abstractmethod
     def _linearize(self, batch: Batch, curvature: OutputCurvature, z: Tensor, record: Recorder) -> BatchProduct:
         """The products of one batch, of whose forward pass ``z`` carries the graph."""
@@ -164,7 +171,7 @@ class RiskOperator(LinearOperator):
         return product
 
     def _apply(self, columns: Tensor) -> Tensor:
-        if self._kept is None and rules.matrix_pays(columns.shape[1], self.domain.dim):
+        if self._kept is None and not self.domain.shards and rules.matrix_pays(columns.shape[1], self.domain.dim):
             dense = self._dense()
             # the identity is what many ask with; to multiply with it would take longer than some matrices
             eye = torch.eye(len(columns), dtype=self.dtype, device=self.device)
@@ -190,7 +197,7 @@ class RiskOperator(LinearOperator):
         K = self.domain.dim if rows is None else len(rows)
         total = torch.zeros(K, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         waiting: list[BatchProduct] = []
-        refuted = False
+        refuted = bool(self.domain.shards)  # fast ways know whole tensors only
 
         def flush() -> None:
             nonlocal refuted
@@ -209,7 +216,7 @@ class RiskOperator(LinearOperator):
                 flush()
             waiting.append(product)
 
-        return self.risk.sum_over_data(self.name, total, add, flush)
+        return self.risk.sum_over_data(self.name, total, add, flush, vectors=rows, by_place=self._by_place)
 
     def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
         if rows is None:
@@ -275,4 +282,5 @@ class CrossOperator(LinearOperator):
             for sums, v in zip(total, vectors.T, strict=True):
                 rows.join(product(v), sums)
 
-        return risk.sum_over_data(self.name, total, add).T.to(rows.dtype)
+        by_place = self.operator._by_place
+        return risk.sum_over_data(self.name, total, add, vectors=vectors, by_place=by_place).T.to(rows.dtype)

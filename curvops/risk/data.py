@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvops.tree import map_tensors, tensors_of
 
+EMPTY = "data: the loader is empty. Pass at least one batch (X, y) with one datum."
 _SEVERAL = "curvature needs several passes. Pass a list of its batches or a DataLoader."
 
 
@@ -28,11 +29,15 @@ class Data:
     """Batches ``(X, y)`` on a device, which can be walked any number of times.
 
     ``X`` is a tensor, a tuple or a mapping of tensors; ``batch_size_fn`` gives its number of data where that cannot be
-    seen. A TypeError if ``batches`` cannot be iterated, or only once.
+    seen. A TypeError if ``batches`` cannot be iterated, or only once. A ``share`` of a data set may be empty.
     """
 
     def __init__(
-        self, batches: Iterable[tuple[Any, Any]], device: torch.device, batch_size_fn: Callable[[Any], int] | None
+        self,
+        batches: Iterable[tuple[Any, Any]],
+        device: torch.device,
+        batch_size_fn: Callable[[Any], int] | None,
+        share: bool = False,
     ) -> None:
         if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor, str)) or _is_pair(batches):
             raise TypeError(
@@ -40,7 +45,7 @@ class Data:
             )
         if isinstance(batches, Iterator):
             raise TypeError(f"data: got a {type(batches).__name__}, which can be walked only once; {_SEVERAL}")
-        self.batches, self.device, self.batch_size_fn = batches, device, batch_size_fn
+        self.batches, self.device, self.batch_size_fn, self.share = batches, device, batch_size_fn, share
         self._seen = False
 
     def __len__(self) -> int:
@@ -50,22 +55,22 @@ class Data:
         except TypeError:
             return 0
 
-    def walk(self) -> Generator[Batch, None, None]:
-        """The batches, moved to the device."""
-        start = 0
+    def walk(self, start: int = 0) -> Generator[Batch, None, None]:
+        """The batches, moved to the device; the first datum has the place ``start`` in the whole data set."""
+        place = start
         for item in self.batches:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
                 raise TypeError(f"data: expected batches (X, y), got {_kind(item)}. {_as_pairs(item)}")
             X, y = (map_tensors(self._move, part) for part in item)
             size = self._size(X, y)
             if size > 0:
-                yield Batch(X, y, size, start)
-            start += size
-        if start == 0 and self._seen:
+                yield Batch(X, y, size, place)
+            place += size
+        if place == start and self._seen:
             raise TypeError(f"data: a second pass yields nothing, so the loader can be walked only once; {_SEVERAL}")
-        if start == 0:
-            raise ValueError("data: the loader is empty. Pass at least one batch (X, y) with one datum.")
-        self._seen = True
+        if place == start and not self.share:
+            raise ValueError(EMPTY)
+        self._seen = place > start
 
     def _size(self, X: Any, y: Any) -> int:
         """Number of data of a batch."""

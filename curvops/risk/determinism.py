@@ -40,6 +40,12 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
     Raises:
         RuntimeError: If they differ; the message says whether the loader or the model is the cause.
     """
+    with risk.ranks.together():
+        _check(risk)
+        risk.ranks.meet("Determinism check: end")  # each process checks its own share
+
+
+def _check(risk: EmpiricalRisk) -> None:
     # one random state around both passes: putting it back in between would make dropout look deterministic
     with risk.evaluation():
         first, second = _walk(risk), _walk(risk)
@@ -49,7 +55,7 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
     if not _close(first.value, second.value, tolerance) or not _close(first.gradient, second.gradient, tolerance):
         raise RuntimeError(_model_message(risk))
     for remark, category in _remarks(risk, first):
-        warnings.warn(remark, category, stacklevel=3)
+        warnings.warn(remark, category, stacklevel=4)
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:
@@ -68,6 +74,7 @@ def _walk(risk: EmpiricalRisk) -> Pass:
                 # part of the graph may be the caller's, as of a cached parametrization
                 slopes = gradients(value, list(risk.params.values()), retain_graph=True, allow_unused=True)
                 risk.space.join(slopes, seen.gradient)
+        walk.join()
         _ = walk.constant
     return seen
 
@@ -81,7 +88,7 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[Runtim
             "Are there NaNs or infinities in data or parameters? Curvature will not be finite either.",
             NotFiniteWarning,
         )
-    elif all(seen.linear):
+    elif seen.linear and all(seen.linear):
         yield (
             "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, or a model that returns its "
             "own loss), so the GGN and its relatives are zero. Let the model return logits and the loss be CrossEntropyLoss.",

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from curvops.context import Autocast, differentiable, preserved_random_state, requiring_gradients
 from curvops.extras import extra
 from curvops.losses import OutputCurvature, output_loss
-from curvops.risk.data import Batch, Data
+from curvops.ranks import Ranks
+from curvops.risk.data import EMPTY, Batch, Data
 from curvops.risk.model import Model, ModelFunction
 from curvops.space import Vector
 from curvops.substitutions import Substitutions, gradients, plain_kernels
@@ -24,13 +25,19 @@ from curvops.substitutions import Substitutions, gradients, plain_kernels
 _AUTOCAST: ContextVar[Autocast | None] = ContextVar("the caller's autocast state during an evaluation", default=None)
 
 
-class RiskOptions(TypedDict, total=False):
-    """Options of an `EmpiricalRisk`, which every operator takes as well."""
+class ProblemOptions(TypedDict, total=False):
+    """What is to be said of loss and data."""
 
     reduction: str | None
     progressbar: bool
     num_data: int | None
     batch_size_fn: Callable[[Any], int] | None
+
+
+class RiskOptions(ProblemOptions, total=False):
+    """Options of an `EmpiricalRisk`, which every operator takes as well."""
+
+    process_group: Any
 
 
 class EmpiricalRisk:
@@ -48,9 +55,12 @@ class EmpiricalRisk:
         progressbar: Show a progress bar over the batches (needs ``tqdm``).
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
+        process_group: Processes of `torch.distributed` that pass a share of the data each, which may be empty, and that
+            all make the same calls: all of them get the sum over all shares. ``num_data`` counts the data of all.
 
     Raises:
         TypeError, ValueError: If one of the arguments does not fit; the message says which and how.
+        RanksError: In all processes of a group, if one of them fails, or if they differ in more than their data.
 
     Example:
         >>> import torch
@@ -76,12 +86,16 @@ class EmpiricalRisk:
         progressbar: bool = False,
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
+        process_group: Any = None,
     ) -> None:
-        self.loss = output_loss(loss_func, reduction)
-        self.model = Model(model_func, params)
-        self.space = self.model.space
-        self.data = Data(data, self.space.device, batch_size_fn)
-        self.progressbar = progressbar
+        self.ranks = Ranks(process_group)
+        with self.ranks.together():
+            self.loss, self.loss_func = output_loss(loss_func, reduction), loss_func
+            self.model = Model(model_func, params)
+            self.space = self.model.space
+            self.data = Data(data, self.space.device, batch_size_fn, share=not self.ranks.alone)
+            self.ranks.expect_same("EmpiricalRisk", self._described() if process_group is not None else {})
+        self.progressbar = progressbar and self.ranks.rank == 0
         self.num_data = num_data
         # what was proved of fast ways, for the operators of this risk: passes of the same operations only
         self.proofs: list[Any] = []
@@ -94,7 +108,8 @@ class EmpiricalRisk:
     def of_data(self, data: Iterable[tuple[Any, Any]]) -> EmpiricalRisk:
         """The risk of the same model on other data, with the proofs of this one."""
         risk = copy(self)
-        risk.data, risk.num_data = Data(data, self.space.device, self.data.batch_size_fn), None
+        risk.data, risk.num_data = Data(data, self.space.device, self.data.batch_size_fn, self.data.share), None
+        risk.ranks = self.ranks.afresh()
         return risk
 
     def restricted(self, names: Iterable[str]) -> EmpiricalRisk:
@@ -131,22 +146,39 @@ class EmpiricalRisk:
             return self.model.functional(params, X)
 
     @contextmanager
-    def walk(self, title: str) -> Iterator[Walk]:
-        """One pass over the data, with a progress bar of this title if asked for."""
+    def walk(self, title: str, by_place: str = "") -> Iterator[Walk]:
+        """One pass over the data, or over this process's share of it, with a progress bar of this title if asked for.
+
+        It ends with `Walk.join`, after which its numbers are those of all shares. ``by_place`` says what belongs to the
+        data's places, such as random numbers, if anything does: then a batch knows its place among the data of all shares.
+        """
         self.model.check_current()
-        with self.evaluation(), closing(self.data.walk()) as batches:
-            yield Walk(self, batches, title)
+        with ExitStack() as stack:
+            stack.enter_context(self.ranks.together())
+            stack.enter_context(self.evaluation())
+            batches = stack.enter_context(closing(self.data.walk(self.start(title) if by_place else 0)))
+            yield Walk(self, batches, title, by_place)
 
     def sum_over_data(
-        self, title: str, total: Tensor, add: Callable[[Batch, Walk], None], finish: Callable[[], None] | None = None
+        self,
+        title: str,
+        total: Tensor,
+        add: Callable[[Batch, Walk], None],
+        finish: Callable[[], None] | None = None,
+        *,
+        vectors: Tensor | None = None,
+        by_place: str = "",
     ) -> Tensor:
-        """c · Σ over batches, in one pass: ``add`` adds a batch's part to ``total``, ``finish`` what it has put off."""
-        with self.walk(title) as walk:
+        """c · Σ over all data, in one pass: ``add`` adds a batch's part to ``total``, ``finish`` what it has put off.
+
+        Processes of a group sum what they find for the same ``vectors``, and with the same things ``by_place``: see `walk`.
+        """
+        with self.walk(title, by_place) as walk:
             for batch in walk:
                 add(batch, walk)
             if finish is not None:
                 finish()
-            return total.mul_(walk.constant)
+            return walk.summed(total, vectors).mul_(walk.constant)
 
     def value(self) -> Tensor:
         """The risk, a scalar tensor."""
@@ -182,20 +214,76 @@ class EmpiricalRisk:
     def _autocast(self) -> Autocast:
         return _AUTOCAST.get() or Autocast(self.space.device)
 
+    def start(self, title: str) -> int:
+        """The place of this process's first datum among the data of all shares; these are counted if they never were."""
+        if not self.ranks.alone and self.ranks.sizes is None:
+            size = sum(batch.size for batch in self.data.walk())
+            self.ranks.sizes = self.ranks.meet(f"{title}: number of data", size=size)[0]
+        return self.ranks.start
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of model and loss."""
+        return {**self.model.tensors, **self.loss.tensors}
+
+    def _described(self) -> dict[str, Any]:
+        shapes = [(name, tuple(p.shape), p.dtype) for name, p in self.params.items()]
+        return {"parameters": shapes, "model": self.model.description, "loss": self.loss.description}
+
 
 class Walk:
-    """One pass over the data of a risk: the numbers of data (`size`) and `batches` so far, and the constant c."""
+    """One pass over the data of a risk: the numbers of data (`size`) and `batches` so far, and the constant c.
 
-    def __init__(self, risk: EmpiricalRisk, batches: Iterator[Batch], title: str) -> None:
+    Once the batches are through, those of all shares are known by `join`.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, batches: Iterator[Batch], title: str, by_place: str = "") -> None:
         self._risk, self._batches, self._loss = risk, batches, risk.loss.walk()
+        self._title, self._by_place = title, by_place
         if risk.progressbar:
             self._batches = extra("tqdm", "progressbar=True").tqdm(batches, desc=title, total=len(risk.data) or None)
         self.size = self.batches = 0
+        self._count: float | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
-            self.size, self.batches = batch.start + batch.size, self.batches + 1
+            self.size, self.batches = self.size + batch.size, self.batches + 1
             yield batch
+        self._share = self.size
+        if self._risk.ranks.alone:
+            self._expect_number()
+
+    def summed(self, total: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """A sum over the batches, summed over the shares of the data too; each process multiplied the same vectors."""
+        self.join(f"{self._title}, {' × '.join(map(str, total.shape))} numbers of {total.dtype}", vectors)
+        return self._risk.ranks.add(total)
+
+    def join(self, what: str = "", vectors: Tensor | None = None) -> None:
+        """Meet the other processes of a group after the last batch; again for further work on the same batches.
+
+        Raises:
+            ValueError: If there are no data at all, or not as many as the caller said.
+            RanksError: See `Ranks.meet`.
+        """
+        ranks, what = self._risk.ranks, ", ".join(filter(None, (what or self._title, self._by_place)))
+        if ranks.alone:
+            return
+        state, compares = self._risk.state, self._loss.first[0] > 0
+        sizes, self._count, compares = ranks.meet(what, state, vectors, self._share, self._loss.count, compares)
+        if compares:
+            self._loss.compare(ranks.gather(self._loss.first))
+            ranks.meet(what)
+        if self._by_place and sizes != ranks.sizes:
+            raise RuntimeError(
+                f"{self._title}: the processes have {sizes} data, and had {ranks.sizes} before, so that random numbers would "
+                "belong to other data. Make the operator anew."
+            )
+        ranks.sizes, self.size = sizes, sum(sizes)
+        if not self.size:
+            raise ValueError(EMPTY)
+        self._expect_number()
+
+    def _expect_number(self) -> None:
         expected = self._risk.num_data
         if expected is not None and self.size != expected:
             raise ValueError(
@@ -209,4 +297,4 @@ class Walk:
     @property
     def constant(self) -> float:
         """The factor c in front of the sum over loss terms, once all batches were seen; a ValueError where it is 1/0."""
-        return self._loss.constant()
+        return self._loss.constant(self._count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.description import described
+from curvops.sharding import is_sharded
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 
@@ -59,10 +62,16 @@ class Model:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, those of ``params`` too, and buffers."""
+        """Parameters and buffers, each once: those of ``params`` under their names there."""
         own = ((m, n, t) for m in self._modules() for n, t in {**m._parameters, **m._buffers}.items())
         named = {f"{type(m).__name__}.{n} {k}": t for k, (m, n, t) in enumerate(own) if t is not None}
-        return named | self.params
+        unique = {id(tensor): name for name, tensor in {**named, **self.params}.items()}
+        return {name: tensor for name, tensor in {**self.params, **named}.items() if unique[id(tensor)] == name}
+
+    @property
+    def description(self) -> str:
+        """What it is, in words that are the same in another process."""
+        return described(self._searched)
 
     def __call__(self, X: Any) -> Tensor:
         """Output of the model as it stands.
@@ -195,6 +204,13 @@ class Model:
                     f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
                     "Build the model outside torch.inference_mode()."
                 )
+        if (fsdp := sys.modules.get("torch.distributed.fsdp")) and any(
+            isinstance(m, fsdp.FSDPModule) for m in self._modules()
+        ):
+            raise TypeError(
+                "model_func: fully_shard computes with copies of its parameters, in which PyTorch takes no second derivatives. Cut the "
+                "parameters as plain DTensors (torch.distributed.tensor.distribute_module, or parallelize_module), or pass the model whole."
+            )
         self._own: list[str] = []  # of the parameters, those that the module has under some name
         if self.module is None:
             return
@@ -237,6 +253,11 @@ def _same(tensor: Tensor, before: Tensor) -> bool:
 
 
 def _tensor(output: Any) -> Tensor:
+    if is_sharded(output):
+        raise TypeError(
+            "model_func: expected a plain tensor as output, got a DTensor. Let the model's last layer give it whole, or wrap the model in "
+            "one that returns model(X).full_tensor()."
+        )
     if isinstance(output, Tensor):
         return output
     kind = type(output).__name__

@@ -31,7 +31,8 @@ class SpectralDensity:
     """The distribution of D eigenvalues, each with weight 1 / D: a bulk by quadrature, and outliers exactly.
 
     Attributes:
-        nodes, weights: Of the bulk, for each of K start vectors, ``[K, m]``; each start's weights sum to 1.
+        nodes, weights: Of the bulk, for each of K start vectors, ``[K, m]``; each start's weights sum to 1. Where all
+            eigenvalues were known, these (K = 1), or the ends of bins of them (K = 2).
         outliers: Eigenvalues that were deflated, ``[p]``.
         dim: D.
         products: Products that were taken; none where all eigenvalues were known.
@@ -49,28 +50,29 @@ class SpectralDensity:
 
     @classmethod
     def of(cls, eigenvalues: Tensor, bins: int = 4000) -> SpectralDensity:
-        """The density of all eigenvalues ``[D]``, of which neighbours are taken together where there are many.
+        """The density of all eigenvalues ``[D]``, exact while no more than ``bins`` of them differ.
 
-        Bins are even on a symmetric logarithm down to 1e-12 of the largest |λ|; zeros have their own.
+        More are put into bins, even on a symmetric logarithm down to 1e-12 of the largest |λ|, none with both signs; zeros
+        have their own. A bin's eigenvalues are all taken for its smallest (one row of nodes) and all for its largest
+        (another): the truth lies between, and errors are half the distance.
 
         Example:
             >>> import torch
             >>> found = SpectralDensity.of(torch.tensor([0.0, 1.0, 1.0, 5.0]))
-            >>> [round(x, 4) for x in found.cumulative(torch.tensor([0.5, 2.0])).values.tolist()]
+            >>> [round(x, 4) for x in found.cumulative(torch.tensor([0.5, 1.0])).values.tolist()]
             [0.25, 0.75]
         """
-        known = eigenvalues.detach().double().cpu()
-        turn = 1e-12 * float(known.abs().max()) or 1.0
-        places = (known / turn).asinh()
-        low, high = float(places.min()), float(places.max())
-        # even bins from 1 on, none with both signs; an exact zero has bin 0
-        index = (places / ((high - low) or 1.0) * (bins - 1)).floor().long()
-        index += 1 - index.min()
-        index[known == 0] = 0
-        counts = torch.bincount(index).double()
-        means = torch.bincount(index, weights=known) / counts.clamp(min=1)
-        filled = counts > 0
-        return cls(means[filled][None], counts[filled][None] / len(known), known[:0], len(known), 0)
+        known, counts = eigenvalues.detach().double().cpu().unique(return_counts=True)
+        rows = known[None]
+        if len(known) > bins:
+            places = (known / known.abs().max() * 1e12).asinh()
+            index = (places * (bins / float(places[-1] - places[0]))).floor() + 0.5
+            sizes = index.where(known != 0, 0).unique_consecutive(return_counts=True)[1]
+            ends = sizes.cumsum(0)
+            rows = torch.stack([known[ends - sizes], known[ends - 1]])
+            counts = torch.cat([counts.new_zeros(1), counts.cumsum(0)[ends - 1]]).diff()
+        size = eigenvalues.numel()
+        return cls(rows, counts.double().expand_as(rows) / size, known[:0], size, 0)
 
     def density(
         self, points: Tensor | None = None, *, width: float | None = None, scale: Scale = "linear",
@@ -122,7 +124,8 @@ class SpectralDensity:
         ω₁ + … + ωₖ₊₁ only (the Chebyshev–Markov–Stieltjes inequalities), and beyond all nodes within 1 / Σ pⱼ(x)² of 0
         or 1, with orthonormal polynomials p. Values are middles of these brackets. Errors are standard errors plus half
         the brackets, which more start vectors do not narrow, but a larger ``depth`` does. There is no bracket where all
-        eigenvalues were known, or each Krylov space ended, except where a node is as near as rounding moves it.
+        eigenvalues were known (but for the bin that a point is in, see `of`), or each Krylov space ended, except where a
+        node is as near as rounding moves it.
 
         Source: Szegő 1939, section 3.41; Golub & Meurant 2010, Matrices, Moments and Quadrature.
 
@@ -168,18 +171,28 @@ class SpectralDensity:
         facts = [
             ("eigenvalues", f"{self.dim:,}, seen from {float(seen.min()):.4g} to {float(seen.max()):.4g}"),
             ("outliers", f"{len(self.outliers)}, exactly"),
-            ("took", f"{self.products} products: {starts} start vectors, {depth} nodes each"),
+            (
+                "took",
+                f"{self.products} products: {starts} start vectors, {depth} nodes each"
+                if self.products
+                else f"no products: all are known{f', in {depth} bins' if starts > 1 else ''}",
+            ),
         ]
         return card("Spectral density", facts)
 
     def _curve(self, points: Tensor, by_start: Tensor, outliers: Tensor | float) -> Curve:
-        """Mean over starts, which are orthonormal: a sample without replacement from the bulk's dimensions."""
+        """Mean over starts, which are orthonormal: a sample without replacement from the bulk's dimensions.
+
+        Without products the rows are bounds instead: the middle, and half the distance.
+        """
         count, bulk = len(by_start), self.dim - len(self.outliers)
         share = bulk / self.dim
+        values = share * by_start.mean(0) + torch.as_tensor(outliers, dtype=by_start.dtype) / self.dim
+        if not self.products:
+            return Curve(points, values, (by_start.amax(0) - by_start.amin(0)) / 2)
         spread = by_start.std(0) if count > 1 else torch.full_like(by_start[0], torch.nan)
         errors = share * spread * ((bulk - count) / (bulk * count)) ** 0.5
-        values = share * by_start.mean(0) + torch.as_tensor(outliers, dtype=by_start.dtype) / self.dim
-        return Curve(points, values, torch.zeros_like(values) if count == bulk or not self.products else errors)
+        return Curve(points, values, torch.zeros_like(values) if count == bulk else errors)
 
 
 def _christoffel(nodes: Tensor, weights: Tensor, at: Tensor) -> Tensor:

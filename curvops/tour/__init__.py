@@ -16,9 +16,9 @@ if _missing := [
 from curvops.tour.block_figure import plot_blocks, plot_spectra
 from curvops.tour.coarse import Effort, coarse_tour
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse
-from curvops.tour.compute import Finished, Tour
+from curvops.tour.compute import Tour
 from curvops.tour.figure import plot_matrices, save_figure
-from curvops.tour.files import MatrixFile, OutputError, load_matrices, save_matrices
+from curvops.tour.files import Finished, MatrixFile, OutputError, load_matrices, save_matrices
 from curvops.tour.films import film
 from curvops.tour.groups import module_groups
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix, make_operator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from curvops.plots.axes import decades
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.figure import make_room, plot_matrices
+from curvops.tour.figure import explain_mark, plot_matrices
 from curvops.tour.groups import module_groups
 from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
@@ -78,8 +78,14 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
     for ax, doubt in zip(axes.flat, doubtful, strict=False):
         _cross(ax, doubt)
     if any(bool(doubt.any()) for doubt in doubtful):
-        _explain_crosses(fig, axes)
+        cross = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="error > ½ norm")
+        explain_mark(fig, axes, cross, "left")
     return fig, axes
+
+
+def complete_titles(coarse: CoarseFile) -> list[str]:
+    """The titles of which there are all parts that `plot_spectra` shows."""
+    return [title for title in coarse.norms if title in coarse.masses and title in coarse.densities]
 
 
 def plot_spectra(coarse: CoarseFile, *, config: Any = None, usetex: bool = False) -> tuple[Figure, npt.NDArray[Any]]:
@@ -99,7 +105,7 @@ def plot_spectra(coarse: CoarseFile, *, config: Any = None, usetex: bool = False
         ['Trace', 'Eigenvalue', 'Density']
         >>> plt.close(fig)
     """
-    titles = [title for title in coarse.norms if title in coarse.masses and title in coarse.densities]
+    titles = complete_titles(coarse)
     if not titles:
         raise ValueError("plot_spectra: the coarse tour has no matrix with eigenvectors and a density yet.")
     style: Style = figure_style(2, 3, usetex=usetex) if config is None else dict(config)
@@ -133,25 +139,6 @@ def _cross(ax: Axes, doubt: Tensor) -> None:
     size = min(max(0.4 * float(points), 1.5), 5.0)
     for width, color in ((1.1, "white"), (0.5, "black")):  # seen on dark and on light blocks
         ax.plot(columns.numpy(), rows.numpy(), "x", ms=size, mew=width, color=color, zorder=3)
-
-
-def _explain_crosses(fig: Figure, axes: npt.NDArray[Any]) -> None:
-    """Say below the panels at the left what crosses mean."""
-    label: Any = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
-    mark = Line2D([], [], ls="", marker="x", ms=4, mew=0.5, color="black", label="error > ½ norm")
-    legend = fig.legend(
-        handles=[mark],
-        loc="lower left",
-        bbox_to_anchor=(axes[-1, 0].get_position().x0, label.get_position()[1]),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.0,
-        handletextpad=0.3,
-        prop={"family": label.get_fontfamily(), "size": label.get_fontsize() - 1},
-    )
-    legend.set_in_layout(False)
-    make_room(fig, legend)
 
 
 def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
@@ -208,20 +195,13 @@ def _densities(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
         ax.fill_between(points.numpy(), lower, upper, color=COLORS[k % 6], alpha=0.2, lw=0)
     low, high = next(iter(curves.values())).points[[0, -1]].tolist()
     ax.set_xscale("asinh", linear_width=turn)
-    ax.set_xticks(_decades(turn, low, high))
+    ax.set_xticks(decades(turn, low, high))
     ax.minorticks_off()
     ax.set_xlim(low, high)
     ax.set_yscale("log")
     ax.set_ylim(bottom, 2 * top)
     ax.set_xlabel("Eigenvalue")
     ax.set_ylabel("Density")
-
-
-def _decades(turn: float, low: float, high: float) -> list[float]:
-    """Zero, and powers of ten on both sides: at most five, that the scale keeps apart."""
-    first, last = math.ceil(math.log10(3 * turn)), math.floor(math.log10(max(-low, high, 3 * turn)))
-    powers = [10.0**k for k in range(last, first - 1, -1 - (last - first) // 5)]
-    return [x for x in (*(-power for power in powers), 0.0, *powers[::-1]) if low <= x <= high]
 
 
 def _folded(title: str) -> str:

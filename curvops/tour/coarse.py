@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,17 +13,18 @@ import torch
 from torch import Tensor
 
 from curvops.memory import budget
-from curvops.operators.block_diagonal import BlockDiagonalOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.spectrum import SpectralDensity
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse, with_part
 from curvops.tour.facts import facts
-from curvops.tour.groups import module_groups
-from curvops.tour.matrices import OPERATORS
+from curvops.tour.files import Finished, prepare_output
+from curvops.tour.groups import Groups, sizes_of
+from curvops.tour.identity import differences
+from curvops.tour.matrices import OPERATORS, refusals
 from curvops.tour.meter import Cost, measured
 
 MOST = 40  # groups by default, for each takes products
 WIDEST = 16  # classes up to which Kronecker operators take the exact output factor, which has a column for each
+PARTS = {"norms": "norms of blocks", "masses": "eigenvectors", "densities": "density"}  # what they are called
 Say: TypeAlias = Callable[[str], None]
 Part: TypeAlias = tuple[dict[str, Any], int]  # fields of a title, and the products that they took
 
@@ -61,15 +60,18 @@ def coarse_tour(
     path: str | Path | None = None,
     *,
     titles: Sequence[str] = tuple(OPERATORS),
-    groups: Mapping[str, int] | int | str = "modules",
+    groups: Groups = "modules",
     effort: Effort = Effort(),
     mc_samples: int = 1,
     seed: int = 0,
     memory_budget: int | None = None,
     settings: Mapping[str, Any] | None = None,
     progressbar: bool = False,
+    resume: bool = True,
+    finished: Finished | None = None,
     say: Say | None = None,
     refused: dict[str, Exception] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> CoarseFile:
     """Compute what can be seen of curvature matrices without forming them: blocks, traces, eigenvectors, densities.
 
@@ -77,17 +79,17 @@ def coarse_tour(
     `block_products` of them for G groups and those of the spectrum, within one `linearized()`, so that batches' graphs are
     kept as far as memory allows.
 
-    With a path, each finished part is saved there (`save_coarse`). A file of the same problem and settings is gone on
-    with, and what it has is not computed again; the problem is known by its parameters' names and shapes, its risk and
-    the norm of its gradient. Any other file is replaced.
+    With a path, each finished part is saved there (`save_coarse`). A file of the same problem and settings, by the same
+    versions, is gone on with, and what it has is not computed again; what the same is, `curvops.tour.identity` says. Any
+    other file is replaced once the first part is finished.
 
     Args:
         risk: The empirical risk. Determinism is not checked.
         path: The file.
         titles: Some of `OPERATORS`, in the order in which they are computed.
         groups: Rows that belong together: ``"modules"`` for modules, of which near ones are put together until there are
-            at most 40; a depth of module names, such as 1 for the model's children; ``"tensors"``; or a mapping from
-            label to number of consecutive parameters (entries).
+            at most 40; a depth of module names, such as 1 for the model's children; ``"tensors"``; or numbers of
+            consecutive parameters (entries), by label or in order.
         effort: Numbers of products.
         mc_samples: Monte-Carlo samples of the MC-Fisher, and of KFAC and EKFAC where a loss term has more than 16 classes
             (their exact output factor has one column for each).
@@ -96,12 +98,16 @@ def coarse_tour(
             what is free. Beside them stand `block_products` vectors, and the Kronecker operators' factors.
         settings: Further facts for the file, such as ``{"setup": title}``; JSON must hold them.
         progressbar: Show products as they are taken.
+        resume: Whether a file is gone on with; else any is replaced.
+        finished: Is filled in with what the file has, for a caller that may be interrupted.
         say: Takes a line for each finished part.
-        refused: Takes by title what an operator raises, and the next one follows; without it, it is raised.
+        refused: Takes what an operator raises, and the next one follows; without it, it is raised. The key is the title
+            where nothing is known of the matrix, else the title with the part, "Hessian: eigenvectors" or "Hessian: density".
+        known: The `facts` of the risk, if they are known.
 
     Raises:
         ValueError: If a title, the groups or a number is not as described.
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written; where its folder takes no files, before anything is computed.
 
     Example:
         >>> from curvops.tour.setups import tiny
@@ -112,115 +118,122 @@ def coarse_tour(
     unknown = [title for title in titles if title not in OPERATORS]
     if unknown or not titles:
         raise ValueError(f"coarse_tour: titles must be some of {list(OPERATORS)}, got {list(titles)}.")
+    if path is not None:
+        prepare_output(Path(path).parent, 0)
     shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     begun = CoarseFile(
         parameters=shapes,
-        groups=group_sizes(groups, shapes),
-        settings={**facts(risk), "seed": seed, "mc_samples": mc_samples, "effort": asdict(effort), **(settings or {})},
+        groups=sizes_of(groups, risk.space.dim, shapes, most=MOST),
+        settings={
+            **(facts(risk) if known is None else known),
+            "seed": seed,
+            "mc_samples": mc_samples,
+            "effort": asdict(effort),
+            **(settings or {}),
+        },
     )
-    run = _Run(risk, begun, effort, budget(risk.space.device, memory_budget), progressbar, say or (lambda line: None))
+    finished, say = finished if finished is not None else Finished(), say or (lambda line: None)
+    run = _Run(risk, begun, effort, budget(risk.space.device, memory_budget), progressbar, finished)
     if path is not None:
-        run.resume(Path(path))
+        run.begin(Path(path), resume, say)
     for title in titles:
-        try:
-            run.title(title)
-        except Exception as error:  # whatever an operator raises on a model is what the reader of the table is told
-            if refused is None:
-                raise
-            refused[title] = error.with_traceback(None)  # whose frames hold tensors
+        missing = run.missing(title)
+        if not missing:
+            say(f"{title}: in the file already, not computed again")
+        # what cannot be saved or said is no refusal
+        for fields, line in run.computed(title, missing, refused):
+            run.keep(title, fields)
+            if line:
+                say(line)
     return run.coarse
 
 
-def group_sizes(groups: Mapping[str, int] | int | str, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return the number of parameters of each group, in the order of the rows; see `coarse_tour`.
-
-    Example:
-        >>> group_sizes("tensors", {"0.weight": (2, 3), "0.bias": (2,)})
-        {'0.weight': 6, '0.bias': 2}
-    """
-    sizes = {name: size for name, shape in shapes.items() if (size := math.prod(shape))}
-    if groups == "modules":
-        return {name: size for name, size in module_groups(shapes, most=MOST).items() if size}
-    if groups == "tensors":
-        return sizes
-    if isinstance(groups, int) and not isinstance(groups, bool):
-        return {name: size for name, size in module_groups(shapes, groups).items() if size}
-    if not isinstance(groups, Mapping):
-        raise ValueError(
-            f"groups: expected 'modules', 'tensors', a depth or a mapping from label to size, got {groups!r}."
-        )
-    if any(size < 1 for size in groups.values()) or sum(groups.values()) != sum(sizes.values()):
-        raise ValueError(
-            f"groups: expected positive sizes that sum to the {sum(sizes.values())} parameters, got "
-            f"{dict(groups)}, which sum to {sum(groups.values())}."
-        )
-    return dict(groups)
+def operator_options(title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the operator of a title in a coarse tour of such settings."""
+    options = OPERATORS[title][1]
+    sampled = {"mc_samples": settings["mc_samples"], "seed": settings["seed"]}
+    if "mc_samples" in options:
+        return {**options, **sampled}
+    if "fisher_type" in options and settings["width"] > WIDEST:
+        return {**options, "fisher_type": "mc", **sampled}
+    return options
 
 
 class _Run:
     """A coarse tour under way: `coarse` is what is finished."""
 
     def __init__(
-        self, risk: EmpiricalRisk, begun: CoarseFile, effort: Effort, memory: int, progressbar: bool, say: Say
+        self, risk: EmpiricalRisk, begun: CoarseFile, effort: Effort, memory: int, progressbar: bool, finished: Finished
     ) -> None:
         self.coarse, self._risk, self._effort, self._memory = begun, risk, effort, memory // 2
-        self._progressbar, self._say = progressbar, say
+        self._progressbar, self._finished = progressbar, finished
         self._path: Path | None = None
-        self._seed, self._samples = begun.settings["seed"], begun.settings["mc_samples"]
+        self._seed = begun.settings["seed"]
         self._parts = {"norms": self._blocks}
         if effort.eigenvalues:
             self._parts["masses"] = self._eigenvectors
         if effort.density_vectors:
             self._parts["densities"] = self._density
 
-    def resume(self, path: Path) -> None:
+    def begin(self, path: Path, resume: bool, say: Say) -> None:
         """Save to a file from now on, and go on with what is there if it is of the same problem and settings."""
         self._path = path
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_coarse(path, self.coarse)  # so that a folder that takes no files is known before anything is computed
+            return
+        if not resume:
+            say(f"'{path}' is computed anew")
             return
         there = load_coarse(path)
-        differs = _difference(there, self.coarse)
-        if differs:
-            self._say(f"'{path}' is of another computation ({differs}) and is replaced")
+        before, now = ({**file.settings, "groups": list(file.groups.items())} for file in (there, self.coarse))
+        if differ := ", ".join(differences(before, now)):
+            say(f"'{path}' is of another computation ({differ}) and is replaced")
         else:
             self.coarse = there
+            self._finished.matrices[path] = list(there.norms)
 
-    def title(self, title: str) -> None:
-        """Compute what is missing of a matrix."""
-        missing = [name for name in self._parts if title not in getattr(self.coarse, name)]
+    def missing(self, title: str) -> list[str]:
+        """The fields that stand for parts of a matrix that are not there yet."""
+        return [name for name in self._parts if title not in getattr(self.coarse, name)]
+
+    def computed(
+        self, title: str, missing: Sequence[str], refused: dict[str, Exception] | None
+    ) -> Iterator[tuple[dict[str, Any], str]]:
+        """Compute what is missing of a matrix: from each part its fields, and a line about it."""
         if not missing:
-            self._say(f"{title}: in the file already, not computed again")
             return
-        known, start = self.coarse.costs.get(title), time.perf_counter()
-        with measured(self._risk.space.device) as cost:
+        earlier, start = self.coarse.costs.get(title), time.perf_counter()
+        with measured(self._risk.space.device) as cost, refusals(refused, self._missed(title, missing[0])):
             operator = self._operator(title)  # which a Kronecker operator computes at once
             with operator.linearized():
                 for name in missing:
-                    begin = time.perf_counter()
-                    found, products = self._parts[name](operator)
-                    found["products"] = self.coarse.products.get(title, 0) + products
-                    found["explanations"] = str(operator.explain())
-                    # the peak is known at the end
-                    found["costs"] = _together(known, Cost(time.perf_counter() - start))
-                    self._keep(title, found)
-                    self._say(f"{title}: {name} by {products} products, {time.perf_counter() - begin:.1f} s")
-        self._keep(title, {"costs": _together(known, cost)})
+                    with refusals(refused, self._missed(title, name)):
+                        begin = time.perf_counter()
+                        fields, products = self._parts[name](operator)
+                        fields["products"] = self.coarse.products.get(title, 0) + products
+                        fields["explanations"] = str(operator.explain())
+                        # the peak is known at the end
+                        fields["costs"] = _together(earlier, Cost(time.perf_counter() - start))
+                        seconds = time.perf_counter() - begin
+                        yield fields, f"{title}: {name} by {products} products, {seconds:.1f} s"
+                    if title not in self.coarse.norms:
+                        break  # of which all else is shown beside
+        if title in self.coarse.norms:
+            yield {"costs": _together(earlier, cost)}, ""
 
-    def _keep(self, title: str, found: dict[str, Any]) -> None:
-        self.coarse = with_part(self.coarse, title, found)
+    def keep(self, title: str, fields: Mapping[str, Any]) -> None:
+        """Take in, and save, fields of a matrix."""
+        self.coarse = with_part(self.coarse, title, fields)
         if self._path is not None:
             save_coarse(self._path, self.coarse)
+            self._finished.matrices[self._path] = list(self.coarse.norms)
+
+    def _missed(self, title: str, name: str) -> str:
+        """What is missing where a part fails: the matrix, or that part of it."""
+        return f"{title}: {PARTS[name]}" if title in self.coarse.norms else title
 
     def _operator(self, title: str) -> Any:
-        kind, options = OPERATORS[title]
-        options = {**options, "memory_budget": self._memory}
-        if "mc_samples" in options:
-            options |= {"mc_samples": self._samples, "seed": self._seed}
-        if "fisher_type" in options and self.coarse.settings["width"] > WIDEST:
-            options |= {"fisher_type": "mc", "mc_samples": self._samples, "seed": self._seed}
-        return kind.of(self._risk, **options)
+        options = operator_options(title, self.coarse.settings)
+        return OPERATORS[title][0].of(self._risk, **options, memory_budget=self._memory)
 
     def _blocks(self, operator: Any) -> Part:
         edges = accumulate(self.coarse.groups.values(), initial=0)
@@ -250,8 +263,6 @@ class _Run:
         return {name: found.double() for name, found in fields.items()}, pairs.products
 
     def _density(self, operator: Any) -> Part:
-        if isinstance(operator, BlockDiagonalOperator):
-            return {"densities": SpectralDensity.of(operator.eigenvalues())}, 0
         found = operator.spectral_density(
             depth=self._effort.density_depth,
             num_vectors=self._effort.density_vectors,
@@ -267,17 +278,3 @@ def _together(*costs: Cost | None) -> Cost:
     taken = [cost for cost in costs if cost is not None]
     peaks = [cost.peak_bytes for cost in taken if cost.peak_bytes is not None]
     return Cost(sum(cost.seconds for cost in taken), max(peaks) if len(peaks) == len(taken) else None)
-
-
-def _difference(there: CoarseFile, here: CoarseFile) -> str:
-    """In what the problem or the settings of two computations differ; empty where in nothing."""
-    for name in ("parameters", "groups"):
-        if list(getattr(there, name).items()) != list(getattr(here, name).items()):
-            return f"other {name}"
-    for name in there.settings.keys() | here.settings.keys():
-        before, now = there.settings.get(name), json.loads(json.dumps(here.settings.get(name)))
-        # summed by other numbers of threads, they are not the same to the last digit
-        close = name in ("risk", "gradient_norm") and before is not None and math.isclose(before, now, rel_tol=1e-5)
-        if before != now and not close:
-            return f"{name}: {before!r} there, {now!r} here"
-    return ""

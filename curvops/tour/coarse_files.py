@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvops.files import read_tensors, write_tensors
 from curvops.spectrum import Curve, SpectralDensity
+from curvops.tour.files import described, description
 from curvops.tour.meter import Cost
 
 _FORMAT = "coarse curvature"
@@ -106,8 +107,8 @@ def save_coarse(path: str | Path, coarse: CoarseFile) -> Path:
     about = {
         "titles": {name: list(getattr(coarse, name)) for name in _TENSORS},
         "densities": {title: {name: getattr(d, name) for name in _FACTS} for title, d in coarse.densities.items()},
-        "costs": {title: asdict(cost) for title, cost in coarse.costs.items()},
-        **{name: getattr(coarse, name) for name in ("parameters", "groups", "settings", "explanations", "products")},
+        "products": coarse.products,
+        **described(coarse),
     }
     write_tensors(Path(path), tensors, about, _FORMAT)
     return Path(path)
@@ -129,10 +130,7 @@ def load_coarse(path: str | Path) -> CoarseFile:
         )
         for title, more in about["densities"].items()
     }
-    given["parameters"] = {name: tuple(shape) for name, shape in about["parameters"].items()}
-    given["costs"] = {title: Cost(**cost) for title, cost in about["costs"].items()}
-    kept = {f.name for f in fields(CoarseFile)} - given.keys()
-    return CoarseFile(**given, **{name: about[name] for name in kept})
+    return CoarseFile(**given, products=about["products"], **description(about))
 
 
 def with_part(coarse: CoarseFile, title: str, part: Mapping[str, Any]) -> CoarseFile:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,17 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvops.files import versions
-from curvops.memory import budget
+from curvops.memory import budget, byte_size
 from curvops.risk.determinism import check_deterministic
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse import coarse_tour
-from curvops.tour.coarse_files import CoarseFile, load_coarse
+from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.facts import facts
-from curvops.tour.files import MatrixFile, load_matrices, save_matrices
+from curvops.tour.files import Finished, MatrixFile, load_matrices, save_matrices
+from curvops.tour.identity import differences
 from curvops.tour.matrices import OPERATORS, Measured, each_matrix
 from curvops.tour.meter import Cost, measured
 from curvops.tour.table import table
-from curvops.tree import tensors_of
 
 MATRICES, BLOCKS = "matrices.safetensors", "blocks.safetensors"
 REFUSED = "not computed"  # the setting that says why matrices are missing, by title
@@ -33,27 +32,20 @@ COPIES = 3  # of each matrix, that computing, drawing and writing them take besi
 Say: TypeAlias = Callable[[str], None]
 
 
-@dataclass
-class Finished:
-    """What a tour has written so far: by file the titles of the matrices in it, and the files of figures and pages."""
-
-    matrices: dict[Path, list[str]] = field(default_factory=dict)
-    figures: list[Path] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        kept = [f"{', '.join(titles)} in {path}" for path, titles in self.matrices.items()]
-        kept += [f"{len(self.figures)} figures"] * bool(self.figures)
-        return "; ".join(kept) or "nothing"
-
-
 @dataclass(frozen=True)
 class Problem:
-    """What a tour looks at: a risk with a title, its parameters in groups, and the folder for what is found."""
+    """What a tour looks at: a risk with a title, its parameters in groups, the folder for what is found, and memory."""
 
     title: str
     risk: EmpiricalRisk
     groups: Mapping[str, int]
     folder: Path
+    memory_budget: int | None = None
+
+    @cached_property
+    def too_large(self) -> str:
+        """Why the matrices do not fit, decided once, as free memory changes; empty where they fit."""
+        return too_large(self.risk, self.memory_budget)
 
 
 @dataclass(repr=False)
@@ -62,7 +54,7 @@ class Tour:
 
     Attributes:
         file: Matrices, or where these are too large their blocks, with parameters, groups, settings and costs.
-        refused: By title why a matrix is missing.
+        refused: By title why a matrix is missing, or by title and part ("Hessian: density") why that part of it is.
         check: What the check for determinism took, None without one.
         paths: The files, in the order in which they were written.
         drawing: Seconds that its figures and the page took.
@@ -97,29 +89,18 @@ class Tour:
         return "\n".join([self.table(), *[f"files: {', '.join(map(str, self.paths))}"] * bool(self.paths)])
 
 
-def fits(risk: EmpiricalRisk, memory_budget: int | None = None) -> bool:
-    """Whether all matrices of a risk fit into a budget of bytes, by default a quarter of what is free."""
-    return not too_large(risk, memory_budget)
-
-
 def too_large(risk: EmpiricalRisk, memory_budget: int | None = None) -> str:
-    """Why the matrices of a risk do not fit, with both sizes; empty where they fit. See `fits`."""
+    """Why all matrices of a risk do not fit into a budget of bytes, by default a quarter of what is free; empty where they do."""
     one = COPIES * risk.space.dim**2 * risk.space.dtype.itemsize
     cpu, device = torch.device("cpu"), risk.space.device
     for count, where in ((len(OPERATORS), cpu), *([(1, device)] if device.type != "cpu" else [])):
         if count * one > (room := budget(where, memory_budget)):
             each = f"{count} matrices" if count > 1 else f"on {where} a matrix"
             return (
-                f"{each} of {risk.space.dim:,}² entries need {_gigabytes(count * one)} with the copies for drawing, more than "
-                f"the budget of {_gigabytes(room)}"
+                f"{each} of {risk.space.dim:,}² entries need {byte_size(count * one)} with the copies for drawing, more than "
+                f"the budget of {byte_size(room)}"
             )
     return ""
-
-
-def _gigabytes(size: int) -> str:
-    return (
-        f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-    )
 
 
 def shown(progressbar: bool) -> bool:
@@ -131,7 +112,6 @@ def compute(
     problem: Problem,
     *,
     seed: int = 0,
-    memory_budget: int | None = None,
     check: bool = True,
     progressbar: bool = True,
     resume: bool = False,
@@ -158,14 +138,13 @@ def compute(
             f"loss: over the data it is {known['risk']:g}, and the norm of its gradient {known['gradient_norm']:g}, so that no curvature "
             "is finite. Look for NaN, infinite or huge entries in the data and the parameters, as after a training that diverged."
         )
-    reason = too_large(problem.risk, memory_budget)
-    if not reason:
+    if not problem.too_large:
         run = _Matrices(problem, {**known, "seed": seed}, finished)
         run.begin(resume, say)
-        found = run.compute(seed, memory_budget, progressbar)
+        found = run.compute(seed, progressbar)
     else:
-        say(f"{reason}: norms of blocks instead")
-        found = _blocks(problem, seed, memory_budget, progressbar, resume, finished, say)
+        say(f"{problem.too_large}: norms of blocks instead")
+        found = _blocks(problem, known, seed, progressbar, resume, finished, say)
     found.check = cost
     return found
 
@@ -177,43 +156,38 @@ class _Matrices:
         self._problem, self._finished = problem, finished
         self._path = problem.folder / MATRICES
         shapes = {name: tuple(shape) for name, shape in problem.risk.space.shapes.items()}
-        settings = {"setup": problem.title, **known, "content": _content(problem.risk)}
+        settings = {"setup": problem.title, **known}
         self.file = MatrixFile({}, shapes, dict(problem.groups), settings, versions())
 
     def begin(self, resume: bool, say: Say) -> None:
-        """Take over what a file has, if that is wanted; say what becomes of it."""
+        """Take over what a file of the same problem has, if that is wanted; say what becomes of it."""
         if not self._path.exists():
             return
-        if resume and self._resumed():
-            for title in self.file.matrices:
-                say(f"{title}: in '{self._path}' already, not computed again")
-        else:
-            why = " is of another computation, and" if resume else ""
-            say(f"'{self._path}'{why} is computed anew")
+        differ = self._resumed() if resume else ""
+        for title in self.file.matrices:
+            say(f"{title}: in '{self._path}' already, not computed again")
+        if not self.file.matrices:
+            say(f"'{self._path}'{f' is of another computation ({differ}), and' if differ else ''} is computed anew")
 
-    def _resumed(self) -> bool:
-        """Whether matrices were taken over: from a file of the same problem, by the same versions."""
+    def _resumed(self) -> str:
+        """Take over the matrices of the file, or say why not."""
         try:
             there = load_matrices(self._path)
         except (FileNotFoundError, ValueError):
-            return False
+            return "it cannot be read"
         own = self.file
-        # a sum by other numbers of threads is not the same to the last digit; the content says more than it
-        settings = [
-            {key: value for key, value in file.settings.items() if key not in (REFUSED, "risk", "gradient_norm")}
-            for file in (there, own)
-        ]
-        if (settings[0], there.parameters, there.groups) == (settings[1], own.parameters, own.groups) and (
-            own.versions.items() <= there.versions.items()
-        ):
+        before, now = ({**file.settings, "groups": list(file.groups.items())} for file in (there, own))
+        before.pop(REFUSED, None)
+        if not (differ := differences(before, now)):
             own.matrices.update(there.matrices)
             own.costs.update(there.costs)
             own.explanations.update(there.explanations)
             self._finished.matrices[self._path] = list(own.matrices)
-        return bool(own.matrices)
+        return ", ".join(differ)
 
-    def compute(self, seed: int, memory_budget: int | None, progressbar: bool) -> Tour:
+    def compute(self, seed: int, progressbar: bool) -> Tour:
         """Compute what is missing; the result has what could be had."""
+        memory_budget = self._problem.memory_budget
         missing = [title for title in OPERATORS if title not in self.file.matrices]
         refused: dict[str, Exception] = {}
         results = each_matrix(
@@ -261,8 +235,8 @@ class _Matrices:
 
 def _blocks(
     problem: Problem,
+    known: Mapping[str, Any],
     seed: int,
-    memory_budget: int | None,
     progressbar: bool,
     resume: bool,
     finished: Finished,
@@ -270,25 +244,21 @@ def _blocks(
 ) -> Tour:
     """The coarse tour of a problem whose matrices do not fit."""
     path = problem.folder / BLOCKS
-    if not resume and path.exists():
-        say(f"'{path}' is computed anew")
-        path.unlink()
     refused: dict[str, Exception] = {}
-    try:
-        found = coarse_tour(
-            problem.risk,
-            path,
-            groups=problem.groups,
-            seed=seed,
-            memory_budget=memory_budget,
-            settings={"setup": problem.title},
-            progressbar=progressbar,
-            say=say,
-            refused=refused,
-        )
-    finally:
-        if path.exists():
-            finished.matrices[path] = list(load_coarse(path).norms)
+    found = coarse_tour(
+        problem.risk,
+        path,
+        groups=problem.groups,
+        seed=seed,
+        memory_budget=problem.memory_budget,
+        settings={"setup": problem.title},
+        progressbar=progressbar,
+        resume=resume,
+        finished=finished,
+        say=say,
+        refused=refused,
+        known=known,
+    )
     if not found.norms:
         raise next(iter(refused.values()))
     return Tour(found, _reasons(refused), paths=[path])
@@ -296,14 +266,3 @@ def _blocks(
 
 def _reasons(refused: Mapping[str, Exception]) -> dict[str, str]:
     return {title: f"{type(error).__name__}: {' '.join(str(error).split())}" for title, error in refused.items()}
-
-
-def _content(risk: EmpiricalRisk) -> str:
-    """A number that any change of the model's tensors or of the data changes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tree in chain([risk.model.tensors], ((batch.X, batch.y) for batch in risk.data.walk())):
-        for tensor in tensors_of(tree):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.tour.identity import identity
 
 CONVENTIONS = (
     "Hessian: second derivatives of L = c Σ ℓ. All others: c Σ Jᵀ S Sᵀ J over the loss terms, where S Sᵀ is the loss's "
@@ -16,10 +17,10 @@ CONVENTIONS = (
 
 
 def facts(risk: EmpiricalRisk) -> dict[str, Any]:
-    """Return what tells one problem from another, in a form that JSON can hold.
+    """Return what a reader wants to know of a problem, and what tells it from any other, in a form that JSON can hold.
 
-    Device and dtype of the parameters; the loss, its reduction and the constant c; numbers of data and of loss terms and
-    the width of a term (classes); the value of the risk and the norm of its gradient, which change with weights and data.
+    The loss, its reduction and the constant c; numbers of data and of loss terms and the width of a term (classes); and
+    the `identity`.
 
     Example:
         >>> from curvops.tour.setups import tiny
@@ -34,18 +35,15 @@ def facts(risk: EmpiricalRisk) -> dict[str, Any]:
                 z = risk.forward(batch.X)
             curvature = walk.curvature(z, batch)
             terms, width = terms + curvature.num_terms, max(width, curvature.width)
+        walk.join()
         constant, number = walk.constant, walk.size
-    value, gradient = risk.value_and_gradient()
     return {
-        "device": str(risk.space.device),
-        "dtype": str(risk.space.dtype).removeprefix("torch."),
         "loss": risk.loss.name,
         "reduction": risk.loss.reduction,
         "c": float(constant),
         "num_data": number,
         "loss_terms": terms,
         "width": width,
-        "risk": float(value),
-        "gradient_norm": float(gradient.norm()),
         "conventions": CONVENTIONS,
+        **identity(risk),
     }

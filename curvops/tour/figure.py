@@ -60,8 +60,8 @@ def plot_matrices(
             together with `titles`, or a single one.
         titles: One title per matrix; replaces the mapping's keys, or the kind of a single operator.
         groups: Sizes of consecutive groups (layers) of the `D` parameters, or a mapping from label to size; a model, whose
-            modules are the groups; or, for operators, the number of parts of the modules' names that count. Sizes alone
-            are labelled 1, 2, … with empty groups left out.
+            modules are the groups; or, for operators, "modules", "tensors", or the number of parts of the modules' names that
+            count. Sizes alone are labelled 1, 2, … with empty groups left out.
         transform: Applied to each matrix before it is drawn; must keep its shape.
         transform_title: Label of the colour bar. The two transformations here have their own.
         signed: Draw with a diverging colour map whose centre is zero; by default where `transform(-m) == -transform(m)`.
@@ -129,7 +129,8 @@ def plot_matrices(
         bar.outline.set_linewidth(THIN)
         _arrange(fig, axes, bar, axis_label if sizes else "Parameter", sizes)
         if look.some_zeros:
-            _explain_zeros(fig, axes)
+            zero = Patch(facecolor=ZERO, edgecolor=INK, linewidth=THIN, label="exactly zero")
+            explain_mark(fig, axes, zero, "right")
         if not plt.rcParams["text.usetex"]:
             settle_fonts(fig)
     return fig, axes
@@ -155,6 +156,26 @@ def pixels_of(fig: Figure, columns: int, side: int) -> int | None:
     """How many pixels a side of a panel in so many columns is averaged to; None where it shows every entry."""
     scale = max(1.0, fig.get_figwidth() / columns / THIRD)
     return None if side <= EVERY_ENTRY * scale else round(PRINTED * scale)
+
+
+def explain_mark(fig: Figure, axes: npt.NDArray[Any], mark: Artist, side: str) -> None:
+    """Say below the panels, at their left or right side, what a mark means."""
+    axis: Any = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
+    place = axes[-1, 0].get_position().x0 if side == "left" else axes[-1, -1].get_position().x1
+    below: Any = f"lower {side}"
+    legend = fig.legend(
+        handles=[mark],
+        loc=below,
+        bbox_to_anchor=(place, axis.get_position()[1]),
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.2,
+        handletextpad=0.4,
+        prop={"family": axis.get_fontfamily(), "size": axis.get_fontsize() - 1},
+    )
+    legend.set_in_layout(False)
+    make_room(fig, legend)
 
 
 def make_room(fig: Figure, artist: Artist) -> None:
@@ -278,25 +299,6 @@ def _break(text: Text, along: str, room: float) -> None:
         if getattr(text.get_window_extent(), along) <= room:
             return
         text.set(text="\n".join(wrap(words, math.ceil(len(words) / lines), break_long_words=False)), linespacing=1.0)
-
-
-def _explain_zeros(fig: Figure, axes: npt.NDArray[Any]) -> None:
-    """Name the colour of exact zeros below the panels at the right."""
-    _, y = fig._supxlabel.get_position()  # type: ignore[attr-defined]  # no public way to it
-    right = axes[-1, -1].get_position().x1
-    handle = Patch(facecolor=ZERO, edgecolor=INK, linewidth=THIN, label="exactly zero")
-    legend = fig.legend(
-        handles=[handle],
-        loc="lower right",
-        bbox_to_anchor=(right, y),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.2,
-        handletextpad=0.4,
-    )
-    legend.set_in_layout(False)
-    make_room(fig, legend)
 
 
 def _points(ax: Any) -> float:

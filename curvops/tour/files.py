@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from curvops.files import read_tensors, write_tensors
+from curvops.memory import byte_size
 from curvops.tour.meter import Cost
 
 _FORMAT = "curvature matrices"
@@ -20,6 +21,19 @@ _FORMAT = "curvature matrices"
 
 class OutputError(OSError):
     """The output folder cannot take the tour's files; the message is one line that says why."""
+
+
+@dataclass
+class Finished:
+    """What a tour has written so far: by file the titles of the matrices in it, and the files of figures and pages."""
+
+    matrices: dict[Path, list[str]] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kept = [f"{', '.join(titles)} in {path}" for path, titles in self.matrices.items()]
+        kept += [f"{len(self.figures)} figures"] * bool(self.figures)
+        return "; ".join(kept) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,10 @@ def save_matrices(
         ...     load_matrices(path).groups
         {'1': 2}
     """
-    seconds = {title: asdict(cost) for title, cost in (costs or {}).items()}
-    given: dict[str, Any] = {"parameters": parameters, "groups": groups, "settings": settings}
-    given |= {"costs": seconds, "explanations": explanations}
-    about = {"titles": list(matrices)} | {key: dict(value or {}) for key, value in given.items()}
-    write_tensors(Path(path), matrices, about, _FORMAT)
+    given = {"parameters": parameters, "groups": groups, "settings": settings, "costs": costs}
+    given["explanations"] = explanations
+    about = described(MatrixFile({}, **{name: dict(value or {}) for name, value in given.items()}))
+    write_tensors(Path(path), matrices, {"titles": list(matrices)} | about, _FORMAT)
     return Path(path)
 
 
@@ -79,10 +92,25 @@ def load_matrices(path: str | Path) -> MatrixFile:
     """
     tensors, about = read_tensors(Path(path), _FORMAT)
     matrices = {title: tensors[title] for title in about["titles"]}
-    parameters = {name: tuple(shape) for name, shape in about["parameters"].items()}
-    costs = {title: Cost(**cost) for title, cost in about.get("costs", {}).items()}  # earlier files have none
-    explanations = about.get("explanations", {})
-    return MatrixFile(matrices, parameters, about["groups"], about["settings"], about["versions"], costs, explanations)
+    return MatrixFile(matrices, **description(about))
+
+
+def described(file: Any) -> dict[str, Any]:
+    """What a file has beside its tensors, in a form that JSON can hold: parameters, groups, settings, costs, explanations."""
+    plain = {name: getattr(file, name) for name in ("parameters", "groups", "settings", "explanations")}
+    return {**plain, "costs": {title: asdict(cost) for title, cost in file.costs.items()}}
+
+
+def description(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The same again, with the versions, from what was read."""
+    return {
+        "parameters": {name: tuple(shape) for name, shape in about["parameters"].items()},
+        "groups": about["groups"],
+        "settings": about["settings"],
+        "versions": about["versions"],
+        "costs": {title: Cost(**cost) for title, cost in about.get("costs", {}).items()},  # earlier files have none
+        "explanations": about.get("explanations", {}),
+    }
 
 
 def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
@@ -113,5 +141,5 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
             for path in missing:
                 path.rmdir()
         reason = error.strerror or error
-        raise OutputError(f"cannot write {expected_bytes / 1e6:.0f} MB to '{folder}': {reason}") from None
+        raise OutputError(f"cannot write {byte_size(expected_bytes)} to '{folder}': {reason}") from None
     return folder

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 from torch.nn import Module
 
-Groups: TypeAlias = Mapping[str, int] | Sequence[int] | Module | int
+Groups: TypeAlias = Mapping[str, int] | Sequence[int] | Module | int | str
+NAMED = ("modules", "tensors")
 MOST = 16  # groups by default: as many as have room for their names at a figure's side
 
 
@@ -57,34 +58,41 @@ def module_groups(
     return groups
 
 
-def sizes_of(groups: Groups | None, side: int, shapes: Mapping[str, Sequence[int]] | None) -> dict[str, int]:
+def sizes_of(
+    groups: Groups | None, side: int, shapes: Mapping[str, Sequence[int]] | None, *, most: int = MOST
+) -> dict[str, int]:
     """Return sizes of the non-empty groups of `side` rows by label; without groups, none.
 
-    Sizes alone are labelled 1, 2, …. A model or a depth stands for `module_groups`, for which a depth needs the `shapes`
-    of the parameters.
+    Sizes alone are labelled 1, 2, …. A model, "modules" or a depth of module names stand for `module_groups`, "tensors" for
+    a group each; without a model these need the `shapes` of the parameters.
 
     Raises:
         TypeError: If the groups are of no such form.
-        ValueError: If the sizes do not sum to `side`.
+        ValueError: If the sizes do not sum to `side`, or shapes are not known.
+
+    Example:
+        >>> sizes_of("tensors", 8, {"0.weight": (2, 3), "0.bias": (2,)})
+        {'0.weight': 6, '0.bias': 2}
     """
     if groups is None:
         return {}
     if isinstance(groups, Module):
         groups = _of_model(groups, side)
-    elif isinstance(groups, int) and not isinstance(groups, bool):
+    elif (isinstance(groups, str) and groups in NAMED) or (isinstance(groups, int) and not isinstance(groups, bool)):
         if shapes is None:
-            raise ValueError(
-                f"plot_matrices: groups={groups} is a depth of module names, but tensors have no names. Pass operators, or groups=model."
-            )
-        groups = module_groups(shapes, groups)
+            raise ValueError(f"groups: {groups!r} needs names, and tensors have none. Pass operators, or groups=model.")
+        if groups == "tensors":
+            groups = {name: prod(shape) for name, shape in shapes.items()}
+        else:
+            groups = module_groups(shapes, groups if isinstance(groups, int) else None, most=most)
     if not isinstance(groups, Mapping | Sequence) or isinstance(groups, str):
         raise TypeError(
-            "plot_matrices: groups must be sizes, a mapping from label to size, a module, or a depth of module names, got "
-            f"{type(groups).__name__}."
+            "groups: expected sizes, a mapping from label to size, a module, 'modules', 'tensors', or a depth of module names, got "
+            f"{groups!r}."
         )
     sizes = list(groups.values()) if isinstance(groups, Mapping) else list(groups)
     if any(size < 0 for size in sizes) or sum(sizes) != side:
-        raise ValueError(f"plot_matrices: the group sizes {sizes} sum to {sum(sizes)}, the matrices have {side} rows.")
+        raise ValueError(f"groups: the group sizes {sizes} sum to {sum(sizes)}, the matrices have {side} rows.")
     if isinstance(groups, Mapping):
         return {str(label): size for label, size in groups.items() if size}
     return {str(k): size for k, size in enumerate(filter(None, sizes), 1)}
@@ -110,7 +118,7 @@ def _of_model(model: Module, side: int) -> dict[str, int]:
             return module_groups({name: tuple(p.shape) for name, p in some.items()})
     total = sum(p.numel() for p in named.values())
     raise ValueError(
-        f"plot_matrices: the model has {total} parameters, the matrices {side} rows. Pass operators with groups=depth, or "
+        f"groups: the model has {total} parameters, the matrices {side} rows. Pass operators with groups=depth, or "
         "groups=module_groups({name: p.shape for name, p in params.items()}) for the parameters that the rows belong to."
     )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -72,18 +74,28 @@ def each_matrix(
     `refused` it is raised.
     """
     for title in titles:
-        try:
-            with measured(risk.space.device) as cost:
-                operator = _operator(title, risk, seed, memory_budget)
-                matrix = operator.to_dense().detach()
-            if not matrix.isfinite().all():
-                raise ValueError(f"{int((~matrix.isfinite()).sum())} entries are not finite.")
-        except Exception as error:  # whatever an operator raises on a model is what the reader of the table is told
-            if refused is None:
-                raise
-            refused[title] = error.with_traceback(None)  # whose frames hold tensors
-            continue
-        yield Measured(title, matrix, cost, str(operator.explain()))
+        with refusals(refused, title):
+            yield _measured(title, risk, seed, memory_budget)
+
+
+@contextmanager
+def refusals(refused: dict[str, Exception] | None, name: str) -> Iterator[None]:
+    """Let ``refused``, if it is given, take what the body raises, under a name; its traceback holds no tensors."""
+    try:
+        yield
+    except Exception as error:  # whatever an operator raises on a model is what the reader of the table is told
+        if refused is None:
+            raise
+        refused[name] = error
+        cause: BaseException | None = error
+        seen: list[BaseException] = []
+        while cause is not None and cause not in seen:
+            seen.append(cause)
+            clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        # neither this frame nor the body's, which goes on and holds what it likes
+        inside = error.__traceback__ and error.__traceback__.tb_next
+        error.__traceback__ = inside and inside.tb_next
 
 
 @cache
@@ -92,6 +104,15 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     risk = tiny(device=device, dtype=dtype).risk()
     check(risk)
     list(each_matrix(risk))
+
+
+def _measured(title: str, risk: EmpiricalRisk, seed: int, memory_budget: int | None) -> Measured:
+    with measured(risk.space.device) as cost:
+        operator = _operator(title, risk, seed, memory_budget)
+        matrix = operator.to_dense().detach()
+    if not matrix.isfinite().all():
+        raise ValueError(f"{int((~matrix.isfinite()).sum())} entries are not finite.")
+    return Measured(title, matrix, cost, str(operator.explain()))
 
 
 def _operator(title: str, risk: EmpiricalRisk, seed: int, memory_budget: int | None) -> Any:

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from curvops.tour.block_figure import plot_blocks, plot_spectra
+from curvops.tour.block_figure import complete_titles, plot_blocks, plot_spectra
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.compute import BLOCKS, MATRICES, Finished, Say, Tour, shown
+from curvops.tour.compute import BLOCKS, MATRICES, Say, Tour, shown
 from curvops.tour.figure import plot_matrices, save_figure
-from curvops.tour.files import MatrixFile
+from curvops.tour.files import Finished, MatrixFile
 from curvops.tour.matrices import OPERATORS
 from curvops.tour.page import write_page
 from curvops.tour.panels import Look, log_abs, shared_look, unchanged
@@ -117,7 +117,8 @@ def _drawings(tour: Tour, shared: Mapping[str, Look]) -> dict[str, Callable[[], 
     """What draws each figure of a tour, by the figure's name."""
     file = tour.file
     if isinstance(file, CoarseFile):
-        return {"curvature_blocks": partial(plot_blocks, file), "curvature_spectra": partial(plot_spectra, file)}
+        found: dict[str, Callable[[], tuple[Figure, Any]]] = {"curvature_blocks": partial(plot_blocks, file)}
+        return found | ({"curvature_spectra": partial(plot_spectra, file)} if complete_titles(file) else {})
     return {stem: partial(plot_matrices, file.matrices, groups=file.groups, look=look) for stem, look in shared.items()}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypedDict
 
 import torch
@@ -17,11 +19,10 @@ from typing_extensions import Unpack
 
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
-from curvops.tour.compute import Finished, Problem, Say, Tour, compute, fits
-from curvops.tour.files import prepare_output
+from curvops.tour.compute import Problem, Say, Tour, compute
+from curvops.tour.files import Finished, prepare_output
 from curvops.tour.films import film
 from curvops.tour.groups import Groups, module_groups, sizes_of
-from curvops.tour.matrices import warm_up
 from curvops.tour.outputs import FIGURES_BYTES, FILM, PAGE, draw, expected_bytes, remove_stale
 
 
@@ -84,7 +85,8 @@ def tour(
         memory_budget: Bytes that the matrices may take; a quarter of the free memory if not given.
         check_deterministic: Compare two passes over the data first.
         progressbar: Show what is computed: lines on stderr, and bars on a terminal or in a notebook.
-        resume: Keep the matrices that a file in `output` has of the same model, data and seed by the same versions.
+        resume: Keep what a file in `output` has of the same model, loss, data and seed by the same versions. Any change of a
+            tensor, a mode, an attribute or the data, and any of the code that risk or derivatives show, means anew.
         finished: Is filled in with what is written, for a caller that may be interrupted.
         say: Takes the lines about what is computed; by default they go to stderr.
         reduction: `"mean"` or `"sum"`, for losses that do not say it themselves.
@@ -151,7 +153,8 @@ def tour_checkpoints(
         model: The module.
         loss: As of `tour`.
         data: As of `tour`.
-        checkpoints: By label a `state_dict` of the model, or a file of one that `torch.save` has written.
+        checkpoints: By label a `state_dict` of the model, or a file of one that `torch.save` has written. Labels name
+            folders, in which "/" becomes "-".
         params: As of `tour`.
         output: Folder for the files.
         title: Of the page.
@@ -161,7 +164,7 @@ def tour_checkpoints(
         By label what was found.
 
     Raises:
-        Exception: As of `tour`, and a ValueError if there is no checkpoint or one does not fit the model.
+        Exception: As of `tour`, and a ValueError if there is no checkpoint, one does not fit the model, or two labels name one folder.
 
     Example:
         >>> import tempfile
@@ -182,12 +185,15 @@ def tour_checkpoints(
         raise ValueError("tour_checkpoints: expected at least one checkpoint, got none.")
     options["finished"] = finished = options.get("finished") or Finished()
     output, tours = Path(output), dict[str, Tour]()
+    folders = _folders(checkpoints)
+    # what is the model's own, as its `state_dict()` is, would change as others are loaded
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+    states = [deepcopy(state) if _shares(state, own) else state for state in checkpoints.values()]
     with weights_kept(model):
-        for label, state in checkpoints.items():
+        for (label, folder), state in zip(folders.items(), states, strict=True):
             _load(model, label, state)
             name = title or title_of(model, chosen(model, params))
-            folder = output / str(label).replace("/", "-")
-            tours[str(label)] = _toured(model, loss, data, params, folder, f"{name}, {label}", options)
+            tours[label] = _toured(model, loss, data, params, output / folder, f"{name}, {label}", options)
     draw(tours, output / PAGE, finished, title=title, progressbar=options.get("progressbar", True))
     finished.figures.append(film(tours, output / FILM))
     written = [path for found in tours.values() for path in found.paths]
@@ -199,7 +205,7 @@ def tour_checkpoints(
 
 @contextmanager
 def weights_kept(model: Module) -> Iterator[None]:
-    """Put a module's parameters and persistent buffers back at the end, in place.
+    """Put a module's parameters and buffers back at the end, in place.
 
     Example:
         >>> import torch
@@ -210,11 +216,24 @@ def weights_kept(model: Module) -> Iterator[None]:
         >>> model.weight.item() == before
         True
     """
-    before = deepcopy(model.state_dict())
+    stores: list[Any] = [store for m in model.modules() for store in (m._parameters, m._buffers)]
+    kept = [(store, name, t, t.detach().clone()) for store in stores for name, t in store.items() if t is not None]
+    extra = [(m, deepcopy(m.get_extra_state())) for m in model.modules() if _has_extra_state(m)]
     try:
         yield
     finally:
-        model.load_state_dict(before)
+        # not by `load_state_dict`, whose hooks may refuse what they have not given
+        with torch.no_grad():
+            for store, name, tensor, before in kept:
+                if store.get(name) is not tensor:
+                    store[name] = tensor
+                tensor.copy_(before)
+        for module, state in extra:
+            module.set_extra_state(state)
+
+
+def _has_extra_state(module: Module) -> bool:
+    return type(module).get_extra_state is not Module.get_extra_state
 
 
 def chosen(model: Module | ModelFunction, params: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
@@ -258,18 +277,17 @@ def _toured(
         batch_size_fn=options.get("batch_size_fn"),
     )
     shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
-    dense = fits(risk, options.get("memory_budget"))
     groups = options.get("groups")
     sizes = sizes_of(module_groups(shapes) if groups is None else groups, risk.space.dim, shapes)
-    prepare_output(folder, expected_bytes([risk.space.dim**2 * risk.space.dtype.itemsize]) if dense else FIGURES_BYTES)
     title, say = title or title_of(model, params), _say(options)
+    problem = Problem(title, risk, sizes, folder, options.get("memory_budget"))
+    size = FIGURES_BYTES if problem.too_large else expected_bytes([risk.space.dim**2 * risk.space.dtype.itemsize])
+    prepare_output(folder, size)
     dtype = str(risk.space.dtype).removeprefix("torch.")
     say(f"{title}: {_batches(data)} on {risk.space.device} in {dtype}, to '{folder}'")
-    warm_up(risk.space.device, risk.space.dtype)
     return compute(
-        Problem(title, risk, sizes, folder),
+        problem,
         seed=options.get("seed", 0),
-        memory_budget=options.get("memory_budget"),
         check=options.get("check_deterministic", True),
         progressbar=options.get("progressbar", True),
         resume=options.get("resume", False),
@@ -291,13 +309,38 @@ def _batches(data: Iterable[tuple[Any, Any]]) -> str:
     return "data" if count is None else "one batch" if count == 1 else f"{count:,} batches"
 
 
+def _folders(labels: Iterable[Any]) -> dict[str, str]:
+    """The name of a checkpoint's folder by its label as text; a ValueError if it is none, or that of another one."""
+    found: dict[str, str] = {}
+    taken = {name: f"the tour's own file {name!r}" for name in (PAGE, FILM)}
+    for label in labels:
+        folder = str(label).replace("/", "-").replace("\\", "-")
+        if folder.strip() in ("", ".", "..") or "\0" in folder or len(folder.encode()) > 255:
+            raise ValueError(f"tour_checkpoints: the label {label!r} names no folder. Give it another one.")
+        # some file systems tell no cases apart
+        if other := taken.get(folder.casefold()):
+            raise ValueError(
+                f"tour_checkpoints: the label {label!r} would name the folder {folder!r}, as {other} does. Rename it."
+            )
+        taken[folder.casefold()] = f"the label {label!r}"
+        found[str(label)] = folder
+    return found
+
+
+def _shares(state: Mapping[str, Any] | str | Path, own: set[int]) -> bool:
+    """Whether a checkpoint holds tensors in some storages."""
+    tensors = [one for one in state.values() if isinstance(one, Tensor)] if isinstance(state, Mapping) else []
+    return any(tensor.untyped_storage().data_ptr() in own for tensor in tensors)
+
+
 def _load(model: Module, label: str, state: Mapping[str, Any] | str | Path) -> None:
     """Load a checkpoint into the module."""
+    file = f" (file '{state}')" if isinstance(state, (str, Path)) else ""
     try:
         found = torch.load(state, map_location="cpu", weights_only=True) if isinstance(state, (str, Path)) else state
         model.load_state_dict(found)
-    except (RuntimeError, TypeError, OSError) as error:
+    except (RuntimeError, TypeError, OSError, EOFError, UnpicklingError) as error:
         raise ValueError(
-            f"tour_checkpoints: {label!r} does not load into {type(model).__name__}: {' '.join(str(error).split())} "
+            f"tour_checkpoints: {label!r}{file} does not load into {type(model).__name__}: {' '.join(str(error).split())} "
             "Pass state_dicts of this model, or files that torch.save(model.state_dict(), path) has written."
         ) from None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from curvops.tour.compute import Finished, Problem, Say, Tour, compute
-from curvops.tour.files import prepare_output
+from curvops.tour.compute import Problem, Say, Tour, compute
+from curvops.tour.files import Finished, prepare_output
 from curvops.tour.matrices import warm_up
 from curvops.tour.outputs import PAGE, draw, expected_bytes, remove_stale
 from curvops.tour.setups import SIZES, Setup, digits, tutorial

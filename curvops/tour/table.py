@@ -21,7 +21,8 @@ def table(
     """Seconds, memory, trace, and distance to the Hessian of each matrix; why others are missing.
 
     Of matrices that are too large, the trace ± its standard error (or "exact"), the Frobenius norm, and the products that
-    they took. Last the seconds of all matrices together, and those of what was drawn of them, by its name.
+    they took. Last the seconds of all matrices together, the check for determinism not among them, and those of what was
+    drawn of them, by its name.
     """
     coarse = isinstance(file, CoarseFile)
     memory = "GPU tensors" if str(file.settings.get("device", "")).startswith("cuda") else "process"
@@ -33,9 +34,8 @@ def table(
     for title in file.norms if isinstance(file, CoarseFile) else file.matrices:
         cells = _of_blocks(file, title) if isinstance(file, CoarseFile) else _of_matrix(file, title)
         lines.append(f"{title:<26}{_cells(file.costs.get(title, Cost()))}{cells}")
-    lines += [f"{title:<26}not computed: {reason}" for title, reason in refused.items()]
-    costs = [*file.costs.values(), *([check] if check is not None else [])]
-    sums = {"all matrices": sum(cost.seconds for cost in costs), **(drawing or {})}
+    lines += [f"{title:<25} not computed: {reason}" for title, reason in refused.items()]
+    sums = {"all matrices": sum(cost.seconds for cost in file.costs.values()), **(drawing or {})}
     return "\n".join([*lines, *(f"{name:<26}{seconds:>9.3f}" for name, seconds in sums.items())])
 
 
@@ -50,8 +50,8 @@ def _of_matrix(file: MatrixFile, title: str) -> str:
 def _of_blocks(file: CoarseFile, title: str) -> str:
     norm, trace = float(file.norms[title].norm()), float(file.traces[title].sum())
     # each group has products of its own, so that the errors are independent
-    error = float(file.trace_errors[title].norm()) if title in file.trace_errors else 0.0
-    shown = with_error(trace, error) if error else f"{trace:.4g}, exact"
+    error = float(file.trace_errors[title].norm()) if title in file.trace_errors else None
+    shown = f"{trace:.4g} ± unknown" if error is None else with_error(trace, error) if error else f"{trace:.4g}, exact"
     return f"{shown:>{TRACE_WIDTH}}{norm:>13.4g}{file.products.get(title, 0):>10}"
 
 

@@ -1,5 +1,7 @@
 """What a hostile user sees: one line with the remedy, or the traceback of their own file, and the exit status."""
 
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -7,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import curvops
 from curvops.cli import main
 from curvops.cli.problem import load_problem
+from curvops.cli.results import problem_settings
+from curvops.tour.identity import differences
 
 FILE = """
 import sys
@@ -66,6 +71,9 @@ class Named(nn.Linear):
         return {"logits": super().forward(x)}
 
 def unwrapped(): return Named(4, 3), CE, [(X, y)]
+def unwritten(): return net(), CE, torch.load("weights.pt")
+def gpu(): raise AssertionError("Torch not compiled with CUDA enabled")  # as a CPU's build says
+def others(): return net().load_state_dict({})
 def wide(): return net(), nn.MSELoss(), [(X, torch.zeros(6, 3))] * 3
 """
 RETURNS = "model, loss and data (and params by name, if only some), or a dict with these keys"
@@ -90,7 +98,7 @@ ONE_LINE = [
     ("check file.py:lonely", 1, "returned a function as model; then params, by name, must be returned as well"),
     ("check file.py:function", 1, "loss_func: the reduction of '<lambda>' is not known. Return a dict with the keys"),
     ("check file.py:frozen", 2, "no parameter requires a gradient: all are frozen. Pass --params '*' to take them all."),
-    ("check file.py:dicts", 1, "data: expected batches (X, y), got a dict with keys ['x', 'y']. Pass pairs"),
+    ("check file.py:dicts", 1, "data: expected batches (X, y), got a dict with keys ['x', 'y']. Return pairs"),
     ("check file.py:walked", 1, "data: got a list_iterator, which can be walked only once"),
     ("check file.py:elsewhere", 1, "the model's parameters are on the meta device: they have no values. Load its weights"),
     ("kfac file.py:nan", 1, "data: the loss (nan) or its gradient is not finite, from batch 2 on (counted from 0)."),
@@ -110,7 +118,7 @@ ONE_LINE = [
     ("check file.py:module", 1, "the reduction of 'Own' is not known. Return a dict with the keys model, loss, data and reduction"),
     ("check file.py:copied", 1, "'0.weight', '0.bias', '2.weight', '2.bias' are not the tensors of the model, but others"),
     ("kfac file.py:good --fisher-type forward-only --ekfac", 1, "fisher_type: 'forward-only' takes no gradients"),
-    ("kfac file.py:good --output file.py", 1, "cannot write 0 MB to 'file.py': Not a directory"),
+    ("kfac file.py:good --output file.py", 1, "cannot write 0 B to 'file.py': Not a directory"),
     ("spectrum file.py:good --matrix hesian", 2, "'hesian' is not a comma-separated choice of hessian, ggn, ef"),
     ("spectrum file.py:good -k 20", 2, "-k: the matrix has 19 eigenvalues, one for each parameter; got 20."),
     ("tour file.py:good --setups digits", 2, "--setups chooses among built-in models, and 'file.py:good' is"),
@@ -122,11 +130,14 @@ ONE_LINE = [
     ("check file.py:good --jsn", 2, "No such option '--jsn'"),
 ]  # fmt: skip
 TRACEBACKS = [
-    ("file.py:breaks", "'file.py:breaks' failed, in your code:", "in breaks", "NameError: name 'undefined_name'"),
-    ("file.py:mine", "your code raised AttributeError", "in forward", "'Mine' object has no attribute 'missing'"),
-    ("syntax.py:x", "importing 'syntax.py' failed, in your code:", 'syntax.py", line 1', "SyntaxError"),
-    ("imports.py:x", "importing 'imports.py' failed, in your code:", "in <module>", "No module named 'not_there'"),
-]
+    ("file.py:breaks", "'file.py:breaks' failed in line LINE of file.py: NameError: name 'undefined_name'", "in breaks", "NameError: name"),
+    ("file.py:mine", "your code failed in line LINE of file.py: AttributeError: 'Mine' object has no attribute 'missing'", "in forward", "AttributeError"),
+    ("syntax.py:x", "importing 'syntax.py' failed in line 1 of syntax.py: SyntaxError", 'syntax.py", line 1', "SyntaxError"),
+    ("imports.py:x", "importing 'imports.py' failed in line 1 of imports.py: ModuleNotFoundError: No module named 'not_there'. Try: installing it", "in <module>", "No module named 'not_there'"),
+    ("file.py:unwritten", "'file.py:unwritten' failed in line LINE of file.py: FileNotFoundError: [Errno 2] No such file or directory: 'weights.pt'. Try: a path that holds", "in unwritten", "weights.pt"),
+    ("file.py:gpu", "'file.py:gpu' failed in line LINE of file.py: AssertionError: Torch not compiled with CUDA enabled. Try: leave model and data on the CPU; --device moves them", "in gpu", "CUDA"),
+    ("file.py:others", "'file.py:others' failed in line LINE of file.py: RuntimeError: Error(s) in loading state_dict for Sequential. Try: the weights of this very model", "in others", "Missing key"),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -148,9 +159,18 @@ def test_one_line_and_the_remedy(line, status, expected, capsys):
 
 @pytest.mark.parametrize(("target", "first", "where", "last"), TRACEBACKS, ids=[case[0] for case in TRACEBACKS])
 def test_a_traceback_of_the_users_own_code(target, first, where, last, capsys):
+    code = {
+        "breaks": "undefined_name",
+        "mine": "self.missing",
+        "unwritten": "torch.load(",
+        "gpu": "AssertionError(",
+        "others": "({})",
+    }
+    own = [k for k, line in enumerate(FILE.splitlines(), 1) if code.get(target.partition(":")[2], "no") in line]
+    first = first.replace("LINE", str(own[0] if own else ""))
     assert main(["explain", target]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"curvops explain: {first}" and last in lines[-1]
+    assert lines[0].startswith(f"curvops explain: {first}") and any(last in line for line in lines[1:])
     assert any(where in line for line in lines) and not any("curvops/" in line for line in lines)
     assert main(["explain", target, "--traceback"]) == 1
     assert "curvops/cli/session.py" in capsys.readouterr().err
@@ -172,28 +192,27 @@ def test_a_missing_module_is_looked_for_below_packages(capsys):
 
 
 def test_what_is_asked_for_is_what_is_taken():
-    problem = load_problem("file.py:wide", dtype="float64", params=("2.*", "0.bias"), batches=2, seed=3, threads=1)
+    problem = load_problem("file.py:wide", dtype="float64", params=("2.*", "0.bias"), batches=2, seed=3, threads=2)
     assert list(problem.params) == ["0.bias", "2.weight", "2.bias"] and len(problem.data) == 2
     assert {p.dtype for p in problem.params.values()} == {X.dtype for X, _ in problem.data} == {torch.float64}
     assert torch.equal(problem.params["0.bias"], load_problem("file.py:wide", seed=3).params["0.bias"].double())
     assert not torch.equal(problem.params["0.bias"], load_problem("file.py:wide").params["0.bias"].double())
-    assert float(problem.risk().value()) > 0 and torch.get_num_threads() == 1
+    assert float(problem.risk.value()) > 0 and torch.get_num_threads() == 2
     assert len(load_problem("file.py:pair").data) == 1
-    assert load_problem("file.py:stated").risk().loss.reduction == "mean"
-    assert load_problem("file.py:frozen", params=("*.bias",)).risk().space.dim == 5
-    assert load_problem("file.py:functional", dtype="float64").risk().space.dtype == torch.float64
+    assert load_problem("file.py:stated").risk.loss.reduction == "mean"
+    assert load_problem("file.py:frozen", params=("*.bias",)).risk.space.dim == 5
+    assert load_problem("file.py:functional", dtype="float64").risk.space.dtype == torch.float64
 
 
-def test_the_fingerprint_is_that_of_what_is_asked():
-    def print_of(name="good", **given):
-        return load_problem(f"file.py:{name}", **given).fingerprint()
+def test_a_problem_is_known_by_what_is_asked():
+    def settings_of(name="good", **given):
+        return problem_settings(load_problem(f"file.py:{name}", **given))
 
-    first = print_of()
-    assert print_of() == first and print_of("stated")["code"] == print_of("stated")["code"]
-    changed = {key for key, value in print_of(seed=1).items() if value != first[key]}
-    assert changed == {"weights"}
-    assert {key for key, value in print_of(params=("0.*",)).items() if value != first[key]} == {"params"}
-    assert print_of("nan")["data"] != print_of("nan", batches=1)["data"] == first["data"]
+    first = settings_of()
+    assert not differences(first, settings_of()) and not differences(settings_of("stated"), settings_of("stated"))
+    assert differences(first, settings_of(seed=1)) == ["other weights"]
+    assert differences(first, settings_of(params=("0.*",))) == ["other params", "other weights", "other model"]
+    assert differences(settings_of("wide"), settings_of("wide", batches=1)) == ["other data"]
 
 
 def test_warnings_are_one_line(capsys):
@@ -203,10 +222,34 @@ def test_warnings_are_one_line(capsys):
         warnings.simplefilter("default")
         assert main(["explain", "file.py:good", "--matrix", "ggn"]) == 0
     errors = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("curvops explain: warning: model: batch norm in train mode") for line in errors)
+    (line,) = [line for line in errors if line.startswith("curvops explain: warning: model: batch norm in train mode")]
+    assert line.endswith("Call model.eval(), or return all data in one batch.")
 
 
-def test_who_reads_may_go_away(monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "JSON"])
+def test_advice_is_for_the_shell(more, capsys):
+    asked = ["explain", "file.py:large", "--matrix", "hessian,ekfac", "--fisher-type", "type-2", "--params", "weight"]
+    assert main([*asked, *more]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "less memory: fewer parameters, with --params" in printed and "(--memory), the data is swept again" in printed
+    )
+    assert "2 where many are taken" in printed
+    assert not any(python in printed for python in ("memory_budget", "rule=", "linearized()", "fisher_type="))
+
+
+def test_warnings_of_others_are_as_they_are(capsys):
+    text = FILE.replace(
+        "def good():", "import warnings\ndef good():\n    warnings.warn('Pass it by memory_budget=.')\n   "
+    )
+    Path("file.py").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["explain", "file.py:good", "--matrix", "ggn"]) == 0
+    assert "curvops explain: warning: Pass it by memory_budget=.\n" in capsys.readouterr().err
+
+
+def test_who_reads_may_go_away(monkeypatch, tmp_path, capsys):
     class Closed:
         def write(self, _):
             raise BrokenPipeError(32, "Broken pipe")
@@ -218,6 +261,23 @@ def test_who_reads_may_go_away(monkeypatch, tmp_path):
             return self.file.fileno()
 
     closed = Closed()
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
     with (tmp_path / "pipe").open("w") as closed.file:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["new", "read.py"]) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", closed)
+            assert main(["new", "read.py"]) == 1
+        assert capsys.readouterr().err == ""  # it is no failure to be told
+        assert os.path.samestat(
+            os.fstat(closed.fileno()), Path(os.devnull).stat()
+        )  # where what is flushed at the end goes
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+
+def test_a_pipe_whose_reader_has_gone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "curvops", "new", "piped.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(curvops.__file__).parents[1])}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "") and Path("piped.py").exists()

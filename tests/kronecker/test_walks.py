@@ -218,7 +218,7 @@ def test_any_cut_gives_the_same_corrected_factors(fisher_type, approximation):
 def kept_bytes(op):
     (note,) = [note for note in op.explain().notes if note.startswith("rows kept")]
     number, unit = note.split(": ")[1].split()
-    return float(number) * {"B": 1, "KiB": 1024}[unit]
+    return float(number) * {"B": 1, "kB": 1000}[unit]
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])

@@ -109,8 +109,8 @@ def test_what_does_not_fit(rectangular, symmetric):
             "expected a tensor, an array, a list of tensors or a dict of tensors, got int",
         ),
         (lambda: nested @ draws(4), ValueError, rf"'{re.escape(nested.name)} @ v': expected 3 rows .* got 4"),
-        (huge.to_dense, MemoryError, r"Matrix\.to_dense\(\): a 10000000 × 10000000 matrix takes 745058\.1 GiB"),
-        ((2 * huge + huge).to_dense, MemoryError, r"takes 745058\.1 GiB"),
+        (huge.to_dense, MemoryError, r"Matrix\.to_dense\(\): a 10000000 × 10000000 matrix takes 800,000 GB"),
+        ((2 * huge + huge).to_dense, MemoryError, r"takes 800,000 GB"),
         (lambda: LinearOperator(space(1)), TypeError, "abstract"),
         (
             lambda: Forward(space(3)).T @ draws(3),

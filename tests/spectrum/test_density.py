@@ -1,9 +1,10 @@
 """Spectral densities against dense spectra."""
 
+import numpy as np
 import pytest
 import torch
 
-from curvops.spectrum.density import spectral_density
+from curvops.spectrum.density import SpectralDensity, spectral_density
 from curvops.spectrum.lanczos import eigenpairs
 from spectrum.test_lanczos import symmetric
 
@@ -133,3 +134,46 @@ def test_no_resolution_is_missing_where_the_krylov_space_ended():
     assert ended.cumulative(points).errors.max() < 1e-12
     at_zero = ended.cumulative(torch.zeros(1))
     assert at_zero.values - at_zero.errors <= 0.1 + 1e-9 and at_zero.values + at_zero.errors >= 0.7 - 1e-9
+
+
+KNOWN = {
+    "thirds, several times": torch.tensor(
+        [-1 / 3, -1 / 3, -1 / 3, 0, -0.0, 1 / 3, 1 / 3, 1 / 3, 0.1, 0.1, 0.1]
+    ).double(),
+    "decades on both sides": CLUSTERS["decades on both sides"],
+    "one": torch.full((7,), 0.1).double(),
+    "tiny": torch.linspace(-3, 4, 50).double() * 5e-324,
+}
+
+
+@pytest.mark.parametrize("bins", [4000, 12])
+@pytest.mark.parametrize("values", KNOWN.values(), ids=KNOWN)
+def test_shares_of_known_eigenvalues_hold_at_each_of_them(values, bins):
+    found = SpectralDensity.of(values, bins)
+    known = np.sort(values.numpy())
+    beside = [np.nextafter(known, side) for side in (-np.inf, np.inf)]
+    points = np.concatenate([known, *beside, [-1e9, 1e9]])
+    true = np.searchsorted(known, points, side="right") / len(known)
+    _, shares, errors = found.cumulative(torch.from_numpy(points))
+    assert (np.abs(shares.numpy() - true) <= errors.numpy() + 1e-12).all()
+    binned = len(np.unique(known)) > bins
+    assert bool(errors.any()) == binned and float(errors[-2:].max()) == 0
+    # no more than half a bin's weight
+    assert float(errors.max()) <= float(found.weights[0].max()) / 2 + 1e-12
+    powers = found.moments(3)
+    true = (values[:, None] ** torch.arange(4)).mean(0)
+    assert ((powers.values - true).abs() <= powers.errors + 1e-12 * values.abs().max() ** torch.arange(4)).all()
+
+
+def test_many_known_eigenvalues_are_put_into_bins():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20_000, generator=generator, dtype=torch.float64) ** 5
+    found = SpectralDensity.of(torch.cat([values, ZEROS]))
+    assert found.nodes.shape[0] == 2 and 500 < found.nodes.shape[1] <= 4002
+    points = values[::10]
+    true = (torch.cat([values, ZEROS]) <= points.unsqueeze(1)).double().mean(1)
+    _, shares, errors = found.cumulative(points)
+    assert ((shares - true).abs() <= errors + 1e-12).all() and errors.max() < 2e-3
+    below, at = found.cumulative(torch.tensor([-1e-300, 0.0], dtype=torch.float64)).values
+    assert float(at - below) == pytest.approx(60 / 20_060, abs=1e-12)
+    assert "no products: all are known, in" in found._repr_html_()

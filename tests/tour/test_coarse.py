@@ -1,6 +1,7 @@
 """The coarse tour is what the full matrices say, coarsened; it goes on where it was interrupted, and its figures show it."""
 
 import copy
+import re
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from zoo.models import ZOO
 
+import curvops
 from curvops import EmpiricalRisk
 from curvops.estimators import block_norms
 from curvops.spectrum import SpectralDensity
 from curvops.tour import (
     OPERATORS,
     Effort,
+    Finished,
     coarse_tour,
     load_coarse,
     load_matrices,
@@ -25,9 +28,10 @@ from curvops.tour import (
     save_matrices,
     tutorial,
 )
-from curvops.tour.coarse import group_sizes
+from curvops.tour.groups import sizes_of
 from curvops.tour.matrices import each_matrix
 from curvops.tour.setups import tiny
+from curvops.tour.table import table
 
 matplotlib.use("agg")
 SEEDS = 40
@@ -41,7 +45,7 @@ def risk_of(name):
         return setup.risk(), setup.groups
     model, X, y, loss = copy.deepcopy(ZOO["gpt_with_positions"].build())
     risk = EmpiricalRisk(model.double(), loss, dict(model.named_parameters()), [(X, y)])
-    return risk, group_sizes("modules", risk.space.shapes)
+    return risk, sizes_of("modules", risk.space.dim, risk.space.shapes, most=40)
 
 
 @cache
@@ -164,13 +168,13 @@ def test_refusals(tmp_path):
     risk, shapes = tiny().risk(), {"a.weight": (2, 3), "a.bias": (2,), "b.weight": (4,)}
     with pytest.raises(ValueError, match=r"titles must be some of .*got \['Hesse'\]"):
         coarse_tour(risk, titles=["Hesse"])
-    with pytest.raises(ValueError, match=r"positive sizes that sum to the 12 parameters, got .*which sum to 3"):
+    with pytest.raises(ValueError, match=r"the group sizes \[3\] sum to 3, the matrices have 12 rows"):
         coarse_tour(risk, groups={"a": 3})
-    with pytest.raises(ValueError, match="expected 'modules', 'tensors', a depth or a mapping"):
-        group_sizes("layers", shapes)
-    assert group_sizes("tensors", shapes) == {"a.weight": 6, "a.bias": 2, "b.weight": 4}
-    assert group_sizes("modules", shapes) == group_sizes(1, shapes) == {"a": 8, "b": 4}
-    assert group_sizes("modules", {**shapes, "c.weight": (0, 3)}) == {"a": 8, "b": 4}
+    with pytest.raises(TypeError, match=r"expected sizes, a mapping from label to size, .* got 'layers'"):
+        coarse_tour(risk, groups="layers")
+    assert sizes_of("tensors", 12, shapes) == {"a.weight": 6, "a.bias": 2, "b.weight": 4}
+    assert sizes_of("modules", 12, shapes) == sizes_of(1, 12, shapes) == {"a": 8, "b": 4}
+    assert sizes_of("modules", 12, {**shapes, "c.weight": (0, 3)}) == {"a": 8, "b": 4}
     with pytest.raises(ValueError, match="block_products must be an integer ≥ 2, got 1"):
         Effort(block_products=1)
     (tmp_path / "file").touch()
@@ -203,3 +207,84 @@ def test_figures():
     shown = torch.as_tensor(axes[0, 0].images[0].get_array().filled())
     torch.testing.assert_close(shown, (coarse.norms["Hessian"] / torch.outer(sizes, sizes).sqrt()).log10())
     plt.close(fig)
+
+
+FEW = Effort(eigenvalues=2, density_depth=3, density_vectors=1)
+
+
+def test_a_disk_that_is_full_is_no_refusal(tmp_path, monkeypatch):
+    def full(path, coarse):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("curvops.tour.coarse.save_coarse", full)
+    refused = {}
+    with pytest.raises(OSError, match="No space left"):
+        coarse_tour(tiny().risk(), tmp_path / "blocks.safetensors", titles=["Hessian"], effort=FEW, refused=refused)
+    with pytest.raises(ZeroDivisionError):
+        coarse_tour(tiny().risk(), titles=["Hessian"], effort=FEW, refused=refused, say=lambda line: 1 / 0)
+    assert not refused
+
+
+def test_a_part_that_fails_is_named_beside_what_is_there(tmp_path, monkeypatch):
+    def refuses(self, *_, **__):
+        raise MemoryError("too little")
+
+    path, refused = tmp_path / "blocks.safetensors", {}
+    whole = coarse_tour(tiny().risk(), titles=["Hessian", "KFAC"], effort=FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr("curvops.products.risk_operator.RiskOperator.eigenpairs", refuses, raising=False)
+        found = coarse_tour(tiny().risk(), path, titles=["Hessian", "KFAC"], effort=FEW, refused=refused)
+        with pytest.raises(MemoryError):
+            coarse_tour(tiny().risk(), titles=["Hessian"], effort=FEW)
+    assert list(refused) == ["Hessian: eigenvectors"] and list(found.norms) == ["Hessian", "KFAC"]
+    assert list(found.masses) == ["KFAC"] and "Hessian" in found.densities
+    plt.close(plot_spectra(found)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("curvops.products.risk_operator.RiskOperator.block_norms", refuses, raising=False)
+        refused.clear()
+        lost = coarse_tour(tiny().risk(), titles=["Hessian", "KFAC"], effort=FEW, refused=refused)
+    assert list(refused) == ["Hessian"] and list(lost.norms) == list(lost.densities) == list(lost.costs) == ["KFAC"]
+    refused.clear()
+    again = coarse_tour(tiny().risk(), path, titles=["Hessian", "KFAC"], effort=FEW, refused=refused)
+    assert not refused and again.products == whole.products and set(again.masses) == {"Hessian", "KFAC"}
+
+
+def test_a_tour_without_any_spectrum_is_drawn_all_the_same(tmp_path, monkeypatch):
+    def refuses(self, *_, **__):
+        raise MemoryError("too little")
+
+    monkeypatch.setattr("curvops.tour.coarse._Run._eigenvectors", refuses)
+    model, data = tiny().model, list(tiny().data)
+    found = curvops.tour(model, torch.nn.CrossEntropyLoss(), data, output=tmp_path, memory_budget=5000)
+    assert list(found.matrices) == list(OPERATORS)
+    assert list(found.refused) == [f"{title}: eigenvectors" for title in OPERATORS]
+    assert {path.suffix for path in found.paths} == {".safetensors", ".html", ".pdf", ".png"}
+    assert not any("spectra" in path.name for path in found.paths)
+    assert re.search(r"^Hessian: eigenvectors +not computed: MemoryError: too little", found.table(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_earlier_file_stays_until_the_first_part_is_there(resume, tmp_path, monkeypatch):
+    path, finished = tmp_path / "blocks.safetensors", Finished()
+    coarse_tour(tiny().risk(), path, titles=["Hessian"], effort=FEW)
+    before = path.read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("curvops.tour.coarse._Run._blocks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            coarse_tour(tiny().risk(), path, seed=1, titles=["KFAC"], effort=FEW, resume=resume, finished=finished)
+    assert path.read_bytes() == before and not finished.matrices
+    coarse_tour(tiny().risk(), path, titles=["KFAC"], effort=FEW, resume=resume, finished=finished)
+    titles = ["Hessian", "KFAC"] if resume else ["KFAC"]
+    assert list(load_coarse(path).norms) == titles == finished.matrices[path]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_trace_without_an_error_is_not_called_exact():
+    coarse = coarse_tour(tiny().risk(), titles=["Hessian", "KFAC"], effort=FEW)
+    assert re.search(r"^KFAC .*, exact ", table(coarse, {}, None), re.MULTILINE)
+    coarse.trace_errors.clear()
+    assert "exact" not in table(coarse, {}, None) and "± unknown" in table(coarse, {}, None)

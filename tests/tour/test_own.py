@@ -1,7 +1,9 @@
 """One's own model: whatever the operators take, the tour takes; what it cannot do, it says, and what is finished it keeps."""
 
+import gc
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvops
 from curvops.tour import OPERATORS, CoarseFile, Finished, load_coarse, load_matrices, tour_checkpoints
-from curvops.tour.compute import MATRICES, REFUSED
+from curvops.tour.compute import MATRICES, REFUSED, too_large
+from curvops.tour.facts import facts
+from curvops.tour.own import weights_kept
 
 X, Y = torch.linspace(-1, 1, 96).reshape(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 CE = nn.CrossEntropyLoss()
@@ -24,8 +28,7 @@ def cnn(**options) -> nn.Sequential:
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Without figures and pages, which are the same for all models, and without a warm-up for the clock."""
-    monkeypatch.setattr("curvops.tour.own.warm_up", lambda device, dtype: None)
+    """Without figures and pages, which are the same for all models."""
     monkeypatch.setattr("curvops.tour.own.draw", lambda *arguments, **options: None)
     monkeypatch.setattr("curvops.tour.own.film", lambda tours, path: path)
 
@@ -189,7 +192,7 @@ def test_what_is_finished_is_kept_and_on_request_not_computed_again(undrawn, few
         model[0].bias[0] += 1e-6
     curvops.tour(model, CE, [(X, Y)], output=tmp_path, resume=True, say=said.append)
     assert asked[-1] == few, "another model"
-    assert said[-1] == f"'{tmp_path / MATRICES}' is of another computation, and is computed anew"
+    assert said[-1] == f"'{tmp_path / MATRICES}' is of another computation (other weights), and is computed anew"
 
 
 def test_blocks_where_the_matrices_do_not_fit(undrawn, tmp_path):
@@ -207,7 +210,7 @@ def test_blocks_where_the_matrices_do_not_fit(undrawn, tmp_path):
     assert "products" in header and re.search(r"Hessian +\S+ +\S+ +\S+ ± \S+ ", str(found)), rows
     assert all(re.search(r"\d, exact ", row) for row in rows if "KFAC" in row)
     assert said[0] == f"Sequential, 47 parameters: one batch on cpu in float32, to '{tmp_path}'"
-    assert re.fullmatch(r"6 matrices of 47² .* need 0.159 MB .* budget of 0.1 MB: norms of blocks instead", said[1])
+    assert re.fullmatch(r"6 matrices of 47² .* need 159 kB .* budget of 100 kB: norms of blocks instead", said[1])
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"blocks.safetensors", "matrices.safetensors", "mine.txt"}, "stale drawings are removed, no numbers"
     assert said[-2:] == [
@@ -232,10 +235,123 @@ def test_checkpoints_are_toured_in_turn_and_the_weights_put_back(undrawn, few, t
 
     assert same()
     for wrong in ({"1.weight": torch.ones(3, 16)}, Path("missing.pt"), {**states["step/2"], "2.weight": torch.ones(2)}):
-        with pytest.raises(ValueError, match="tour_checkpoints: 'wrong' does not load into Sequential"):
+        with pytest.raises(
+            ValueError, match=r"tour_checkpoints: 'wrong'( \(file 'missing.pt'\))? does not load into Sequential"
+        ):
             tour_checkpoints(model, CE, [(X, Y)], {"wrong": wrong}, output=tmp_path)
         assert same()
     with pytest.raises(ValueError, match="at least one checkpoint"):
         tour_checkpoints(model, CE, [(X, Y)], {})
     with pytest.raises(TypeError, match="must be a module"):
         tour_checkpoints(lambda p, x: x, CE, [(X, Y)], states)
+
+
+def test_checkpoints_that_are_the_models_own_tensors_are_those_of_their_moment(undrawn, few, tmp_path):
+    model = cnn(dtype=torch.float64)
+    other = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    states = {"given": other, "own": model.state_dict(), "parameters": dict(model.named_parameters())}
+    copies = {label: {name: tensor.clone() for name, tensor in state.items()} for label, state in states.items()}
+    data = [(X.double(), Y)]
+    found = tour_checkpoints(model, CE, data, states, output=tmp_path / "a", memory_budget=10**9)
+    expected = tour_checkpoints(model, CE, data, copies, output=tmp_path / "b", memory_budget=10**9)
+    for label, tour in found.items():
+        assert torch.equal(tour.matrices["Hessian"], expected[label].matrices["Hessian"])
+    assert not torch.allclose(found["given"].matrices["Hessian"], found["own"].matrices["Hessian"])
+
+
+class Hooked(nn.Linear):
+    """Loads its weights under one name only, and has a state that no tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("passing", torch.ones(2), persistent=False)
+        self.steps = 3
+        self._register_state_dict_hook(lambda module, state, *_: [state.pop(key) for key in list(state)[:1]] and None)
+
+    def get_extra_state(self) -> int:
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.steps = state
+
+
+def test_weights_are_put_back_whatever_the_hooks_of_a_state_dict_do():
+    model = nn.Sequential(Hooked())
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(model.state_dict())
+    with pytest.raises(ZeroDivisionError), weights_kept(model):
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].passing.zero_()
+            model[0].bias = nn.Parameter(torch.zeros(2))
+        model[0].steps = 4
+        _ = 1 / 0
+    assert all(a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers()], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)) and model[0].steps == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["a/b", "a-b"], "the label 'a-b' would name the folder 'a-b', as the label 'a/b' does"),
+        ([1, "1"], "the label '1' would name the folder '1', as the label 1 does"),
+        (["Best", "best"], "the label 'best' would name the folder 'best', as the label 'Best' does"),
+        ([".."], "the label '..' names no folder"),
+        ([""], "the label '' names no folder"),
+        (
+            ["tour.html"],
+            "the label 'tour.html' would name the folder 'tour.html', as the tour's own file 'tour.html' does",
+        ),
+    ],
+)
+def test_labels_that_name_no_folder_of_their_own_are_refused_at_the_door(labels, said, tmp_path):
+    states = {label: {} for label in labels}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        tour_checkpoints(cnn(), CE, [(X, Y)], states, output=tmp_path / "film")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04"])
+def test_a_file_without_weights_is_named(content, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"'first' \(file '.*weights.pt'\) does not load into Sequential"):
+        tour_checkpoints(cnn(), CE, [(X, Y)], {"first": tmp_path / "weights.pt"}, output=tmp_path)
+
+
+def test_a_tour_tells_its_facts_once_and_needs_no_warm_up(undrawn, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("curvops.tour.compute.facts", lambda risk: asked.append(risk) or facts(risk))
+    monkeypatch.setattr("curvops.tour.coarse.facts", lambda risk: asked.append(risk) or facts(risk))
+    monkeypatch.setattr("curvops.tour.compute.too_large", lambda *given: sizes.append(given) or too_large(*given))
+    monkeypatch.setattr("curvops.tour.matrices.tiny", lambda *_, **__: pytest.fail("a warm-up"))
+    for memory in (100_000, 10**9):
+        asked, sizes = [], []
+        curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path, memory_budget=memory)
+        assert len(asked) == len(sizes) == 1
+
+
+def test_the_error_of_an_operator_keeps_its_traceback_without_tensors(undrawn, tmp_path, monkeypatch):
+    held = []
+
+    def breaks(self):
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        raise ZeroDivisionError("here")
+
+    for name in ("HessianLinearOperator", "GGNLinearOperator", "EFLinearOperator", "KFACLinearOperator"):
+        monkeypatch.setattr(f"curvops.{name}.to_dense", breaks)
+    monkeypatch.setattr("curvops.EKFACLinearOperator.to_dense", breaks)
+    with pytest.raises(ZeroDivisionError) as raised:
+        curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path)
+    assert "breaks" in [entry.name for entry in raised.traceback]
+    gc.collect()
+    assert len(held) == 6 and not any(tensor() is not None for tensor in held)
+
+
+def test_the_sum_of_the_matrices_has_the_matrices_only(undrawn, few, tmp_path):
+    found = curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path)
+    seconds = float(re.search(r"^all matrices +(\S+)", found.table(), re.MULTILINE)[1])
+    assert found.check is not None
+    assert seconds == pytest.approx(sum(cost.seconds for cost in found.file.costs.values()), abs=1e-3)

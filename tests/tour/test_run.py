@@ -139,14 +139,14 @@ def test_a_closed_or_full_folder_is_refused_before_any_work(mode, setup, reason,
     code = f"import os, resource, sys\nimport curvops.tour\nfrom curvops.cli import main\n{setup}\n{call}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == "", done
-    assert re.fullmatch(rf"curvops tour: cannot write \d+ MB to '{folder}': {reason}\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"curvops tour: cannot write \d+ [MG]B to '{folder}': {reason}\n", done.stderr), done.stderr
     assert list(folder.iterdir()) == []
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused_and_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("something")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputError, match=re.escape(f"cannot write 0 MB to '{folder}': Not a directory")):
+        with pytest.raises(OutputError, match=re.escape(f"cannot write 10 B to '{folder}': Not a directory")):
             prepare_output(folder, 10)
     assert (tmp_path / "file").read_text() == "something"
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, os.strerror(28))))

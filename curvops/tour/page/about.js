@@ -2,7 +2,8 @@
 
 const SETTINGS = {
   setup: "Problem", loss: "Loss", reduction: "Reduction", c: "Constant c", num_data: "Data", seed: "Seed", device: "Device",
-  dtype: "Precision", layers: "Parameters by layer", conventions: "Conventions",
+  dtype: "Precision", loss_terms: "Loss terms", width: "Outputs of a loss term", risk: "Risk", gradient_norm: "Norm of its gradient",
+  mc_samples: "Monte-Carlo samples", effort: "Effort", layers: "Parameters by layer", conventions: "Conventions",
 };
 
 function factTable(caption, facts) {

@@ -55,11 +55,12 @@ function showLegend(place, scale, colors, texts) {
   const ticks = element("div", { class: "ticks" });
   for (const { at, text } of texts.own ? [] : scale.ticks) {
     const tick = element("span", {}, text);
-    tick.style.left = `${(100 * (at - scale.low)) / (scale.high - scale.low)}%`;
+    const share = (100 * (at - scale.low)) / (scale.high - scale.low);
+    tick.style.left = `clamp(1em, ${share}%, 100% - 1em)`; // the first and the last are no wider than the bar
     ticks.append(tick);
   }
   if (texts.own) ticks.append(texts.own);
   bar.append(element("div", {}, texts.title), strip, ticks);
   place.replaceChildren(bar);
-  if (scale.kind === "log") place.append(element("div", {}, element("span", { class: "swatch" }), "exactly zero"));
+  if (scale.kind === "log") place.append(element("div", {}, element("span", { class: "swatch" }), texts.zero ?? "exactly zero"));
 }

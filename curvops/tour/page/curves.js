@@ -38,6 +38,9 @@ function dashes(trace) {
   };
 }
 
+// How far from its place a mark of a title stands, so that those of all titles are seen.
+const beside = (k, count) => (0.6 * (k + 0.5)) / count - 0.3;
+
 // One trace for each title; `points` gives x, the numbers, their errors and what is said of each. Many are drawn by a
 // line: joined where their order allows it.
 function seriesOf(titles, of, points, joined = false) {
@@ -63,19 +66,23 @@ function seriesOf(titles, of, points, joined = false) {
 }
 
 function showEigenvalues(place, page, stop, kind) {
-  const sorted = (values) => (kind === "log" ? values.slice().sort((a, b) => Math.abs(b) - Math.abs(a)) : values);
-  const all = page.stops.flatMap((one) => Object.values(one.eigenvalues ?? {}).map((e) => e.values));
-  if (!all.length) return false;
+  if (!Object.keys(stop.eigenvalues).length) return false;
+  const all = page.stops.flatMap((one) => Object.values(one.eigenvalues).map((e) => e.values));
   const { of, y } = verticalScale(kind, all, "eigenvalue");
-  const traces = seriesOf(page.titles, of, (title) => {
+  const most = Math.max(...all.map((values) => values.length));
+  const few = most <= MARKS; // which have marks, side by side
+  const traces = seriesOf(page.titles, of, (title, k) => {
     const given = stop.eigenvalues[title];
     if (!given) return null;
-    const values = sorted(given.values);
-    const errors = given.residuals;
-        const texts = Array.from(values, (x, k) => `${title}: λ${k + 1} = ${errors ? measured(x, errors[k], "residual") : exactly(x, values)}`);
-    return { x: Array.from(values, (_, k) => k + 1), values, texts, errors };
+    const aside = few ? beside(k, page.titles.length) : 0;
+    const order = Array.from(given.values.keys());
+    if (kind === "log") order.sort((a, b) => Math.abs(given.values[b]) - Math.abs(given.values[a]));
+    const [values, errors] = [given.values, given.residuals].map((numbers) => numbers?.map((_, k) => numbers[order[k]]));
+    const texts = Array.from(values, (x, k) => `${title}: λ${k + 1} = ${errors ? measured(x, errors[k], "residual") : exactly(x, values)}`);
+    return { x: Array.from(values, (_, k) => k + 1 + aside), values, texts, errors };
   }, true);
-  drawCurves(place, traces, { x: { title: { text: kind === "log" ? "rank by magnitude" : "rank" } }, y });
+  const ranks = few ? { tick0: 1, dtick: Math.ceil(most / 20), range: [0.5, most + 0.5], showgrid: false } : {};
+  drawCurves(place, traces, { x: { title: { text: kind === "log" ? "rank by magnitude" : "rank" }, ...ranks }, y });
   return true;
 }
 
@@ -142,13 +149,12 @@ function showTraces(place, page, stop, kind) {
   if (!all.length) return false;
   const { groups } = page.axis;
   const { of, y } = verticalScale(kind, all, "trace of the block");
-  const spread = (k) => (0.6 * (k + 0.5)) / page.titles.length - 0.3;
   const traces = seriesOf(page.titles, of, (title, k) => {
     const given = stop.traces[title];
     if (!given) return null;
     const { values, errors } = given;
     const texts = Array.from(values, (v, i) => `${title}: ${groups[i].label}, trace ${errors ? measured(v, errors[i]) : roughly(v, 6)}`);
-    return { x: Array.from(values, (_, i) => i + spread(k)), values, texts, errors };
+    return { x: Array.from(values, (_, i) => i + beside(k, page.titles.length)), values, texts, errors };
   });
   const names = groups.map(({ label }, k) => ({ at: k, text: label }));
   const x = { range: [-0.5, groups.length - 0.5], showgrid: false, ...ticksBelow(names, place.clientWidth / groups.length) };

@@ -7,7 +7,7 @@ const whole = (axis) => [[-0.5, axis.rows - 0.5], [-0.5, axis.rows - 0.5]];
 
 // Values as plotly takes them, drawn on a scale: one array for each row.
 function drawn(values, rows, of) {
-  const places = new Float32Array(values.length);
+  const places = new Float64Array(values.length); // linear places are the numbers: in single precision 1e200 is infinite
   for (let k = 0; k < values.length; k++) places[k] = of(values[k]);
   return Array.from({ length: rows }, (_, r) => places.subarray(r * rows, (r + 1) * rows));
 }
@@ -117,7 +117,7 @@ function listen(place, { enter, leave, open, move, reset }) {
     if (point) enter(...point.pointNumber, point.data.name, event.event);
   });
   place.on("plotly_unhover", leave);
-  place.on("plotly_click", (event) => cell(event) && open(...cell(event).pointNumber));
+  place.on("plotly_click", (event) => cell(event) && open(...cell(event).pointNumber, cell(event).data.name));
   place.on("plotly_doubleclick", reset);
   place.on("plotly_relayout", (changes) => {
     if (Object.keys(changes).some((key) => /axis\d*\.range\[/.test(key))) {

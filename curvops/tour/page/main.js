@@ -80,7 +80,8 @@ function drawDifference() {
   drawHeat(byId("difference"), [panel], { axis, view: state.view, edges: edges(), drag: value("drag") });
   const what = page.kind === "cells" ? "difference of mean entries" : page.kind === "norms" ? "difference of norms" : "difference";
   const title = scale.kind === "log" ? `|${what}|, logarithmic${palest(scale)}` : `${what}, ${scale.kind === "signed" ? "with its sign, logarithmic" : "linear"}`;
-  showLegend(byId("difference-legend"), scale, colors, { title, own: null });
+  const zero = errorsOfDifference(current(), one, other) ? "zero, or not told apart" : undefined;
+  showLegend(byId("difference-legend"), scale, colors, { title, own: null, zero });
 }
 
 function showErrors(a, b) {
@@ -94,18 +95,25 @@ function showErrors(a, b) {
   byId("overall").textContent = errors
     ? `Frobenius norm of the difference over that of the ${other}, all blocks together, ${caption}: ${percent(overall)}.`
     : "Of matrices this large only the blocks' norms are known: below is by how much these differ, which says less than the norm of a difference.";
-  showBlocks(byId("blocks"), axis.groups, between, norms, caption);
+  const doubt = errorsOfDifference(current(), one, other);
+  showBlocks(byId("blocks"), axis.groups, between, norms, caption, doubt);
   showWide(byId("blocks"), byId("blocks-more"));
-  byId("blocks-note").textContent = "Frobenius norms, in double precision, of whole blocks.";
+  byId("blocks-note").textContent = page.kind !== "norms"
+    ? "Frobenius norms, in double precision, of whole blocks."
+    : doubt
+      ? "Norms of blocks are estimated from products: ± is a standard error of the difference, the root of both squares. Blocks that differ by less than two of them are not told apart, and drawn as zero."
+      : "Frobenius norms of blocks, which are exact for these two.";
 }
 
 function drawSpectra() {
   const kind = value("axis");
+  byId("eigenvalues").hidden = false;
   const shown = showEigenvalues(byId("eigenvalues"), page, current(), kind);
+  byId("eigenvalues").hidden = !shown;
   const marked = Object.values(current().eigenvalues).some((of) => of.values.length <= MARKS);
   const hollow = marked ? " Hollow marks are negative." : "";
   byId("eigenvalues-note").textContent = !shown
-    ? `Not computed: the matrices have ${axis.side} rows, and pages compute eigenvalues of up to ${page.eigenvalue_limit}.`
+    ? page.kind === "norms" ? "Not computed." : `Not computed: the matrices have ${axis.side} rows, and pages compute eigenvalues of up to ${page.eigenvalue_limit}.`
     : page.kind === "norms"
       ? `The largest in magnitude, with the residual of each as its error bar.${hollow}`
       : `All eigenvalues of the symmetric part, in double precision.${hollow} The rounding of a matrix in single precision moves an eigenvalue by about 10⁻⁷ of the largest: smaller ones are noise.`;
@@ -150,7 +158,9 @@ function reading(row, column, here = null) {
   if (here === "difference") {
     const [one, other] = pair().map((i) => titles[i]);
     const gap = current().sheets[one].values[k] - current().sheets[other].values[k];
-    lines.push([`${one} − ${other}`, page.kind === "entries" ? written(gap) : roughly(gap, 4), "here"]);
+    const doubt = errorsOfDifference(current(), one, other)?.[k];
+    const text = doubt !== undefined ? measured(gap, doubt) : page.kind === "entries" ? written(gap) : roughly(gap, 4);
+    lines.push([`${one} − ${other}`, toldApart(gap, doubt) ? text : `${text}, not told apart`, "here"]);
   }
   const list = element("dl", { class: "reading" });
   for (const [name, text, mark] of lines) list.append(element("dt", { class: mark === "here" ? mark : "" }, name), element("dd", { class: mark }, text));
@@ -160,6 +170,23 @@ function reading(row, column, here = null) {
 function showEntry() {
   const inside = (id) => Math.min(Math.max(Math.round(Number(value(id))) || 0, 0), axis.rows - 1);
   byId("entry").replaceChildren(reading(inside("row"), inside("column")));
+  showCode(inside("row"), inside("column"));
+}
+
+// A line of Python that computes the entries of a block, of which the page knows the norm.
+function showCode(row, column) {
+  const operator = current().code[state.title ?? titles[0]];
+  byId("code-part").hidden = !operator || !page.group_code.length;
+  if (byId("code-part").hidden) return;
+  const [above, aside] = [page.group_code[row], page.group_code[column]];
+  const key = row === column ? above.names : `${above.names}, ${aside.names}`;
+  const slices = above.rows || aside.rows ? `[${above.rows || ":"}, ${aside.rows || ":"}]` : "";
+  byId("code").textContent = `${operator}[${key}].to_dense()${slices}`;
+}
+
+function copyCode() {
+  getSelection().selectAllChildren(byId("code")); // where there is no clipboard, Ctrl+C copies it
+  navigator.clipboard?.writeText(byId("code").textContent).catch(() => {});
 }
 
 function showTip(row, column, title, event) {
@@ -190,8 +217,11 @@ function look(view) {
 const all = () => look(whole(axis));
 const span = (group) => [group.start - 0.5, group.start + group.rows - 0.5];
 
-function openBlock(row, column) {
-  if (page.kind !== "norms") look([span(partOf(axis.groups, row)), span(partOf(axis.groups, column))]);
+function openBlock(row, column, title) {
+  if (page.kind !== "norms") return look([span(partOf(axis.groups, row)), span(partOf(axis.groups, column))]);
+  [byId("row").value, byId("column").value] = [row, column];
+  if (titles.includes(title)) state.title = title;
+  showEntry();
 }
 
 function lookAtChosen() {
@@ -236,10 +266,13 @@ function fillControls() {
   if (page.kind === "norms") {
     for (const part of document.querySelectorAll(".entries")) part.hidden = true;
     byId("colors").querySelector("[value=signed]").remove();
+    byId("read-what").textContent = "Read a block";
+    byId("blocks-heading").textContent = "Relative difference of the norms";
+    byId("spectra-heading").textContent = "Eigenvalues and traces";
   }
-  const hand = page.kind === "norms" ? "" : "Click a block of layers to open it, Escape to see the whole. ";
+  const hand = page.kind === "norms" ? "Click a block for a line of Python that computes its entries. " : "Click a block of layers to open it, Escape to see the whole. ";
   byId("panels").setAttribute("aria-label", `Heat maps of ${titles.join(", ")}`);
-  byId("panels-help").textContent = `${hand}Point at an entry to read it. With the keyboard: + and − zoom, the arrows move, Escape shows the whole.`;
+  byId("panels-help").textContent = `${hand}Point at ${page.kind === "norms" ? "a block" : "an entry"} to read it. With the keyboard: + and − zoom, the arrows move, Escape shows the whole.`;
   if (page.kind === "cells") {
     const step = Math.max(...axis.pieces.map((piece) => piece.step));
     byId("cells-note").hidden = false;
@@ -256,6 +289,7 @@ function wire() {
   on("axis", "change", drawSpectra);
   on("mass-of", "change", drawMasses);
   on("whole", "click", all);
+  on("copy", "click", copyCode);
   on("zoom-in", "click", () => zoom(0.5));
   on("zoom-out", "click", () => zoom(2));
   on("stop", "input", () => show(Number(value("stop"))));

@@ -15,6 +15,7 @@ from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.files import MatrixFile
 from curvops.tour.page.axis import Axis
 from curvops.tour.page.blobs import Array, Blobs
+from curvops.tour.page.code import operator_code
 
 EIGENVALUES = 2000  # rows of matrices up to which all eigenvalues are computed
 _SHARE = 0.99  # of a matrix's entries that the linear colours hold, by magnitude
@@ -62,6 +63,7 @@ class View:
     curves: dict[str, Any] = field(default_factory=dict)  # of the spectral density, with their errors
     threshold: float | None = None  # where the scale of `curves` turns from linear to logarithmic
     about: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str | None] = field(default_factory=dict)  # of the operators whose blocks are known by norms
 
 
 def view_of_matrices(stop: MatrixFile, axis: Axis, blobs: Blobs) -> View:
@@ -85,7 +87,7 @@ def view_of_matrices(stop: MatrixFile, axis: Axis, blobs: Blobs) -> View:
 
 def view_of_blocks(stop: CoarseFile, axis: Axis, blobs: Blobs) -> View:
     """Return what there is to see of matrices that are known by their blocks."""
-    view = View(about=_about(stop))
+    view = View(about=_about(stop), code={title: operator_code(title, stop.settings) for title in stop.norms})
     for title, norms in stop.norms.items():
         errors = stop.errors.get(title)
         sheet = Sheet(_array(norms), errors=None if errors is None else _array(errors))
@@ -106,10 +108,12 @@ def view_of_blocks(stop: CoarseFile, axis: Axis, blobs: Blobs) -> View:
 
 def _array(tensor: Tensor) -> Array:
     """The tensor's numbers, in single precision if it has no more than that and else in double."""
-    tensor = tensor.detach().cpu()
-    return tensor.to(
-        torch.float32 if tensor.dtype.itemsize <= 4 and tensor.is_floating_point() else torch.float64
-    ).numpy()
+    return tensor.detach().cpu().to(torch.float32 if number_bytes(tensor) == 4 else torch.float64).numpy()
+
+
+def number_bytes(tensor: Tensor) -> int:
+    """Bytes that a page takes for each number of a tensor."""
+    return 4 if tensor.dtype.itemsize <= 4 and tensor.is_floating_point() else 8
 
 
 def _blobs_of(given: Mapping[str, Any], blobs: Blobs) -> dict[str, Any]:
@@ -117,14 +121,20 @@ def _blobs_of(given: Mapping[str, Any], blobs: Blobs) -> dict[str, Any]:
 
 
 def _averaged(array: Array, axis: Axis) -> Sheet:
-    """Average the entries of each cell, and keep the smallest and the largest one."""
+    """Average the entries of each cell, and keep the smallest and the largest one, all in the array's precision."""
     starts = axis.starts
     counts = np.diff(starts, append=axis.side)
+    # the sums of a cell's entries must not leave the range of numbers, which they all but reach
+    shrink = 2.0**-60 if array.itemsize == 8 and abs(array).max() > 1e280 else 1.0
     sums, low, high = (
-        function.reduceat(function.reduceat(array, starts, 0, dtype=kind), starts, 1)
-        for function, kind in ((np.add, float), (np.minimum, array.dtype), (np.maximum, array.dtype))
+        function.reduceat(function.reduceat(given, starts, 0, dtype=kind), starts, 1)
+        for function, given, kind in (
+            (np.add, array if shrink == 1 else array * shrink, float),
+            (np.minimum, array, array.dtype),
+            (np.maximum, array, array.dtype),
+        )
     )
-    return Sheet((sums / np.outer(counts, counts)).astype(np.float32), low.astype(np.float32), high.astype(np.float32))
+    return Sheet((sums / np.outer(counts, counts) / shrink).astype(array.dtype), low, high)
 
 
 def _block_norms(array: Array, axis: Axis) -> Array:

@@ -14,7 +14,7 @@ const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"
 
 // The shortest decimal number that is this one in its own precision.
 function exactly(number, array) {
-  if (!(array instanceof Float32Array)) return written(number);
+  if (!(array instanceof Float32Array) || number === 0) return written(number); // of −0 the loop would lose the sign
   for (let digits = 1; digits < 9; digits++) {
     const shorter = Number(number.toPrecision(digits));
     if (Math.fround(shorter) === number) return written(shorter);
@@ -26,7 +26,8 @@ const roughly = (number, digits = 3) => written(Number(number.toPrecision(digits
 
 // A number that is known up to an error: no digits that the error's do not reach.
 function measured(number, error, name = "±") {
-  if (!(error > 0)) return roughly(number, 6);
+  if (error === 0) return roughly(number, 6);
+  if (!Number.isFinite(error)) return `${roughly(number)}, ${name === "±" ? "error" : name} unknown`;
   const magnitude = (x) => Math.floor(Math.log10(Math.abs(x)));
   const digits = number ? magnitude(number) - magnitude(error) + 3 : 1;
   const value = roughly(number, Math.min(Math.max(digits, 1), 17));
@@ -38,9 +39,10 @@ function written(number) {
   return Object.is(number, -0) ? "-0" : size && (size < 1e-3 || size >= 1e7) ? number.toExponential() : String(number);
 }
 
-function percent(share) {
+function percent(share, error = null) {
   if (!Number.isFinite(share)) return "—";
-  return share < 100 ? `${roughly(100 * share)} %` : `${roughly(share)} ×`;
+  const said = (unit) => (error === null ? roughly(unit * share) : measured(unit * share, unit * error));
+  return share < 100 ? `${said(100)} %` : `${said(1)} ×`;
 }
 
 function bytesText(count) {

@@ -17,8 +17,9 @@ from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.files import MatrixFile
 from curvops.tour.page.axis import Axis, entries_axis, groups_axis
 from curvops.tour.page.blobs import Blobs, json_for_html, packed
+from curvops.tour.page.code import group_code
 from curvops.tour.page.palettes import palettes
-from curvops.tour.page.stops import EIGENVALUES, View, view_of_blocks, view_of_matrices
+from curvops.tour.page.stops import EIGENVALUES, View, number_bytes, view_of_blocks, view_of_matrices
 
 Stop: TypeAlias = MatrixFile | CoarseFile
 
@@ -79,6 +80,7 @@ def write_page(
         "axis": axis.described(),
         "titles": list(_matrices(first)),
         "stops": [{"label": label, **asdict(view)} for label, view in views.items()],
+        "group_code": group_code(first.parameters, first.groups) if isinstance(first, CoarseFile) else [],
         "palettes": palettes(),
         "eigenvalue_limit": EIGENVALUES,
         "written_by": versions()["curvops"],
@@ -140,10 +142,10 @@ def _axis(stops: Sequence[Stop], max_bytes: int) -> Axis:
     everything = [matrix for stop in stops if isinstance(stop, MatrixFile) for matrix in stop.matrices.values()]
     side, step = len(everything[0]), 1
     axis = entries_axis(first.parameters, first.groups, side, step)
-    if sum(matrix.numel() * max(matrix.dtype.itemsize, 4) for matrix in everything) <= max_bytes:
+    each = sum(map(number_bytes, everything))
+    if each * side**2 <= max_bytes:
         return axis
-    # mean, smallest and largest entry, in single precision
-    while len(everything) * 12 * axis.rows**2 > max_bytes and step < side:
+    while 3 * each * axis.rows**2 > max_bytes and step < side:  # mean, smallest and largest entry
         step += 1
         axis = entries_axis(first.parameters, first.groups, side, step)
     return axis

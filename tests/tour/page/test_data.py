@@ -96,6 +96,22 @@ def test_beyond_its_bytes_a_page_holds_cells_with_their_range(path):
     assert len(data["stops"][0]["diagonals"]["A"]) == 30
 
 
+def test_cells_of_double_precision_keep_its_range(path):
+    matrix = torch.zeros(12, 12, dtype=torch.float64)
+    matrix[0, 0], matrix[4, 4], matrix[8, 8] = 1e-50, 1e200, 5e-324
+    for large in (1e200, 2e307):  # the sum of whose entries is infinite
+        matrix[:4, 8:] = large
+        stop = MatrixFile({"A": matrix, "B": matrix.float().clamp(max=1)}, {"w": (12,)})
+        data, _ = data_of(write_page(path, stop, max_bytes=(24 + 12) * 3**2))
+        assert data["kind"] == "cells" and len(data["axis"]["pieces"]) == 1
+        sheet = data["stops"][0]["sheets"]["A"]
+        assert (sheet["values"].dtype, data["stops"][0]["sheets"]["B"]["high"].dtype) == (np.float64, np.float32)
+        np.testing.assert_array_equal(sheet["high"], [[1e-50, 0, large], [0, 1e200, 0], [0, 0, 5e-324]])
+        np.testing.assert_allclose(sheet["values"][0, 2], large, rtol=1e-14)
+        np.testing.assert_allclose(sheet["values"][1, 1], 1e200 / 16, rtol=1e-14)
+        assert sheet["scale"] == {"least": 5e-324, "most": large, "usual": pytest.approx(large, rel=0.1)}
+
+
 def test_large_matrices_have_no_eigenvalues(path, monkeypatch):
     monkeypatch.setattr("curvops.tour.page.stops.EIGENVALUES", 11)
     data, _ = data_of(write_page(path, random_tour(12)))

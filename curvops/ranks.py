@@ -1,0 +1,348 @@
+"""Processes that have a share of the data each: what they must agree on, and what they add up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from curvops.sharding import local
+from curvops.space import describe
+
+FAILED, COMPARES = 1, 2  # of a `Message`'s status
+SMALL = 2**18  # numbers of a tensor up to which it is sent together with others
+_STEP = 2**20  # words that are hashed together
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+class RanksError(RuntimeError):
+    """Processes of a group disagree, or one of them failed: raised by all of them."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What each process tells the others where they meet, eight bytes a number."""
+
+    status: int  # 0, or one of the following
+    what: int  # a hash of what is being computed
+    state: int  # a hash of the model's and the loss's tensors
+    probe: tuple[float, float]  # two linear functions of the vectors that are multiplied
+    size: int  # of its share of the data
+    count: float  # its part of what a mean divides by
+
+    def words(self) -> Tensor:
+        """As words of 64 bits."""
+        reals = torch.tensor([*self.probe, self.count], dtype=torch.float64).view(torch.int64)
+        whole = torch.tensor([self.status, self.what, self.state, self.size], dtype=torch.int64)
+        return torch.cat([whole, reals])
+
+    @classmethod
+    def read(cls, words: Tensor) -> Message:
+        """From its words."""
+        status, what, state, size = words[:4].tolist()
+        first, second, count = words[4:].view(torch.float64).tolist()
+        return cls(status, what, state, (first, second), size, count)
+
+
+class Ranks:
+    """The processes of a group of `torch.distributed`; without a group one process alone, which pays nothing.
+
+    All collective calls are here. Each `add` of a buffer follows a `meet`, of 56 bytes a process, in which processes that
+    failed or that compute something else are seen by all of them: then all raise, and none waits for another. A process
+    that never comes to meet the others is noticed after the group's timeout.
+
+    Args:
+        group: The group, or ``None``.
+
+    Raises:
+        RuntimeError: If `torch.distributed` is not initialised, or the process is not of the group.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group, self._depth = group, 0
+        self.sizes: list[int] | None = None  # of the shares, as last seen
+        if group is None:
+            return
+        if not torch.distributed.is_initialized():
+            raise RuntimeError(
+                "process_group: torch.distributed is not initialised. Call torch.distributed.init_process_group() first, "
+                "in a script that is started by torchrun."
+            )
+        if self.rank < 0:
+            raise RuntimeError("process_group: this process is not of the group. Call this in its processes only.")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no group."""
+        return self._group is None
+
+    @cached_property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return 0 if self.alone else int(torch.distributed.get_rank(self._group))
+
+    @cached_property
+    def number(self) -> int:
+        """How many processes there are."""
+        return 1 if self.alone else int(torch.distributed.get_world_size(self._group))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where messages must be."""
+        nccl = "nccl" in str(torch.distributed.get_backend(self._group)).lower()
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def afresh(self) -> Ranks:
+        """The same processes with other data."""
+        return Ranks(self._group)
+
+    @property
+    def start(self) -> int:
+        """The place of this process's first datum in the whole data set, once the sizes are known."""
+        return sum(self.sizes[: self.rank]) if self.sizes is not None else 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A computation that ends with a meeting; if it fails before, the others learn it there."""
+        if self.alone:
+            yield
+            return
+        self._depth += 1
+        try:
+            yield
+        except RanksError:
+            raise
+        except Exception as error:
+            if self._depth == 1:
+                self._tell(error)
+            raise
+        finally:
+            self._depth -= 1
+
+    def meet(
+        self,
+        what: str,
+        state: Mapping[str, Tensor] | None = None,
+        vectors: Tensor | None = None,
+        size: int = 0,
+        count: float = 0.0,
+        compares: bool = False,
+    ) -> tuple[list[int], float, bool]:
+        """The sizes of all shares, the sum of the counts and whether one ``compares``, once all processes are here.
+
+        Args:
+            what: What is computed, in words.
+            state: Tensors that must be the same, bit by bit.
+            vectors: Vectors that must be the same, up to rounding.
+            size: Number of this process's data.
+            count: Its part of the sum.
+            compares: Whether it has something that must be compared with what others have.
+
+        Raises:
+            RanksError: In all processes, if one of them failed, or if they compute different things.
+        """
+        if self.alone:
+            return [size], count, False
+        own = Message(COMPARES * compares, _word(what), _hash(state or {}), _probe(vectors), size, count)
+        found = self._exchange(own)
+        if any(message.status == FAILED for message in found):
+            self._raise_failure()
+        first = found[0]
+        if any((message.what, message.state) != (first.what, first.state) for message in found):
+            self._raise_difference(what, state or {})
+        if not all(_close(message.probe, first.probe) for message in found):
+            raise RanksError(
+                f"{what}: the processes multiply different vectors. Give all of them the same: draw it from a generator with the same "
+                "seed in each process, or broadcast it from one."
+            )
+        sizes, compared = [message.size for message in found], any(message.status == COMPARES for message in found)
+        return sizes, sum(message.count for message in found), compared
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the processes, all of which have met; the same bits in each of them."""
+        if not self.alone:
+            flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+            torch.distributed.all_reduce(flat, group=self._group)
+            if flat is not tensor:
+                tensor.copy_(flat)
+        return tensor
+
+    def add_all(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over the processes, small ones of one dtype together in one buffer."""
+        if self.alone:
+            return
+        small: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() > SMALL:
+                self.add(tensor)
+            else:
+                small.setdefault(tensor.dtype, []).append(tensor)
+        for several in small.values():
+            flat = self.add(torch.cat([tensor.flatten() for tensor in several]))
+            for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def send(self, tensor: Tensor, source: int) -> Tensor:
+        """A contiguous tensor of one process, in the place of those of the others, all of which have met."""
+        if not self.alone:
+            torch.distributed.broadcast(tensor, group=self._group, group_src=source)
+        return tensor
+
+    def own(self, number: int) -> slice:
+        """This process's range where so many things are divided among all, as equally as may be."""
+        first, more = divmod(number, self.number)
+        start = self.rank * first + min(self.rank, more)
+        return slice(start, start + first + (self.rank < more))
+
+    def join_columns(self, part: Tensor, number: int) -> Tensor:
+        """Columns of all processes, which have met, each of which has its own (`own`) of so many ``[rows, number]``."""
+        if self.alone:
+            return part
+        most = -(-number // self.number)
+        padded = part.new_zeros(most, part.shape[0])
+        padded[: part.shape[1]] = part.T
+        found = [torch.empty_like(padded) for _ in range(self.number)]
+        torch.distributed.all_gather(found, padded, group=self._group)
+        first, more = divmod(number, self.number)
+        return torch.cat([columns[: first + (rank < more)] for rank, columns in enumerate(found)]).T
+
+    def gather(self, value: Any) -> list[Any]:
+        """Small objects of all processes, which have met."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.number
+        torch.distributed.all_gather_object(found, value, group=self._group)
+        return found
+
+    def expect_same(self, what: str, facts: Mapping[str, Any]) -> None:
+        """A RanksError in all processes that names what is different in some of them."""
+        if self.alone:
+            return
+        self.meet(what)
+        several = self.gather(dict(facts))
+        for name in several[0]:
+            for rank, other in enumerate(several):
+                if other[name] != several[0][name]:
+                    raise RanksError(
+                        f"{what}: the processes have different {name}: {_shown(several[0][name])} in process 0, "
+                        f"{_shown(other[name])} in process {rank}. Only the data may differ."
+                    )
+
+    def _exchange(self, message: Message) -> list[Message]:
+        words = message.words().to(self.device)
+        found = [torch.empty_like(words) for _ in range(self.number)]
+        torch.distributed.all_gather(found, words, group=self._group)
+        return [Message.read(words.cpu()) for words in found]
+
+    def _tell(self, error: Exception) -> None:
+        """Meet the others with the news that this process failed."""
+        self._exchange(Message(FAILED, 0, 0, (0.0, 0.0), 0, 0.0))
+        self.gather(f"{type(error).__name__}: {error}")
+
+    def _raise_failure(self) -> None:
+        texts = self.gather(None)
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        more = f" So did {len(failed) - 1} others." if len(failed) > 1 else ""
+        raise RanksError(f"process {failed[0][0]} of {self.number} failed with {failed[0][1]}{more}")
+
+    def _raise_difference(self, what: str, state: Mapping[str, Tensor]) -> None:
+        several = self.gather((what, {name: _hash({name: tensor}) for name, tensor in state.items()}))
+        first_what, first_state = several[0]
+        for rank, (its_what, its_state) in enumerate(several):
+            if its_what != first_what:
+                raise RanksError(
+                    f"the processes compute different things: process 0 {first_what}, process {rank} {its_what}."
+                )
+            if differing := [
+                name for name in {**first_state, **its_state} if first_state.get(name) != its_state.get(name)
+            ]:
+                raise RanksError(
+                    f"{what}: {describe(differing)} differ between the processes 0 and {rank}. An operator has one model: broadcast "
+                    "parameters and buffers from one process."
+                )
+        raise RanksError(f"{what}: the processes differ.")
+
+
+def share_of(data: Any, process_group: Any) -> Any:
+    """This process's share of a data set, or of a list of batches: no datum twice, and none left out.
+
+    Shares are consecutive and as equal as may be, so that random numbers belong to the same data for any number of
+    processes. (A ``DistributedSampler`` repeats some data where they cannot be divided equally, which curvature counts
+    twice.)
+
+    Args:
+        data: A data set with a length, for a ``DataLoader``, or a list.
+        process_group: Processes of `torch.distributed`.
+
+    Returns:
+        A `torch.utils.data.Subset`; of a list its part.
+
+    Raises:
+        TypeError: If it has no length, as an iterable data set.
+
+    Example:
+        In a script that is started by ``torchrun --nproc-per-node 4 script.py``::
+
+            group = torch.distributed.group.WORLD
+            loader = DataLoader(share_of(dataset, group), batch_size=64)
+            ggn = GGNLinearOperator(model, loss, params, loader, process_group=group)
+    """
+    try:
+        own = Ranks(process_group).own(len(data))
+    except TypeError:
+        raise TypeError(
+            f"share_of: expected a data set with a length or a list, got {type(data).__name__}. Let each process pass the data that it has."
+        ) from None
+    return data[own] if isinstance(data, (list, tuple)) else Subset(data, range(own.start, own.stop))
+
+
+def _word(text: str) -> int:
+    """A hash of a text as a signed word of 64 bits, the same in each process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> int:
+    """A hash of tensors' bits: sums of integers, which do not depend on the number of threads."""
+    total = 0
+    for name, tensor in tensors.items():
+        own = local(tensor)
+        real = torch.view_as_real(own) if own.is_complex() else own
+        flat = real.contiguous().flatten()
+        words = flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
+        number = _word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        for start in range(0, len(words), _STEP):
+            part = words[start : start + _STEP].long()
+            ramp = torch.arange(start, start + len(part), device=part.device).mul_(_GOLDEN).mul_(2).add_(1)
+            number += int((part * ramp).sum())
+        total = total * 31 + number
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _probe(vectors: Tensor | None) -> tuple[float, float]:
+    """The norm, and a linear function that depends on each entry's place."""
+    if vectors is None or not vectors.numel():
+        return 0.0, 0.0
+    flat = vectors.detach().flatten().double()
+    ramp = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64).cos_()
+    return float(flat.norm()), float(flat @ ramp)
+
+
+def _close(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two probes are those of the same vectors; those that are not finite show in the product."""
+    least = 1e-5 * max(abs(one[0]), abs(other[0]))
+    return all(not abs(a - b) > least for a, b in zip(one, other, strict=True))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}…"

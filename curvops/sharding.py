@@ -1,0 +1,63 @@
+"""Tensors that are cut over several processes (DTensors), and this process's part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sharding(NamedTuple):
+    """How a DTensor is cut: over which processes, along which axes, and the shape and strides of the whole."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Any) -> Sharding:
+        """How a DTensor is cut."""
+        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The DTensor of which this process has a part, which may have a trailing axis of columns."""
+        columns = part.shape[len(self.shape) :]
+        shape = (*self.shape, *columns)
+        stride = torch.empty(shape, device="meta").stride() if columns else self.stride
+        made: Any = _dtensor().from_local(
+            part, self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        )
+        found: Tensor = made
+        return found
+
+    def part(self, tensor: Any) -> Tensor:
+        """This process's part of a DTensor, which may be cut otherwise."""
+        if tuple(tensor.placements) != self.placements:
+            tensor = tensor.redistribute(self.mesh, self.placements)
+        local: Tensor = tensor.to_local()
+        return local
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether this is a DTensor; their module, which takes long to import, is there if one is."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
+    """Of those that are DTensors, how they are cut."""
+    return {name: Sharding.of(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a tensor that may be a DTensor, without its graph."""
+    found: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    return found
+
+
+def _dtensor() -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor

@@ -1,0 +1,118 @@
+"""Started by torchrun with two processes: what goes wrong in one of them is an error in both, and the next call works."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from problems import PROBLEMS
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from curvops import EKFACLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+
+
+def attempt(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def shifted(z: Tensor, y: Tensor) -> Tensor:
+    """A language model's own mean over the tokens that count."""
+    return cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+class Failing:
+    """Batches that end in an error when they are told to."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.error = batches, None
+
+    def __iter__(self):
+        yield from self.batches
+        if self.error is not None:
+            raise self.error
+
+
+def main(report: str) -> None:
+    dist.init_process_group("gloo")
+    rank, group = dist.get_rank(), dist.group.WORLD
+    p = PROBLEMS["mlp"]()
+    data = Failing(p.data(4, 2)[rank : rank + 1])
+    op = HessianLinearOperator(p.model, p.loss, p.params, data, process_group=group)
+    before = {name: q.detach().clone() for name, q in p.params.items()}
+    v = torch.ones(p.dim, dtype=torch.float64)
+    expected = HessianLinearOperator(p.model, p.loss, p.params, p.data(4, 2)) @ v
+    weight = p.params["0.weight"]
+    found: dict[str, str] = {}
+
+    def made(kind: Any = HessianLinearOperator, **changes: Any) -> Callable[[], Any]:
+        given = {"model_func": p.model, "loss_func": p.loss, "params": p.params, "data": data} | changes
+        return lambda: kind(**given, process_group=group)
+
+    def tried(name: str, call: Callable[[], Any]) -> None:
+        found[name] = attempt(call)
+        assert torch.allclose(op @ v, expected, rtol=0, atol=1e-12), name
+
+    tried("columns", lambda: op @ torch.ones(p.dim, 2 + rank, dtype=torch.float64))
+    tried(
+        "vectors", lambda: op @ torch.randn(p.dim, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    )
+    tried("loss", made(loss_func=nn.CrossEntropyLoss(label_smoothing=0.1 * rank)))
+    tried("parameters", made(params={n: q for n, q in p.params.items() if n != "0.bias" or rank == 0}))
+    tried("order", made(params=dict(sorted(p.params.items(), reverse=rank == 1))))
+    tried("samples", lambda: made(GGNLinearOperator, mc_samples=1 + rank)() @ v)
+    tried("seed", made(KFACLinearOperator, seed=rank))
+    tried("operator", made(EKFACLinearOperator if rank else KFACLinearOperator, check_deterministic=False))
+    tried("number", made(num_data=5))
+    tried("argument", made(data=data if rank == 0 else iter(data)))
+    tried("nothing", made(data=[]))
+    mc = made(GGNLinearOperator, mc_samples=1)()
+    mc @ v
+    data.batches.append(data.batches[0])
+    found["places"] = attempt(lambda: mc @ v)
+    data.batches.pop()
+    with torch.no_grad():
+        weight[0, 0] += 1e-12 * rank
+    found["weights"] = attempt(lambda: op @ v)
+    with torch.no_grad():
+        weight.copy_(before["0.weight"])
+    data.error = OSError("the disk is gone") if rank == 1 else None
+    found["product"] = attempt(lambda: op @ v)
+    found["check"] = attempt(made())
+    found["kfac"] = attempt(made(KFACLinearOperator, check_deterministic=False))
+    found["gradient"] = attempt(EmpiricalRisk(p.model, p.loss, p.params, data, process_group=group).gradient)
+    data.error = None
+    with op.linearized():
+        op @ v
+        with torch.no_grad():
+            weight += 0.0 if rank else 1.0
+        found["linearized"] = attempt(lambda: op @ v)
+        with torch.no_grad():
+            weight.copy_(before["0.weight"])
+    tried("none", lambda: op @ v)
+    lengths = [torch.arange(4 + 16 * rank).remainder(5).expand(2, -1)]
+    language = nn.Embedding(5, 5).double()
+    with torch.no_grad():
+        language.weight.copy_(torch.linspace(-1, 1, 25).view(5, 5))
+    tokens = [(t, t.roll(1)) for t in lengths]
+    own = {"model_func": language, "params": dict(language.named_parameters()), "data": tokens}
+    found["tokens"] = attempt(made(loss_func=shifted, reduction="mean", **own))
+    assert all(torch.equal(q, before[name]) for name, q in p.params.items())
+    several = [None, None]
+    dist.all_gather_object(several, found)
+    if rank == 0:
+        Path(report).write_text(json.dumps(several))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(sys.argv[1])

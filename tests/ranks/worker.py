@@ -1,0 +1,72 @@
+"""Started by torchrun: computes each case with the data shared, and reports the differences from what one process found."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import BATCHES, SHARES, cases, others, spread, values, wanted
+from problems import PROBLEMS
+
+from curvops import KFACLinearOperator
+
+
+def difference(found: Any, expected: Any) -> float | str:
+    """The largest difference relative to the largest entry, or what is wrong."""
+    if isinstance(found, str) or isinstance(expected, str):
+        # other batches may be the first to be refused
+        return 0.0 if str(found).split(":")[0] == str(expected).split(":")[0] else f"{found}, alone {expected}"
+    errors = [0.0]
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            return f"{key}: {tuple(tensor.shape)}, alone {tuple(expected[key].shape)}"
+        scale = float(expected[key].abs().max()) or 1.0
+        errors.append(float((tensor - expected[key]).abs().max().nan_to_num(1.0)) / scale)
+        same = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(same, tensor.contiguous())
+        if not all(torch.equal(other, tensor) for other in same):
+            return f"{key}: other bits in another process"
+    return max(errors)
+
+
+def share(group: Any) -> float | str:
+    """The blocks of all processes are those of the whole operator, each once."""
+    p = PROBLEMS["mlp"]()
+    whole = KFACLinearOperator(p.model, p.loss, p.params, p.data(), fisher_type="type-2")
+    mine = KFACLinearOperator(
+        p.model, p.loss, p.params, p.data() if dist.get_rank() == 0 else [], fisher_type="type-2", process_group=group
+    ).share()
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, mine.domain.names)
+    if sorted(name for some in names for name in some) != sorted(p.params):
+        return f"shares {names}"
+    return float((mine.to_dense() - whole[list(mine.domain.names)].to_dense()).abs().max())
+
+
+def main(references: str, report: str) -> None:
+    dist.init_process_group("gloo")
+    rank, group = dist.get_rank(), dist.group.WORLD
+    expected = torch.load(references, weights_only=True)
+    found: dict[str, float | str] = {}
+    for how, shares in SHARES[dist.get_world_size()].items():
+        for name, make, p in cases():
+            if not wanted(name, how):
+                continue
+            data = [p.data(*BATCHES)[k] for k in shares[rank]]
+            found[f"{how}: {name}"] = difference(values(name, make, p, data, process_group=group), expected[name])
+        p = PROBLEMS["mlp"]()
+        data = [p.data(*BATCHES)[k] for k in shares[rank]]
+        found[f"{how}: others"] = difference(others(p, data, process_group=group), expected["others"])
+    found["spread"] = difference(spread(PROBLEMS["mlp"](), group), expected["spread"])
+    found["share"] = share(group)
+    if rank == 0:
+        Path(report).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(*sys.argv[1:])

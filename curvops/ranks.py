@@ -294,12 +294,11 @@ def share_of(data: Any, process_group: Any) -> Any:
             loader = DataLoader(share_of(dataset, group), batch_size=64)
             ggn = GGNLinearOperator(model, loss, params, loader, process_group=group)
     """
-    try:
-        own = Ranks(process_group).own(len(data))
-    except TypeError:
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             f"share_of: expected a data set with a length or a list, got {type(data).__name__}. Let each process pass the data that it has."
-        ) from None
+        )
+    own = Ranks(process_group).own(len(data))
     return data[own] if isinstance(data, (list, tuple)) else Subset(data, range(own.start, own.stop))
 
 

@@ -31,7 +31,9 @@ class TensorSpace:
 
     A vector is the concatenation of the flattened (row-major) tensors in their order: a tensor or a NumPy array ``[D]``
     or ``[D, K]``, a list of tensors (each of its shape, optionally with a trailing axis of ``K`` columns), or a dict of
-    such by name. Of the given tensors only shapes, dtypes and the device are read.
+    such by name. Of the given tensors only shapes, dtypes and the device are read. Where some are cut over processes
+    (DTensors), or ``shards`` says how they are, shapes and entries are those of this process's parts, and vectors are lists
+    or dicts of DTensors.
 
     Raises:
         ValueError: If there is no tensor, or they are spread over several devices.

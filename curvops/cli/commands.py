@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 from curvops.cli.failures import usage_line
 from curvops.cli.session import Session
 
+TOGETHER = ("tour", "spectrum", "kfac")  # commands whose work the processes of torchrun share
 SETUPS = ("tutorial", "digits")
 MATRICES = ("hessian", "ggn", "ef", "fisher", "kfac", "ekfac")
 FISHER_TYPES = ("mc", "type-2", "empirical", "forward-only")
@@ -149,7 +150,8 @@ def _run(command: str, *, as_json: bool, traceback: bool, **given: Any) -> int:
     """Import a command's module, and run it."""
     if sys.stderr.isatty():
         click.echo(f"curvops {command}: loading PyTorch", err=True)  # which takes seconds
-    return Session(f"curvops {command}", as_json, traceback).run(
+    together = command in TOGETHER and (command != "tour" or given["target"] is not None)
+    return Session(f"curvops {command}", as_json, traceback, together).run(
         lambda session: import_module(f"curvops.cli.{command}").run(session, **given)
     )
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from curvops.cli import processes
 from curvops.cli.failures import Failure
 from curvops.cli.matrices import operator_of, options
 from curvops.cli.problem import load_problem
@@ -43,6 +44,8 @@ def run(
             "trace": float(operator.trace()), "bytes": explanation.memory, "explanation": str(explanation),
             "rows": [asdict(row) for row in explanation.rows], "settings": settings,
         }  # fmt: skip
+        if not processes.is_first():
+            return
         beside.unlink(missing_ok=True)
         operator.save(path)
         document["sha256"] = digest(path)

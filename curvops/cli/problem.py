@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.cli import processes
 from curvops.cli.failures import Failure, UserError
 from curvops.cli.find import find_function
 from curvops.losses import output_loss
@@ -113,6 +115,8 @@ def load_problem(
         named = {name: p.detach().to(where, kind).requires_grad_() for name, p in named.items()}
     if dtype is not None or batches is not None:
         data = Batches(data, kind, batches)
+    if (group := processes.join(device)) is not None:
+        data, options = processes.Share(data, group), {**options, "process_group": group}
     if isinstance(model, Module) and not params:
         _refuse_copies(target, model, named)
     chosen = _chosen(named, params)
@@ -129,6 +133,8 @@ def find_device(text: str) -> torch.device:
     here += ["mps"] * torch.backends.mps.is_available()
     with suppress(RuntimeError):
         device = torch.device(text)
+        if device.type == "cuda" and device.index is None and processes.number() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.type in ("cpu", "mps") and device.type in here:
             return device
         if device.type == "cuda" and f"cuda:{device.index or 0}" in here:

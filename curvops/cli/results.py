@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvops.cli import processes
 from curvops.cli.failures import Failure
 from curvops.cli.problem import Problem
 from curvops.cli.session import Session
@@ -43,7 +44,8 @@ def kept_or_computed(
     start = time.perf_counter()
     tensors, about = compute()
     about |= {"settings": dict(settings), "seconds": time.perf_counter() - start}
-    write_tensors(path, tensors, about, format)
+    if processes.is_first():
+        write_tensors(path, tensors, about, format)
     session.kept.append(path)
     return tensors, about
 

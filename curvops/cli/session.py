@@ -27,12 +27,14 @@ class Session:
     Attributes:
         title: The command, in front of each line on stderr.
         as_json: Whether stdout takes one JSON document and nothing else.
+        together: Whether processes that torchrun has started share the work; otherwise the first one does it.
         kept: What is finished and kept on disk, for the line of an interruption.
     """
 
     title: str
     as_json: bool = False
     traceback: bool = False
+    together: bool = False
     kept: list[Any] = field(default_factory=list)
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
@@ -54,6 +56,9 @@ class Session:
 
     def run(self, command: Callable[[Session], bool | None]) -> int:
         """Run a command and explain how it fails; ``False`` is a failure that it has told itself."""
+        processes = import_module("curvops.cli.processes")
+        if not (self.together or processes.is_first()):
+            return 0
         try:
             with self._surroundings():
                 return 1 if command(self) is False else 0
@@ -72,8 +77,12 @@ class Session:
             return 1
         except (Exception, UserError) as error:
             self._trace()
-            self._tell(failure_text(error))
+            # what fails within the group is told to the first process
+            if processes.is_first() or not processes.joined():
+                self._tell(failure_text(error))
             return 1
+        finally:
+            processes.leave()
 
     @contextlib.contextmanager
     def _surroundings(self) -> Any:
@@ -87,6 +96,13 @@ class Session:
             if "MPLBACKEND" not in os.environ:
                 os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window is needed
                 stack.callback(os.environ.pop, "MPLBACKEND", None)
+            processes = import_module("curvops.cli.processes")
+            if not processes.is_first():  # the first one speaks
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.callback(setattr, self, "stdout", self.stdout)
+                self.stdout = nowhere
             if self.as_json:
                 # what the user's file prints is not the document
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))

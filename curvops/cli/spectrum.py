@@ -13,6 +13,7 @@ import click
 import matplotlib.pyplot as plt
 import torch
 
+from curvops.cli import processes
 from curvops.cli.matrices import KRONECKER, operator_of, options
 from curvops.cli.problem import Problem, load_problem
 from curvops.cli.results import Found, kept_or_computed, problem_settings
@@ -54,9 +55,11 @@ def run(
             "eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist(), "products": pairs.products,
             "converged": pairs.converged, "reason": pairs.reason, "method": one.exact or "Lanczos", "note": note,
         }  # fmt: skip
-        if density:
-            found = one.density(pairs, depth, vectors)
+        found = one.density(pairs, depth, vectors) if density else None
+        if found is not None and processes.is_first():
             document["matrices"][name]["density"] = _drawn(found, folder / f"{name}.density", session, one.exact)
+    if not processes.is_first():
+        return
     text = json_text(document)
     replace_atomically(folder / "spectrum.json", lambda partial: partial.write_text(text))
     session.answer(document)

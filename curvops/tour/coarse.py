@@ -118,12 +118,13 @@ def coarse_tour(
     unknown = [title for title in titles if title not in OPERATORS]
     if unknown or not titles:
         raise ValueError(f"coarse_tour: titles must be some of {list(OPERATORS)}, got {list(titles)}.")
+    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
+    sizes = sizes_of(groups, risk.space.dim, shapes, most=MOST)
     if path is not None:
         prepare_output(Path(path).parent, 0)
-    shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     begun = CoarseFile(
         parameters=shapes,
-        groups=sizes_of(groups, risk.space.dim, shapes, most=MOST),
+        groups=sizes,
         settings={
             **(facts(risk) if known is None else known),
             "seed": seed,
@@ -223,7 +224,7 @@ class _Run:
     def keep(self, title: str, fields: Mapping[str, Any]) -> None:
         """Take in, and save, fields of a matrix."""
         self.coarse = with_part(self.coarse, title, fields)
-        if self._path is not None:
+        if self._path is not None and not self._risk.ranks.rank:  # the first process writes
             save_coarse(self._path, self.coarse)
             self._finished.matrices[self._path] = list(self.coarse.norms)
 

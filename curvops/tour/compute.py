@@ -45,7 +45,9 @@ class Problem:
     @cached_property
     def too_large(self) -> str:
         """Why the matrices do not fit, decided once, as free memory changes; empty where they fit."""
-        return too_large(self.risk, self.memory_budget)
+        self.risk.ranks.meet(f"{self.title}: memory")
+        several = self.risk.ranks.gather(too_large(self.risk, self.memory_budget))
+        return next(filter(None, several), "")
 
 
 @dataclass(repr=False)
@@ -221,6 +223,8 @@ class _Matrices:
         for parts in by_title:
             for title in [title for title in OPERATORS if title in parts]:
                 parts[title] = parts.pop(title)
+        if self._problem.risk.ranks.rank:  # the first process writes
+            return
         save_matrices(
             self._path,
             file.matrices,

@@ -37,13 +37,14 @@ def facts(risk: EmpiricalRisk) -> dict[str, Any]:
             terms, width = terms + curvature.num_terms, max(width, curvature.width)
         walk.join()
         constant, number = walk.constant, walk.size
+        shares = risk.ranks.gather((terms, width))
     return {
         "loss": risk.loss.name,
         "reduction": risk.loss.reduction,
         "c": float(constant),
         "num_data": number,
-        "loss_terms": terms,
-        "width": width,
+        "loss_terms": sum(terms for terms, _ in shares),
+        "width": max(width for _, width in shares),
         "conventions": CONVENTIONS,
         **identity(risk),
     }

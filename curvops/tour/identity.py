@@ -240,6 +240,8 @@ class _Digest:
             self._text("named", self._known[id(tensor)])
             return
         self._text(tensor.dtype, tuple(tensor.shape))
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()  # this process's part of a DTensor
         plain = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
         flat = plain.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
         if flat.numel():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
+from curvops.ranks import Ranks
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
 from curvops.tour.compute import Problem, Say, Tour, compute
@@ -40,6 +41,7 @@ class TourOptions(TypedDict, total=False):
     reduction: str | None
     num_data: int | None
     batch_size_fn: Callable[[Any], int] | None
+    process_group: Any
 
 
 def tour(
@@ -61,6 +63,7 @@ def tour(
     reduction: str | None = None,
     num_data: int | None = None,
     batch_size_fn: Callable[[Any], int] | None = None,
+    process_group: Any = None,
 ) -> Tour:
     """Compute the curvature matrices of your own model, draw them, and keep them.
 
@@ -92,6 +95,8 @@ def tour(
         reduction: `"mean"` or `"sum"`, for losses that do not say it themselves.
         num_data: Number of data, compared with what `data` yields.
         batch_size_fn: Number of data in `X` where it cannot be seen.
+        process_group: Processes of `torch.distributed` that pass a share of the data each, see `EmpiricalRisk`; they all
+            make the call and get the result, and the first one writes the files.
 
     Returns:
         A `Tour`: `matrices`, `groups`, `paths`; `print` shows seconds, memory, traces and distances to the Hessian.
@@ -125,8 +130,11 @@ def tour(
         reduction=reduction,
         num_data=num_data,
         batch_size_fn=batch_size_fn,
+        process_group=process_group,
     )
     found = _toured(model, loss, data, params, Path(output), title, options)
+    if Ranks(process_group).rank:
+        return found
     draw({"": found}, Path(output) / PAGE, finished, progressbar=progressbar)
     remove_stale([Path(output)], found.paths, _say(options))
     return found
@@ -194,6 +202,8 @@ def tour_checkpoints(
             _load(model, label, state)
             name = title or title_of(model, chosen(model, params))
             tours[label] = _toured(model, loss, data, params, output / folder, f"{name}, {label}", options)
+    if Ranks(options.get("process_group")).rank:
+        return tours
     draw(tours, output / PAGE, finished, title=title, progressbar=options.get("progressbar", True))
     finished.figures.append(film(tours, output / FILM))
     written = [path for found in tours.values() for path in found.paths]
@@ -275,6 +285,7 @@ def _toured(
         reduction=options.get("reduction"),
         num_data=options.get("num_data"),
         batch_size_fn=options.get("batch_size_fn"),
+        process_group=options.get("process_group"),
     )
     shapes = {name: tuple(shape) for name, shape in risk.space.shapes.items()}
     groups = options.get("groups")
@@ -299,6 +310,8 @@ def _toured(
 def _say(options: TourOptions) -> Say:
     """What takes the lines about the progress."""
     say = options.get("say")
+    if Ranks(options.get("process_group")).rank:
+        return lambda line: None
     if say is not None:
         return say
     return partial(print, file=sys.stderr, flush=True) if options.get("progressbar", True) else lambda line: None

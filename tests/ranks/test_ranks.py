@@ -14,7 +14,11 @@ from ranks.cases import BATCHES, SHARES, cases, others, spread, values
 from torch.utils.data import TensorDataset
 
 from curvops import GGNLinearOperator, share_of
+from curvops.cli import main
+from curvops.cli.problem import load_problem
 from curvops.ranks import Ranks
+from curvops.tour import load_matrices
+from curvops.tour.matrices import OPERATORS as TOUR
 
 HERE = Path(__file__).parent
 
@@ -138,3 +142,64 @@ def test_models_that_are_cut_over_processes(tmp_path):
         else:
             assert value < 1e-12, name
     assert len(report) == 2 * (4 + 3)
+
+
+PROBLEM = """
+import torch
+from torch import nn
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    X, y = torch.randn(11, 3).double(), torch.randint(2, (11,))
+    return model, nn.CrossEntropyLoss(), [(X[:4], y[:4]), (X[4:7], y[4:7]), (X[7:], y[7:])]
+
+def failing():
+    import os
+    model, loss, data = problem()
+    if os.environ.get("RANK") == "1":
+        data[2] = (data[2][0][:, :2], data[2][1])
+    return model, loss, data
+"""
+
+
+def test_the_command_line_is_shared_by_processes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(PROBLEM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent.parent))
+
+    def shared_run(*command: str) -> subprocess.CompletedProcess[str]:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "curvops"]
+        return subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
+
+    def answers(*command: str) -> tuple[dict, dict]:
+        assert main([*command, "--output", "alone"]) == 0
+        alone, shared = capsys.readouterr().out, shared_run(*command, "--output", "shared")
+        assert shared.returncode == 0, shared.stderr
+        return json.loads(alone), json.loads(shared.stdout)
+
+    alone, shared = answers(
+        "spectrum", "own.py:problem", "--json", "--matrix", "hessian,fisher,ekfac", "-k", "3", "--density"
+    )
+    for name, one in alone["matrices"].items():
+        for key in ("eigenvalues", "density"):
+            mine, its = one[key], shared["matrices"][name][key]
+            mine, its = (part["at_most_zero"] if key == "density" else part for part in (mine, its))
+            assert mine == pytest.approx(its, rel=1e-9, abs=1e-12), (name, key)
+    alone, shared = answers("kfac", "own.py:problem", "--json", "--ekfac")
+    assert alone["trace"] == pytest.approx(shared["trace"], rel=1e-10)
+    again = shared_run("spectrum", "own.py:problem", "--matrix", "hessian", "-k", "3", "--output", "shared")
+    assert (
+        again.returncode == 0
+        and again.stderr.count("eigenvalues.safetensors' is there, and is not computed again") == 1
+    )
+    assert shared_run("tour", "own.py:problem", "--output", "shared").returncode == 0
+    found = load_matrices(tmp_path / "shared" / "matrices.safetensors").matrices
+    problem = load_problem("own.py:problem")
+    assert len(found) == 6
+    for title, (kind, options) in TOUR.items():
+        expected = kind(*problem.arguments, **options, **({"seed": 0} if "mc_samples" in options else {})).to_dense()
+        torch.testing.assert_close(found[title], expected, rtol=0, atol=1e-12)
+    failed = shared_run("spectrum", "own.py:failing", "--output", "failed")
+    own = [line for line in failed.stderr.splitlines() if line.startswith("curvops spectrum:")]
+    assert failed.returncode and len(own) == 1 and "process 1 of 2 failed with RuntimeError" in own[0], failed.stderr

@@ -29,12 +29,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.SoftMarginLoss: F.soft_margin_loss,
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 _REDUCING = ("size_average", "reduce", "reduction")  # the first two are superseded by the last
 
 
@@ -138,7 +133,8 @@ class ScalarLoss:
     @property
     def known(self) -> bool:
         """Whether it is one of PyTorch's own sums over data, untouched by hooks, also by those of all modules."""
-        return any(self.form is function for function in _MODULES.values()) and not hooked()
+        hooked = any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)
+        return any(self.form is function for function in _MODULES.values()) and not hooked
 
     @property
     def convex(self) -> bool:
@@ -193,15 +189,10 @@ class ScalarLoss:
         return stated if isinstance(stated, str) else None
 
 
-def hooked() -> bool:
-    """Whether there are hooks of all modules."""
-    return any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)
-
-
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module does what its class does: no hooks, and no method of its own."""
-    own = any(getattr(module, name, None) for name in _HOOKS)
-    return not own and not any(callable(getattr(type(module), name, None)) for name in vars(module))
+    hooked = any(getattr(module, name, None) for name in _HOOKS)
+    return not hooked and not any(callable(getattr(type(module), name, None)) for name in vars(module))
 
 
 def _uncompiled(loss_func: Any) -> Any:

@@ -39,8 +39,8 @@ class Checkpoint:
     Args:
         path: The file, in a folder that is there. With ``process_group=`` each process of a Kronecker operator has files of
             its own beside it.
-        every: Steps from one state to the next: batches of a Kronecker operator, products of `eigenpairs` and
-            `spectral_density`. To write a state takes what it takes to write its tensors, of which a Kronecker operator
+        every: Steps from one state to the next: batches of a Kronecker operator (small ones that go together count as
+            one), products of `eigenpairs` and `spectral_density`. To write a state takes what it takes to write its tensors, of which a Kronecker operator
             has about as many numbers as its factors, and `eigenpairs` a basis.
 
     Raises:

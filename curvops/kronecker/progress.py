@@ -13,6 +13,7 @@ from curvops.checkpoint import Checkpoint
 from curvops.digest import digest
 from curvops.kronecker.files import frozen, packed, unpacked
 from curvops.kronecker.groups import Group, Key
+from curvops.kronecker.marks import Marks
 from curvops.kronecker.options import Options
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
@@ -20,7 +21,7 @@ from curvops.memory import budget
 from curvops.risk.empirical_risk import EmpiricalRisk
 
 # of a sweep, as they are
-FIELDS = ("data", "reasons", "whole", "size", "forward_passes", "backward_passes", "signed")
+FIELDS = ("data", "reasons", "whole", "size", "forward_passes", "backward_passes", "signed", "cuts", "most", "apart")
 
 
 class Taker(Protocol):
@@ -111,8 +112,8 @@ class Progress:
         self._written = self.stage, place
         found = entries()
         tensors, groups = packed((group, found.get(key)) for key, group in sweep.grouping.groups.items())
-        tensors["marks"] = torch.tensor([number for mark in sweep.marks for number in mark], dtype=torch.float64)
-        tensors["lengths"] = torch.tensor([len(mark) for mark in sweep.marks], dtype=torch.int64)
+        tensors["marks"] = torch.tensor([number for mark in sweep.marks.known for number in mark], dtype=torch.float64)
+        tensors["lengths"] = torch.tensor([len(mark) for mark in sweep.marks.known], dtype=torch.int64)
         about = {
             **{name: getattr(sweep, name) for name in FIELDS},
             "stage": self.stage,
@@ -146,9 +147,9 @@ class Progress:
         for group, _ in known:
             grouping.add(group)
         lengths, marks = tensors["lengths"].tolist(), iter(tensors["marks"].tolist())
-        sweep.marks = [tuple(next(marks) for _ in range(length)) for length in lengths]
+        sweep.marks = Marks([tuple(next(marks) for _ in range(length)) for length in lengths])
         sweep.learnt = dict(frozen(about["learnt"]))
-        sweep.resumed, sweep.forgotten = True, dict(sweep.learnt)
+        sweep.forgotten = dict(sweep.learnt)
         sweep.progress = frozen(about["progress"])
         if about["second"]:
             sweep.constant = about["constant"]

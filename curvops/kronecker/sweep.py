@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -12,23 +13,21 @@ from torch import Tensor
 
 from curvops.checkpoint import REMOVE
 from curvops.digest import close
+from curvops.kronecker.alone import SOME, Joint, agrees, cut, gathered, joinable, same, scale_of, work_of
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
+from curvops.kronecker.marks import Marks, outline
 from curvops.kronecker.options import Options
-from curvops.kronecker.parts import cut, output, same, same_output
 from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
 from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
-from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
-from curvops.risk.data import Batch
-from curvops.risk.determinism import fingerprint
+from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import tensors_of
 
-SOME = 4  # data that a large batch is certified on
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
 
 
@@ -47,7 +46,7 @@ class Sweep:
     Each batch is certified. A parameter's rows belong to the data of the ``"batch"``, or each ``"datum"`` is run alone,
     or the batch is seen as ``"one"`` datum because the model mixes its data. After the last batch ``constant`` is the
     risk's c; ``data`` is for each parameter the number of data, of batches where these are seen as one. ``proofs`` of an
-    earlier sweep serve passes of the same operations.
+    earlier sweep serve passes of the same operations. Small batches after the first go together where that changes nothing.
     """
 
     def __init__(self, risk: EmpiricalRisk, options: Options, proofs: Sequence[Proof] = ()) -> None:
@@ -56,13 +55,15 @@ class Sweep:
         self._earlier = list(proofs)
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
-        self.marks: list[tuple[float, ...]] = []  # of the batches of the first walk, if there may be more
-        # place and output of each batch on which something was proved; of a run that was killed, those to be looked at again
+        self.marks = Marks()
+        # output of each batch, by its place, on which something was proved; of a run that was killed, for another look
         self.learnt: dict[int, tuple[float, float]] = {}
         self.forgotten: dict[int, tuple[float, float]] = {}
         self.progress = (0.0, 0)  # what the loss has learnt of the batches so far
         self.size = self.forward_passes = self.backward_passes = 0
-        self.resumed = self.signed = self._planned = self._streamed = False
+        self.signed = self._planned = self._streamed = self.apart = False
+        self.cuts: list[int] = []  # how many batches went together in each forward pass of a first walk
+        self.most = 0  # data up to which batches go together
         self._reset()
 
     def walk(
@@ -71,13 +72,14 @@ class Sweep:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
 
         Backward passes of one forward pass come together up to so many bytes of output gradients. If there may be
-        ``more`` walks, these must yield the same batches. A walk that goes on from a state of an earlier run ``start``s at
-        a later batch; after each batch ``done`` is told how many these are.
+        ``more`` walks, these must yield the same batches. A walk of a run that goes on ``start``s at a later forward pass.
+        After each, ``done`` is told how many these are.
         """
         if not start:
             self._reset()
-            self.marks = []
-        return self._passes(title, together, start, more, done)
+            self.marks = Marks()
+        self.cuts, self.most = [], self.most if start else 0
+        return self._passes(title, together, start, more, done=done)
 
     def agree(self) -> bool:
         """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
@@ -92,9 +94,9 @@ class Sweep:
     def further(
         self, title: str, skip: int, together: int, done: Callable[[int], None] | None = None
     ) -> Iterator[Pass]:
-        """The same passes once more, without those of some batches at the beginning."""
-        self._first = False
-        yield from self._passes(title, together, skip, True, done)
+        """The same passes once more, without some at the beginning."""
+        self._counts, self.most = False, sys.maxsize
+        yield from self._passes(title, together, skip, True, self.cuts, done)
         if self.grouping.again:
             raise RuntimeError(
                 f"{title}: a further walk over the data met other operations than the first. Make model and data "
@@ -112,7 +114,7 @@ class Sweep:
         return self._passes("Plan", 0)
 
     def _reset(self) -> None:
-        self._first = True  # whether this is a first walk, on which data are counted
+        self._counts = True  # whether this is a first walk, on which data are counted
         self.grouping.restart()
         self.data = dict.fromkeys(self.risk.space.names, 0)
         self.reasons: dict[str, list[str]] = {name: [] for name in self.data}
@@ -123,22 +125,29 @@ class Sweep:
         together: int,
         skip: int = 0,
         more: bool = False,
+        cuts: Sequence[int] = (),
         done: Callable[[int], None] | None = None,
     ) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
             self._steps = Walk(self.risk, batches, title)
-            for place, batch in enumerate(self._steps):
+            met = self.marks.through(self._steps, self._counts, title) if more else iter(self._steps)
+            for place, several in enumerate(gathered(met, cuts, lambda: self.most)):
+                if not cuts:
+                    self.cuts.append(len(several))
+                batch = joined_batch(several)
                 if self._streamed:
                     self.grouping, self.whole = Grouping(self.risk.space, self.grouping.joint), {}
                     self._reset()
-                if more:
-                    self._mark(place, fingerprint(batch), title)
                 if place >= skip:
-                    yield from self._batch(place, batch, together)
+                    joint = self._joint(batch, several) if len(several) > 1 else None
+                    if len(several) > 1 and joint is None:
+                        self.apart = self.grouping.again = True  # a new walk, each batch alone
+                        return
+                    yield from self._batch(place, batch, together, joint)
                 elif place in self.forgotten:
                     self._look(place, batch)
-                if place == skip - 1 and self._first:
+                if place == skip - 1 and self._counts:
                     self._steps.resume(self.progress)
                 while self.grouping.again and (self._streamed or self._planned):  # this batch contradicts itself
                     self._reset()
@@ -146,49 +155,51 @@ class Sweep:
                 if self._planned or self.grouping.again:
                     return
                 if done is not None and place >= skip:
-                    self.progress = self._steps.progress if self._first else self.progress
+                    self.progress = self._steps.progress if self._counts else self.progress
                     done(place + 1)
-            if more and self._steps.batches < len(self.marks):
-                raise self._other_data(self._steps.batches, title)
-
-    def _mark(self, place: int, mark: tuple[float, ...], title: str) -> None:
-        """Note a batch of the first walk; of others, and of one that goes on from a state, expect it."""
-        if self._first and place == len(self.marks):
-            self.marks.append(mark)
-        elif self.marks[place : place + 1] != [mark]:
-            raise self._other_data(place, title)
-
-    def _other_data(self, place: int, title: str) -> Exception:
-        if self.resumed:
-            return ValueError(
-                f"data: the checkpoint is of other data: batch {place} (counted from 0) differs. {REMOVE}"
-            )
-        return RuntimeError(
-            f"{title}: a further walk over the data yields other batches than the first. Pass a DataLoader with "
-            "shuffle=False and fixed transforms, or give the rows of the first walk more room by memory_budget=."
-        )
 
     def _look(self, place: int, batch: Batch) -> None:
         """Prove again what a batch has shown in a run that was killed."""
         tape = record(self.risk, batch.X, batch.size)
-        if not close(output(tape), self.forgotten.pop(place)):
+        if not close(outline(tape.z), self.forgotten.pop(place)):
             raise ValueError(f"model: the checkpoint is of one with another output for batch {place}. {REMOVE}")
         self._certify(batch, tape, self._steps.curvature(tape.z.detach(), batch))
 
-    def _batch(self, place: int, batch: Batch, together: int) -> Iterator[Pass]:
-        """Record, certify and pull one batch."""
+    def _joint(self, batch: Batch, several: Sequence[Batch]) -> Joint | None:
+        """The pass of several batches, if a proof covers it and some data give what they give alone.
+
+        These stand at the ends of their batches, in the middle of all, and once more at the ends where they are alone:
+        a model may treat who comes first or last differently.
+        """
         tape = record(self.risk, batch.X, batch.size)
+        few, first = SOME // 2, several[0].size
+        places = [*range(first, min(first + few, batch.size)), *range(max(first - few, 0), first)]
+        alone = self._run(batch, places, taped=True)
+        for proof in () if alone is None or tape.taps.data_dependent or tape.taps.pools else self.proofs:
+            known = proof.way == "batch" and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
+            if known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places):
+                tape.layouts = list(proof.layouts)
+                return Joint(tape, alone, places)
+        return None
+
+    def _batch(self, place: int, batch: Batch, together: int, joint: Joint | None = None) -> Iterator[Pass]:
+        """Record, certify and pull one batch."""
+        tape = record(self.risk, batch.X, batch.size) if joint is None else joint.tape
         curvature = self._steps.curvature(tape.z.detach(), batch)
         expected, seen = self.options.num_per_example_loss_terms, curvature.terms_per_datum
         if expected is not None and seen != expected:
             what = f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}."
             raise ValueError(f"{what} Leave it out: it is inferred.")
-        proved = len(self.proofs)
-        ways, kept = self._certify(batch, tape, curvature)
-        if not place or len(self.proofs) > proved or self._steps.progress[1] == 1:
-            self.learnt[place] = output(tape)
+        ways, kept = dict.fromkeys(self.risk.space.names, "batch"), tuple[int, ...]()
+        if joint is None:
+            proved = len(self.proofs)
+            ways, kept = self._certify(batch, tape, curvature)
+            if not place or len(self.proofs) > proved or self._steps.progress[1] == 1:
+                self.learnt[place] = outline(tape.z)
+            if not (place or self.most or self._streamed or self._planned or self.apart):
+                self.most = joinable(tape, self.options.memory_budget, curvature.closed_form, ways)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
-        for name, way in ways.items() if self._first else ():
+        for name, way in ways.items() if self._counts else ():
             self.data[name] += 1 if way == "one" else batch.size
         kind, noise = self.options.fisher_type, Noise(self.options.seed, batch.start)
         factor = curvature.factor(kind, self.options.mc_samples, noise)
@@ -197,7 +208,7 @@ class Sweep:
         # lists: the order of the groups must not depend on how strings are hashed
         batched, mixed, alone = ([n for n, w in ways.items() if w == way] for way in ("batch", "one", "datum"))
         if batched:
-            yield from self._pull(tape, batched, columns, (place, 0), together, last=not mixed)
+            yield from self._pull(tape, batched, columns, (place, 0), together, not mixed, joint)
         if mixed:
             whole = Cotangents(curvature, factor, kind, noise, 1)
             self.signed = self.signed or whole.signed
@@ -226,6 +237,7 @@ class Sweep:
         place: tuple[int, int],
         together: int,
         last: bool = True,
+        joint: Joint | None = None,
     ) -> Iterator[Pass]:
         """One backward pass for each cotangent, as many together as fit; after the ``last`` one the graph is free."""
         uses = self.grouping.assign(tape, {n for n in names if n not in self.whole})
@@ -240,7 +252,7 @@ class Sweep:
             self.backward_passes += len(columns)
             yield found
             return
-        one = sum(_work(tape.uses[k])[0] for k in indices) * tape.z.itemsize
+        one = sum(work_of(tape.uses[k])[0] for k in indices) * tape.z.itemsize
         some = max(1, together // max(one, 1))
         for first in range(0, len(columns), some):
             slopes, totals = [], []
@@ -252,9 +264,12 @@ class Sweep:
                 slopes.append(dict(zip(indices, at_uses, strict=True)))
                 pairs = zip(plain.values(), own, strict=True)
                 totals.append({group.key: total.flatten() for group, total in pairs if total is not None})
+                if joint is not None and k == 0 and not joint.holds(columns[0], slopes[0]):
+                    self.apart = self.grouping.again = True  # a new walk, each batch alone
+                    return
             yield replace(found, columns=slopes, totals=totals, first=first)
 
-    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> tuple[dict[str, str], Collection[int]]:
+    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> tuple[dict[str, str], tuple[int, ...]]:
         """The way that each parameter is seen, and which tensors of X all data have in common."""
         names = self.risk.space.names
         if batch.size > 1 and curvature.terms_per_datum is None:
@@ -275,7 +290,7 @@ class Sweep:
             why = self.whole.get(name) or failed.get(name) or "tapped"
             if why not in self.reasons[name]:
                 self.reasons[name].append(why)
-        return ways, kept or ()
+        return ways, tuple(kept or ())
 
     def _give_up(self, failed: dict[str, str]) -> None:
         """Take whole gradients of parameters, in earlier batches too."""
@@ -310,20 +325,20 @@ class Sweep:
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
-        large = sum(_work(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
+        large = sum(work_of(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, taped=True) if batch is not None and large else None
         if isinstance(some, Tape) and some.signature.covers(tape.signature):
-            scale = _scale(some)
+            scale = scale_of(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
             if some.tested and tape.fits(some.layouts):
                 tape.layouts = some.layouts
                 return failed
-        scale = _scale(tape)
+        scale = scale_of(tape)
         if curvature is None or tape.size == 1:
             return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names)
-        rows = scale.repeat_interleave(curvature.num_terms // tape.size)
-        spread = curvature.outputs(rows[:, None].expand(-1, curvature.width).to(curvature.dtype).contiguous())
+        rows = scale.to(curvature.dtype).repeat_interleave(curvature.num_terms // tape.size)
+        spread = curvature.outputs(rows.unsqueeze(1).expand(-1, curvature.width))
         return certify(tape, scale, spread, names)
 
     def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:
@@ -334,7 +349,7 @@ class Sweep:
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
         some = self._run(batch, places, taped=taped)
-        return some if same_output(some.z if isinstance(some, Tape) else some, tape, places) else None
+        return some if agrees(some.z if isinstance(some, Tape) else some, tape, places) else None
 
     def _alone(self, batch: Batch, tape: Tape, names: list[str]) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch.
@@ -351,13 +366,12 @@ class Sweep:
             totals = [torch.zeros_like(tape.params[name]) for name in names]
             for n, part in enumerate(cotangent.unflatten(0, (batch.size, -1))):
                 single = self._run(batch, [n], kept, taped=True)
-                if not same_output(single and single.z, tape, [n]):
+                if not agrees(single and single.z, tape, [n]):
                     break
                 for total, g in zip(totals, single.gradients(part, (), names)[1], strict=True):
                     total += 0 if g is None else g
             else:
-                same = (same(a, b, tape) for a, b in zip(totals, expected, strict=True))
-                return kept if all(same) else None
+                return kept if all(same(a, b, tape) for a, b in zip(totals, expected, strict=True)) else None
         return None
 
     def _run(self, batch: Batch, places: Sequence[int], kept: Collection[int] = (), taped: bool = False) -> Any:
@@ -372,15 +386,3 @@ class Sweep:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None
-
-
-def _scale(tape: Tape) -> Tensor:
-    """A number for each datum, all different."""
-    numbers = torch.rand(tape.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return (0.5 + numbers).to(tape.z.device)
-
-
-def _work(use: Use) -> tuple[int, int]:
-    """Entries of a layer's output, and multiplications that it takes."""
-    size = use.shape.numel() if isinstance(use, LinearUse) else 0
-    return size, size * use.input_shape[1] if isinstance(use, LinearUse) else 0

@@ -44,18 +44,19 @@ class Counted:
         return self.matrix @ columns
 
 
-def convolutional(number: int = 12) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
+def convolutional(alike: bool = False) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4))
-        # the last batch is smaller, so that its operations are proved anew
-        data = [(torch.randn(n, 2, 6, 6).double(), torch.randint(4, (n,))) for n in [7] * (number - 1) + [3]]
+        # batches of one size may go together; the last one is smaller, so that its operations are proved anew
+        sizes = [7, 7 if alike else 6] * 6
+        data = [(torch.randn(n, 2, 6, 6).double(), torch.randint(4, (n,))) for n in [*sizes[:-1], 3]]
     return model.double(), nn.CrossEntropyLoss(), dict(model.named_parameters()), data
 
 
-def kronecker(cls: Any, **options: Any) -> Callable[..., dict[str, Tensor]]:
+def kronecker(cls: Any, alike: bool = False, **options: Any) -> Callable[..., dict[str, Tensor]]:
     def compute(stop: Stop, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
-        *problem, data = convolutional()
+        *problem, data = convolutional(alike)
         op = cls(*problem, Loader(data, stop), check_deterministic=False, checkpoint=checkpoint, **options)
         return {f"{k}.{name}": t for k, (_, entry) in enumerate(op.state.groups) for name, t in entry.tensors.items()}
 
@@ -78,12 +79,16 @@ def spectral(call: Callable[..., Any], **options: Any) -> Callable[..., dict[str
     return compute
 
 
+# so that three of the batches that are alike go together, and not all rows are kept
+JOINED = 4 * 3 * 7 * (3 * 4 * 4 + 4) * 8 + 4
 METRIC = torch.linspace(1, 2, 150, dtype=torch.float64).diag()
 COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "kfac": kronecker(KFACLinearOperator),
     "kfac joint": kronecker(KFACLinearOperator, separate_weight_and_bias=False, fisher_type="type-2"),
     "kfac reduce": kronecker(KFACLinearOperator, kfac_approx="reduce"),
     "kfac forward-only": kronecker(KFACLinearOperator, fisher_type="forward-only"),
+    "kfac of joined batches": kronecker(KFACLinearOperator, alike=True, memory_budget=JOINED),
+    "ekfac of joined batches": kronecker(EKFACLinearOperator, alike=True, memory_budget=JOINED),
     "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
     "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
     "kfoc": kronecker(KFOCLinearOperator),

@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from survive.cases import COMPUTATIONS, differing
+from survive.cases import COMPUTATIONS, STOPS, differing
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join(map(str, (HERE.parent, HERE.parent.parent)))
-# the step before which each is killed: of EKFAC in the second walk over 12 batches, or on the way to it
-STOPS = {"kfac": 8, "ekfac": 5, "ekfac swept": 17, "kfoc": 10, "diagonal": 6, "eigenpairs": 31, "density in parts": 15}
 
 
 def started(*arguments: object) -> subprocess.Popen[bytes]:
@@ -36,11 +34,8 @@ def test_killed_processes_go_on_to_the_same_bits(tmp_path):
         assert not list(tmp_path.glob(".*")), "half a file"
     assert started(tmp_path).wait() == 0
     found, steps = torch.load(tmp_path / "found.pt", weights_only=True)
-    for name, compute in COMPUTATIONS.items():
+    for name, place in STOPS.items():
         counted: list[int] = []
-        assert differing(found[name], compute(counted.append)) == [], name
-        if name in ("kfac", "diagonal", "ekfac", "ekfac swept"):
-            # the end of what was finished is found by looking at the data once
-            assert steps[name] == 12, name
-        elif name in STOPS and name != "kfoc":
-            assert steps[name] <= len(counted) - STOPS[name] + 3 + 1, name
+        assert differing(found[name], COMPUTATIONS[name](counted.append)) == [], name
+        # the end of what was finished is found by looking at the data once, or by one product
+        assert steps[name] <= (len(counted) - place + 3 + 1 if name == list(STOPS)[-1] else 12), name

@@ -1,18 +1,18 @@
-"""Computes all that there is to compute, each from its checkpoint, and waits to be killed at a step of one of them."""
+"""Computes one thing after another, each from its checkpoint, and waits to be killed at a step of one of them."""
 
 import sys
 import time
 from pathlib import Path
 
 import torch
-from survive.cases import COMPUTATIONS
+from survive.cases import COMPUTATIONS, STOPS
 
 from curvops import Checkpoint
 
 
 def main(folder: Path, stopped: str = "", at: str = "0") -> None:
     found, steps = {}, {}
-    for name, compute in COMPUTATIONS.items():
+    for name, compute in ((name, COMPUTATIONS[name]) for name in STOPS):
 
         def stop(count: int, name: str = name) -> None:
             steps[name] = count + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,17 +14,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from curvops.sharding import local
+from curvops.sharding import Sharding, local
 from curvops.space import describe
 
 FAILED, COMPARES = 1, 2  # of a `Message`'s status
 SMALL = 2**18  # numbers of a tensor up to which it is sent together with others
+DIFFERENT = (
+    "multiply different vectors. Give all of them the same: draw it from a generator with the same seed in each process, or "
+    "broadcast it from one"
+)
+# of each group how many computations have begun, one within another: operators are made of others of the same group
+_OPEN: Counter[Any] = Counter()
 _STEP = 2**20  # words that are hashed together
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 class RanksError(RuntimeError):
     """Processes of a group disagree, or one of them failed: raised by all of them."""
+
+    group: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Ranks:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self._group, self._depth = group, 0
+        self._group = group
         self.sizes: list[int] | None = None  # of the shares, as last seen
         if group is None:
             return
@@ -114,17 +123,17 @@ class Ranks:
         if self.alone:
             yield
             return
-        self._depth += 1
+        _OPEN[self._group] += 1
         try:
             yield
-        except RanksError:
-            raise
         except Exception as error:
-            if self._depth == 1:
+            # all processes of the group that an error of theirs is of have it; those of another group wait
+            known = isinstance(error, RanksError) and error.group is self._group
+            if _OPEN[self._group] == 1 and not known:
                 self._tell(error)
             raise
         finally:
-            self._depth -= 1
+            _OPEN[self._group] -= 1
 
     def meet(
         self,
@@ -134,6 +143,7 @@ class Ranks:
         size: int = 0,
         count: float = 0.0,
         compares: bool = False,
+        different: str = DIFFERENT,
     ) -> tuple[list[int], float, bool]:
         """The sizes of all shares, the sum of the counts and whether one ``compares``, once all processes are here.
 
@@ -144,6 +154,7 @@ class Ranks:
             size: Number of this process's data.
             count: Its part of the sum.
             compares: Whether it has something that must be compared with what others have.
+            different: What the processes do whose vectors are not the same, and what to do about it.
 
         Raises:
             RanksError: In all processes, if one of them failed, or if they compute different things.
@@ -158,12 +169,20 @@ class Ranks:
         if any((message.what, message.state) != (first.what, first.state) for message in found):
             self._raise_difference(what, state or {})
         if not all(_close(message.probe, first.probe) for message in found):
-            raise RanksError(
-                f"{what}: the processes multiply different vectors. Give all of them the same: draw it from a generator with the same "
-                "seed in each process, or broadcast it from one."
-            )
+            raise self._error(f"{what}: the processes {different}.")
         sizes, compared = [message.size for message in found], any(message.status == COMPARES for message in found)
         return sizes, sum(message.count for message in found), compared
+
+    def expect_apart(self, shards: Mapping[str, Sharding]) -> None:
+        """A ValueError where parameters are cut over processes of this group, whose parts must not be added or mixed."""
+        if self.alone:
+            return
+        own = set(torch.distributed.get_process_group_ranks(self._group))
+        if cut := [name for name, sharding in shards.items() if own & sharding.over]:
+            raise ValueError(
+                f"process_group: {describe(cut)} are cut over processes of this group (DTensors). Pass another axis of the mesh, "
+                "over which the parameters are the same."
+            )
 
     def add(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the processes, all of which have met; the same bits in each of them."""
@@ -230,7 +249,7 @@ class Ranks:
         for name in several[0]:
             for rank, other in enumerate(several):
                 if other[name] != several[0][name]:
-                    raise RanksError(
+                    raise self._error(
                         f"{what}: the processes have different {name}: {_shown(several[0][name])} in process 0, "
                         f"{_shown(other[name])} in process {rank}. Only the data may differ."
                     )
@@ -241,6 +260,12 @@ class Ranks:
         torch.distributed.all_gather(found, words, group=self._group)
         return [Message.read(words.cpu()) for words in found]
 
+    def _error(self, text: str) -> RanksError:
+        """What all processes of the group raise."""
+        error = RanksError(text)
+        error.group = self._group
+        return error
+
     def _tell(self, error: Exception) -> None:
         """Meet the others with the news that this process failed."""
         self._exchange(Message(FAILED, 0, 0, (0.0, 0.0), 0, 0.0))
@@ -250,24 +275,24 @@ class Ranks:
         texts = self.gather(None)
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         more = f" So did {len(failed) - 1} others." if len(failed) > 1 else ""
-        raise RanksError(f"process {failed[0][0]} of {self.number} failed with {failed[0][1]}{more}")
+        raise self._error(f"process {failed[0][0]} of {self.number} failed with {failed[0][1]}{more}")
 
     def _raise_difference(self, what: str, state: Mapping[str, Tensor]) -> None:
         several = self.gather((what, {name: _hash({name: tensor}) for name, tensor in state.items()}))
         first_what, first_state = several[0]
         for rank, (its_what, its_state) in enumerate(several):
             if its_what != first_what:
-                raise RanksError(
+                raise self._error(
                     f"the processes compute different things: process 0 {first_what}, process {rank} {its_what}."
                 )
             if differing := [
                 name for name in {**first_state, **its_state} if first_state.get(name) != its_state.get(name)
             ]:
-                raise RanksError(
+                raise self._error(
                     f"{what}: {describe(differing)} differ between the processes 0 and {rank}. An operator has one model: broadcast "
                     "parameters and buffers from one process."
                 )
-        raise RanksError(f"{what}: the processes differ.")
+        raise self._error(f"{what}: the processes differ.")
 
 
 def share_of(data: Any, process_group: Any) -> Any:

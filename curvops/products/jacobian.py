@@ -100,6 +100,9 @@ class JacobianLinearOperator(LinearOperator):
     def _leaves(self) -> Iterable[Tensor]:
         return self.risk.params.values()
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.risk.ranks.together()
+
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != self.codomain:
             return super()._restricted(rows, columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from threading import Lock
 from typing import Any, TypeVar
@@ -55,8 +55,10 @@ class RiskOperator(LinearOperator):
         risk = EmpiricalRisk(model_func, loss_func, params, data, **options)
         self._set(risk, memory_budget)
         if check_deterministic:
-            check(risk)
-            self.account.note("second derivatives", *self._judge())
+            with risk.ranks.together():
+                check(risk)
+                self.account.note("second derivatives", *self._judge())
+                risk.ranks.meet(f"{self.name}: end of the checks")
 
     @classmethod
     def of(
@@ -126,6 +128,9 @@ class RiskOperator(LinearOperator):
 
     def _leaves(self) -> Iterable[Tensor]:
         return self.risk.params.values()
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.risk.ranks.together()
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != columns:
@@ -262,6 +267,9 @@ class CrossOperator(LinearOperator):
 
     def _leaves(self) -> Iterable[Tensor]:
         return self.operator._leaves()
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.operator._in_step()
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         return self.operator._restricted(rows, columns)

@@ -88,15 +88,15 @@ class EmpiricalRisk:
         batch_size_fn: Callable[[Any], int] | None = None,
         process_group: Any = None,
     ) -> None:
-        self.ranks = Ranks(process_group)
+        self.ranks, self.num_data = Ranks(process_group), num_data
         with self.ranks.together():
             self.loss, self.loss_func = output_loss(loss_func, reduction), loss_func
             self.model = Model(model_func, params)
             self.space = self.model.space
+            self.ranks.expect_apart(self.space.shards)
             self.data = Data(data, self.space.device, batch_size_fn, share=not self.ranks.alone)
             self.ranks.expect_same("EmpiricalRisk", self._described() if process_group is not None else {})
         self.progressbar = progressbar and self.ranks.rank == 0
-        self.num_data = num_data
         # what was proved of fast ways, for the operators of this risk: passes of the same operations only
         self.proofs: list[Any] = []
 
@@ -228,7 +228,8 @@ class EmpiricalRisk:
 
     def _described(self) -> dict[str, Any]:
         shapes = [(name, tuple(p.shape), p.dtype) for name, p in self.params.items()]
-        return {"parameters": shapes, "model": self.model.description, "loss": self.loss.description}
+        words = {"model": self.model.description, "loss": self.loss.description}
+        return {"parameters": shapes, **words, "num_data": self.num_data}
 
 
 class Walk:

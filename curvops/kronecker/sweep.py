@@ -72,8 +72,11 @@ class Sweep:
         """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
         if self.grouping.again:
             return False  # alone: several processes walk until their own data fit
+        sizes = self.risk.ranks.sizes
         self._steps.join()
         agreed = agree(self.risk.ranks, self.grouping, self.whole)
+        if sizes != self.risk.ranks.sizes:
+            return False  # shares have changed, and random numbers belong to the data's places
         if agreed:
             self.constant = self._steps.constant
         return agreed

@@ -109,10 +109,15 @@ def others(p: Problem, data: list[Any], **group: Any) -> dict[str, Tensor]:
     reached, other = (
         KFACLinearOperator(p.model, p.loss, p.params, some, **reduced) for some in (data, [(X * 0, y) for X, y in data])
     )
+    moved = list(data)
+    changed = EmpiricalRisk(p.model, p.loss, p.params, moved, **group)
+    KFACLinearOperator.of(changed)
+    moved[:] = [(X[:1], y[:1]) for X, y in data]  # other places
     mine = GGNLinearOperator(p.model, p.loss, p.params, data, **group)
     return {
         "decomposed": kfac.decompose().inverse(damping=0.1).to_dense(),
         "refreshed": kfac.refresh(data, decay=0.5).to_dense(),
+        "changed data": KFACLinearOperator.of(changed).to_dense(),
         "numbers of data": torch.tensor(list(reached.merge(other).state.data.values())),
         "ekfac trace": ekfac.trace().detach(),
         "layer": mine["0.*"].to_dense(),

@@ -18,6 +18,7 @@ from curvops import (
     EmpiricalRisk,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
     KFACLinearOperator,
     SpreadOperator,
 )
@@ -82,6 +83,10 @@ def main(report: str) -> None:
     tried("seed", made(KFACLinearOperator, seed=rank))
     tried("operator", made(EKFACLinearOperator if rank else KFACLinearOperator, check_deterministic=False))
     tried("number", made(num_data=5))
+    kept = list(data.batches)
+    jacobian = JacobianLinearOperator(p.model, p.params, kept, process_group=group)
+    kept.append(kept[0]) if rank else kept.append((p.X[:1], p.y[:1]))
+    tried("outputs", lambda: jacobian @ v)
     tried("length", lambda: op @ v[rank:])
     tried("sum's length", lambda: (2 * op.T + op) @ v[rank:])
     tried("counted", lambda: made(num_data=6 if rank else None, check_deterministic=False)() @ v)

@@ -70,6 +70,7 @@ BOTH = {
     "seed": "compute different things: .*seed 0.*seed 1",
     "operator": "compute different things: process 0 KFACLinearOperator.* process 1 EKFACLinearOperator",
     "number": "num_data: expected 5 data, the loader yields 6",
+    "outputs": "RuntimeError: JacobianLinearOperator: expected .* outputs",
     "length": "ValueError: .*got",
     "sum's length": "ValueError: .*got",
     "counted": "different num_data: None in process 0, 6 in process 1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -128,13 +128,9 @@ class LinearOperator(Quantities):
         """Tensors of the caller's that the operator depends on."""
         return (tensor for part in self._parts for tensor in part._leaves())
 
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
+    def _in_step(self) -> AbstractContextManager[None]:
         """Processes that share data or columns learn here what fails in one of them before it comes to the product."""
-        with ExitStack() as stack:
-            for part in self._parts:
-                stack.enter_context(part._in_step())
-            yield
+        return _entered([part._in_step() for part in self._parts])
 
     def _scaled(self, factor: float) -> LinearOperator:
         """``factor`` times the operator; subclasses may keep their structure."""
@@ -363,6 +359,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, None]:
         _ = ctx.saved_tensors
         return ctx.operator.adjoint() @ gradient, None
+
+
+@contextmanager
+def _entered(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _as_scalar(value: Any) -> float | None:

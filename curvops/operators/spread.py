@@ -24,7 +24,8 @@ class SpreadOperator(LinearOperator):
 
     For dense matrices, and for whatever multiplies blocks of columns: probes of estimators, starts of Lanczos. Each
     process has the operator whole, with all data; where the data are shared, pass ``process_group=`` to the operator
-    itself. One vector is multiplied by the first process alone.
+    itself. One vector is multiplied by the first process alone. A first product, when it is made, shows whether all have the
+    same operator.
 
     Args:
         operator: The operator, the same in all processes.

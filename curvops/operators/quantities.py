@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import signature
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,21 +22,18 @@ from curvops.space import TensorSpace, describe
 from curvops.spectrum import EigenPairs, SpectralDensity, Which
 from curvops.spectrum.choice import Choice
 
-Options = ParamSpec("Options")
-Result = TypeVar("Result")
+SomeMethod = TypeVar("SomeMethod", bound=Callable[..., Any])
 
 
-def in_step(
-    method: Callable[Concatenate[Any, Options], Result],
-) -> Callable[Concatenate[Any, Options], Result]:
+def in_step(method: SomeMethod) -> SomeMethod:
     """The method, of which processes that share data learn where it fails in one of them, as by an argument."""
 
     @wraps(method)
-    def call(self: Any, /, *args: Options.args, **options: Options.kwargs) -> Result:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
         with self._in_step():
             return method(self, *args, **options)
 
-    return call
+    return cast(SomeMethod, call)
 
 
 class Quantities(ABC):

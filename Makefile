@@ -67,15 +67,7 @@ bench: .venv-peer/.peer .venv-others/.others
 	.venv-others/bin/python benchmarks/peers.py --write docs $(ARGS)
 	.venv-peer/bin/python benchmarks/summary.py --write README.md
 
-bench-TORCHRUN = $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
-processes: .venv/.dev
-	$(TORCHRUN) examples/processes.py
-	$(BIN)/accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu examples/accelerated.py
-	$(TORCHRUN) benchmarks/processes.py --bytes
-	$(TORCHRUN) benchmarks/processes.py
-	$(BIN)/python benchmarks/processes.py --large
-
-minilm: .venv-models/.peer
+bench-minilm: .venv-models/.peer
 	.venv-models/bin/python benchmarks/work.py --models minilm --work first,repeated,kfac --rounds 3 \
 	  --write docs $(ARGS)
 

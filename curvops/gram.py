@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ def add_moment(moment: Tensor, rows: Tensor) -> None:
         maps = rows.squeeze(2).mT
         units, size, positions = maps.shape
         if positions >= size:
-            moment[0] += torch.bmm(maps, maps.mT).sum(0)
+            moment += torch.bmm(maps, maps.mT).sum(0)
         else:
             add_gram(moment[0], maps.transpose(0, 1).reshape(size, units * positions).T)
     else:
@@ -35,26 +33,29 @@ def add_moment(moment: Tensor, rows: Tensor) -> None:
 
 def add_gram(moment: Tensor, rows: Tensor) -> None:
     """Add rowsᵀ rows to the upper half of ``[c, c]`` for rows ``[n, c]``."""
-    for start, stop in _stripes(moment):
+    width = _width(moment)
+    if width == len(moment):
+        moment.addmm_(rows.T, rows)
+        return
+    for start in range(0, len(moment), width):
+        stop = start + width
         moment[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
 
 def mirrored(moment: Tensor) -> Tensor:
     """The moment with its upper half copied to the lower one, in place; a diagonal as it is."""
-    if moment.ndim == 3:
-        for start, stop in _stripes(moment):
-            if stop < moment.shape[-1]:
-                moment[:, stop:, start:stop] = moment[:, start:stop, stop:].mT
+    size, width = moment.shape[-1], _width(moment)
+    for stop in range(width, size, width) if moment.ndim == 3 else ():
+        moment[:, stop:, stop - width : stop] = moment[:, stop - width : stop, stop:].mT
     return moment
 
 
-def _stripes(moment: Tensor) -> Iterator[tuple[int, int]]:
+def _width(moment: Tensor) -> int:
+    """Rows of a matrix that are accumulated together."""
     size = moment.shape[-1]
-    width = STRIPE * -(-size // (STRIPE * STRIPES))
     if size < 2 * STRIPE or moment.device.type != "cpu":
-        width = max(size, 1)
-    for start in range(0, size, width):
-        yield start, min(start + width, size)
+        return max(size, 1)
+    return STRIPE * -(-size // (STRIPE * STRIPES))
 
 
 def _channels_first(rows: Tensor) -> bool:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +35,20 @@ def plain_kernels() -> Iterator[None]:
             switched("attention", lambda: sdpa_kernel(SDPBackend.MATH)),
             # a model may compile parts of itself as it runs
             switched("compiler", lambda: torch.compiler.set_stance("force_eager")),
-            switched("checkpoints", lambda: patch.object(CheckpointFunction, "apply", _reentrant)),
+            switched("checkpoints", _keeping_checkpoints),
         ):
             yield
     finally:
         _PLAIN.reset(before)
+
+
+@contextmanager
+def _keeping_checkpoints() -> Iterator[None]:
+    setattr(CheckpointFunction, "apply", _reentrant)  # noqa: B010
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply  # which is inherited
 
 
 def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:

@@ -121,7 +121,7 @@ def _described(block: Block) -> str:
     many, eigen = f"{groups} × " if groups > 1 else "", isinstance(block, EigenBlock)
     factors = (block.left, block.right) if isinstance(block, EigenBlock) else tuple(block.tensors.values())
     dense = [factor is not None and factor.ndim == 3 for factor in factors]
-    a, b = (f"{size}" if d else f"diag {size}" for d, size in zip(dense, (left, right), strict=True))
+    a, b = (f"{size}" if d or size == 1 else f"diag {size}" for d, size in zip(dense, (left, right), strict=True))
     if eigen and not any(dense):
         return f"diagonal {block.size}"
     if right == 1:

@@ -28,31 +28,40 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
     plain: list[Tensor | None] = []
     if tape.size > 1:
         slopes = tape.gradients(cotangent, every)[0]
-        plain = [_projected(use, g, directions) for use, g in zip(tape.uses, slopes, strict=True)]
+        # copied, as the cotangent itself may be among them, and is scaled in place
+        plain = [
+            g if g is None else _projected(use, g, directions).clone() for use, g in zip(tape.uses, slopes, strict=True)
+        ]
         del slopes
     # an output may be as wide as a vocabulary: one cotangent at a time is held
     scaled, totals = tape.gradients(cotangent.mul_(spread), every, names)
+    weights = scale.to(torch.promote_types(tape.z.dtype, torch.float32)).view(-1, 1, 1, 1)
     failed: dict[str, str] = {}
     parts: dict[str, list[tuple[Use, View, Tensor]]] = {}
     for k, (use, g) in enumerate(zip(tape.uses, scaled, strict=True)):
         if plain:
-            tape.layouts[k] = _layout(plain[k], _projected(use, g, directions), scale, tape.precision)
-            tape.tested = tape.tested and ((before := plain[k]) is None or bool(before.any()))
+            before, tape.layouts[k] = plain[k], Layout(0)
+            if before is not None and g is not None:
+                after = _projected(use, g, directions)
+                tape.layouts[k], size = _layout(before, after, weights, tape.precision)
+                tape.tested = tape.tested and size > 0
         for view in views(use):
             if tape.layouts[k] is None:
                 failed[view.name] = f"the rows of {use.kind} do not belong to one datum each"
             if g is not None:
                 parts.setdefault(view.name, []).append((use, view, g))
     allowed = max(tolerance(dtype) for dtype in {tape.precision, *(g.dtype for g in scaled if g is not None)})
-    norms: dict[str, Tensor] = {}
-    reached = tape.reached()
+    norms: list[Tensor] = []
+    seen: list[str] = []
     for k, name in enumerate(names):
         total, totals[k] = totals[k], None
         if name in tape.taps.unknowns and total is not None:
             failed[name] = f"it enters {tape.taps.unknowns[name]}"
         elif name not in failed:
-            norms[name] = _norms(_over_uses(tape.params[name], parts.get(name, ())), total)
-    for name, pair in zip(norms, torch.stack([*norms.values()]).tolist() if norms else (), strict=True):
+            norms += _norms(_over_uses(tape.params[name], parts.get(name, ())), total)
+            seen.append(name)
+    numbers, reached = torch.stack(norms).tolist() if norms else [], tape.reached()
+    for name, *pair in zip(seen, numbers[::2], numbers[1::2], strict=True):
         tape.tested = tape.tested and (pair[1] > 0 or name not in reached)
         if not _small(pair, allowed):
             failed[name] = "its gradient is not the sum over the operations that were seen"
@@ -68,36 +77,38 @@ def candidates(lead: Sequence[int], size: int) -> list[Layout]:
     return exact + [Layout(k, order) for order in ("major", "minor") for k in longer]
 
 
-def _layout(before: Tensor | None, after: Tensor | None, scale: Tensor, precision: torch.dtype) -> Layout | None:
-    """The layout in which projected rows come back scaled by their datum's number."""
-    if before is None or after is None:
-        return Layout(0)
-    for layout in candidates(before.shape[:-1], len(scale)):
-        a, b = (layout.arrange(t, 1, len(scale)) for t in (before, after))
-        pair = _norms(b, a * scale.to(a).view(-1, 1, 1)).tolist()
+def _layout(before: Tensor, after: Tensor, weights: Tensor, precision: torch.dtype) -> tuple[Layout | None, float]:
+    """The layout in which projected rows come back scaled by their datum's weight, and their size."""
+    for layout in candidates(before.shape[:-2], len(weights)):
+        a, b = (layout.arrange(t, 2, len(weights)) for t in (before, after))
+        pair = torch.stack(_norms(b, a * weights)).tolist()
         if _small(pair, max(tolerance(a.dtype), tolerance(precision))):
-            return layout
-    return None
+            return layout, pair[1]
+    return None, float(torch.linalg.vector_norm(before))
 
 
-def _projected(use: Use, g: Tensor | None, directions: dict[tuple[int, torch.dtype], Tensor]) -> Tensor | None:
-    """Random projections ``[*rows, PROJECTIONS]`` of a use's output rows, or these: enough to see that they are scaled."""
-    if g is None:
-        return None
-    rows = use.outputs(g).flatten(-2) if isinstance(use, LinearUse) else use.rows(g)
+def rows_of(use: Use, g: Tensor) -> Tensor:
+    """A use's output rows ``[*rows, groups, out]``, a vector's gradients ``[*rows, 1, size]``."""
+    return use.outputs(g) if isinstance(use, LinearUse) else use.rows(g).unsqueeze(-2)
+
+
+def _projected(use: Use, g: Tensor, directions: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
+    """Random projections ``[*rows, 1, PROJECTIONS]`` of output rows, or these: enough to see that they are scaled."""
+    rows = rows_of(use, g)
     if rows.numel() <= FEW:
-        return rows.detach().clone()  # the cotangent itself may be among them, and is scaled in place
+        return rows
+    rows = rows.flatten(-2)
     size, dtype = rows.shape[-1], torch.promote_types(rows.dtype, torch.float32)
     if (size, dtype) not in directions:
         made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
         directions[size, dtype] = made.to(rows.device, dtype)
-    return (rows.detach().to(dtype) @ directions[size, dtype]).to(rows.dtype)
+    return (rows.to(dtype) @ directions[size, dtype]).to(rows.dtype).unsqueeze(-2)
 
 
-def _norms(found: Tensor, expected: Tensor | None) -> Tensor:
+def _norms(found: Tensor, expected: Tensor | None) -> list[Tensor]:
     """Norms of a difference, and of what was expected."""
-    expected = torch.zeros_like(found) if expected is None else expected.detach().reshape(found.shape)
-    return torch.stack([torch.linalg.vector_norm(t) for t in (found - expected, expected)])
+    expected = torch.zeros_like(found) if expected is None else expected.reshape(found.shape)
+    return [torch.linalg.vector_norm(t) for t in (found - expected, expected)]
 
 
 def _small(norms: Sequence[float], allowed: float) -> bool:
@@ -118,17 +129,15 @@ def _over_uses(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]]) -> Tens
 
 def _summed(use: Use, view: View, g: Tensor) -> Tensor:
     """The gradient of one view, summed over all rows."""
-    if isinstance(use, VectorUse):
-        rows = use.rows(g)
-        return rows.reshape(-1, rows.shape[-1]).sum(0)
-    out = use.outputs(g)
-    out = out.reshape(-1, *out.shape[-2:])
-    if view is use.bias:
-        return out.sum(0)
-    a = use.inputs()
+    rows = rows_of(use, g)
+    if isinstance(use, VectorUse) or view is use.bias:
+        return rows.sum(tuple(range(rows.ndim - 2)))
+    a, out = use.inputs(), rows.reshape(-1, *rows.shape[-2:])
     if isinstance(a, OneHot):
         total = torch.zeros(a.width + 1, out.shape[-1], dtype=out.dtype, device=out.device)
         return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]
     a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
     left, right = (out, a) if use.input_side == "right" else (a, out)
+    if left.shape[1] == 1:
+        return left.squeeze(1).T @ right.squeeze(1)
     return left.permute(1, 2, 0) @ right.movedim(0, 1)

@@ -17,6 +17,7 @@ from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.kronecker.uses import OneHot, Use
 from curvops.memory import budget
+from curvops.operators.eigen import has_basis
 
 TOGETHER = 32 * 2**20  # bytes of output gradients of one forward pass that are taken together, within the budget
 
@@ -96,7 +97,7 @@ class Collection:
     def eigenvectors(self, factors: list[tuple[Tensor, str]]) -> list[Tensor | None]:
         """Eigenvectors of factors with labels, ``None`` for a diagonal one; the factors are given up one by one."""
         if self.planned:
-            return [factor if factor.ndim == 3 else None for factor, _ in factors]
+            return [factor if has_basis(factor.shape) else None for factor, _ in factors]
         return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors)]
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:

@@ -38,8 +38,9 @@ class BasisDiagonal:
         ((a, columns, side), *others) = pairs
         if not others and isinstance(a, Tensor) and a.shape[1] == 1 and left is right is None:
             # one row a datum: the square of an outer product is the outer product of the squares
-            squares = torch.stack([g.square() for g in columns]).sum(0).squeeze(1), a.square().squeeze(1)
-            self.total += torch.einsum("ngl,ngr->glr", *squares if side == "right" else squares[::-1])
+            squares = sum((g.square() for g in columns[1:]), columns[0].square()), a.square()
+            one, other = (rows.squeeze(1).transpose(0, 1) for rows in (squares if side == "right" else squares[::-1]))
+            self.total += torch.bmm(one.mT, other)
             return
         for gradients in whole_gradients(pairs, self.total.shape, self._bytes):
             if left is not None:
@@ -104,8 +105,12 @@ def whole_gradients(pairs: Sequence[Pair], shape: Sequence[int], most: int) -> I
             total: Tensor | None = None
             for (a, _, side), stack in zip(pairs, stacks, strict=True):
                 rows = OneHot(a.ids[start:stop], a.width).dense(like.dtype) if isinstance(a, OneHot) else a[start:stop]
-                order = "goi" if side == "right" else "gio"
-                part = torch.einsum(f"knpgo,npgi->kn{order}", stack[:, start:stop], rows)
+                if len(stack) == stack.shape[3] == 1:
+                    g, b = stack[0, start:stop, :, 0], rows[:, :, 0]
+                    part = (torch.bmm(g.mT, b) if side == "right" else torch.bmm(b.mT, g))[None, :, None]
+                else:
+                    order = "goi" if side == "right" else "gio"
+                    part = torch.einsum(f"knpgo,npgi->kn{order}", stack[:, start:stop], rows)
                 total = part if total is None else total + part
             assert total is not None
             yield total

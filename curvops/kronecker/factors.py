@@ -94,7 +94,7 @@ class Factors:
         if rows.role == "bias":
             moments.inputs += rows.count
         elif isinstance(windows, Windows) and moments.inputs.ndim == 3 and windows.correlates:
-            moments.inputs[0] += windows.moment(self._dtype, rows.role == "joint")
+            moments.inputs += windows.moment(self._dtype, rows.role == "joint")
         elif isinstance(a := rows.inputs, OneHot):
             ids = a.ids.flatten()
             moments.inputs += torch.bincount(ids[ids >= 0], minlength=a.width).to(self._dtype)

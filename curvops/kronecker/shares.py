@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvops.kronecker.groups import Group, Grouping, Key
 from curvops.kronecker.state import Entry
-from curvops.operators.eigen import eigh
+from curvops.operators.eigen import eigh, has_basis
 from curvops.ranks import Ranks
 from curvops.space import describe
 
@@ -127,11 +127,13 @@ def decompositions(ranks: Ranks, factors: list[tuple[Tensor, str]]) -> list[tupl
 
     Processes divide dense ones among them by their numbers of operations.
     """
-    owners = assigned([len(f) * float(f.shape[-1]) ** 3 if f.ndim == 3 else 0.0 for f, _ in factors], ranks.number)
+    owners = assigned(
+        [len(f) * float(f.shape[-1]) ** 3 if has_basis(f.shape) else 0.0 for f, _ in factors], ranks.number
+    )
     shapes = [(factor.shape, factor.dtype, factor.device) for factor, _ in factors]
     factors.reverse()
     found = [
-        eigh(*one) if len(one[0].shape) == 2 or owner == ranks.rank else None
+        eigh(*one) if not has_basis(one[0].shape) or owner == ranks.rank else None
         for owner in owners
         for one in [factors.pop()]
     ]

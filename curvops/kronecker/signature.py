@@ -16,6 +16,9 @@ from curvops.tree import nodes_of
 LEAF = "torch::autograd::AccumulateGrad"
 PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device}
 
+# a tensor, its number, whether it depends on the data, and whether it may have an axis for them
+Known = tuple[ref[Tensor], str, bool, bool]
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -45,15 +48,15 @@ class Recording:
 
     Tensors other than the parameters get numbers in the order in which they appear. It ``mixes`` if a result that
     depends on the data has no axis for them, such as a mean over the batch, or if it may be made by what has two, such
-    as a graph of the data: how much it mixes them may depend on their values, and no signature shows that.
+    as a graph of the data: how much it mixes them may depend on their values, and no signature shows that. It ``pools``
+    if there is a result without an axis for the data, through which no gradient may flow.
     """
 
     def __init__(self, parameters: Iterable[Tensor], size: int) -> None:
-        self.size, self.mixes = size, False
+        self.size, self.mixes, self.pools = size, False, False
         self._entries: list[Any] = []
         self._met: list[Tensor] = []  # tensors of the data that the current call takes
-        # by `id`: the tensor, its number, and whether it depends on the data
-        self._known: dict[int, tuple[ref[Tensor], str, bool]] = {}
+        self._known: dict[int, Known] = {}  # by `id`
         self._count = 0
         for tensor in parameters:
             self._remember(tensor, False)
@@ -70,8 +73,9 @@ class Recording:
         self._entries.append(func)
         self._met = []
         of_data = self.add(args) | (self.add(kwargs) if kwargs else False)
-        pairs, born = [t for t in self._met if self._has_pairs(t)], []
-        if len(self._met) > 1 and any(t.requires_grad for t in self._met):
+        several, born = len(self._met) > 1, []
+        pairs = [t for t in self._met if self._has_pairs(t)] if several else []
+        if pairs and any(t.requires_grad for t in self._met):
             # images may be as high and wide as batches have data
             next_to = [t.shape[k : k + 2] for t in pairs if t.ndim < 4 and not t.requires_grad for k in range(t.ndim)]
             self.mixes = self.mixes or (self.size, self.size) in next_to
@@ -79,12 +83,16 @@ class Recording:
         for result in args[:1] if in_place else out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(result, Tensor):
                 known = self._find(result)
-                born += [] if known else [result]
+                if known is None:
+                    born.append(result)
                 if known is None or (of_data and in_place):
                     known = self._remember(result, of_data)
-                self._entries += [known[1], result.dtype, result.requires_grad, *result.shape]
-                self.mixes = self.mixes or (of_data and result.requires_grad and self._reduced(func, args, result))
-                self.mixes = self.mixes or (len(self._met) > 1 and not pairs and self._has_pairs(result))
+                requires_grad = result.requires_grad
+                self._entries += (known[1], result.dtype, requires_grad, *result.shape)
+                if of_data and not self.mixes and self._reduced(func, args, result, known[3]):
+                    self.pools, self.mixes = True, requires_grad
+                if several and not pairs and not self.mixes:
+                    self.mixes = self._has_pairs(result)
             elif isinstance(result, int):  # the model may branch here
                 self._entries.append(result)
         return born
@@ -104,12 +112,13 @@ class Recording:
         if isinstance(value, Tensor):
             known = self._find(value)
             if known is None:
-                known = self._remember(value, self._has_data(value))
+                known = self._remember(value)
                 self._entries += value.shape
-            self._entries.append(known[1])
-            if known[2] or (not value.requires_grad and self._has_data(value)):
+            _, number, of_data, has_axis = known
+            self._entries.append(number)
+            if of_data or (has_axis and not value.requires_grad):
                 self._met.append(value)
-            return known[2]
+            return of_data
         if isinstance(value, (tuple, list, dict)):
             return self.add(list(value.items() if isinstance(value, dict) else value))
         if isinstance(value, slice):
@@ -117,31 +126,30 @@ class Recording:
         self._entries.append(kind)
         return False
 
-    def _has_data(self, tensor: Tensor) -> bool:
-        """Whether a tensor may have an axis for the data."""
-        return any(length % self.size == 0 for length in tensor.shape)
-
     def _has_pairs(self, tensor: Tensor) -> bool:
         """Whether a tensor has two axes for the data: it may say for each pair how they are mixed."""
         return self.size > 1 and tensor.shape.count(self.size) > 1
 
-    def _reduced(self, func: Any, args: Any, result: Tensor) -> bool:
+    def _reduced(self, func: Any, args: Any, result: Tensor, has_axis: bool) -> bool:
         """Whether a result lacks the axis of the data, for all that shapes tell."""
-        if self.size == 1 or not self._has_data(result):
+        if self.size == 1 or not has_axis:
             return self.size > 1
-        operands = [t for t in args[:1] if isinstance(t, Tensor) and func in REDUCTIONS]
-        return any(list(t.shape).count(self.size) > list(result.shape).count(self.size) for t in operands)
+        operands = [t for t in args[:1] if isinstance(t, Tensor)] if func in REDUCTIONS else ()
+        return any(t.shape.count(self.size) > result.shape.count(self.size) for t in operands)
 
     def _name(self, leaf: Any) -> str:
         known = self._find(leaf.variable)
         return known[1] if known is not None else "leaf"
 
-    def _find(self, tensor: Tensor) -> tuple[ref[Tensor], str, bool] | None:
+    def _find(self, tensor: Tensor) -> Known | None:
         known = self._known.get(id(tensor))
         # an id is used again once its tensor is gone
         return known if known is not None and known[0]() is tensor else None
 
-    def _remember(self, tensor: Tensor, of_data: bool) -> tuple[ref[Tensor], str, bool]:
+    def _remember(self, tensor: Tensor, of_data: bool | None = None) -> Known:
+        """Number a tensor; one that nothing is known of depends on the data if it may have an axis for them."""
         self._count += 1
-        self._known[id(tensor)] = known = ref(tensor), f"tensor {self._count}", of_data
+        has_axis = any(length % self.size == 0 for length in tensor.shape)
+        known = ref(tensor), f"tensor {self._count}", has_axis if of_data is None else of_data, has_axis
+        self._known[id(tensor)] = known
         return known

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.kronecker.groups import Group, overlap
 from curvops.operators.block_diagonal import Placed
-from curvops.operators.blocks import Block, EigenBlock, KroneckerBlock
+from curvops.operators.blocks import Block, Decomposed, EigenBlock, KroneckerBlock
 from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
@@ -116,7 +116,7 @@ class State:
     def blocks(self) -> list[Placed]:
         """Blocks that cover all parameters; what the model never uses is exactly zero."""
         placed = []
-        decomposed: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
+        decomposed: list[tuple[Tensor, Decomposed]] = []
         for group, entry in self.groups:
             if (block := entry.block(self.constant)) is not None:
                 if isinstance(block, KroneckerBlock):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from curvops.kronecker.alone import SOME, Joint, agrees, cut, same, scale_of, work_of
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
@@ -19,16 +20,16 @@ from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
 from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
-from curvops.kronecker.uses import LinearUse, Use
 from curvops.losses import Noise, OutputCurvature
-from curvops.products.account import relative_difference, tolerance
-from curvops.risk.data import Batch
+from curvops.risk.data import Batch, joined_batch, joins
 from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
-from curvops.tree import map_tensors, tensors_of
+from curvops.tree import tensors_of
 
-SOME = 4  # data that a large batch is certified on
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
+JOINED = (
+    8 * 2**20
+)  # bytes of the layers' outputs up to which batches go together, within a quarter of the memory budget
 
 
 class Proof(NamedTuple):
@@ -46,7 +47,7 @@ class Sweep:
     Each batch is certified. A parameter's rows belong to the data of the ``"batch"``, or each ``"datum"`` is run alone,
     or the batch is seen as ``"one"`` datum because the model mixes its data. After the last batch ``constant`` is the
     risk's c; ``data`` is for each parameter the number of data, of batches where these are seen as one. ``proofs`` of an
-    earlier sweep serve passes of the same operations.
+    earlier sweep serve passes of the same operations. Small batches after the first go together where that changes nothing.
     """
 
     def __init__(self, risk: EmpiricalRisk, options: Options, proofs: Sequence[Proof] = ()) -> None:
@@ -56,7 +57,9 @@ class Sweep:
         self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
         self.size = self.forward_passes = self.backward_passes = 0
-        self.signed = self._planned = self._streamed = False
+        self.signed = self._planned = self._streamed = self._apart = False
+        self._cuts: list[int] = []  # how many batches went together in each forward pass of a walk
+        self._first = self._most = 0  # data of the first batch, and data up to which batches go together
 
     def walk(self, title: str, together: int, more: bool = False) -> Iterator[Pass]:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
@@ -66,6 +69,7 @@ class Sweep:
         """
         self._reset()
         self._marks: list[tuple[float, ...]] = []
+        self._cuts = []
         yield from self._passes(title, together, mark=self._marks.append if more else None)
 
     def agree(self) -> bool:
@@ -92,7 +96,7 @@ class Sweep:
                     "shuffle=False and fixed transforms, or give the rows of the first walk more room by memory_budget=."
                 )
 
-        yield from self._passes(title, together, skip, check)
+        yield from self._passes(title, together, skip, check, self._cuts)
         if not self.grouping.again:
             check(None)
         if self.grouping.again:
@@ -118,34 +122,96 @@ class Sweep:
         self.reasons: dict[str, list[str]] = {name: [] for name in self.data}
 
     def _passes(
-        self, title: str, together: int, skip: int = 0, mark: Callable[[tuple[float, ...]], None] | None = None
+        self,
+        title: str,
+        together: int,
+        skip: int = 0,
+        mark: Callable[[tuple[float, ...]], None] | None = None,
+        cuts: Sequence[int] = (),
     ) -> Iterator[Pass]:
+        self._first, self._most = 0, sys.maxsize if cuts else 0
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
             self._steps = Walk(self.risk, batches, title)
-            for place, batch in enumerate(self._steps):
+            for place, several in enumerate(self._gathered(mark, cuts)):
+                if not cuts:
+                    self._cuts.append(len(several))
+                batch = joined_batch(several)
                 if self._streamed:
                     self.grouping, self.whole = Grouping(self.risk.space, self.grouping.joint), {}
                     self._reset()
-                if mark is not None:
-                    mark(fingerprint(batch))
                 if place >= skip:
-                    yield from self._batch(place, batch, together)
+                    joint = self._joint(batch, several) if len(several) > 1 else None
+                    if len(several) > 1 and joint is None:
+                        self._apart = self.grouping.again = True  # a new walk, each batch alone
+                        return
+                    yield from self._batch(place, batch, together, joint)
                 while self.grouping.again and (self._streamed or self._planned):  # this batch contradicts itself
                     self._reset()
                     yield from self._batch(place, batch, together)
                 if self._planned or self.grouping.again:
                     return
 
-    def _batch(self, place: int, batch: Batch, together: int) -> Iterator[Pass]:
-        """Record, certify and pull one batch."""
+    def _gathered(self, mark: Callable[[tuple[float, ...]], None] | None, cuts: Sequence[int]) -> Iterator[list[Batch]]:
+        """The batches that go together, the first one alone; or those that did in an earlier walk."""
+        waiting: list[Batch] = []
+        numbers = iter(cuts)
+        number = next(numbers, 1)
+        for batch in self._steps:
+            self._first = self._first or batch.size
+            if mark is not None:
+                mark(fingerprint(batch))
+            # of one size, which the first one had: a model may do something else with other numbers of data
+            alike = {one.size for one in (*waiting, batch)} == {self._first}
+            if waiting and not (alike and joins(waiting, batch, self._most)):
+                yield waiting
+                waiting = []
+            waiting = [*waiting, batch]
+            if len(waiting) == number or not self._most:
+                yield waiting
+                waiting, number = [], next(numbers, 0)
+        if waiting:
+            yield waiting
+
+    def _joint(self, batch: Batch, several: Sequence[Batch]) -> Joint | None:
+        """The pass of several batches, if a proof covers it and some data give what they give alone.
+
+        These stand at the ends of their batches, in the middle of all, and once more at the ends where they are alone:
+        a model may treat who comes first or last differently.
+        """
         tape = record(self.risk, batch.X, batch.size)
+        few, first = SOME // 2, several[0].size
+        places = [*range(first, min(first + few, batch.size)), *range(max(first - few, 0), first)]
+        alone = self._run(batch, places, taped=True)
+        for proof in () if alone is None or tape.taps.data_dependent or tape.taps.pools else self.proofs:
+            known = proof.way == "batch" and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
+            if known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places):
+                tape.layouts = list(proof.layouts)
+                return Joint(tape, alone, places)
+        return None
+
+    def _joinable(self, batch: Batch, tape: Tape, curvature: OutputCurvature, ways: dict[str, str]) -> int:
+        """How many data may go together, by what one batch of them took."""
+        if not curvature.closed_form or set(ways.values()) != {"batch"} or batch.size < 2:
+            return 0
+        size = sum(work_of(use)[0] for use in tape.uses) * tape.z.itemsize
+        budget = self.options.memory_budget
+        most = min(JOINED, JOINED if budget is None else budget // 4) * batch.size // max(size, 1)
+        return most if most >= 2 * batch.size else 0
+
+    def _batch(self, place: int, batch: Batch, together: int, joint: Joint | None = None) -> Iterator[Pass]:
+        """Record, certify and pull one batch."""
+        tape = record(self.risk, batch.X, batch.size) if joint is None else joint.tape
         curvature = self._steps.curvature(tape.z.detach(), batch)
         expected, seen = self.options.num_per_example_loss_terms, curvature.terms_per_datum
         if expected is not None and seen != expected:
             what = f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}."
             raise ValueError(f"{what} Leave it out: it is inferred.")
-        ways, kept = self._certify(batch, tape, curvature)
+        ways, kept = dict.fromkeys(self.risk.space.names, "batch"), tuple[int, ...]()
+        if joint is None:
+            ways, kept = self._certify(batch, tape, curvature)
+            if not (place or self._most or self._streamed or self._planned or self._apart):
+                self._most = self._joinable(batch, tape, curvature, ways)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
         for name, way in ways.items():
             self.data[name] += 1 if way == "one" else batch.size
@@ -156,7 +222,7 @@ class Sweep:
         # lists: the order of the groups must not depend on how strings are hashed
         batched, mixed, alone = ([n for n, w in ways.items() if w == way] for way in ("batch", "one", "datum"))
         if batched:
-            yield from self._pull(tape, batched, columns, (place, 0), together, last=not mixed)
+            yield from self._pull(tape, batched, columns, (place, 0), together, not mixed, joint)
         if mixed:
             whole = Cotangents(curvature, factor, kind, noise, 1)
             self.signed = self.signed or whole.signed
@@ -185,6 +251,7 @@ class Sweep:
         place: tuple[int, int],
         together: int,
         last: bool = True,
+        joint: Joint | None = None,
     ) -> Iterator[Pass]:
         """One backward pass for each cotangent, as many together as fit; after the ``last`` one the graph is free."""
         uses = self.grouping.assign(tape, {n for n in names if n not in self.whole})
@@ -199,7 +266,7 @@ class Sweep:
             self.backward_passes += len(columns)
             yield found
             return
-        one = sum(_work(tape.uses[k])[0] for k in indices) * tape.z.itemsize
+        one = sum(work_of(tape.uses[k])[0] for k in indices) * tape.z.itemsize
         some = max(1, together // max(one, 1))
         for first in range(0, len(columns), some):
             slopes, totals = [], []
@@ -211,9 +278,12 @@ class Sweep:
                 slopes.append(dict(zip(indices, at_uses, strict=True)))
                 pairs = zip(plain.values(), own, strict=True)
                 totals.append({group.key: total.flatten() for group, total in pairs if total is not None})
+                if joint is not None and k == 0 and not joint.holds(columns[0], slopes[0]):
+                    self._apart = self.grouping.again = True  # a new walk, each batch alone
+                    return
             yield replace(found, columns=slopes, totals=totals, first=first)
 
-    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> tuple[dict[str, str], Collection[int]]:
+    def _certify(self, batch: Batch, tape: Tape, curvature: OutputCurvature) -> tuple[dict[str, str], tuple[int, ...]]:
         """The way that each parameter is seen, and which tensors of X all data have in common."""
         names = self.risk.space.names
         if batch.size > 1 and curvature.terms_per_datum is None:
@@ -234,7 +304,7 @@ class Sweep:
             why = self.whole.get(name) or failed.get(name) or "tapped"
             if why not in self.reasons[name]:
                 self.reasons[name].append(why)
-        return ways, kept or ()
+        return ways, tuple(kept or ())
 
     def _give_up(self, failed: dict[str, str]) -> None:
         """Take whole gradients of parameters, in earlier batches too."""
@@ -269,20 +339,20 @@ class Sweep:
 
     def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
         names = self.risk.space.names
-        large = sum(_work(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
+        large = sum(work_of(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, taped=True) if batch is not None and large else None
         if isinstance(some, Tape) and some.signature.covers(tape.signature):
-            scale = _scale(some)
+            scale = scale_of(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
             if some.tested and tape.fits(some.layouts):
                 tape.layouts = some.layouts
                 return failed
-        scale = _scale(tape)
+        scale = scale_of(tape)
         if curvature is None or tape.size == 1:
             return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names)
-        rows = scale.repeat_interleave(curvature.num_terms // tape.size)
-        spread = curvature.outputs(rows[:, None].expand(-1, curvature.width).to(curvature.dtype).contiguous())
+        rows = scale.to(curvature.dtype).repeat_interleave(curvature.num_terms // tape.size)
+        spread = curvature.outputs(rows.unsqueeze(1).expand(-1, curvature.width))
         return certify(tape, scale, spread, names)
 
     def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:
@@ -293,7 +363,7 @@ class Sweep:
         # from both ends: whoever comes first or last may be treated differently
         places = [*range(SOME // 2), *range(size - SOME // 2, size)]
         some = self._run(batch, places, taped=taped)
-        return some if _agree(some.z if isinstance(some, Tape) else some, tape, places) else None
+        return some if agrees(some.z if isinstance(some, Tape) else some, tape, places) else None
 
     def _alone(self, batch: Batch, tape: Tape, names: list[str]) -> Collection[int] | None:
         """Which tensors of X all data have in common, where a datum alone gives what it gives in its batch.
@@ -310,13 +380,12 @@ class Sweep:
             totals = [torch.zeros_like(tape.params[name]) for name in names]
             for n, part in enumerate(cotangent.unflatten(0, (batch.size, -1))):
                 single = self._run(batch, [n], kept, taped=True)
-                if not _agree(single and single.z, tape, [n]):
+                if not agrees(single and single.z, tape, [n]):
                     break
                 for total, g in zip(totals, single.gradients(part, (), names)[1], strict=True):
                     total += 0 if g is None else g
             else:
-                same = (_same(a, b, tape) for a, b in zip(totals, expected, strict=True))
-                return kept if all(same) else None
+                return kept if all(same(a, b, tape) for a, b in zip(totals, expected, strict=True)) else None
         return None
 
     def _run(self, batch: Batch, places: Sequence[int], kept: Collection[int] = (), taped: bool = False) -> Any:
@@ -331,39 +400,3 @@ class Sweep:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None
-
-
-def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) -> Any:
-    """Some data of a batch: each tensor with the data along its first axis is indexed, but those that are ``kept``."""
-    number = count()
-
-    def some(t: Tensor) -> Tensor:
-        whole = next(number) in kept or t.ndim == 0 or t.shape[0] != size
-        return t if whole else t[torch.tensor(places, device=t.device)]
-
-    return map_tensors(some, X)
-
-
-def _agree(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
-    """Whether some data's output is what they have in their batch."""
-    if z is None or tape.z.ndim == 0 or tape.z.shape[0] % tape.size:
-        return False
-    expected = tape.z.detach().unflatten(0, (tape.size, -1))[list(places)]
-    return z.numel() == expected.numel() and _same(z.detach().view_as(expected), expected, tape)
-
-
-def _same(found: Tensor, expected: Tensor | None, tape: Tape) -> bool:
-    expected = found * 0 if expected is None else expected
-    return relative_difference(found, expected) <= max(tolerance(found.dtype), tolerance(tape.precision))
-
-
-def _scale(tape: Tape) -> Tensor:
-    """A number for each datum, all different."""
-    numbers = torch.rand(tape.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return (0.5 + numbers).to(tape.z.device)
-
-
-def _work(use: Use) -> tuple[int, int]:
-    """Entries of a layer's output, and multiplications that it takes."""
-    size = use.shape.numel() if isinstance(use, LinearUse) else 0
-    return size, size * use.input_shape[1] if isinstance(use, LinearUse) else 0

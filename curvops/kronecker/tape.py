@@ -42,12 +42,13 @@ class Layout:
         if self.axis is None:
             return rows.reshape(1, -1, *rest)
         if self.order == "only":
-            rows = rows.movedim(self.axis, 0)
+            rows = rows.movedim(self.axis, 0) if self.axis else rows
         elif self.order == "major":
             rows = rows.unflatten(self.axis, (size, -1)).movedim(self.axis, 0)
         else:
             rows = rows.unflatten(self.axis, (-1, size)).movedim(self.axis + 1, 0)
-        return rows.reshape(size, rows.shape[1 : rows.ndim - tail].numel(), *rest)
+        lead = rows.shape[1 : rows.ndim - tail]
+        return rows if len(lead) == 1 else rows.reshape(size, lead.numel(), *rest)
 
 
 TOGETHER = Layout(None)

@@ -45,6 +45,11 @@ class Taps(TorchFunctionMode):
         """The applications that a rule knows."""
         return [*self._uses, *self.lookups.uses]
 
+    @property
+    def pools(self) -> bool:
+        """Whether the data's values enter by something that they have in common, such as their largest."""
+        return self._recording.pools
+
     def signature(self, output: Tensor) -> Signature:
         """The operations of the pass, which gave an output."""
         return self._recording.signature(output)
@@ -64,7 +69,7 @@ class Taps(TorchFunctionMode):
 
     def unknown(self, *tensors: Any, how: str = "") -> None:
         """Parameters among the tensors enter the current operation without a rule."""
-        for tensor in tensors:
+        for tensor in tensors if self._active else ():
             if (view := self.view(tensor)) is not None:
                 self.unknowns.setdefault(view.name, self._operation + how)
 
@@ -170,12 +175,13 @@ class Taps(TorchFunctionMode):
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note a call, and the precision of its result."""
         for tensor in self._recording.call(func, args, kwargs, out):
-            if tensor.is_floating_point() and tensor.requires_grad and func not in VIEWS:
-                pair = (self.precision or tensor.dtype, tensor.dtype)
-                self.precision = max(pair, key=lambda dtype: torch.finfo(dtype).eps)
-        # which entries of a parameter were taken is told by the view's key
-        by_values = is_data_dependent(func, args) and self.view(args[0] if args else None) is None
-        self.data_dependent = self.data_dependent or by_values or self._recording.mixes
+            dtype = tensor.dtype
+            if dtype is not self.precision and tensor.requires_grad and dtype.is_floating_point and func not in VIEWS:
+                self.precision = max(self.precision or dtype, dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        if not self.data_dependent:
+            # which entries of a parameter were taken is told by the view's key
+            by_values = is_data_dependent(func, args) and self.view(args[0] if args else None) is None
+            self.data_dependent = by_values or self._recording.mixes
 
     def _derive(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> None:
         """The same operation on the entries' places tells which entries the result holds."""

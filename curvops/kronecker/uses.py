@@ -62,6 +62,11 @@ class LinearUse:
 
     @cached_property
     def _output_shape(self) -> torch.Size:
+        shape = self.shape
+        if self.outputs is one_group:
+            return torch.Size((*shape[:-1], 1, shape[-1]))
+        if isinstance(self.inputs, Windows):  # the outputs are maps
+            return torch.Size((shape[0], shape[2:].numel(), self.inputs.groups, shape[1] // self.inputs.groups))
         return self.outputs(torch.empty(self.shape, device="meta")).shape
 
     @property
@@ -106,7 +111,8 @@ def patches(
     if any(amounts):
         x = torch.nn.functional.pad(x, amounts)
     for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + axis, (size - 1) * spread + 1, step)[..., ::spread]
+        x = x.unfold(2 + axis, (size - 1) * spread + 1, step)
+        x = x if spread == 1 else x[..., ::spread]
     n, channels = x.shape[:2]
     order = len(kernel)
     x = x.permute(0, 1, *range(2 + order, 2 + 2 * order), *range(2, 2 + order))
@@ -153,5 +159,5 @@ def one_group(x: Tensor) -> Tensor:
 
 def channels_last(x: Tensor, groups: int = 1) -> Tensor:
     """``[N, C, *space]`` to ``[N, positions, groups, C/groups]``."""
-    n, channels = x.shape[:2]
-    return x.reshape(n, channels, -1).movedim(1, -1).reshape(n, -1, groups, channels // groups)
+    rows = x.flatten(2).mT
+    return rows.unsqueeze(2) if groups == 1 else rows.unflatten(2, (groups, -1))

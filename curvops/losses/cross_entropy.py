@@ -160,7 +160,10 @@ class CrossEntropyCurvature(ClosedForm):
                 f"'CrossEntropyLoss': the (weighted) target probabilities of a term sum to {self.weights.min().item()}, "
                 "expected a non-negative sum."
             )
-        if not self._soft and bool((wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()):
+        lowest, highest = (0, 0) if self._soft or not y.numel() else map(int, y.aminmax())
+        if (lowest < 0 or highest >= self.width) and bool(
+            (wrong := ((y < 0) | (y >= self.width)) & (y != self._ignore_index)).any()
+        ):
             raise ValueError(
                 f"'CrossEntropyLoss': expected labels from 0 to {self.width - 1} or "
                 f"ignore_index={self._ignore_index}, got {y[wrong][0].item()}."

@@ -41,7 +41,7 @@ class Placed:
     def powered(self, exponent: float, shift: float) -> Placed:
         eigen = self.eigen()
         values = eigen.values + shift
-        if exponent < 0 and (eigen.singular if shift == 0 else not values.abs().amin() > 0):
+        if exponent < 0 and (eigen.singular if shift == 0 else not float(values.abs().amin()) > 0):
             raise ValueError(
                 f"{self.label}: it is singular, so the power {exponent:g} does not exist. Pass a positive damping, "
                 f"for instance damping=1e-3 (its largest eigenvalue is {float(values.amax()):.2e})."

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from curvops.operators.eigen import check_finite, eigh, within_rounding
 
+Decomposed = tuple[Tensor, Tensor | None]  # eigenvalues and eigenvectors of a factor
+
 
 class _Block:
     """A symmetric matrix of ``groups`` diagonal blocks of size ``left · right`` each, and the tensors that it is made of."""
@@ -38,7 +40,7 @@ class KroneckerBlock(_Block):
         self._left, self._right, self._scales = left, right, scales
         self._eigen: EigenBlock | None = None
         #: factors and their eigendecompositions; blocks that hold the same factors share them
-        self.decomposed: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
+        self.decomposed: list[tuple[Tensor, Decomposed]] = []
 
     @property
     def left(self) -> Tensor:
@@ -53,9 +55,9 @@ class KroneckerBlock(_Block):
         if self._eigen is None:
             left, left_basis = self._decompose(self._left, label)
             right, right_basis = self._decompose(self._right, label)
-            zero = within_rounding(left, left_basis).any() | within_rounding(right, right_basis).any()
             values = (left * self._scales[0]).unsqueeze(2) * (right * self._scales[1]).unsqueeze(1)
-            self._eigen = EigenBlock(left_basis, right_basis, values, singular=bool(zero))
+            factors = ((left, left_basis), (right, right_basis))
+            self._eigen = EigenBlock(left_basis, right_basis, values, factors)
         return self._eigen
 
     def undecomposed(self) -> list[Tensor]:
@@ -66,7 +68,7 @@ class KroneckerBlock(_Block):
             else [f for f in (self._left, self._right) if all(f is not own for own, _ in self.decomposed)]
         )
 
-    def _decompose(self, factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
+    def _decompose(self, factor: Tensor, label: str) -> Decomposed:
         for known, found in self.decomposed:
             if known is factor:
                 return found
@@ -85,7 +87,9 @@ class KroneckerBlock(_Block):
             found = _inverse(left, math.prod(self._scales), shifts, label)
             return None if found is None else KroneckerBlock(found, torch.ones_like(self._right))
         ratios, root = [], math.sqrt(damping)
-        for left_mean, right_mean in zip(*(diagonal.mean(1).tolist() for diagonal in self._diagonals()), strict=True):
+        means = (_diagonal(factor).mean(1).tolist() for factor in (self._left, self._right))
+        for left_mean, right_mean in zip(*means, strict=True):
+            left_mean, right_mean = left_mean * self._scales[0], right_mean * self._scales[1]
             ratio = left_mean / right_mean if right_mean > 0 else 0.0
             # a factor of zeros has no scale to share
             ratios.append(math.sqrt(ratio) if 0 < ratio < math.inf else 1.0)
@@ -96,7 +100,9 @@ class KroneckerBlock(_Block):
         return None if second is None else KroneckerBlock(first, second)
 
     def matmul(self, columns: Tensor) -> Tensor:
-        return _kron(columns * self._scales[0], self.shape, self._left, self._right).mul_(self._scales[1])
+        a, b = self._scales
+        product = _kron(columns if a == 1.0 else columns * a, self.shape, self._left, self._right)
+        return product if b == 1.0 else product.mul_(b)
 
     def diagonal(self) -> Tensor:
         left, right = self._diagonals()
@@ -126,13 +132,15 @@ class EigenBlock(_Block):
     """(U_left ⊗ U_right) diag(values) (U_left ⊗ U_right)ᵀ for each group.
 
     The bases ``left`` and ``right`` have orthonormal columns ``[groups, n, n]`` (``None`` for the identity), ``values``
-    is ``[groups, l, r]``, and ``singular`` says that an eigenvalue is known to be zero but for rounding.
+    is ``[groups, l, r]``; where they are products of those of ``factors``, these tell which are zero but for rounding.
     """
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, values: Tensor, singular: bool = False) -> None:
+    def __init__(
+        self, left: Tensor | None, right: Tensor | None, values: Tensor, factors: tuple[Decomposed, ...] = ()
+    ) -> None:
         tensors = {"values": values, "left": left, "right": right}
         super().__init__(values.shape, {name: t for name, t in tensors.items() if t is not None})
-        self.left, self.right, self.values, self._singular = left, right, values, singular
+        self.left, self.right, self.values, self._factors = left, right, values, factors
 
     def eigen(self, label: str) -> EigenBlock:
         check_finite(self.values, label)
@@ -140,7 +148,7 @@ class EigenBlock(_Block):
 
     def affine(self, factor: float, shift: float) -> EigenBlock:
         """``factor`` times the block plus ``shift`` times the identity."""
-        return EigenBlock(self.left, self.right, self.values * factor + shift, self._singular and shift == 0)
+        return EigenBlock(self.left, self.right, self.values * factor + shift, self._factors if shift == 0 else ())
 
     @property
     def is_diagonal(self) -> bool:
@@ -153,7 +161,8 @@ class EigenBlock(_Block):
             return not self.values.abs().amin() > 0
         # in a basis with rounding errors, a zero shows as their square
         least = torch.finfo(self.dtype).eps ** 1.5 * self.values.amax()
-        return self._singular or not self.values.amin() > least
+        zero = any(bool(within_rounding(values, basis).any()) for values, basis in self._factors)
+        return zero or not self.values.amin() > least
 
     def rotate(self, columns: Tensor, transposed: bool = False) -> Tensor:
         """The eigenbasis (or its transpose) times columns ``[size, K]``."""
@@ -220,15 +229,21 @@ Block = KroneckerBlock | EigenBlock | AffineBlock
 def _kron(columns: Tensor, shape: tuple[int, int, int], left: Tensor | None, right: Tensor | None) -> Tensor:
     """left ⊗ right times columns ``[size, K]``; ``None`` for the identity."""
     (groups, a, b), k = shape, columns.shape[1]
-    x = _times(left, columns.reshape(groups, a, b * k)).view(groups, a, b, k).transpose(1, 2)
-    x = _times(right, x.reshape(groups, b, a * k)).view(groups, b, a, k).transpose(1, 2)
+    x = _times(left, columns.reshape(groups, a, b * k))
+    if right is not None and b == 1:
+        x = x * right.view(groups, 1, 1)
+    elif right is not None:
+        # the columns of one vector are there as they lie, those of several must be brought together
+        x = x.view(groups, a, b, k).transpose(1, 2).reshape(groups, b, a * k) if k != 1 else x.view(groups, a, b).mT
+        x = _times(right, x)
+        x = x.view(groups, b, a, k).transpose(1, 2) if k != 1 else x.mT
     return x.reshape(columns.shape)
 
 
 def _times(factor: Tensor | None, x: Tensor) -> Tensor:
     if factor is None:
         return x
-    return factor.unsqueeze(-1) * x if factor.ndim == 2 else factor @ x
+    return factor.unsqueeze(-1) * x if factor.ndim == 2 else torch.bmm(factor, x)
 
 
 def _diagonal(factor: Tensor) -> Tensor:
@@ -242,14 +257,14 @@ def _norm(factor: Tensor) -> Tensor:
 def _inverse(factor: Tensor, scale: float, shifts: list[float], label: str) -> Tensor | None:
     """Inverse of ``scale`` times a psd factor, plus a shift of each group; ``None`` if not surely there without a shift."""
     damped, eps = factor * scale, torch.finfo(factor.dtype).eps
-    shift = damped.new_tensor(shifts)
-    _diagonal(damped).add_(shift.unsqueeze(1))
+    shift = shifts[0] if len(shifts) == 1 else damped.new_tensor(shifts).unsqueeze(1)
+    _diagonal(damped).add_(shift)
     if factor.ndim == 2:
         if damped.amin() > 0 and damped.isfinite().all() and factor.amin() * scale >= 0:
             return 1.0 / damped
     else:
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
+        if not any(failed.tolist()):
             inverse = torch.cholesky_inverse(lower)
             known = zip(shifts, _norm(factor).tolist(), _norm(inverse).tolist(), strict=True)
             # the root of n as in `within_rounding`, so that what has an inverse here has a determinant there
@@ -263,5 +278,5 @@ def _inverse(factor: Tensor, scale: float, shifts: list[float], label: str) -> T
         return None
     # as large as the shift is what rounding made of a zero: take it for one
     values, vectors = eigh(factor, label)
-    inverted = 1.0 / (values * scale + shift.unsqueeze(1))
+    inverted = 1.0 / (values * scale + shift)
     return inverted if vectors is None else (vectors * inverted.unsqueeze(1)) @ vectors.mT

@@ -35,8 +35,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖, zero where both vanish; not a number if either is not finite."""
-    difference, scale = (a - b).detach().norm(), b.detach().norm()
-    return float(difference / scale) if scale > 0 else float(difference)
+    difference, scale = float((a - b).detach().norm()), float(b.detach().norm())
+    return difference / scale if scale > 0 else difference
 
 
 def attempted(compute: Callable[[], Found]) -> tuple[Found | None, str]:

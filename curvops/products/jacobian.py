@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -116,8 +116,8 @@ class JacobianLinearOperator(LinearOperator):
         if matrix_pays(columns.shape[1], self.domain.dim):
             return (self._matrix() @ columns).to(self.codomain.dtype)
         total = torch.zeros(self.shape[0], columns.shape[1], dtype=self.codomain.dtype, device=self.device)
-        with self.risk.ranks.together():
-            for one, rows in self._batches():
+        with self.risk.ranks.together(), closing(self._batches()) as batches:
+            for one, rows in batches:
                 push = self._push(one)
                 for k, v in enumerate(columns.T):
                     total[rows, k] = push(v).flatten().to(total.dtype)
@@ -125,8 +125,8 @@ class JacobianLinearOperator(LinearOperator):
 
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
         total = torch.zeros(columns.shape[1], self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
-        with self.risk.ranks.together():
-            for one, rows in self._batches():
+        with self.risk.ranks.together(), closing(self._batches()) as batches:
+            for one, rows in batches:
                 for row, u in zip(total, columns[rows].T, strict=True):
                     self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
             return self._summed(total, columns).T.to(self.domain.dtype)
@@ -144,8 +144,8 @@ class JacobianLinearOperator(LinearOperator):
     def _matrix(self) -> Tensor:
         """By `vmap` over the data, or by as many products as there are outputs or parameters in a batch's graph."""
         matrix = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
-        with self.risk.ranks.together():
-            for one, rows in self._batches():
+        with self.risk.ranks.together(), closing(self._batches()) as batches:
+            for one, rows in batches:
                 if not self._together(one, matrix[rows]):
                     self._one_by_one(one, matrix[rows])
             return self._summed(matrix)
@@ -191,7 +191,7 @@ class JacobianLinearOperator(LinearOperator):
         self.account.note("J v", "reverse over reverse" if push is None else "forward mode", why)
         return push or one.jacobian.push
 
-    def _batches(self) -> Iterator[tuple[_Outputs, slice]]:
+    def _batches(self) -> Generator[tuple[_Outputs, slice], None, None]:
         """The outputs of each batch with their graph, or only those of the datum that is asked for, and their rows."""
         start = self._first_row
         with self._walk() as walk:

@@ -205,7 +205,7 @@ class Model:
                     "Build the model outside torch.inference_mode()."
                 )
         if (fsdp := sys.modules.get("torch.distributed.fsdp")) and any(
-            isinstance(m, fsdp.FSDPModule) for m in self._modules()
+            isinstance(m, getattr(fsdp, "FSDPModule", ())) for m in self._modules()
         ):
             raise TypeError(
                 "model_func: fully_shard computes with copies of its parameters, in which PyTorch takes no second derivatives. Cut the "

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from curvops.kronecker.rules import RULES
@@ -109,3 +110,17 @@ def test_checkpointed_and_compiled_modules(kind: str) -> None:
         found = build(kind, (model, *rest), 3, 2)
         close(found.to_dense(), expected.to_dense())
         assert [row.why for row in found.explain().rows] == [row.why for row in expected.explain().rows]
+
+
+def test_a_dispatch_mode_around_it_changes_nothing() -> None:
+    class Plain(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)))
+    case = model, nn.CrossEntropyLoss(), real(5, 2, 3, 3), integers(2, 5)
+    expected = build("kfac", case, 3, 2)
+    with Plain():  # such as one that counts operations; it shows those of backward passes, which take the parameters
+        found = build("kfac", case, 3, 2)
+    assert [row.why for row in found.explain().rows] == [row.why for row in expected.explain().rows]
+    close(found.to_dense(), expected.to_dense())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvops import EKFACLinearOperator, EmpiricalRisk, GGNDiagonalLinearOperator, KFACLinearOperator
-from curvops.kronecker import uses
+from curvops.kronecker import sweep, uses
 from kronecker.cases import (
     APPROXIMATIONS,
     KINDS,
@@ -242,3 +242,18 @@ def test_the_plan_knows_what_will_be_kept(problem):
     (planned,) = [n for n in plan("ekfac", problem()).notes if n.startswith("rows of this batch")]
     (kept,) = [n for n in build("ekfac", problem()).explain().notes if n.startswith("rows kept")]
     assert planned.startswith(f"rows of this batch: {kept.removeprefix('rows kept for the second look: ')};")
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_batches_that_go_together_give_what_they_give_alone(kind, fisher_type, monkeypatch):
+    model, loss, X, y = mlp()
+    problem, sizes = (model, loss, real(29, *X.shape[1:], seed=3), y.repeat(5)[:29]), (6, 6, 6, 6, 5)
+    options = {"fisher_type": fisher_type, "check_deterministic": False}
+    ops = [build(kind, problem, *sizes, **options), build(kind, problem, *sizes, memory_budget=2000, **options)]
+    monkeypatch.setattr(sweep, "JOINED", 0)
+    alone = build(kind, problem, *sizes, **options)
+    for op in ops:
+        close(op.to_dense(), alone.to_dense(), 1e-10)
+    together, apart = (int(op.explain().notes[0].split()[0]) for op in (ops[0], alone))
+    assert 5 * together == 3 * apart

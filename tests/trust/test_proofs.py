@@ -9,7 +9,7 @@ from oracles import IMPLICIT, KRONECKER, Case, real
 from torch import nn
 
 from curvops import EKFACLinearOperator, EmpiricalRisk, GGNDiagonalLinearOperator, HessianLinearOperator
-from trust.support import CE, Model, data, rotate, times
+from trust.support import CE, Model, data, labels, rotate, times
 
 
 def quantised(net, X):
@@ -61,6 +61,30 @@ def test_the_second_operator_of_a_model_and_of_a_risk(way):
     case.check("EKFAC", op=EKFACLinearOperator.of(risk, fisher_type="type-2"))
     case.check("GGNDiagonal", op=GGNDiagonalLinearOperator.of(risk, fisher_type="type-2"))
     case.check("Hessian", op=HessianLinearOperator.of(risk))
+
+
+PLACES = {
+    "first does not learn": lambda place, n, h: torch.where(place > 0, h, h.detach()),
+    "last does not learn": lambda place, n, h: torch.where(place < n - 1, h, h.detach()),
+    "first learns twice": lambda place, n, h: torch.where(place > 0, h, 2 * h - h.detach()),
+    "even places": lambda place, n, h: torch.where(place % 2 > 0, h, h.detach()),
+    "first is another": lambda place, n, h: torch.where(place > 0, h, h.sin()),
+    "last is another": lambda place, n, h: torch.where(place < n - 1, h, h.sin()),
+    "the largest is another": lambda place, n, h: torch.where(h < h.detach().amax(0, keepdim=True), h, h.sin()),
+    "every third is another": lambda place, n, h: torch.where(place % 3 > 0, h, h.sin()),
+}
+
+
+@pytest.mark.parametrize("way", [*MIXING, *PLACES])
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (3, 5, 5, 4), (5, 1, 1, 6, 6)])
+def test_many_small_batches(way, sizes):
+    def placed(net, X):
+        return net.b(PLACES[way](torch.arange(len(X))[:, None], len(X), net.a(X).tanh()))
+
+    if ("standard" in way or way in ("first two learn", "all but the last learn")) and 1 in sizes:
+        sizes = (5, 3, 3, 6, 6)  # the spread of one datum is none, and one is not cut
+    case = Case(Model(MIXING.get(way, placed)), CE, [(real(n, 3, seed=k), labels(n)) for k, n in enumerate(sizes)])
+    case.check("GGNDiagonal", "EKFAC")
 
 
 @pytest.mark.parametrize("i, j", list(itertools.combinations(range(6), 2)))

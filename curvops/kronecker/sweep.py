@@ -78,10 +78,8 @@ class Sweep:
             return False  # alone: several processes walk until their own data fit
         sizes = self.risk.ranks.sizes
         self._steps.join()
-        agreed = agree(self.risk.ranks, self.grouping, self.whole)
-        if sizes != self.risk.ranks.sizes:
-            return False  # shares have changed, and random numbers belong to the data's places
-        if agreed:
+        # with other shares the data have other places, to which random numbers belong
+        if agreed := agree(self.risk.ranks, self.grouping, self.whole) and sizes == self.risk.ranks.sizes:
             self.constant = self._steps.constant
         return agreed
 

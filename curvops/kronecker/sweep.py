@@ -76,10 +76,8 @@ class Sweep:
         """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
         if self.grouping.again:
             return False  # alone: several processes walk until their own data fit
-        sizes = self.risk.ranks.sizes
         self._steps.join()
-        # with other shares the data have other places, to which random numbers belong
-        if agreed := agree(self.risk.ranks, self.grouping, self.whole) and sizes == self.risk.ranks.sizes:
+        if agreed := agree(self.risk.ranks, self.grouping, self.whole):
             self.constant = self._steps.constant
         return agreed
 
@@ -130,7 +128,7 @@ class Sweep:
         self._first, self._most = 0, sys.maxsize if cuts else 0
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
-            self._steps = Walk(self.risk, batches, title)
+            self._steps = Walk(self.risk, batches, title, "samples" if self.options.fisher_type == "mc" else "")
             for place, several in enumerate(self._gathered(mark, cuts)):
                 if not cuts:
                     self._cuts.append(len(several))

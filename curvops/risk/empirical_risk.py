@@ -274,12 +274,13 @@ class Walk:
         if compares:
             self._loss.compare(ranks.gather(self._loss.first))
             ranks.meet(what)
-        if self._by_place and sizes != ranks.sizes:
+        known, ranks.sizes = ranks.sizes, sizes
+        if self._by_place and sizes != known:
             raise RuntimeError(
-                f"{self._title}: the processes have {sizes} data, and had {ranks.sizes} before, so that random numbers would "
+                f"{self._title}: the processes have {sizes} data, and had {known} before, so that random numbers would "
                 "belong to other data. Make the operator anew."
             )
-        ranks.sizes, self.size = sizes, sum(sizes)
+        self.size = sum(sizes)
         if not self.size:
             raise ValueError(EMPTY)
         self._expect_number()

@@ -1,6 +1,7 @@
 """What is computed by several processes, and by one alone to compare with."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -112,7 +113,9 @@ def others(p: Problem, data: list[Any], **group: Any) -> dict[str, Tensor]:
     moved = list(data)
     changed = EmpiricalRisk(p.model, p.loss, p.params, moved, **group)
     KFACLinearOperator.of(changed)
-    moved[:] = [(X[:1], y[:1]) for X, y in data]  # other places
+    moved[:] = [(X[:1], y[:1]) for X, y in data]
+    with suppress(RuntimeError):  # with a group it says that the data have other places
+        KFACLinearOperator.of(changed)
     mine = GGNLinearOperator(p.model, p.loss, p.params, data, **group)
     return {
         "decomposed": kfac.decompose().inverse(damping=0.1).to_dense(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,28 +14,23 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from curvops.digest import close, digest, probe, word
+from curvops.sharding import Sharding
 from curvops.space import describe
 
 FAILED, COMPARES = 1, 2  # of a `Message`'s status
 SMALL = 2**18  # numbers of a tensor up to which it is sent together with others
+DIFFERENT = (
+    "multiply different vectors. Give all of them the same: draw it from a generator with the same seed in each process, or "
+    "broadcast it from one"
+)
+# of each group how many computations have begun, one within another: operators are made of others of the same group
+_OPEN: Counter[Any] = Counter()
 
 
 class RanksError(RuntimeError):
     """Processes of a group disagree, or one of them failed or is gone: raised by all of them."""
 
-
-@contextmanager
-def reaching_all() -> Iterator[None]:
-    """What `torch.distributed` raises where it cannot reach a process, as a RanksError; the group is of no use afterwards."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).split("] ", 1)[-1].split(". ")[0] or type(error).__name__  # without the place in the source
-        raise RanksError(
-            f"a process of the group is gone, or did not come within the group's timeout ({reason}). Start all of them again."
-        ) from error
+    group: Any = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Ranks:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self._group, self._depth = group, 0
+        self._group = group
         self.sizes: list[int] | None = None  # of the shares, as last seen
         if group is None:
             return
@@ -125,18 +121,18 @@ class Ranks:
         if self.alone:
             yield
             return
-        self._depth += 1
+        _OPEN[self._group] += 1
         try:
             yield
-        except RanksError:
-            raise
         except Exception as error:
-            if self._depth == 1:
+            # all processes of the group that an error of theirs is of have it; those of another group wait
+            known = isinstance(error, RanksError) and error.group is self._group
+            if _OPEN[self._group] == 1 and not known:
                 with suppress(RanksError):  # where nobody can be told, this process's own error says more
                     self._tell(error)
             raise
         finally:
-            self._depth -= 1
+            _OPEN[self._group] -= 1
 
     def meet(
         self,
@@ -146,6 +142,7 @@ class Ranks:
         size: int = 0,
         count: float = 0.0,
         compares: bool = False,
+        different: str = DIFFERENT,
     ) -> tuple[list[int], float, bool]:
         """The sizes of all shares, the sum of the counts and whether one ``compares``, once all processes are here.
 
@@ -156,6 +153,7 @@ class Ranks:
             size: Number of this process's data.
             count: Its part of the sum.
             compares: Whether it has something that must be compared with what others have.
+            different: What the processes do whose vectors are not the same, and what to do about it.
 
         Raises:
             RanksError: In all processes, if one of them failed, or if they compute different things.
@@ -170,18 +168,26 @@ class Ranks:
         if any((message.what, message.state) != (first.what, first.state) for message in found):
             self._raise_difference(what, state or {})
         if not all(close(message.probe, first.probe) for message in found):
-            raise RanksError(
-                f"{what}: the processes multiply different vectors. Give all of them the same: draw it from a generator with the same "
-                "seed in each process, or broadcast it from one."
-            )
+            raise self._error(f"{what}: the processes {different}.")
         sizes, compared = [message.size for message in found], any(message.status == COMPARES for message in found)
         return sizes, sum(message.count for message in found), compared
+
+    def expect_apart(self, shards: Mapping[str, Sharding]) -> None:
+        """A ValueError where parameters are cut over processes of this group, whose parts must not be added or mixed."""
+        if self.alone:
+            return
+        own = set(torch.distributed.get_process_group_ranks(self._group))
+        if cut := [name for name, sharding in shards.items() if own & sharding.over]:
+            raise ValueError(
+                f"process_group: {describe(cut)} are cut over processes of this group (DTensors). Pass another axis of the mesh, "
+                "over which the parameters are the same."
+            )
 
     def add(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the processes, all of which have met; the same bits in each of them."""
         if not self.alone:
             flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-            with reaching_all():
+            with self._reaching():
                 torch.distributed.all_reduce(flat, group=self._group)
             if flat is not tensor:
                 tensor.copy_(flat)
@@ -205,7 +211,7 @@ class Ranks:
     def send(self, tensor: Tensor, source: int) -> Tensor:
         """A contiguous tensor of one process, in the place of those of the others, all of which have met."""
         if not self.alone:
-            with reaching_all():
+            with self._reaching():
                 torch.distributed.broadcast(tensor, group=self._group, group_src=source)
         return tensor
 
@@ -223,7 +229,7 @@ class Ranks:
         padded = part.new_zeros(most, part.shape[0])
         padded[: part.shape[1]] = part.T
         found = [torch.empty_like(padded) for _ in range(self.number)]
-        with reaching_all():
+        with self._reaching():
             torch.distributed.all_gather(found, padded, group=self._group)
         first, more = divmod(number, self.number)
         return torch.cat([columns[: first + (rank < more)] for rank, columns in enumerate(found)]).T
@@ -233,7 +239,7 @@ class Ranks:
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.number
-        with reaching_all():
+        with self._reaching():
             torch.distributed.all_gather_object(found, value, group=self._group)
         return found
 
@@ -246,7 +252,7 @@ class Ranks:
         for name in several[0]:
             for rank, other in enumerate(several):
                 if other[name] != several[0][name]:
-                    raise RanksError(
+                    raise self._error(
                         f"{what}: the processes have different {name}: {_shown(several[0][name])} in process 0, "
                         f"{_shown(other[name])} in process {rank}. Only the data may differ."
                     )
@@ -254,9 +260,28 @@ class Ranks:
     def _exchange(self, message: Message) -> list[Message]:
         words = message.words().to(self.device)
         found = [torch.empty_like(words) for _ in range(self.number)]
-        with reaching_all():
+        with self._reaching():
             torch.distributed.all_gather(found, words, group=self._group)
         return [Message.read(words.cpu()) for words in found]
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """What `torch.distributed` raises where it cannot reach a process, as a RanksError; the group is of no use then."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).split("] ", 1)[-1].split(". ")[0] or type(error).__name__  # not the place in the source
+            raise self._error(
+                f"a process of the group is gone, or did not come within the group's timeout ({reason}). Start all of them again."
+            ) from error
+
+    def _error(self, text: str) -> RanksError:
+        """What all processes of the group raise."""
+        error = RanksError(text)
+        error.group = self._group
+        return error
 
     def _tell(self, error: Exception) -> None:
         """Meet the others with the news that this process failed."""
@@ -267,24 +292,24 @@ class Ranks:
         texts = self.gather(None)
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         more = f" So did {len(failed) - 1} others." if len(failed) > 1 else ""
-        raise RanksError(f"process {failed[0][0]} of {self.number} failed with {failed[0][1]}{more}")
+        raise self._error(f"process {failed[0][0]} of {self.number} failed with {failed[0][1]}{more}")
 
     def _raise_difference(self, what: str, state: Mapping[str, Tensor]) -> None:
         several = self.gather((what, {name: digest({name: tensor}) for name, tensor in state.items()}))
         first_what, first_state = several[0]
         for rank, (its_what, its_state) in enumerate(several):
             if its_what != first_what:
-                raise RanksError(
+                raise self._error(
                     f"the processes compute different things: process 0 {first_what}, process {rank} {its_what}."
                 )
             if differing := [
                 name for name in {**first_state, **its_state} if first_state.get(name) != its_state.get(name)
             ]:
-                raise RanksError(
+                raise self._error(
                     f"{what}: {describe(differing)} differ between the processes 0 and {rank}. An operator has one model: broadcast "
                     "parameters and buffers from one process."
                 )
-        raise RanksError(f"{what}: the processes differ.")
+        raise self._error(f"{what}: the processes differ.")
 
 
 def share_of(data: Any, process_group: Any) -> Any:

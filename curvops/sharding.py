@@ -22,6 +22,13 @@ class Sharding(NamedTuple):
         """How a DTensor is cut."""
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))
 
+    @property
+    def over(self) -> set[int]:
+        """The processes that have other parts of it than this one."""
+        axes = [axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()]
+        groups = [torch.distributed.get_process_group_ranks(self.mesh.get_group(axis)) for axis in axes]
+        return {rank for group in groups for rank in group} - {torch.distributed.get_rank()}
+
     def whole(self, part: Tensor) -> Tensor:
         """The DTensor of which this process has a part, which may have a trailing axis of columns."""
         columns = part.shape[len(self.shape) :]
@@ -34,7 +41,10 @@ class Sharding(NamedTuple):
         return found
 
     def part(self, tensor: Any) -> Tensor:
-        """This process's part of a DTensor, which may be cut otherwise."""
+        """This process's part of a DTensor, which may be cut otherwise; a part as it is."""
+        if not is_sharded(tensor):
+            own: Tensor = tensor
+            return own
         if tuple(tensor.placements) != self.placements:
             tensor = tensor.redistribute(self.mesh, self.placements)
         local: Tensor = tensor.to_local()

@@ -192,11 +192,13 @@ class KroneckerOperator(StateOperator):
             ...     kfac = kfac.refresh([(torch.rand(5, 3), torch.rand(5, 2))], decay=0.9)
         """
         risk = self._data_of("refresh")
-        if decay:
-            self.state.expect_average(decay)
+        with risk.ranks.together():
+            if decay:
+                self.state.expect_average(decay)
+            risk = risk if data is None else risk.of_data(data)
+            risk.ranks.meet(f"{self.name}: refresh with decay {decay}")
         options = replace(self.options, seed=self.options.seed + 1 if seed is None else seed)
         operator = type(self).__new__(type(self))
-        risk = risk if data is None else risk.of_data(data)
         operator._set(risk, options, self._progress(None, risk, options), proofs=self._proofs)
         if decay:
             mixed = self.state.average(operator.state, decay)

@@ -44,7 +44,7 @@ def agree(ranks: Ranks, grouping: Grouping, whole: dict[str, str]) -> bool:
 
 
 def summed(
-    ranks: Ranks, groups: Mapping[Key, Group], entries: Mapping[Key, Entry], data: Mapping[str, int], reduces: bool
+    ranks: Ranks, groups: Mapping[Key, Group], entries: Mapping[Key, Entry], data: dict[str, int], reduces: bool
 ) -> dict[Key, Entry]:
     """Entries of the groups, each the sum of what the processes have, of which some may have none.
 
@@ -52,7 +52,7 @@ def summed(
         ranks: The processes, which have met.
         groups: The groups, the same for all.
         entries: What this process has.
-        data: For each parameter its number of data.
+        data: For each parameter its number of data, which becomes that of all processes.
         reduces: Whether A is divided by the number of data, those included that never reached the layer.
     """
     if ranks.alone:
@@ -69,6 +69,7 @@ def summed(
                 for s in sorted(sides)
             }
             found[key].numbers.update({"rows": rows} if rows else {})
+    data.update({name: sum(its_data[name] for _, its_data in several) for name in data})
     ranks.add_all([t for entry in found.values() if entry.kind != "identity" for t in entry.tensors.values()])
     return found
 

@@ -86,8 +86,7 @@ class Sweep:
         if self.grouping.again:
             return False  # alone: several processes walk until their own data fit
         self._steps.join()
-        agreed = agree(self.risk.ranks, self.grouping, self.whole)
-        if agreed:
+        if agreed := agree(self.risk.ranks, self.grouping, self.whole):
             self.constant = self._steps.constant
         return agreed
 
@@ -130,7 +129,7 @@ class Sweep:
     ) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
-            self._steps = Walk(self.risk, batches, title)
+            self._steps = Walk(self.risk, batches, title, "samples" if self.options.fisher_type == "mc" else "")
             met = self.marks.through(self._steps, self._counts, title) if more else iter(self._steps)
             for place, several in enumerate(gathered(met, cuts, lambda: self.most)):
                 if not cuts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -128,6 +128,10 @@ class LinearOperator(Quantities):
         """Tensors of the caller's that the operator depends on."""
         return (tensor for part in self._parts for tensor in part._leaves())
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        """Processes that share data or columns learn here what fails in one of them before it comes to the product."""
+        return _entered([part._in_step() for part in self._parts])
+
     def _scaled(self, factor: float) -> LinearOperator:
         """``factor`` times the operator; subclasses may keep their structure."""
         return self.algebra.scale(factor, self)
@@ -180,14 +184,15 @@ class LinearOperator(Quantities):
         return self._multiplied(other, f"'{self.name} @ v'")
 
     def _multiplied(self, vector: Any, context: str, leading: bool = False) -> Any:
-        columns, form = self.domain.to_columns(vector, context, leading)
-        wrapped = is_functorch_wrapped_tensor(columns) or is_legacy_batchedtensor(columns)
-        if wrapped or unpack_dual(columns).tangent is not None:
-            raise TypeError(
-                f"{context}: expected a plain tensor, got one inside a transform (vmap, grad, jvp, …, or forward mode). In "
-                "place of vmap, pass the vectors together as columns [D, K], or multiply in a loop within 'with "
-                "op.linearized():'; in place of grad, use torch.autograd.grad; a product's tangent is op @ tangent."
-            )
+        with self._in_step():
+            columns, form = self.domain.to_columns(vector, context, leading)
+            wrapped = is_functorch_wrapped_tensor(columns) or is_legacy_batchedtensor(columns)
+            if wrapped or unpack_dual(columns).tangent is not None:
+                raise TypeError(
+                    f"{context}: expected a plain tensor, got one inside a transform (vmap, grad, jvp, …, or forward mode). In "
+                    "place of vmap, pass the vectors together as columns [D, K], or multiply in a loop within 'with "
+                    "op.linearized():'; in place of grad, use torch.autograd.grad; a product's tangent is op @ tangent."
+                )
         if columns.requires_grad and torch.is_grad_enabled():
             return self.codomain.from_columns(_Product.apply(columns, self), form)  # type: ignore[no-untyped-call]
         return self.codomain.from_columns(self._product(columns), form)
@@ -316,7 +321,8 @@ class LinearOperator(Quantities):
             raise TypeError(
                 f"{self.name}.to_dense(): the parameters are cut over processes, and so is what is multiplied."
             )
-        check_fits(*self.shape, self.dtype, self.device, f"{self.name}.to_dense()")
+        with self._in_step():
+            check_fits(*self.shape, self.dtype, self.device, f"{self.name}.to_dense()")
         with torch.inference_mode(False):
             return self._dense()
 
@@ -353,6 +359,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, None]:
         _ = ctx.saved_tensors
         return ctx.operator.adjoint() @ gradient, None
+
+
+@contextmanager
+def _entered(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _as_scalar(value: Any) -> float | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,19 @@ from curvops.solvers import SOLVERS, Solution
 from curvops.space import TensorSpace, describe
 from curvops.spectrum import EigenPairs, SpectralDensity, Which
 from curvops.spectrum.choice import Choice
+
+SomeMethod = TypeVar("SomeMethod", bound=Callable[..., Any])
+
+
+def in_step(method: SomeMethod) -> SomeMethod:
+    """The method, of which processes that share data learn where it fails in one of them, as by an argument."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        with self._in_step():
+            return method(self, *args, **options)
+
+    return cast(SomeMethod, call)
 
 
 class Quantities(ABC):
@@ -41,6 +56,11 @@ class Quantities(ABC):
     def damped(self, damping: Damping) -> Any:
         """The operator plus a damping on the diagonal."""
 
+    @abstractmethod
+    def _in_step(self) -> AbstractContextManager[None]:
+        """A context in which other processes, if there are any, learn of an error."""
+
+    @in_step
     def trace(self, **options: Any) -> Any:
         """The trace, an `Estimate` without axes: exact where the structure gives it.
 
@@ -69,6 +89,7 @@ class Quantities(ABC):
         known = self._exact_trace()
         return estimators.trace(self, **options) if known is None else _exact(known)
 
+    @in_step
     def diagonal(self, **options: Any) -> Any:
         """The diagonal, an `Estimate` ``[D]``: exact where the structure gives it.
 
@@ -87,6 +108,7 @@ class Quantities(ABC):
         rows = resolve(options["groups"], Products(self, "diagonal"))
         return {name: _exact(known[own]) for name, own in rows.items()}
 
+    @in_step
     def frobenius_norm(self, **options: Any) -> Estimate:
         """The Frobenius norm, an `Estimate` without axes: exact where the structure gives it.
 
@@ -106,6 +128,7 @@ class Quantities(ABC):
         error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
         return Estimate.of(root, error, products=squared.products, method=squared.method, exact=squared.exact)
 
+    @in_step
     def block_norms(self, groups: Groups = "modules", **options: Any) -> BlockNorms:
         """Frobenius norms of all blocks, and traces of those on the diagonal: exact where the structure gives them.
 
@@ -134,6 +157,7 @@ class Quantities(ABC):
         found = ((each, torch.zeros_like(each)) for each in (squares, traces))
         return BlockNorms.of(rows, *found, products=0, method="structure", exact=True)
 
+    @in_step
     def logdet(self, damping: Damping = 0.0, **options: Any) -> Estimate:
         """Logarithm of the determinant of the matrix plus ``damping`` times the identity, an `Estimate` without axes.
 
@@ -165,6 +189,7 @@ class Quantities(ABC):
             return estimators.logdet(self.damped(damping), **options)
         return estimators.logdet(self, damping=damping, **options)
 
+    @in_step
     def eigenpairs(self, k: int, which: Which = "largest", **options: Any) -> EigenPairs:
         """Eigenvalues and eigenvectors at the ends of the spectrum, `EigenPairs`, which unpack to ``values, vectors``.
 
@@ -195,6 +220,7 @@ class Quantities(ABC):
             return EigenPairs(values, vectors, residuals, 0, True, "structure", self.domain)
         return spectrum.eigenpairs(self, k, which, **options)
 
+    @in_step
     def spectral_density(self, **options: Any) -> SpectralDensity:
         """How many eigenvalues lie where: exact where the structure gives them, else with an error band.
 
@@ -210,6 +236,7 @@ class Quantities(ABC):
         known = self._exact_eigenvalues() if options.get("deflate") is None else None
         return spectrum.spectral_density(self, **options) if known is None else SpectralDensity.of(known)
 
+    @in_step
     def solve(self, b: Any, damping: Damping = 0.0, *, solver: str | None = None, **options: Any) -> Solution:
         """Solve (A + δI) x = b: exactly where the structure gives the inverse, else by iteration.
 

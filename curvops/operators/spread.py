@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,13 +13,19 @@ from curvops.operators.linear_operator import LinearOperator
 from curvops.ranks import Ranks
 from curvops.space import TensorSpace
 
+DIFFERENT = (
+    "have different operators. Each needs all data and the same model, loss and seed; where the data are shared, pass "
+    "process_group= to the operator itself"
+)
+
 
 class SpreadOperator(LinearOperator):
     """A, of which each process of a group multiplies some of the columns, and all get the product.
 
     For dense matrices, and for whatever multiplies blocks of columns: probes of estimators, starts of Lanczos. Each
     process has the operator whole, with all data; where the data are shared, pass ``process_group=`` to the operator
-    itself. One vector is multiplied by the first process alone.
+    itself. One vector is multiplied by the first process alone. A first product, when it is made, shows whether all have the
+    same operator.
 
     Args:
         operator: The operator, the same in all processes.
@@ -39,16 +46,25 @@ class SpreadOperator(LinearOperator):
         if not isinstance(operator, LinearOperator):
             raise TypeError(f"SpreadOperator: expected a LinearOperator, got {type(operator).__name__}.")
         self._ranks = Ranks(process_group)
+        self._ranks.expect_apart({**operator.domain.shards, **operator.codomain.shards})
         super().__init__(operator.domain, operator.codomain, symmetric=operator.symmetric, psd=operator.psd)
         self.operator, self._parts, self._name = operator, (operator,), f"{operator.name}, spread"
         self._group = process_group
         self._ranks.expect_same(
             self.name, {"operator": repr(operator), "spaces": f"{operator.domain}, {operator.codomain}"}
         )
+        with self._ranks.together():
+            # data, buffers, losses, seeds and factors show in what the operator does
+            noise = torch.randn(self.domain.dim, 1, generator=torch.Generator().manual_seed(0))
+            product = operator._product(noise.to(self.device, self.dtype))
+            self._ranks.meet(f"{self.name}: first product", vectors=product, different=DIFFERENT)
 
     @property
     def _at_hand(self) -> bool:
         return False  # the other processes have to come along
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self._ranks.together()
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self._divided(self.operator._product, lambda own: columns[:, own], columns.shape[1], columns)

@@ -31,7 +31,8 @@ class HessianLinearOperator(RiskOperator):
         check_deterministic: Compare two passes over the data, and the derivatives of second order with
             central differences on a few data, before anything is computed.
         memory_budget: Bytes that intermediate results may take, and graphs inside `linearized`; a quarter of the
-            free memory if not given.
+            free memory if not given. Where it is given, a batch whose graph takes more is cut into pieces, if the model
+            does not mix its data (`explain()` says so); inside `linearized` batches are whole.
         options: ``reduction`` (``"mean"`` or ``"sum"``, for losses that do not say it themselves), ``progressbar``
             (over the batches; needs ``tqdm``), ``num_data`` (compared with what the loader yields),
             ``batch_size_fn`` (number of data in ``X`` where it cannot be seen), ``process_group`` (processes of

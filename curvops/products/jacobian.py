@@ -100,6 +100,9 @@ class JacobianLinearOperator(LinearOperator):
     def _leaves(self) -> Iterable[Tensor]:
         return self.risk.params.values()
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.risk.ranks.together()
+
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != self.codomain:
             return super()._restricted(rows, columns)
@@ -197,8 +200,14 @@ class JacobianLinearOperator(LinearOperator):
                 z = record.finish(self.risk.forward(batch.X, record))
                 own = z if self._datum is None else z[self._datum - batch.start]
                 rows = slice(start, start + own.numel())
-                yield _Outputs(batch, record, own, OutputLinearization(own, self.risk.params, self.domain)), rows
+                if rows.stop <= self._last_row:
+                    yield _Outputs(batch, record, own, OutputLinearization(own, self.risk.params, self.domain)), rows
                 start = rows.stop
+        if start != self._last_row:
+            raise RuntimeError(
+                f"{self.name}: expected {self._last_row - self._first_row} outputs, as when the operator was made, got "
+                f"{start - self._first_row}. Make it anew for other data."
+            )
 
     def _walk(self) -> AbstractContextManager[Walk]:
         return self.risk.walk(self.name, "" if self._datum is None else f"datum {self._datum}")
@@ -229,6 +238,7 @@ class JacobianLinearOperator(LinearOperator):
             sizes, *_ = ranks.meet(f"{self.name}: outputs", size=size)
             shares = ranks.gather(found)
         self._first_row = sum(shape.numel() for share in shares[: ranks.rank] for shape, _ in share)
+        self._last_row = self._first_row + sum(shape.numel() for shape, _ in found)
         outputs = [
             torch.zeros((), dtype=dtype, device=self.risk.space.device).expand(shape)
             for share in shares

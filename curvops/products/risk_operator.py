@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from threading import Lock
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from curvops.products import rules
 from curvops.products.account import Account, attempted, relative_difference, tolerance
 from curvops.products.batch import BatchProduct
 from curvops.products.kept import Kept
+from curvops.products.pieces import pieces_of
 from curvops.products.record import Recorder
 from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
@@ -55,8 +56,10 @@ class RiskOperator(LinearOperator):
         risk = EmpiricalRisk(model_func, loss_func, params, data, **options)
         self._set(risk, memory_budget)
         if check_deterministic:
-            check(risk)
-            self.account.note("second derivatives", *self._judge())
+            with risk.ranks.together():
+                check(risk)
+                self.account.note("second derivatives", *self._judge())
+                risk.ranks.meet(f"{self.name}: end of the checks")
 
     @classmethod
     def of(
@@ -127,6 +130,9 @@ class RiskOperator(LinearOperator):
     def _leaves(self) -> Iterable[Tensor]:
         return self.risk.params.values()
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.risk.ranks.together()
+
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != columns:
             return CrossOperator(self, rows, columns)
@@ -187,6 +193,10 @@ class RiskOperator(LinearOperator):
             return super()._dense()
         return self._sum(None).to(self.dtype)
 
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        """A batch, in pieces where the user's memory budget asks for it."""
+        return pieces_of(self.risk, batch, self.memory_budget, self.account) if self.memory_budget else [batch]
+
     def _begin(self, batch: Batch, walk: Walk) -> BatchProduct:
         record = Recorder(batch.size)
         z = record.finish(self.risk.forward(batch.X, record))
@@ -208,13 +218,15 @@ class RiskOperator(LinearOperator):
             waiting.clear()
 
         def add(batch: Batch, walk: Walk) -> None:
-            product = self._begin(batch, walk)
-            if refuted or self._fast(product, rows) is None:
-                self._one_by_one(total, [product], rows)
-                return
-            if waiting and not joins([p.batch for p in waiting], batch, rules.JOINED):
-                flush()
-            waiting.append(product)
+            pieces = self._pieces(batch)
+            for piece in pieces:
+                product = self._begin(piece, walk)
+                if refuted or self._fast(product, rows) is None:
+                    self._one_by_one(total, [product], rows)
+                    continue
+                if waiting and (len(pieces) > 1 or not joins([p.batch for p in waiting], piece, rules.JOINED)):
+                    flush()
+                waiting.append(product)
 
         return self.risk.sum_over_data(self.name, total, add, flush, vectors=rows, by_place=self._by_place)
 
@@ -263,6 +275,9 @@ class CrossOperator(LinearOperator):
     def _leaves(self) -> Iterable[Tensor]:
         return self.operator._leaves()
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.operator._in_step()
+
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         return self.operator._restricted(rows, columns)
 
@@ -277,10 +292,11 @@ class CrossOperator(LinearOperator):
         total = torch.zeros(vectors.shape[1], rows.dim, dtype=rows.sum_dtype, device=rows.device)
 
         def add(batch: Batch, walk: Walk) -> None:
-            z = risk.forward(batch.X)
-            product = self.operator._cross(batch, walk.curvature(z, batch), z, rows, columns)
-            for sums, v in zip(total, vectors.T, strict=True):
-                rows.join(product(v), sums)
+            for piece in self.operator._pieces(batch):
+                z = risk.forward(piece.X)
+                product = self.operator._cross(piece, walk.curvature(z, piece), z, rows, columns)
+                for sums, v in zip(total, vectors.T, strict=True):
+                    rows.join(product(v), sums)
 
         by_place = self.operator._by_place
         return risk.sum_over_data(self.name, total, add, vectors=vectors, by_place=by_place).T.to(rows.dtype)

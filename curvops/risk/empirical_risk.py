@@ -88,15 +88,15 @@ class EmpiricalRisk:
         batch_size_fn: Callable[[Any], int] | None = None,
         process_group: Any = None,
     ) -> None:
-        self.ranks = Ranks(process_group)
+        self.ranks, self.num_data = Ranks(process_group), num_data
         with self.ranks.together():
             self.loss, self.loss_func = output_loss(loss_func, reduction), loss_func
             self.model = Model(model_func, params)
             self.space = self.model.space
+            self.ranks.expect_apart(self.space.shards)
             self.data = Data(data, self.space.device, batch_size_fn, share=not self.ranks.alone)
             self.ranks.expect_same("EmpiricalRisk", self.described if process_group is not None else {})
         self.progressbar = progressbar and self.ranks.rank == 0
-        self.num_data = num_data
         # what was proved of fast ways, for the operators of this risk: passes of the same operations only
         self.proofs: list[Any] = []
 
@@ -230,7 +230,8 @@ class EmpiricalRisk:
     def described(self) -> dict[str, Any]:
         """What operators of the same risk have in common, apart from the tensors' values."""
         shapes = [(name, tuple(p.shape), p.dtype) for name, p in self.params.items()]
-        return {"parameters": shapes, "model": self.model.description, "loss": self.loss.description}
+        words = {"model": self.model.description, "loss": self.loss.description}
+        return {"parameters": shapes, **words, "num_data": self.num_data}
 
 
 class Walk:
@@ -275,12 +276,13 @@ class Walk:
         if compares:
             self._loss.compare(ranks.gather(self._loss.first))
             ranks.meet(what)
-        if self._by_place and sizes != ranks.sizes:
+        known, ranks.sizes = ranks.sizes, sizes
+        if self._by_place and sizes != known:
             raise RuntimeError(
-                f"{self._title}: the processes have {sizes} data, and had {ranks.sizes} before, so that random numbers would "
+                f"{self._title}: the processes have {sizes} data, and had {known} before, so that random numbers would "
                 "belong to other data. Make the operator anew."
             )
-        ranks.sizes, self.size = sizes, sum(sizes)
+        self.size = sum(sizes)
         if not self.size:
             raise ValueError(EMPTY)
         self._expect_number()

@@ -1,6 +1,7 @@
 """What is computed by several processes, and by one alone to compare with."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -105,10 +106,22 @@ def others(p: Problem, data: list[Any], **group: Any) -> dict[str, Tensor]:
     value, gradient = risk.value_and_gradient()
     kfac = KFACLinearOperator(p.model, p.loss, p.params, data, **group)
     ekfac = EKFACLinearOperator(p.model, p.loss, p.params, data, fisher_type="type-2", **group)
+    reduced = {"kfac_approx": "reduce", "fisher_type": "type-2", "check_deterministic": False, **group}
+    reached, other = (
+        KFACLinearOperator(p.model, p.loss, p.params, some, **reduced) for some in (data, [(X * 0, y) for X, y in data])
+    )
+    moved = list(data)
+    changed = EmpiricalRisk(p.model, p.loss, p.params, moved, **group)
+    KFACLinearOperator.of(changed)
+    moved[:] = [(X[:1], y[:1]) for X, y in data]
+    with suppress(RuntimeError):  # with a group it says that the data have other places
+        KFACLinearOperator.of(changed)
     mine = GGNLinearOperator(p.model, p.loss, p.params, data, **group)
     return {
         "decomposed": kfac.decompose().inverse(damping=0.1).to_dense(),
         "refreshed": kfac.refresh(data, decay=0.5).to_dense(),
+        "changed data": KFACLinearOperator.of(changed).to_dense(),
+        "numbers of data": torch.tensor(list(reached.merge(other).state.data.values())),
         "ekfac trace": ekfac.trace().detach(),
         "layer": mine["0.*"].to_dense(),
         "off-diagonal": mine["0.*", "2.*"].to_dense(),

@@ -13,7 +13,15 @@ from problems import PROBLEMS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from curvops import EKFACLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops import (
+    EKFACLinearOperator,
+    EmpiricalRisk,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    KFACLinearOperator,
+    SpreadOperator,
+)
 
 
 def attempt(call: Callable[[], Any]) -> str:
@@ -30,12 +38,15 @@ def shifted(z: Tensor, y: Tensor) -> Tensor:
 
 
 class Failing:
-    """Batches that end in an error when they are told to."""
+    """Batches that end in an error when they are told to, or that only some passes can be begun over."""
 
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.error = batches, None
+    def __init__(self, batches: list[Any], passes: float = float("inf")) -> None:
+        self.batches, self.passes, self.error = batches, passes, None
 
     def __iter__(self):
+        self.passes -= 1
+        if self.passes < 0:
+            raise OSError("the disk is gone")
         yield from self.batches
         if self.error is not None:
             raise self.error
@@ -72,6 +83,35 @@ def main(report: str) -> None:
     tried("seed", made(KFACLinearOperator, seed=rank))
     tried("operator", made(EKFACLinearOperator if rank else KFACLinearOperator, check_deterministic=False))
     tried("number", made(num_data=5))
+    kept = list(data.batches)
+    jacobian = JacobianLinearOperator(p.model, p.params, kept, process_group=group)
+    kept.append(kept[0]) if rank else kept.append((p.X[:1], p.y[:1]))
+    tried("outputs", lambda: jacobian @ v)
+    tried("products", lambda: op.trace(num_products=-1 if rank else 6))
+    tried("right side", lambda: op.damped(1.0).solve(v[rank:]))
+    tried("pairs", lambda: op.eigenpairs(99 if rank else 2))
+    tried("length", lambda: op @ v[rank:])
+    tried("sum's length", lambda: (2 * op.T + op) @ v[rank:])
+    tried("counted", lambda: made(num_data=6 if rank else None, check_deterministic=False)() @ v)
+    tried("judge", made(data=Failing(data.batches, 2 if rank else 9)))
+    kfac = made(KFACLinearOperator)()
+    tried("decay", lambda: kfac.refresh(decay=3.0 if rank else 0.5))
+    tried("other decay", lambda: kfac.refresh(decay=0.25 if rank else 0.5))
+    whole = p.data(4, 2)
+    for name, options in {
+        "spread seed": {"seed": rank},
+        "spread loss": {"loss_func": nn.CrossEntropyLoss(weight=1.0 + rank * torch.arange(3).double())},
+        "spread data": {"data": whole[: 1 + rank]},
+    }.items():
+        given = {"model_func": p.model, "loss_func": p.loss, "params": p.params, "data": whole} | options
+        alone = KFACLinearOperator(**given, check_deterministic=False)
+        tried(name, lambda alone=alone: SpreadOperator(alone, group))
+    alone = HessianLinearOperator(p.model, p.loss, p.params, Failing(whole), check_deterministic=False)
+    twice = SpreadOperator(alone, group)
+    inner = HessianLinearOperator(p.model, p.loss, p.params, Failing(whole), process_group=group)
+    twice.operator = inner
+    inner.risk.data.batches.error = OSError("the disk is gone") if rank else None
+    tried("twice", lambda: twice @ torch.ones(p.dim, 2, dtype=torch.float64))
     tried("argument", made(data=data if rank == 0 else iter(data)))
     tried("nothing", made(data=[]))
     mc = made(GGNLinearOperator, mc_samples=1)()

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator, SpreadOperator
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hessian": (HessianLinearOperator, {}),
@@ -63,6 +63,8 @@ def refused(op: Any, v: Any, problem: tuple[Any, ...]) -> dict[str, str]:
         "plain": attempt(lambda: op @ v),
         "dense": attempt(op.to_dense),
         "trace": attempt(op.trace),
+        "group": attempt(lambda: EFLinearOperator(*problem, process_group=dist.group.WORLD)),
+        "spread": attempt(lambda: SpreadOperator(op, dist.group.WORLD)),
         "kfac": attempt(lambda: KFACLinearOperator(*problem)),
     }
 
@@ -89,6 +91,11 @@ def main(report: str) -> None:
             results.append(dict(zip(own, op @ list(placed.values()), strict=True)))
             layers = {**(op["0.*"] @ {n: placed[n] for n in own if n[0] == "0"})}
             first = make(net, loss, params, data, **options)["0.*"] @ {n: v[n] for n in own if n[0] == "0"}
+            if title == "cut":  # rows and columns of different layers
+                block = op["0.*", "2.*"] @ {n: placed[n] for n in own if n[0] == "2"}
+                layers = {**layers, **{f"block {n}": t for n, t in block.items()}}
+                block = make(net, loss, params, data, **options)["0.*", "2.*"] @ {n: v[n] for n in own if n[0] == "2"}
+                first = {**first, **{f"block {n}": t for n, t in block.items()}}
             errors = [float((whole(r[n]) - expected[n]).abs().max()) for r in results for n in own]
             errors += [float((whole(layers[n]) - first[n]).abs().max()) for n in layers]
             found[f"{title}, {kind}"] = max(errors)

@@ -1,0 +1,64 @@
+"""Batches whose graphs exceed the memory budget, in pieces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from curvops.products.account import Account, attempted, relative_difference, tolerance
+from curvops.risk.data import Batch
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.sharding import local
+from curvops.tree import select, tensors_of
+
+FEW = 4  # data by which it is seen what one datum takes
+COPIES = 3  # of what a forward pass saves: with it the gradient's graph and a product's tensors
+
+
+def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) -> list[Batch]:
+    """A batch as it is, or in pieces that each take a product of at most so many bytes.
+
+    As it is, too, where its tensors cannot be cut along their first axis, or where the outputs of the pieces are not those
+    of the whole, because the model mixes the data. Call within the risk's `evaluation`.
+    """
+    if batch.size <= FEW or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of((batch.X, batch.y))):
+        return [batch]
+    saved, _ = attempted(lambda: _saved(risk, _cut(batch, 0, FEW)))
+    needed = COPIES * (saved or 0) // FEW
+    most = max(1, budget // max(1, needed))
+    if most >= batch.size:
+        return [batch]
+    pieces = [_cut(batch, first, min(first + most, batch.size)) for first in range(0, batch.size, most)]
+    with torch.no_grad():
+        whole = risk.forward(batch.X)
+        parts, why = attempted(lambda: torch.cat([risk.forward(piece.X) for piece in pieces]))
+    size = f"{needed / 1e6:,.2f} MB a datum, memory_budget={budget / 1e6:,.2f} MB"
+    if parts is None or parts.shape != whole.shape or not relative_difference(parts, whole) <= tolerance(whole.dtype):
+        why = why or "the model mixes the data of a batch"
+        account.note("batches", "whole", f"{size}; outputs of pieces are not those of the whole: {why}")
+        return [batch]
+    account.note("batches", f"in pieces of {most} data", f"{size}; outputs are those of the whole")
+    return pieces
+
+
+def _cut(batch: Batch, first: int, end: int) -> Batch:
+    X, y = (select(part, batch.size, slice(first, end)) for part in (batch.X, batch.y))
+    return Batch(X, y, end - first, batch.start + first)
+
+
+def _saved(risk: EmpiricalRisk, few: Batch) -> int:
+    """Bytes that the graph of a forward pass holds beside the parameters."""
+    own = {local(p).untyped_storage().data_ptr() for p in risk.model.tensors.values()}
+    sizes: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = local(tensor).untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):  # which models that use `torch.func` inside refuse
+        z = risk.forward(few.X)  # as long as it lives, no memory is counted twice
+    del z
+    return sum(sizes.values())

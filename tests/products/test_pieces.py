@@ -1,0 +1,87 @@
+"""Batches in pieces: never more than fits, never where the model mixes the data, and the same numbers."""
+
+import pytest
+import torch
+from conformance import RISK, close, draws
+from problems import Problem, real
+from torch import Tensor, nn
+
+from curvops import HessianLinearOperator
+
+
+class Counting(nn.Module):
+    """Notes how many data it is given where a graph is made."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.sizes = net, []
+
+    def forward(self, X: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.sizes.append(len(X))
+        return self.net(X)
+
+
+def problem(*more: nn.Module) -> Problem:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), *more, nn.Linear(50, 3)).double()
+    return Problem(Counting(net), nn.CrossEntropyLoss(), real(37, 3), torch.randint(3, (37,)))
+
+
+@pytest.mark.parametrize("name", RISK)
+def test_pieces_give_the_same_matrix(name):
+    p = problem()
+    kind = RISK[name]
+    whole = kind(*p.args(20, 17), check_deterministic=False)
+    v, few = draws(p.dim, 2), draws(p.dim)
+    expected, block = whole @ v, whole["net.0.*", "net.2.*"] @ draws(153)
+    p.model.sizes.clear()
+    cut = kind(*p.args(20, 17), check_deterministic=False, memory_budget=20_000)
+    close(cut @ v, expected, 1e-12)
+    close(cut @ few, whole @ few, 1e-12)
+    close(cut["net.0.*", "net.2.*"] @ draws(153), block, 1e-12)
+    assert "batches: in pieces of" in cut.explain() and "outputs are those of the whole" in cut.explain()
+
+
+def test_pieces_are_as_large_as_the_budget_allows():
+    p = problem()
+    largest = {}
+    for budget in (10_000, 20_000, 40_000, 10**9):
+        op = HessianLinearOperator(*p.args(37), check_deterministic=False, memory_budget=budget)
+        p.model.sizes.clear()
+        op @ draws(p.dim)
+        largest[budget] = max(p.model.sizes)
+    assert 4 <= largest[10_000] < largest[20_000] < largest[40_000] < largest[10**9] == 37
+    assert largest[40_000] == pytest.approx(4 * largest[10_000], abs=4)
+
+
+def test_models_that_mix_the_data_stay_whole():
+    p = problem(nn.BatchNorm1d(50))
+    op = HessianLinearOperator(*p.args(37), check_deterministic=False, memory_budget=10_000)
+    expected = HessianLinearOperator(*p.args(37), check_deterministic=False) @ draws(p.dim)
+    close(op @ draws(p.dim), expected, 1e-12)
+    assert (
+        "batches: whole" in op.explain() and "not those of the whole: ValueError: Expected more than 1" in op.explain()
+    )
+
+
+def test_models_that_mix_the_data_unseen_by_errors_stay_whole():
+    class Centred(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return h - 0.1 * h.mean(0)
+
+    p = problem(Centred())
+    op = HessianLinearOperator(*p.args(37), check_deterministic=False, memory_budget=10_000)
+    close(op @ draws(p.dim), HessianLinearOperator(*p.args(37), check_deterministic=False) @ draws(p.dim), 1e-12)
+    assert "not those of the whole: the model mixes the data" in op.explain()
+
+
+def test_batches_that_cannot_be_cut_stay_whole():
+    p = problem()
+    X, y = real(12, 5, 3), torch.randint(3, (60,))
+    loss = nn.CrossEntropyLoss()
+    flat = nn.Sequential(p.model, nn.Flatten(0, 1))
+    args = (flat, loss, dict(flat.named_parameters()), [(X, y)])
+    op = HessianLinearOperator(*args, check_deterministic=False, memory_budget=10_000)
+    close(op @ draws(p.dim), HessianLinearOperator(*args, check_deterministic=False) @ draws(p.dim), 1e-12)
+    assert "pieces" not in op.explain()

@@ -59,7 +59,7 @@ def compute(name: str, loader: Loader, checkpoint: Checkpoint | None) -> list[Te
     options |= {"memory_budget": 0} if name == "EKFAC, swept" else {}
     cls = KFACLinearOperator if name == "KFAC" else EKFACLinearOperator
     op = cls(*problem, checkpoint=checkpoint, **options)
-    return [t for _, entry in op.state.groups for t in entry.tensors.values()]
+    return [t for _, entry in op.state.groups for _, t in sorted(entry.tensors.items())]
 
 
 def worker(name: str, batches: int, last: int, path: str, every: int, result: str) -> None:

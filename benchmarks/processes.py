@@ -53,28 +53,47 @@ def alternating(alone: Callable[[], Any], together: Callable[[], Any], repeats: 
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def problem(name: str, size: int) -> tuple[nn.Module, nn.Module, dict[str, Tensor], list[Any], list[Any]]:
-    """A model with its loss and parameters, all batches, and those of this process."""
+def problem(
+    name: str, number: int, repeats: int = 1
+) -> tuple[nn.Module, nn.Module, dict[str, Tensor], list[Any], list[Any]]:
+    """A model with its loss and parameters, so many batches, each some times as large, and those of this process."""
     torch.manual_seed(0)
-    model, ((X, y), *_) = {"mlp": mlp, "residual": residual}[name]()
-    batches = [(X, y)] * size
+    model, ((X, y), *_) = {"mlp": mlp, "residual": residual, "wide": wide}[name]()
+    batches = [(X.repeat(repeats, *[1] * (X.ndim - 1)), y.repeat(repeats))] * number
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     return model, nn.CrossEntropyLoss(), dict(model.named_parameters()), batches, mine
 
 
+def wide() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """An MLP with five layers of 512 inputs, whose eigenproblems are alike."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(512, 10)), [(torch.rand(128, 512), torch.randint(10, (128,)))]
+
+
 def seconds() -> None:
     number, group = dist.get_world_size(), {"process_group": dist.group.WORLD}
-    say(f"{'':26}{'one process':>14}{f'{number} processes':>14}{'ratio':>8}")
-    for name in ("mlp", "residual"):
-        *args, whole, mine = problem(name, 8)
+    say(f"{'':44}{'one process':>14}{f'{number} processes':>14}{'ratio':>8}")
+    for name, batches, repeats in (("mlp", 8, 1), ("mlp", 8, 8), ("residual", 8, 1), ("residual", 32, 1)):
+        *args, whole, mine = problem(name, batches, repeats)
         for kind in (HessianLinearOperator, GGNLinearOperator):
             make = partial(kind, *args, check_deterministic=False)
             one, several = make(whole), make(mine, **group)
             v = torch.ones(one.shape[1])
-            row(f"{name}, {kind.__name__[:-14]} product", partial(matmul, one, v), partial(matmul, several, v))
+            row(
+                title(name, whole, f"{kind.__name__[:-14]} product"),
+                partial(matmul, one, v),
+                partial(matmul, several, v),
+            )
+    for name, batches, repeats in (("wide", 8, 1), ("wide", 16, 8), ("residual", 8, 1), ("residual", 64, 1)):
+        *args, whole, mine = problem(name, batches, repeats)
         for kind in (KFACLinearOperator, EKFACLinearOperator):
             make = partial(decomposed, kind, *args)
-            row(f"{name}, {kind.__name__[:-14]} with eigh", partial(make, whole), partial(make, mine, **group))
+            what = title(name, whole, f"{kind.__name__[:-14]} with eigh")
+            row(what, partial(make, whole), partial(make, mine, **group))
+
+
+def title(name: str, batches: list[Any], work: str) -> str:
+    return f"{name}, {len(batches)} × {len(batches[0][1])} data, {work}"
 
 
 def decomposed(kind: Any, *args: Any, **options: Any) -> None:
@@ -86,7 +105,7 @@ def decomposed(kind: Any, *args: Any, **options: Any) -> None:
 
 def row(name: str, alone: Callable[[], Any], together: Callable[[], Any]) -> None:
     one, several = alternating(alone, together, REPEATS)
-    say(f"{name:26}{one:13.3f}s{several:13.3f}s{one / several:8.2f}")
+    say(f"{name:44}{one:13.3f}s{several:13.3f}s{one / several:8.2f}")
 
 
 def say(line: str) -> None:

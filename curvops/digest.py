@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvops.sharding import local
 
-STEP = 2**20  # words that are hashed together
+STEP = 2**20  # words that are hashed together, a multiple of a piece
+PIECE = 4096  # entries of a vector that are summed together
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,21 +30,38 @@ def digest(tensors: Mapping[str, Tensor]) -> int:
         flat = real.contiguous().flatten()
         words = flat if flat.dtype == torch.bool else flat.view(INTEGERS[flat.element_size()])
         own = word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-        for start in range(0, len(words), STEP):
-            part = words[start : start + STEP].long()
-            ramp = torch.arange(start, start + len(part), device=part.device).mul_(GOLDEN).mul_(2).add_(1)
-            own += int((part * ramp).sum())
+        whole = len(words) // PIECE * PIECE
+        within, pieces = _odd(min(PIECE, len(words)), words.device), _odd(len(words) // PIECE + 1, words.device)
+        for start in range(0, whole, STEP):
+            part = words[start : min(start + STEP, whole)].view(-1, PIECE)
+            part = (part * within).sum(1)
+            own += int((part * pieces[start // PIECE : start // PIECE + len(part)]).sum())
+        own += int((words[whole:].long() * within[: len(words) - whole]).sum() * pieces[-1])
         total = total * 31 + own
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _odd(count: int, device: torch.device) -> Tensor:
+    """Odd words that look random, for the places of things."""
+    return torch.arange(count, device=device).mul_(GOLDEN).mul_(2).add_(1)
 
 
 def probe(vectors: Tensor | None) -> tuple[float, float]:
     """The norm, and a linear function that depends on each entry's place."""
     if vectors is None or not vectors.numel():
         return 0.0, 0.0
-    flat = vectors.detach().flatten().double()
-    ramp = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64).cos_()
-    return float(flat.norm()), float(flat @ ramp)
+    flat = vectors.detach().flatten()
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    # a random walk along the places, by pieces, so that as few numbers are made as may be
+    first, second = (
+        torch.arange(1, count + 1, device=flat.device, dtype=flat.dtype).cos_()
+        for count in (min(PIECE, len(flat)), -(-len(flat) // PIECE))
+    )
+    whole = len(flat) // PIECE * PIECE
+    sums = flat[:whole].view(-1, PIECE) @ first if whole else flat.new_zeros(0)
+    rest = flat[whole:] @ first[: len(flat) - whole]
+    along = sums.double() @ second[: len(sums)].double() + rest.double() * second[-1].double()
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64)), float(along)
 
 
 def close(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -130,9 +130,10 @@ def _over_uses(param: Tensor, parts: Sequence[tuple[Use, View, Tensor]]) -> Tens
 def _summed(use: Use, view: View, g: Tensor) -> Tensor:
     """The gradient of one view, summed over all rows."""
     rows = rows_of(use, g)
+    out = rows.reshape(-1, *rows.shape[-2:])  # there may be no axis of rows
     if isinstance(use, VectorUse) or view is use.bias:
-        return rows.sum(tuple(range(rows.ndim - 2)))
-    a, out = use.inputs(), rows.reshape(-1, *rows.shape[-2:])
+        return out.sum(0)
+    a = use.inputs()
     if isinstance(a, OneHot):
         total = torch.zeros(a.width + 1, out.shape[-1], dtype=out.dtype, device=out.device)
         return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]

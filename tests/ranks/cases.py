@@ -72,7 +72,8 @@ def cases() -> Iterator[tuple[str, Callable[..., Any], Problem]]:
             if problem != "mlp" and not (problem == "odd" and name == "hessian"):
                 yield f"{problem}, {name}", OPERATORS[name], build()
     for problem, build in {**LOSSES, "averaged": averaged}.items():
-        for name in ("ggn", "mc fisher", "ef", "ekfac mc expand separate"):
+        ekfac = ["ekfac mc expand separate"] * problem.endswith("_all_mean")
+        for name in ("ggn", "mc fisher", "ef", *ekfac):
             yield f"{problem}, {name}", OPERATORS[name], build()
 
 

@@ -14,7 +14,7 @@ from problems import PROBLEMS
 from curvops import KFACLinearOperator
 
 
-def difference(found: Any, expected: Any) -> float | str:
+def difference(found: Any, expected: Any, group: Any) -> float | str:
     """The largest difference relative to the largest entry, or what is wrong."""
     if isinstance(found, str) or isinstance(expected, str):
         # other batches may be the first to be refused
@@ -25,8 +25,8 @@ def difference(found: Any, expected: Any) -> float | str:
             return f"{key}: {tuple(tensor.shape)}, alone {tuple(expected[key].shape)}"
         scale = float(expected[key].abs().max()) or 1.0
         errors.append(float((tensor - expected[key]).abs().max().nan_to_num(1.0)) / scale)
-        same = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(same, tensor.contiguous())
+        same = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(same, tensor.contiguous(), group=group)
         if not all(torch.equal(other, tensor) for other in same):
             return f"{key}: other bits in another process"
     return max(errors)
@@ -39,30 +39,43 @@ def share(group: Any) -> float | str:
     mine = KFACLinearOperator(
         p.model, p.loss, p.params, p.data() if dist.get_rank() == 0 else [], fisher_type="type-2", process_group=group
     ).share()
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, mine.domain.names)
+    names: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(names, mine.domain.names, group=group)
     if sorted(name for some in names for name in some) != sorted(p.params):
         return f"shares {names}"
     return float((mine.to_dense() - whole[list(mine.domain.names)].to_dense()).abs().max())
 
 
-def main(references: str, report: str) -> None:
-    dist.init_process_group("gloo")
-    rank, group = dist.get_rank(), dist.group.WORLD
-    expected = torch.load(references, weights_only=True)
+def compared(number: int, group: Any, expected: dict[str, Any]) -> dict[str, float | str]:
+    """What so many processes compute."""
     found: dict[str, float | str] = {}
-    for how, shares in SHARES[dist.get_world_size()].items():
+    for how, shares in SHARES[number].items():
+        own = shares[dist.get_rank()]
         for name, make, p in cases():
-            if not wanted(name, how):
-                continue
-            data = [p.data(*BATCHES)[k] for k in shares[rank]]
-            found[f"{how}: {name}"] = difference(values(name, make, p, data, process_group=group), expected[name])
+            if wanted(name, how):
+                data = [p.data(*BATCHES)[k] for k in own]
+                found[f"{how}: {name}"] = difference(
+                    values(name, make, p, data, process_group=group), expected[name], group
+                )
         p = PROBLEMS["mlp"]()
-        data = [p.data(*BATCHES)[k] for k in shares[rank]]
-        found[f"{how}: others"] = difference(others(p, data, process_group=group), expected["others"])
-    found["spread"] = difference(spread(PROBLEMS["mlp"](), group), expected["spread"])
+        data = [p.data(*BATCHES)[k] for k in own]
+        found[f"{how}: others"] = difference(others(p, data, process_group=group), expected["others"], group)
+    found["spread"] = difference(spread(PROBLEMS["mlp"](), group), expected["spread"], group)
     found["share"] = share(group)
-    if rank == 0:
+    return found
+
+
+def main(references: str, report: str) -> None:
+    """Groups of one, two and all three processes, one after the other."""
+    dist.init_process_group("gloo")
+    groups = {1: dist.new_group([0]), 2: dist.new_group([0, 1]), 3: dist.group.WORLD}
+    expected = torch.load(references, weights_only=True)
+    found = {}
+    for number, group in groups.items():
+        if dist.get_rank() < number:
+            found[number] = compared(number, group, expected)
+        dist.barrier()
+    if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -113,7 +113,7 @@ def assigned(costs: Sequence[float], number: int) -> list[int]:
 
     Example:
         >>> assigned([1.0, 5.0, 3.0, 2.0], 2)
-        [1, 0, 1, 0]
+        [0, 0, 1, 1]
     """
     loads, owners = [0.0] * number, [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):

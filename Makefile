@@ -74,6 +74,7 @@ bench-minilm: .venv-models/.peer
 
 calibrate: .venv/.dev
 	$(BIN)/python benchmarks/calibrate.py $(ARGS)
+	$(BIN)/python benchmarks/pieces.py
 
 peer: .venv-peer/.peer
 	OMP_NUM_THREADS=1 .venv-peer/bin/python benchmarks/tour.py --dtype float64 --rounds 1 $(ARGS)

@@ -133,6 +133,8 @@ class Ranks:
             raise
         finally:
             _OPEN[self._group] -= 1
+            if not _OPEN[self._group]:
+                del _OPEN[self._group]  # a group must not live longer than its owner lets it
 
     def meet(
         self,

@@ -44,11 +44,15 @@ def plain_kernels() -> Iterator[None]:
 
 @contextmanager
 def _keeping_checkpoints() -> Iterator[None]:
+    own = vars(CheckpointFunction).get("apply")  # by itself it is inherited
     setattr(CheckpointFunction, "apply", _reentrant)  # noqa: B010
     try:
         yield
     finally:
-        del CheckpointFunction.apply  # which is inherited
+        if own is None:
+            del CheckpointFunction.apply
+        else:
+            setattr(CheckpointFunction, "apply", own)  # noqa: B010
 
 
 def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:

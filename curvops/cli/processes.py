@@ -11,6 +11,8 @@ import torch.distributed
 
 from curvops.ranks import Ranks
 
+_OURS: list[Any] = []  # the group, from `join` to `leave`, unless whoever calls the command line had made one
+
 
 def number() -> int:
     """How many processes torchrun has started; 1 without it."""
@@ -29,8 +31,9 @@ def join(device: str | None) -> Any:
     cuda = (device or "").startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not joined():
+    if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        _OURS.append(torch.distributed.group.WORLD)
     return torch.distributed.group.WORLD
 
 
@@ -40,8 +43,9 @@ def joined() -> bool:
 
 
 def leave() -> None:
-    """End the group."""
-    if joined():
+    """End the group, if `join` has made it."""
+    if _OURS:
+        _OURS.clear()
         torch.distributed.destroy_process_group()
 
 

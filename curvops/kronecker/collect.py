@@ -61,6 +61,7 @@ class Collection:
         """
         sweep, share = self.sweep, min(self.budget // 4, TOGETHER) if together else 0
         progress, more = self.progress, keep or self.progress.keeps
+        sweep.noted = progress.keeps
         while True:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
             start = progress.resume(sweep, consumer, wholes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -44,10 +45,9 @@ class Progress:
     """
 
     def __init__(self, checkpoint: Checkpoint | None, risk: EmpiricalRisk, options: Options, title: str) -> None:
-        self.budget = budget(risk.space.device, options.memory_budget)
         self.stage = self.place = 0  # where to go on
         self.checked = False  # whether the data were found deterministic
-        self._risk, self._written = risk, (-1, -1)
+        self._risk, self._options, self._written = risk, options, (-1, -1)
         self._files: list[Checkpoint] = []
         self._found: dict[str, Any] | None = None
         if checkpoint is None:
@@ -72,6 +72,11 @@ class Progress:
             self.stage = max(common)
             self._found, self.checked = known[self.stage], all(one[self.stage] for one in several)
             self.budget = self._found["budget"]  # some sums are cut by it
+
+    @cached_property
+    def budget(self) -> int:
+        """Bytes that rows may take, by default of what is free when this is first asked."""
+        return budget(self._risk.space.device, self._options.memory_budget)
 
     @property
     def keeps(self) -> bool:

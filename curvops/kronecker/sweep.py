@@ -59,6 +59,7 @@ class Sweep:
         # output of each batch, by its place, on which something was proved; of a run that was killed, for another look
         self.learnt: dict[int, tuple[float, float]] = {}
         self.forgotten: dict[int, tuple[float, float]] = {}
+        self.noted = False  # whether these are asked for
         self.progress = (0.0, 0)  # what the loss has learnt of the batches so far
         self.size = self.forward_passes = self.backward_passes = 0
         self.signed = self._planned = self._streamed = self.apart = False
@@ -85,7 +86,12 @@ class Sweep:
         """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
         if self.grouping.again:
             return False  # alone: several processes walk until their own data fit
+        known = self.risk.ranks.sizes
         self._steps.join()
+        if known != self.risk.ranks.sizes and any(self.risk.ranks.gather(self.signed)):
+            raise RuntimeError(
+                "random signs would belong to other data: the processes' shares have changed. Make it anew."
+            )
         if agreed := agree(self.risk.ranks, self.grouping, self.whole):
             self.constant = self._steps.constant
         return agreed
@@ -193,7 +199,7 @@ class Sweep:
         if joint is None:
             proved = len(self.proofs)
             ways, kept = self._certify(batch, tape, curvature)
-            if not place or len(self.proofs) > proved or self._steps.progress[1] == 1:
+            if self.noted and (not place or len(self.proofs) > proved or self._steps.progress[1] == 1):
                 self.learnt[place] = outline(tape.z)
             if not (place or self.most or self._streamed or self._planned or self.apart):
                 self.most = joinable(tape, self.options.memory_budget, curvature.closed_form, ways)

@@ -13,7 +13,7 @@ from curvops.sharding import local
 from curvops.tree import select, tensors_of
 
 FEW = 4  # data by which it is seen what one datum takes
-COPIES = 3  # of what a forward pass saves: with it the gradient's graph and a product's tensors
+COPIES = 9  # of what a forward pass saves, with what a product needs besides: `python benchmarks/pieces.py`
 
 
 def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) -> list[Batch]:
@@ -48,8 +48,9 @@ def _cut(batch: Batch, first: int, end: int) -> Batch:
 
 
 def _saved(risk: EmpiricalRisk, few: Batch) -> int:
-    """Bytes that the graph of a forward pass holds beside the parameters."""
-    own = {local(p).untyped_storage().data_ptr() for p in risk.model.tensors.values()}
+    """Bytes that the graph of a forward pass holds beside the parameters and the data, which are there anyway."""
+    there = (*risk.model.tensors.values(), *tensors_of((few.X, few.y)))
+    own = {local(tensor).untyped_storage().data_ptr() for tensor in there}
     sizes: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
-from curvops.digest import digest
 from curvops.display import card
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
@@ -274,7 +273,7 @@ def spectral_density(
         device, dtype = torch.device(basis_device or products.device), basis_dtype or wide
         together = max(1, budget(device, memory_budget) // (max(1, depth) * size * dtype.itemsize))
         asked = {"depth": depth, "seed": seed, "basis_dtype": dtype, "basis_device": device.type}
-        saved = Saved(checkpoint, products, {**asked, "starts": digest({"starts": starts})}, image)
+        saved = Saved(checkpoint, products, asked, starts, image)
         rules = _rules(image, starts.split(saved.about.get("together", together), dim=1), depth, device, dtype, saved)
         nodes, weights, ended = (torch.cat(parts) for parts in zip(*rules, strict=True))
         outliers = torch.zeros(0) if deflate is None else deflate.values

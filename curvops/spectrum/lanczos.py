@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
-from curvops.digest import digest
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
 from curvops.spectrum.choice import Choice, Which
@@ -110,8 +109,8 @@ def eigenpairs(
         first = _first(products, start, block, generator)
         asked = {"k": k, "which": which, "block": block, "tolerance": tolerance, "max_products": max_products}
         asked |= {"subspace": subspace, "basis_dtype": dtype, "basis_device": device.type, "seed": seed}
-        asked |= {"start": digest({"start": first}), "metric": metric is not None}
-        saved = Saved(checkpoint, products, asked, lambda v: torch.cat([unweigh(products(v)), weigh(v)], 1))
+        asked |= {"metric": metric is not None}
+        saved = Saved(checkpoint, products, asked, first, lambda v: torch.cat([unweigh(products(v)), weigh(v)], 1))
         fits = budget(device, memory_budget) // (size * dtype.itemsize)
         room = saved.about.get("room") or _room(subspace, choice.count, block, size, fits)
         space = Krylov(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
+from curvops.digest import digest
 from curvops.matrix import Products, normal, seeded
 
 State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
@@ -21,6 +22,7 @@ class Saved:
         checkpoint: Where.
         products: Products with the matrix, whose number says when it is time to write, and goes on from the state's.
         options: What was asked. The matrix is known by its answer to one vector, which is not counted.
+        start: The vectors that it starts with.
         image: What the vector is multiplied with, the matrix and its metric; gives one column or more.
 
     Attributes:
@@ -35,6 +37,7 @@ class Saved:
         checkpoint: Checkpoint | None,
         products: Products,
         options: Mapping[str, Any],
+        start: Tensor,
         image: Callable[[Tensor], Tensor],
     ) -> None:
         self._checkpoint, self._products = checkpoint, products
@@ -43,7 +46,7 @@ class Saved:
         if checkpoint is None:
             return
         self._witness = {"computation": products.title, "matrix": products.name, "shape": products.shape, **options}
-        self._witness |= {"dtype": products.dtype, "device": products.device.type}
+        self._witness |= {"start": digest({"start": start}), "dtype": products.dtype, "device": products.device.type}
         # read before the product: processes that share a file and multiply together have all read the same one
         if (about := checkpoint.about(self._witness)) is not None:
             self.about, self.tensors = about, checkpoint.tensors(torch.device("cpu"))

@@ -29,9 +29,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent.parent)))}
 
 
-def torchrun(
-    number: int, script: str, *arguments: object, check: bool = True, restarts: int = 0
-) -> subprocess.CompletedProcess[str]:
+def torchrun(number: int, script: str, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """As a user would start it, on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     done = subprocess.run(
@@ -43,16 +41,14 @@ def torchrun(
         env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else ENVIRONMENT,
     )
     own = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
-    assert not check or done.returncode == 0, "\n".join(own) or done.stderr
+    assert done.returncode == 0, "\n".join(own) or done.stderr
     return done
 
 
 def reported(number: int, script: str, folder: Path, *arguments: object) -> Any:
-    """What a script has written; PyTorch's threads may abort a process that has come to its end."""
-    path = folder / "report.json"
-    done = torchrun(number, script, *arguments, path, check=False)
-    assert path.exists(), done.stderr
-    return json.loads(path.read_text())
+    """What a script has written."""
+    torchrun(number, script, *arguments, folder / "report.json")
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_the_matrices_are_those_of_one_process(tmp_path):
@@ -121,8 +117,7 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_all_of_them(tmp_path):
 @pytest.mark.parametrize(("name", "last"), [("swept", 13)])
 def test_killed_processes_that_are_started_again_go_on(name, last, tmp_path):
     """One process kills itself, torchrun starts both again: they go on from files of their own, to the same bits."""
-    done = torchrun(2, "survivors.py", tmp_path, name, last, restarts=1, check=False)
-    assert (tmp_path / f"{name}.json").exists(), done.stderr
+    torchrun(2, "survivors.py", tmp_path, name, last, restarts=1)
     for report in json.loads((tmp_path / f"{name}.json").read_text()):
         assert report["restarted"]
         assert report["same"]
@@ -148,7 +143,7 @@ def test_a_process_that_is_gone_is_an_error_in_the_others(end, tmp_path):
 
 
 def test_bytes_are_those_of_the_formulas():
-    printed = torchrun(2, "../../benchmarks/processes.py", "--bytes", check=False).stdout.splitlines()[1:]
+    printed = torchrun(2, "../../benchmarks/processes.py", "--bytes").stdout.splitlines()[1:]
     assert len(printed) == 9
     for line in printed:
         # what goes over the network device besides is that of other tests, too
@@ -226,7 +221,7 @@ def test_the_command_line_is_shared_by_processes(tmp_path, monkeypatch, capsys):
     def answers(*command: str) -> tuple[dict, dict]:
         assert main([*command, "--output", "alone"]) == 0
         alone, shared = capsys.readouterr().out, shared_run(*command, "--output", "shared")
-        assert shared.stdout, shared.stderr
+        assert shared.returncode == 0, shared.stderr
         return json.loads(alone), json.loads(shared.stdout)
 
     alone, shared = answers(
@@ -238,7 +233,7 @@ def test_the_command_line_is_shared_by_processes(tmp_path, monkeypatch, capsys):
             mine, its = (part["at_most_zero"] if key == "density" else part for part in (mine, its))
             assert mine == pytest.approx(its, rel=1e-9, abs=1e-12), (name, key)
     done = shared_run("tour", "own.py:problem", "--output", "shared")
-    assert "shared/tour.html" in done.stdout and (tmp_path / "shared" / "tour.html").exists(), done.stderr
+    assert done.returncode == 0 and (tmp_path / "shared" / "tour.html").exists(), done.stderr
     found = load_matrices(tmp_path / "shared" / "matrices.safetensors").matrices
     problem = load_problem("own.py:problem")
     assert len(found) == 6

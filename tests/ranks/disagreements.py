@@ -22,6 +22,7 @@ from curvops import (
     KFACLinearOperator,
     SpreadOperator,
 )
+from curvops.ranks import _OPEN
 
 
 def attempt(call: Callable[[], Any]) -> str:
@@ -146,6 +147,7 @@ def main(report: str) -> None:
     own = {"model_func": language, "params": dict(language.named_parameters()), "data": tokens}
     found["tokens"] = attempt(made(loss_func=shifted, reduction="mean", **own))
     assert all(torch.equal(q, before[name]) for name, q in p.params.items())
+    assert not _OPEN  # which would hold the group after its end
     several = [None, None]
     dist.all_gather_object(several, found)
     if rank == 0:

@@ -232,7 +232,7 @@ def test_a_second_walk_gives_what_kept_rows_give(kind, name, fisher_type):
     some = build(kind, problem, 3, 2, 1, memory_budget=int(0.9 * kept_bytes(kept)), **options)
     swept = build(kind, problem, 3, 2, 1, memory_budget=0, **options)
     for other in (some, swept):
-        close(other.to_dense(), dense, 1e-12)
+        close(other.to_dense(), dense, 1e-12 if kind == "ekfac" else 1e-7)  # rounding ends KFOC's steps
     passes = [int(next(n for n in op.explain().notes if "backward" in n).split()[0]) for op in (kept, some, swept)]
     assert passes[0] < passes[1] < passes[2]
     assert kept_bytes(swept) == 0 < kept_bytes(kept)

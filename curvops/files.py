@@ -9,6 +9,7 @@ import platform
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of this library and of those that the content of a file may depend on, as far as known."""
+@cache
+def _installed() -> dict[str, str]:
     found = {"curvops": "unknown", "python": platform.python_version()}
     for package in ("curvops", "torch", "numpy", "matplotlib"):
         try:
@@ -97,3 +98,8 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of this library and of those that the content of a file may depend on, as far as known."""
+    return dict(_installed())

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch._dynamo  # as the first product with forward mode does
 
 # what the libraries hold stays; to look through it at each collection takes longer than many a test
 gc.collect()

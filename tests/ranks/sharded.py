@@ -1,11 +1,7 @@
-"""Started by torchrun with two processes: products of models whose parameters are cut over both."""
+"""Products of models whose parameters are cut over two processes."""
 
 import copy
-import json
-import sys
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,8 +65,8 @@ def refused(op: Any, v: Any, problem: tuple[Any, ...]) -> dict[str, str]:
     }
 
 
-def main(report: str) -> None:
-    dist.init_process_group("gloo")
+def sharded() -> dict[str, Any]:
+    """Differences from the whole model's products, shares, and errors."""
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     net, loss = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double(), nn.CrossEntropyLoss()
@@ -111,14 +107,7 @@ def main(report: str) -> None:
         )
         found[f"{title}, errors"] = refused(op, v, (model, loss, own, data))
         assert all(torch.equal(p.detach().to_local(), before[name]) for name, p in own.items())
-    sharded = copy.deepcopy(net)
-    fully_shard(sharded)
-    found["fully_shard"] = attempt(lambda: HessianLinearOperator(sharded, loss, dict(sharded.named_parameters()), data))
-    if dist.get_rank() == 0:
-        Path(report).write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(sys.argv[1])
+    fsdp = copy.deepcopy(net)
+    fully_shard(fsdp)
+    found["fully_shard"] = attempt(lambda: HessianLinearOperator(fsdp, loss, dict(fsdp.named_parameters()), data))
+    return found

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def torchrun(number: int, script: str, *arguments: object, restarts: int = 0) ->
     """As a user would start it, on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     done = subprocess.run(
-        [*command, f"--max-restarts={restarts}", HERE / script, *map(str, arguments)],
+        [*command, f"--max-restarts={restarts}", script if script == "-m" else HERE / script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -45,19 +44,14 @@ def torchrun(number: int, script: str, *arguments: object, restarts: int = 0) ->
     return done
 
 
-def reported(number: int, script: str, folder: Path, *arguments: object) -> Any:
-    """What a script has written."""
-    torchrun(number, script, *arguments, folder / "report.json")
-    return json.loads((folder / "report.json").read_text())
-
-
 def test_the_matrices_are_those_of_one_process(tmp_path):
     """Of one, two and three processes."""
     expected = {name: values(name, make, p, p.data(*BATCHES)) for name, make, p in cases()}
     p = PROBLEMS["mlp"]()
     expected |= {"others": others(p, p.data(*BATCHES)), "spread": spread(PROBLEMS["mlp"](), None)}
     torch.save(expected, tmp_path / "references.pt")
-    found = reported(3, "worker.py", tmp_path, tmp_path / "references.pt")
+    torchrun(3, "worker.py", tmp_path / "references.pt", tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
     for number, report in found.items():
         assert len(report) > (200 if number == "2" else 20)
         # the steps of alternating least squares end by rounding
@@ -105,8 +99,8 @@ BOTH = {
 }
 
 
-def test_what_goes_wrong_in_one_process_is_an_error_in_all_of_them(tmp_path):
-    first, second = reported(2, "disagreements.py", tmp_path)
+def check_disagreements(first, second):
+    """What goes wrong in one process is an error in all of them."""
     assert first.keys() == second.keys() == BOTH.keys()
     for name, expected in BOTH.items():
         for found in (first[name], second[name]):
@@ -142,10 +136,11 @@ def test_a_process_that_is_gone_is_an_error_in_the_others(end, tmp_path):
     assert float(seconds) < TIMEOUT + 20
 
 
-def test_bytes_are_those_of_the_formulas():
-    printed = torchrun(2, "../../benchmarks/processes.py", "--bytes").stdout.splitlines()[1:]
-    assert len(printed) == 9
-    for line in printed:
+def check_bytes(printed):
+    """They are those of the formulas."""
+    _, *lines = printed.splitlines()
+    assert len(lines) == 9
+    for line in lines:
         # what goes over the network device besides is that of other tests, too
         given, formula = (int(number.replace(",", "")) for number in line.split()[-4:-2])
         assert given == formula > 0, line
@@ -168,8 +163,8 @@ def test_a_group_must_be_there():
         GGNLinearOperator(*p.args(), process_group=object())
 
 
-def test_models_that_are_cut_over_processes(tmp_path):
-    report = reported(2, "sharded.py", tmp_path)
+def check_sharded(report):
+    """Models that are cut over processes."""
     assert "model_func: fully_shard computes with copies of its parameters" in report.pop("fully_shard")
     errors = {
         "flat": "the parameters are cut over processes, and so are vectors: expected a list of 4 DTensors, or a dict",
@@ -209,37 +204,44 @@ def failing():
 """
 
 
-def test_the_command_line_is_shared_by_processes(tmp_path, monkeypatch, capsys):
-    (tmp_path / "own.py").write_text(PROBLEM)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent.parent))
+SPECTRUM = ("--json", "--matrix", "hessian,fisher,ekfac", "-k", "3", "--density")
 
-    def shared_run(*command: str) -> subprocess.CompletedProcess[str]:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "curvops"]
-        return subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
 
-    def answers(*command: str) -> tuple[dict, dict]:
-        assert main([*command, "--output", "alone"]) == 0
-        alone, shared = capsys.readouterr().out, shared_run(*command, "--output", "shared")
-        assert shared.returncode == 0, shared.stderr
-        return json.loads(alone), json.loads(shared.stdout)
-
-    alone, shared = answers(
-        "spectrum", "own.py:problem", "--json", "--matrix", "hessian,fisher,ekfac", "-k", "3", "--density"
-    )
+def check_spectrum(alone, shared):
+    assert shared["result"] == 0, shared["err"]
     for name, one in alone["matrices"].items():
         for key in ("eigenvalues", "density"):
-            mine, its = one[key], shared["matrices"][name][key]
+            mine, its = one[key], json.loads(shared["out"])["matrices"][name][key]
             mine, its = (part["at_most_zero"] if key == "density" else part for part in (mine, its))
             assert mine == pytest.approx(its, rel=1e-9, abs=1e-12), (name, key)
-    done = shared_run("tour", "own.py:problem", "--output", "shared")
-    assert done.returncode == 0 and (tmp_path / "shared" / "tour.html").exists(), done.stderr
+
+
+def check_failing(failed):
+    own = [line for line in failed["err"].splitlines() if line.startswith("curvops spectrum:")]
+    assert failed["result"] and len(own) == 1 and "process 1 of 2 failed with RuntimeError" in own[0], failed
+
+
+def test_two_processes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(PROBLEM)
+    monkeypatch.chdir(tmp_path)
+    torchrun(2, "both.py", tmp_path, *SPECTRUM)
+    report = json.loads((tmp_path / "report.json").read_text())
+    check_disagreements(*report["disagreements"])
+    check_sharded(report["sharded"])
+    check_bytes(report["bytes"])
+    assert main(["spectrum", "own.py:problem", "--output", "alone", *SPECTRUM]) == 0
+    check_spectrum(json.loads(capsys.readouterr().out), report["problem"])
+    check_failing(report["failing"])
+
+
+def test_a_tour_is_shared_by_processes(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(PROBLEM)
+    monkeypatch.chdir(tmp_path)
+    torchrun(2, "-m", "curvops", "tour", "own.py:problem", "--output", "shared")
+    assert (tmp_path / "shared" / "tour.html").exists()
     found = load_matrices(tmp_path / "shared" / "matrices.safetensors").matrices
     problem = load_problem("own.py:problem")
     assert len(found) == 6
     for title, (kind, options) in TOUR.items():
         expected = kind(*problem.arguments, **options, **({"seed": 0} if "mc_samples" in options else {})).to_dense()
         torch.testing.assert_close(found[title], expected, rtol=0, atol=1e-12)
-    failed = shared_run("spectrum", "own.py:failing", "--output", "failed")
-    own = [line for line in failed.stderr.splitlines() if line.startswith("curvops spectrum:")]
-    assert failed.returncode and len(own) == 1 and "process 1 of 2 failed with RuntimeError" in own[0], failed.stderr

@@ -1,0 +1,47 @@
+"""Started by torchrun with two processes: all that two of them are asked, one thing after the other."""
+
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from disagreements import disagreements
+from sharded import sharded
+
+from curvops.cli import main as curvops
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from processes import bytes_sent
+
+
+def printed(call: Callable[[], Any]) -> dict[str, Any]:
+    """What a call returns, and what both processes print."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        result = call()
+    several: list[Any] = [None, None]
+    dist.all_gather_object(several, (out.getvalue(), err.getvalue()))
+    return {"result": result, "out": "".join(o for o, _ in several), "err": "".join(e for _, e in several)}
+
+
+def main(folder: str, *spectrum: str) -> None:
+    os.chdir(folder)
+    dist.init_process_group("gloo")
+    found = {"disagreements": disagreements(), "sharded": sharded(), "bytes": printed(bytes_sent)["out"]}
+    for name in ("problem", "failing"):
+        command = ["spectrum", f"own.py:{name}", "--output", name, *spectrum]
+        found[name] = printed(lambda command=command: curvops(command))
+    if dist.get_rank() == 0:
+        Path("report.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(*sys.argv[1:])

@@ -62,14 +62,17 @@ class Case:
         rows = (slope[:, None] * J).reshape(N, -1, J.shape[1]).sum(1)
         return (1 if summed else N) * rows.T @ rows
 
-    def check(self, *kinds: str, op: Any = None, truth: Tensor | None = None) -> None:
-        """All that can be asked of operators, or of the one given, against the truth as it is now."""
+    def check(self, *kinds: str, op: Any = None, truth: Tensor | None = None) -> list[Any]:
+        """All that can be asked of operators, or of the one given, against the truth as it is now; returns them."""
         truths = {} if truth is None else dict.fromkeys(("Hessian", "EF", "GGN"), truth)
+        checked = []
         for kind in kinds:
             matrix = kind if kind in ("Hessian", "EF") else "GGN"
             if matrix not in truths:
                 truths[matrix] = self.truth(matrix)
-            self._check(kind, self.make(kind) if op is None else op, truths[matrix])
+            checked.append(self.make(kind) if op is None else op)
+            self._check(kind, checked[-1], truths[matrix])
+        return checked
 
     def _check(self, kind: str, op: Any, truth: Tensor) -> None:
         if kind in KRONECKER:

@@ -33,10 +33,10 @@ tour: .venv/.tour
 	$(BIN)/curvops tour $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-torch: .venv-torch-$(TORCH)/.dev
-	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --maxprocesses 4 tests docs/test_readme.py docs/test_howto.py $(ARGS)
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests docs/test_readme.py docs/test_howto.py $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -48,7 +48,7 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 docs: .venv/.docs
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --doctest-modules \
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --doctest-modules \
 	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py \
 	  --ignore=docs/gallery --ignore=docs/_build --ignore=docs/conf.py \
 	  curvops docs

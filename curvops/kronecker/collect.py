@@ -98,9 +98,19 @@ class Collection:
         if (known := self.progress.second(self.sweep)) is not None:
             return known
         entries = first()
+        self.keep(entries)
+        return entries
+
+    def keep(self, entries: Mapping[Key, Entry]) -> None:
+        """Write a state between two further looks."""
         self.progress.next()
         self.progress.write(0, self.sweep, lambda: entries, second=True, due=True)
-        return entries
+
+    def compare(self) -> None:
+        """Look at the data of a run that was through, only to compare them."""
+        self.progress.place = len(self.sweep.cuts)
+        for _ in self.again("comparison"):
+            pass
 
     def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:
         """Entries over the data of all processes that share them."""

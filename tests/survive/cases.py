@@ -134,7 +134,7 @@ COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "ekfac of joined batches": kronecker(EKFACLinearOperator, alike=True, memory_budget=JOINED),
     "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
     "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
-    "kfoc": kronecker(KFOCLinearOperator),
+    "kfoc": kronecker(KFOCLinearOperator, memory_budget=0),
     "diagonal": kronecker(GGNDiagonalLinearOperator),
     "eigenpairs": spectral(eigenpairs, k=2, which="both"),
     "eigenpairs restarted": spectral(eigenpairs, k=2, which="smallest", subspace=9),

@@ -22,7 +22,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
         check_deterministic, checkpoint: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (without effect), ``separate_weight_and_bias``,
-            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:

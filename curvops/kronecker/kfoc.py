@@ -14,6 +14,7 @@ from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.rows import Rows
 from curvops.kronecker.state import Entry
 from curvops.operators.blocks import KroneckerBlock
+from curvops.spill import Spill
 
 STEPS = 50  # alternating steps at most
 STATE = "steps"  # kind of an entry that more steps go on from
@@ -31,7 +32,7 @@ class KFOCLinearOperator(KroneckerOperator):
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
         check_deterministic, checkpoint: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (of the start only), ``separate_weight_and_bias``,
-            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
@@ -54,8 +55,12 @@ class KFOCLinearOperator(KroneckerOperator):
 
         entries = collection.second(first)
         groups = collection.sweep.grouping.groups
-        starts = {key: _start(entries.pop(key)) for key in list(entries) if groups[key].kind == "linear"}
-        products = {key: NearestProduct(start, collection.budget) for key, start in starts.items() if start is not None}
+        starts = {key: _start(entries.pop(key), collection) for key in list(entries) if groups[key].kind == "linear"}
+        products = {
+            key: NearestProduct(start, collection.budget, collection.spill)
+            for key, start in starts.items()
+            if start is not None
+        }
         step = max((len(product.sizes) for product in products.values()), default=0)
 
         def through() -> bool:
@@ -75,25 +80,28 @@ class KFOCLinearOperator(KroneckerOperator):
         return {**entries, **{key: Entry("product", {"left": p.left, "right": p.right}) for key, p in products.items()}}
 
 
-def _start(entry: Entry) -> Entry | None:
+def _start(entry: Entry, collection: Collection) -> Entry | None:
     """What steps start at: the state after earlier ones, or the factors; ``None`` if no row was seen."""
     if entry.kind == STATE:
         return entry
     block = entry.block(1.0)
-    return Entry(STATE, {"left": block.left, "right": block.right}) if isinstance(block, KroneckerBlock) else None
+    if not isinstance(block, KroneckerBlock):
+        return None
+    left, right = collection.scaled(block)
+    return Entry(STATE, {"left": left, "right": right})
 
 
 class NearestProduct:
     """Alternating least squares for one group; a factor that is diagonal at the start stays diagonal."""
 
-    def __init__(self, start: Entry, budget: int) -> None:
-        t = start.tensors
+    def __init__(self, start: Entry, budget: int, spill: Spill) -> None:
+        t, self._spill = start.tensors, spill
         self.left, self.right = t["left"], t["right"]
         self.shape = (*self.left.shape[:2], self.right.shape[1])
         self.sizes: list[Tensor] = list(t["sizes"]) if "sizes" in t else []  # of the product, after each step
         self.converged = self._converged()
         self._bytes = budget // 4
-        self.sum = torch.zeros_like(self.left if self._update_left else self.right)
+        self.sum = self._zeros(self.left if self._update_left else self.right)
 
     @property
     def _update_left(self) -> bool:
@@ -123,10 +131,14 @@ class NearestProduct:
         other = self.right if self._update_left else self.left
         scale = other.flatten(1).square().sum(1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        setattr(self, "left" if self._update_left else "right", self.sum / scale.view(-1, *[1] * (self.sum.ndim - 1)))
-        self.sum = torch.zeros_like(other)
+        found = self.sum.div_(scale.view(-1, *[1] * (self.sum.ndim - 1)))
+        setattr(self, "left" if self._update_left else "right", found)
+        self.sum = self._zeros(other)
         self.sizes.append((self.left.flatten(1).norm(dim=1) * self.right.flatten(1).norm(dim=1)).norm())
         self.converged = self._converged()
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return self._spill.zeros(like.shape, like.dtype)
 
     def _converged(self) -> bool:
         if len(self.sizes) < 3:

@@ -1,5 +1,6 @@
 """Computations that are interrupted, and what counts their steps."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -134,6 +135,7 @@ COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "ekfac of joined batches": kronecker(EKFACLinearOperator, alike=True, memory_budget=JOINED),
     "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
     "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
+    "ekfac in files": kronecker(EKFACLinearOperator, memory_budget=3000, spill=tempfile.gettempdir()),
     "kfoc": kronecker(KFOCLinearOperator, memory_budget=0),
     "diagonal": kronecker(GGNDiagonalLinearOperator),
     "eigenpairs": spectral(eigenpairs, k=2, which="both"),

@@ -5,7 +5,7 @@
 For KFAC and EKFAC of an MLP of LAYERS layers of width WIDTH and BATCHES batches, the most anonymous memory (RssAnon of
 /proc/self/status, every few milliseconds; Linux) above what was there before, what is left of it when the operator is made, and
 its seconds; each in a process of its own. Pages of files count for what a process holds, too, but the system takes them
-back where memory is short. Rows may take as much as they like, or BUDGET MB.
+back where memory is short. Rows may take ENOUGH, or BUDGET.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from curvops import EKFACLinearOperator, KFACLinearOperator
 from curvops.memory import entry
 
 KINDS = {"KFAC": KFACLinearOperator, "EKFAC": EKFACLinearOperator}
-WIDTH, LAYERS, SIZE, BATCHES, BUDGET = 1536, 8, 512, 12, 50
+WIDTH, LAYERS, SIZE, BATCHES = 1536, 8, 512, 12
+ENOUGH, BUDGET = 10_000, 50  # MB that rows may take
 
 
 def anonymous() -> int:
@@ -74,7 +75,7 @@ def measure(kind: str, budget: str, folder: str) -> None:
 
 def main(folder: str) -> None:
     print(f"{'anonymous MB':36}{'most':>8}{'made':>8}{'seconds':>10}")
-    ways = {"rows in memory": (10**4, ""), "rows computed again": (BUDGET, ""), "in files": (BUDGET, folder)}
+    ways = {"rows in memory": (ENOUGH, ""), "rows computed again": (BUDGET, ""), "in files": (BUDGET, folder)}
     for kind in KINDS:
         for what, (budget, where) in ways.items():
             command = [sys.executable, __file__, kind, str(budget), where]
@@ -85,7 +86,7 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 2:  # kind, budget and folder, which may be empty
         measure(*sys.argv[1:])
     elif len(sys.argv) == 2:
         main(sys.argv[1])

@@ -20,6 +20,14 @@ REMOVE = "Remove it to begin anew, or pass a Checkpoint with another path."
 OURS = ("witness", "shared", "orders", "format", "versions")
 
 
+class OtherComputation(ValueError):
+    """A checkpoint is not of the computation that is asked for."""
+
+
+class Unwritable(OSError):
+    """A checkpoint cannot be written, and nothing was done before."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a long computation keeps its state, and how often.
@@ -40,8 +48,10 @@ class Checkpoint:
         path: The file, in a folder that is there. With ``process_group=`` each process of a Kronecker operator has files of
             its own beside it.
         every: Steps from one state to the next: batches of a Kronecker operator (small ones that go together count as
-            one), products of `eigenpairs` and `spectral_density`. To write a state takes what it takes to write its tensors, of which a Kronecker operator
-            has about as many numbers as its factors, and `eigenpairs` a basis.
+            one), products of estimates, `eigenpairs` and `spectral_density` (up to 64 that are taken together, fewer of
+            long vectors, have no state between them). To write a state takes what it takes to write its tensors: of
+            a Kronecker operator about as many numbers as its factors, of `eigenpairs` a basis, of estimates the vectors that they
+            keep.
 
     Raises:
         ValueError: If ``every`` is no positive integer.
@@ -88,9 +98,9 @@ class Checkpoint:
             raise self.error(f"of another computation: {said}")
         return {name: value for name, value in about.items() if name not in OURS}
 
-    def error(self, what: str) -> ValueError:
+    def error(self, what: str) -> OtherComputation:
         """An error about a file that is not what was expected."""
-        return ValueError(f"'{self.path}' is a checkpoint {what}. {REMOVE}")
+        return OtherComputation(f"'{self.path}' is a checkpoint {what}. {REMOVE}")
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The tensors of the state; those that were one are one."""
@@ -104,7 +114,7 @@ class Checkpoint:
     def write(
         self, witness: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any], first: bool = False
     ) -> None:
-        """Write a state; a warning if that fails, an OSError if it is the ``first``, before which nothing was done."""
+        """Write a state; a warning if that fails, an `Unwritable` if it is the ``first``, before which nothing was done."""
         known: dict[Any, str] = {}
         own: dict[str, Tensor] = {}
         shared, orders = {}, {}
@@ -124,7 +134,7 @@ class Checkpoint:
         except OSError as error:
             failed = f"checkpoint: '{self.path}' cannot be written ({error.strerror or error})"
             if first:
-                raise OSError(f"{failed}. Pass a Checkpoint with another path.") from error
+                raise Unwritable(f"{failed}. Pass a Checkpoint with another path.") from error
             warnings.warn(
                 f"{failed}. The computation goes on; killed now, it would go on from an earlier state, if there is one.",
                 RuntimeWarning,

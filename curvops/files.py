@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -14,11 +15,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvops.extras import extra
 
 KEY = "curvops"
+# names of dtypes in the format
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], format: str) -> None:
@@ -26,12 +41,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
 
     Reading asks for the same ``format``.
     """
-    save = extra("safetensors.torch", "Saving to a file").save
+    extra("safetensors", "Saving to a file")
     text = json.dumps({**about, "format": format, "versions": versions()})
-    # clones, because the format refuses tensors that share memory
-    owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    content = save(owned, metadata={KEY: text})
-    replace_atomically(path, lambda partial: partial.write_bytes(content))
+    replace_atomically(path, lambda partial: _fill(partial, tensors, text))
+
+
+def _fill(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
+    """Write tensors from where they are, so that those that take much memory take no more of it."""
+    # wide entries first, so that each tensor begins at a multiple of its entries' size
+    order = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": {KEY: text}}
+    end = 0
+    for name, t in order:
+        begin, end = end, end + t.numel() * t.itemsize
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    with path.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for _, t in order:
+            here = t.detach().cpu().contiguous()
+            file.write((ctypes.c_char * (here.numel() * here.itemsize)).from_address(here.data_ptr()))
 
 
 def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

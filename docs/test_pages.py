@@ -9,7 +9,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 # fragments of other pages stand for code of the reader's
-PAGES = ["guide", "choosing", "mathematics", "extending", "page", "coarse", "command_line", "survive"]
+PAGES = ["guide", "choosing", "mathematics", "extending", "page", "coarse", "command_line", "survive", "performance"]
 
 
 @pytest.mark.parametrize("page", PAGES)

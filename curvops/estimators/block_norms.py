@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
 from curvops.estimators.estimate import Estimate
 from curvops.estimators.groups import Groups, Rows, resolve
 from curvops.estimators.probes import Probes, mean_and_error
 from curvops.estimators.rounds import Budget
+from curvops.estimators.steps import Steps
 from curvops.matrix import Matrix, Products
 
 BOUND = (
@@ -54,6 +56,7 @@ def block_norms(
     num_products: int = 8,
     symmetric: bool | None = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> BlockNorms:
     """Estimate ‖A_ij‖_F of every pair of groups, and each trace tr A_jj.
@@ -80,6 +83,8 @@ def block_norms(
         num_products: Products for each group (m); so many products ``[D]`` are held at a time.
         symmetric: Whether the matrix equals its transpose. Default: what the matrix says of itself, or else that it does not.
         seed: Seed of the random signs. The global random state is neither used nor changed.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`. It is
+            what is known of the groups so far.
         progressbar: Show products as they are taken (needs ``tqdm``).
 
     Raises:
@@ -101,22 +106,28 @@ def block_norms(
         Budget(num_products).check()
         if num_products < 2:
             raise ValueError("num_products: expected at least 2, for a standard error, got 1.")
-        found = [_column(probes, name, rows, num_products) for name in rows]
-        squares, variances = (torch.stack(parts, 1) for parts in list(zip(*found, strict=True))[:2])
+        steps = Steps(checkpoint, probes, rows, {"num_products": num_products, "seed": seed}, inside=False)
+        known = [steps.tensors[name] for name in _Column._fields] if steps.tensors else []
+        found = [_Column(*parts) for parts in zip(*known, strict=True)]
+        for name in list(rows)[len(found) :]:
+            found.append(_column(probes, name, rows, num_products))
+            steps.done(dict(zip(_Column._fields, map(torch.stack, zip(*found, strict=True)), strict=True)))
+        steps.end()
+        squares, variances, traces, exact = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
         if getattr(matrix, "symmetric", False) if symmetric is None else symmetric:
-            squares, variances = _averaged(squares, variances, squares.new_tensor([c.exact for c in found]))
-        traces = torch.stack([torch.stack(column.trace) for column in found], 1)
-        origin = {"products": products.count, "method": "signs by group", "exact": all(c.exact for c in found)}
+            squares, variances = _averaged(squares, variances, exact)
+        origin = {"products": products.count, "method": "signs by group", "exact": bool(exact.all())}
         return BlockNorms.of(rows, (squares, variances.sqrt()), (traces[0], traces[1]), **origin)
 
 
 class _Column(NamedTuple):
-    """What the products of one group say: of its column of blocks `[G]`, and the trace of its own with its error."""
+    """What the products of one group say: of its column of blocks `[G]`, and the trace of its own with its error `[2]`; and
+    whether they are exact, as a number."""
 
     squares: Tensor
     variances: Tensor
-    trace: tuple[Tensor, Tensor]
-    exact: bool
+    trace: Tensor
+    exact: Tensor
 
 
 def _column(probes: Probes, name: str, rows: Mapping[str, Rows], count: int) -> _Column:
@@ -132,10 +143,10 @@ def _column(probes: Probes, name: str, rows: Mapping[str, Rows], count: int) -> 
     inside = (vectors * images[own]).sum(0, dtype=torch.float64)
     squares, zero = grams.diagonal(dim1=1, dim2=2), grams.new_zeros(())
     if exact:
-        return _Column(squares.sum(1), grams.new_zeros(len(rows)), (inside.sum(), zero), True)
+        return _Column(squares.sum(1), grams.new_zeros(len(rows)), torch.stack([inside.sum(), zero]), zero + 1)
     bound = 2 * (grams.square().sum((1, 2)) - squares.square().sum(1)) / (count * (count - 1))
     variances = ((count - 1) * squares.var(1) + BOUND * bound) / (count - 1 + BOUND)
-    return _Column(squares.mean(1), variances / count, mean_and_error(inside), False)
+    return _Column(squares.mean(1), variances / count, torch.stack(mean_and_error(inside)), zero)
 
 
 def _averaged(squares: Tensor, variances: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
 from curvops.estimators.estimate import Estimate
 from curvops.estimators.groups import Groups, resolve, sums
 from curvops.estimators.norm import DiagonalBlocks
@@ -34,7 +35,13 @@ class Block(NamedTuple):
 
 
 def by_group(
-    matrix: Matrix, groups: Groups = "tensors", *, num_products: int = 60, seed: int = 0, progressbar: bool = False
+    matrix: Matrix,
+    groups: Groups = "tensors",
+    *,
+    num_products: int = 60,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    progressbar: bool = False,
 ) -> dict[str, Block]:
     """Trace, squared norm and diagonal of each diagonal block of a symmetric matrix, for the products of one estimate.
 
@@ -46,6 +53,7 @@ def by_group(
         groups: The blocks: ``"tensors"`` or ``"modules"`` of a `LinearOperator`, or a dict name → slice or indices.
         num_products: Products with the matrix, however many groups there are.
         seed: Seed of the random signs. The global random state is neither used nor changed.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 
     Returns:
@@ -62,7 +70,8 @@ def by_group(
     """
     with Products(matrix, "by group", symmetric=True, progressbar=progressbar) as products:
         rows = resolve(groups, products)
-        found = run(_Blocks(Probes(products, seed), rows), products, Budget(num_products))
+        sampler = _Blocks(Probes(products, seed), rows)
+        found = run(sampler, Budget(num_products), checkpoint=checkpoint, rows=rows, seed=seed)
     count = len(rows)
     diagonal = found.part(slice(2 * count, None))
     return {

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
 from curvops.estimators.groups import Groups, resolve
 from curvops.estimators.probes import Probes, error_of_leave_one_out
-from curvops.estimators.rounds import Budget, run
-from curvops.estimators.sketch import LeaveOut, Sketch
+from curvops.estimators.rounds import Budget, Sampler, run
+from curvops.estimators.sketch import SKETCH, LeaveOut, Sketch
 from curvops.matrix import Matrix, Products
 
 
@@ -23,6 +24,7 @@ def diagonal(
     max_products: int = 1000,
     seed: int = 0,
     groups: Groups = None,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> Any:
     """Estimate the diagonal; exact from as many products as the matrix has columns.
@@ -41,6 +43,7 @@ def diagonal(
         max_products: Products after which a warning says that it was not.
         seed: Seed of the random signs. The global random state is neither used nor changed.
         groups: Give the diagonal by these rows, as a dict: rows by name, ``"tensors"`` or ``"modules"``.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 
     Returns:
@@ -62,23 +65,30 @@ def diagonal(
     with Products(matrix, "diagonal", progressbar=progressbar) as products:
         rows = resolve(groups, products)
         sampler = samplers[method](Probes(products, seed))
-        found = run(sampler, products, Budget(num_products, tolerance, max_products), each=False)
+        budget = Budget(num_products, tolerance, max_products)
+        found = run(sampler, budget, each=False, checkpoint=checkpoint, seed=seed)
         return found if groups is None else {name: found.part(index) for name, index in rows.items()}
 
 
-class _Hutchinson:
-    method, cost, least = "Hutchinson", 1, 2
+class _Hutchinson(Sampler):
+    method, cost, least, apart = "Hutchinson", 1, 2, 1
+    known: tuple[str, ...] = ("mean", "spread")
 
     def __init__(self, probes: Probes) -> None:
-        self.probes, self.count = probes, 0
+        self.probes = probes
         self.mean = self.spread = probes.empty().new_zeros(probes.size)
+
+    @property
+    def count(self) -> int:
+        """Samples, as many as products."""
+        return self.probes.products.count
 
     def add(self, count: int) -> None:
         """Of means and sums of squared deviations, so that no sample is kept (Chan, Golub & LeVeque 1979)."""
         for columns, product in self.probes.pairs(count):
             samples = columns * product
-            new, old, mean = samples.shape[1], self.count, samples.mean(1)
-            step, self.count = mean - self.mean, old + new
+            new, mean = samples.shape[1], samples.mean(1)
+            step, old = mean - self.mean, self.count - new
             self.mean = self.mean + step * (new / self.count)
             spread = (samples - mean[:, None]).square().sum(1)
             self.spread = self.spread + spread + step.square() * (old * new / self.count)
@@ -91,7 +101,7 @@ class _Hutchinson:
 
 
 class _XDiag(_Hutchinson):
-    method, cost, least = "XDiag", 2, 3
+    method, cost, least, known, apart = "XDiag", 2, 3, SKETCH, 0
 
     def __init__(self, probes: Probes) -> None:
         super().__init__(probes)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
 from curvops.estimators.estimate import Estimate
 from curvops.estimators.probes import Distribution, Probes, mean_and_error
-from curvops.estimators.rounds import Budget, run
+from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.matrix import Matrix, Products
 from curvops.memory import check_fits
 from curvops.spectrum.quadrature import quadrature
@@ -25,6 +26,7 @@ def trace_function(
     max_products: int = 10000,
     distribution: Distribution = "rademacher",
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> Estimate:
     """Estimate tr f(A) = Σ f(λ) of a symmetric matrix (Ubaru, Chen & Saad 2017).
@@ -44,6 +46,8 @@ def trace_function(
         max_products: Products after which a warning says that it was not.
         distribution: Of the random vectors' entries, which are then scaled to the length √D.
         seed: Seed of the random vectors. The global random state is neither used nor changed.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`. It is
+            the quadratures' at the random vectors, and the same for any function.
         progressbar: Show products as they are taken (needs ``tqdm``).
 
     Returns:
@@ -62,7 +66,8 @@ def trace_function(
         raise ValueError(f"depth: expected a positive integer, got {depth!r}.")
     with Products(matrix, "trace of a function", symmetric=True, progressbar=progressbar) as products:
         sampler = _Quadrature(Probes(products, seed, distribution), function, min(depth, products.shape[0]))
-        return run(sampler, products, Budget(num_products, tolerance, max_products)).part(0)
+        budget = Budget(num_products, tolerance, max_products)
+        return run(sampler, budget, checkpoint=checkpoint, seed=seed, distribution=distribution).part(0)
 
 
 def logdet(
@@ -75,6 +80,7 @@ def logdet(
     max_products: int = 10000,
     distribution: Distribution = "rademacher",
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> Estimate:
     """Estimate log det(A + τI) of a matrix that is positive definite with its damping τ.
@@ -118,29 +124,30 @@ def logdet(
         max_products=max_products,
         distribution=distribution,
         seed=seed,
+        checkpoint=checkpoint,
         progressbar=progressbar,
     )
 
 
-class _Quadrature:
-    least = 2
+class _Quadrature(Sampler):
+    least, known = 2, ("nodes", "weights")
 
     def __init__(self, probes: Probes, function: Callable[[Tensor], Tensor], depth: int) -> None:
-        self.probes, self.function, self.cost = probes, function, depth
+        self.probes, self.function = probes, function
+        self.cost = self.apart = depth  # the quadrature keeps as many vectors as it takes products
         self.method = f"Lanczos quadrature of depth {depth}"
-        self.samples: list[Tensor] = []
+        self.nodes = self.weights = probes.empty().new_zeros(0, depth)
 
     def add(self, count: int) -> None:
         probes = self.probes
-        width = probes.width(self.cost)  # the quadrature keeps as many vectors as it takes products
-        for start in range(0, count, width):
-            starts = torch.nn.functional.normalize(probes.draw(min(width, count - start)), dim=0)
+        for start in range(0, count, self.step):
+            starts = torch.nn.functional.normalize(probes.draw(min(self.step, count - start)), dim=0)
             rule = quadrature(probes.times, starts, self.cost)[:2]
             nodes, weights = (part.to(starts.device, starts.dtype) for part in rule)
-            self.samples.append(len(starts) * (weights * self._values(nodes)).sum(1))
+            self.nodes, self.weights = torch.cat([self.nodes, nodes]), torch.cat([self.weights, weights])
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return mean_and_error(torch.cat(self.samples)[None])
+        return mean_and_error(self.probes.size * (self.weights * self._values(self.nodes)).sum(1)[None])
 
     def exact(self) -> Tensor:
         products, probes = self.probes.products, self.probes

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
 from curvops.estimators.probes import Distribution, Probes, jackknife, mean_and_error, mean_of_pairs
-from curvops.estimators.rounds import Budget, run
+from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.matrix import Matrix, Products
 
 
@@ -23,6 +24,7 @@ def squared_norm(
     distribution: Distribution = "rademacher",
     seed: int = 0,
     groups: Groups = None,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> Any:
     """Estimate ‖A‖²_F, the sum of the squared entries; exact from as many products as the matrix has columns.
@@ -44,6 +46,7 @@ def squared_norm(
         seed: Seed of the random vectors. The global random state is neither used nor changed.
         groups: Give the squared norms of diagonal blocks, from the same products, as a dict: rows by name,
             ``"tensors"`` or ``"modules"``. It keeps two vectors a product.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 
     Returns:
@@ -62,30 +65,33 @@ def squared_norm(
     with Products(matrix, "squared norm", square=blocks, symmetric=blocks, progressbar=progressbar) as products:
         probes, rows = Probes(products, seed, distribution), resolve(groups, products)
         sampler = DiagonalBlocks(probes, rows) if blocks else _Whole(probes)
-        return by_name(run(sampler, products, Budget(num_products, tolerance, max_products)), groups, rows)
+        budget = Budget(num_products, tolerance, max_products)
+        found = run(sampler, budget, checkpoint=checkpoint, rows=rows, seed=seed, distribution=distribution)
+        return by_name(found, groups, rows)
 
 
-class _Whole:
-    method, cost, least = "Hutchinson", 1, 2
+class _Whole(Sampler):
+    method, cost, least, known, apart = "Hutchinson", 1, 2, ("samples",), 1
 
     def __init__(self, probes: Probes) -> None:
         self.probes = probes
-        self.samples: list[Tensor] = []
+        self.samples = probes.empty().new_zeros(0)
 
     def add(self, count: int) -> None:
-        self.samples += [product.square().sum(0) for _, product in self.probes.pairs(count)]
+        new = [product.square().sum(0) for _, product in self.probes.pairs(count)]
+        self.samples = torch.cat([self.samples, *new])
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return mean_and_error(torch.cat(self.samples)[None])
+        return mean_and_error(self.samples[None])
 
     def exact(self) -> Tensor:
         return torch.cat([product.square().sum(0) for _, product in self.probes.identity()]).sum(0, keepdim=True)
 
 
-class DiagonalBlocks:
+class DiagonalBlocks(Sampler):
     """Squared norms of diagonal blocks of a symmetric matrix, from all pairs of products."""
 
-    method, cost, least = "pairs", 1, 3
+    method, cost, least, known = "pairs", 1, 3, ("tests", "images")
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
         self.probes, self.rows = probes, rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -37,6 +37,16 @@ class Probes:
         self.size = products.shape[1]
         self.dtype = torch.promote_types(products.dtype, torch.float32)
         self._width = self.width()
+        self.through = _taken  # what takes the products, a few columns at a time
+
+    @property
+    def random(self) -> Tensor:
+        """The state of the generator, which may be set."""
+        return self._generator.get_state()
+
+    @random.setter
+    def random(self, state: Tensor) -> None:
+        self._generator.set_state(state)
 
     def width(self, vectors: int = 1) -> int:
         """Columns at a time where each keeps so many vectors."""
@@ -59,7 +69,11 @@ class Probes:
             FloatingPointError: If a product is not finite.
         """
         multiply = self.products.adjoint if adjoint else self.products
-        found = [multiply(some.to(self.products.dtype)).to(self.dtype) for some in columns.split(self._width, 1)]
+
+        def product(some: Tensor) -> Tensor:
+            return multiply(some.to(self.products.dtype)).to(self.dtype)
+
+        found = [self.through(product, some) for some in columns.split(self._width, 1)]
         return self._checked(torch.cat(found, 1))
 
     def pairs(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,6 +97,10 @@ class Probes:
                 "Look for NaN or infinity in parameters, data and loss, or use a wider dtype."
             )
         return found
+
+
+def _taken(multiply: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
+    return multiply(columns)
 
 
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from curvops.estimators.probes import Probes
 
+SKETCH = ("sketch.tests", "sketch.images", "sketch.basis", "sketch.product")  # what is known where there is a sketch
+
 
 class LeaveOut(NamedTuple):
     """Projections onto the range of all products but one or two, as downdates of that onto the range of all.

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint
 from curvops.estimators.groups import Groups, Rows, by_name, resolve, sums
 from curvops.estimators.probes import Distribution, Probes, error_of_leave_one_out, mean_and_error, mean_of_pairs
-from curvops.estimators.rounds import Budget, run
-from curvops.estimators.sketch import LeaveOut, Sketch
+from curvops.estimators.rounds import Budget, Sampler, run
+from curvops.estimators.sketch import SKETCH, LeaveOut, Sketch
 from curvops.matrix import Matrix, Products
 
 
@@ -25,6 +26,7 @@ def trace(
     distribution: Distribution = "rademacher",
     seed: int = 0,
     groups: Groups = None,
+    checkpoint: Checkpoint | None = None,
     progressbar: bool = False,
 ) -> Any:
     """Estimate the trace; exact from as many products as the matrix has columns.
@@ -49,6 +51,7 @@ def trace(
         groups: Give the traces of diagonal blocks in place of the whole matrix's, from the same products, as a dict:
             rows by name, ``"tensors"`` or ``"modules"``. Those of a partition add up to the whole's estimate. The
             other blocks of a group's rows add noise of mean zero, which its standard error includes.
+        checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 
     Returns:
@@ -69,21 +72,25 @@ def trace(
     with Products(matrix, "trace", progressbar=progressbar) as products:
         rows = resolve(groups, products)
         sampler = samplers[method](Probes(products, seed, distribution), rows, spherical=distribution == "normal")
-        return by_name(run(sampler, products, Budget(num_products, tolerance, max_products)), groups, rows)
+        budget = Budget(num_products, tolerance, max_products)
+        found = run(sampler, budget, checkpoint=checkpoint, rows=rows, seed=seed, distribution=distribution)
+        return by_name(found, groups, rows)
 
 
-class _Hutchinson:
-    method, cost, least = "Hutchinson", 1, 2
+class _Hutchinson(Sampler):
+    method, cost, least, apart = "Hutchinson", 1, 2, 1
+    known: tuple[str, ...] = ("samples",)
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
         self.probes, self.rows, self.spherical = probes, rows, spherical
-        self.samples: list[Tensor] = []
+        self.samples = probes.empty().new_zeros(len(rows), 0)
 
     def add(self, count: int) -> None:
-        self.samples += [sums(columns, product, self.rows) for columns, product in self.probes.pairs(count)]
+        new = [sums(columns, product, self.rows) for columns, product in self.probes.pairs(count)]
+        self.samples = torch.cat([self.samples, *new], 1)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return mean_and_error(torch.cat(self.samples, 1))
+        return mean_and_error(self.samples)
 
     def exact(self) -> Tensor:
         parts = [sums(columns, product, self.rows).sum(1) for columns, product in self.probes.identity()]
@@ -91,7 +98,7 @@ class _Hutchinson:
 
 
 class _HutchPlusPlus(_Hutchinson):
-    method, cost, least = "Hutch++", 3, 2
+    method, cost, least, known, apart = "Hutch++", 3, 2, (*SKETCH, "tests", "images"), 0
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
         super().__init__(probes, rows, spherical=spherical)
@@ -113,7 +120,7 @@ class _HutchPlusPlus(_Hutchinson):
 
 
 class _XTrace(_Hutchinson):
-    method, cost, least = "XTrace", 2, 3
+    method, cost, least, known, apart = "XTrace", 2, 3, SKETCH, 0
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
         super().__init__(probes, rows, spherical=spherical)

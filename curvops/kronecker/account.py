@@ -88,7 +88,8 @@ def notes_of(collection: Collection, further_walks: int) -> list[str]:
     """Remarks on what was done."""
     sweep = collection.sweep
     notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
-    return notes + [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
+    notes += [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
+    return notes + [f"taken in files of spill=: {byte_size(collection.spill.bytes)}"] * collection.spill.active
 
 
 def plan_notes(collection: Collection, further_walks: int) -> list[str]:

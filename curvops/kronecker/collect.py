@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -15,8 +16,10 @@ from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.shares import decompositions, summed
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
-from curvops.kronecker.uses import OneHot, Use
+from curvops.kronecker.uses import Use
+from curvops.operators.blocks import KroneckerBlock
 from curvops.operators.eigen import has_basis
+from curvops.spill import Places, Spill
 
 TOGETHER = 32 * 2**20  # bytes of output gradients of one forward pass that are taken together, within the budget
 
@@ -41,8 +44,10 @@ class Collection:
         self.sweep, self.title, self.planned, self.progress = sweep, title, planned, progress
         self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
         self.device = torch.device("meta") if planned else sweep.risk.space.device
-        self.kept_bytes = 0
+        self.spill = _spill(sweep, planned)
+        self.kept_bytes = 0  # in memory
         self._kept: list[list[tuple[Key, Sequence[Rows]]]] = []
+        self._stored: tuple[Places, list[Tensor]] = ({}, [])  # of a pass, what is on disk already
         self._open = False  # whether all batches' rows are kept
         self._planned: dict[int, Use] = {}
 
@@ -63,7 +68,7 @@ class Collection:
         progress, more = self.progress, keep or self.progress.keeps
         sweep.noted = progress.keeps
         while True:
-            consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.device)
+            consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.spill)
             start = progress.resume(sweep, consumer, wholes)
 
             def done(
@@ -75,7 +80,7 @@ class Collection:
                 done(0, due=True)
             # what a run that was killed had kept is gone
             self._kept, self.kept_bytes = [], 0
-            self._open = keep and not (self.planned or start) and self.budget > 0
+            self._open = keep and not (self.planned or start) and (self.budget > 0 or self.spill.active)
             passes = sweep.planned() if self.planned else sweep.walk(self.title, share, more, start, done)
             for found in passes:
                 for group, uses in found.rows():
@@ -84,6 +89,7 @@ class Collection:
                 for group, gradients in found.gradients():
                     wholes.add(group, gradients)
                 del found  # its graph is gone before the next one grows
+                self._stored = {}, []
             if sweep.grouping.again:
                 continue
             if self.planned:
@@ -96,11 +102,21 @@ class Collection:
     def second(self, first: Callable[[], dict[Key, Entry]]) -> dict[Key, Entry]:
         """The entries that further looks start from: what the ``first`` one gives, or what a checkpoint knows."""
         if (known := self.progress.second(self.sweep)) is not None:
-            return known
+            return {key: self._on_disk(entry) for key, entry in known.items()}
         entries = first()
+        self.keep(entries)
+        return entries
+
+    def keep(self, entries: Mapping[Key, Entry]) -> None:
+        """Write a state between two further looks."""
         self.progress.next()
         self.progress.write(0, self.sweep, lambda: entries, second=True, due=True)
-        return entries
+
+    def compare(self) -> None:
+        """Look at the data of a run that was through, only to compare them."""
+        self.progress.place = len(self.sweep.cuts)
+        for _ in self.again("comparison"):
+            pass
 
     def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:
         """Entries over the data of all processes that share them."""
@@ -136,11 +152,17 @@ class Collection:
         if not self.planned:
             done(len(self.sweep.cuts), due=True)
 
+    def scaled(self, block: KroneckerBlock) -> list[Tensor]:
+        """The factors of a block, of which those that were multiplied by a scale are new."""
+        known = block.tensors["left"], block.tensors["right"]
+        found = zip((block.left, block.right), known, strict=True)
+        return [factor if factor is own else self.spill.put(factor) for factor, own in found]
+
     def eigenvectors(self, factors: list[tuple[Tensor, str]]) -> list[Tensor | None]:
         """Eigenvectors of factors with labels, ``None`` for a diagonal one; the factors are given up one by one."""
         if self.planned:
             return [factor if has_basis(factor.shape) else None for factor, _ in factors]
-        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors)]
+        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors, self.spill.put)]
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""
@@ -154,12 +176,33 @@ class Collection:
             self._places: dict[int, int] = {}  # uses share tensors
         rows = [use.formed() for use in uses]
         self._kept[-1].append((group.key, rows))
-        for inputs, outputs in ((made.inputs, made.outputs) for made in rows):
-            for t in (inputs.ids if isinstance(inputs, OneHot) else inputs, *outputs):
-                if t.data_ptr() not in self._places:
-                    self._places[t.data_ptr()] = t.numel() * t.itemsize
-                    self.kept_bytes += self._places[t.data_ptr()]
+        tensors = [t for made in rows for t in made.tensors]
+        new = {t.data_ptr(): t.numel() * t.itemsize for t in tensors if t.data_ptr() not in self._places}
+        if self.spill.active and self.kept_bytes + sum(new.values()) > self.budget:
+            for made in rows:
+                self._store(made)
+            return
+        self._places |= new
+        self.kept_bytes += sum(new.values())
         if self.kept_bytes > self.budget:
             self._kept.pop()
             self.kept_bytes -= sum(self._places.values())
             self._open = False
+
+    def _store(self, rows: Rows) -> None:
+        """Move formed rows to files; the output gradients of weight and bias are one."""
+        places, held = self._stored
+        held += rows.outputs
+        rows.replace(self.spill.put(rows.tensors[0]), self.spill.put_all(rows.outputs, places))
+
+    def _on_disk(self, entry: Entry) -> Entry:
+        return replace(entry, tensors={name: self.spill.put(tensor) for name, tensor in entry.tensors.items()})
+
+
+def _spill(sweep: Sweep, planned: bool) -> Spill:
+    """Where large tensors go."""
+    risk, folder = sweep.risk, sweep.options.spill
+    if folder is not None and not risk.ranks.alone:
+        raise ValueError("spill: expected one process, for sums over several are kept in memory. Leave it out.")
+    found = Spill(folder, risk.space.device)
+    return Spill(None, torch.device("meta")) if planned else found

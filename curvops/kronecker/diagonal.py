@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
@@ -22,7 +20,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
         check_deterministic, checkpoint: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (without effect), ``separate_weight_and_bias``,
-            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
@@ -54,7 +52,7 @@ class Diagonals:
     def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         collection = self._collection
         if group.key not in self.found:
-            total = torch.zeros(group.shape, dtype=collection.dtype, device=collection.device)
+            total = collection.spill.zeros(group.shape, collection.dtype)
             self.found[group.key] = BasisDiagonal(None, None, total, collection.budget)
         if not collection.planned:
             self.found[group.key].add([rows.formed() for rows in uses])

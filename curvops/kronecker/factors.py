@@ -14,6 +14,7 @@ from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 from curvops.kronecker.uses import OneHot, Windows
+from curvops.spill import Spill
 
 
 @dataclass
@@ -31,10 +32,10 @@ class Factors:
     On the ``meta`` device they are shapes only.
     """
 
-    def __init__(self, options: Options, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, options: Options, dtype: torch.dtype, spill: Spill) -> None:
         self._expands, self._rule = options.kfac_approx == "expand", options.rule
         self._kind = "inputs" if options.fisher_type == "forward-only" else "moments"
-        self._dtype, self._device = dtype, device
+        self._dtype, self._spill = dtype, spill
         self._moments: dict[Key, dict[str, Moments]] = {}  # by the side of the inputs: a tied weight has both
         self._groups: dict[Key, Group] = {}
 
@@ -47,7 +48,7 @@ class Factors:
             if side not in sides:
                 sides[side] = self._zeros(group, side, any(rows.one_hot for rows in mine))
             moments = sides[side]
-            if self._device.type == "meta":
+            if self._spill.device.type == "meta":
                 moments.rows = 1
             else:
                 add = self._expand if self._expands else self._reduce
@@ -84,9 +85,9 @@ class Factors:
 
     def put(self, group: Group, part: Entry) -> None:
         """Go on from a part."""
-        self._groups[group.key], t = group, part.tensors
+        self._groups[group.key], t, put = group, part.tensors, self._spill.put
         self._moments[group.key] = {
-            s: Moments(t[f"{s}.inputs"], t[f"{s}.outputs"], rows) for s, rows in part.numbers["rows"].items()
+            s: Moments(put(t[f"{s}.inputs"]), put(t[f"{s}.outputs"]), rows) for s, rows in part.numbers["rows"].items()
         }
 
     def _zeros(self, group: Group, side: str, one_hot: bool) -> Moments:
@@ -96,7 +97,7 @@ class Factors:
         shapes = [(groups, size, size) if d else (groups, size) for d, size in zip(dense, (a, g), strict=True)]
         if group.weight is not None:  # the outputs of a bias that always enters with its weight are the weight's
             shapes[1] = (0, 0)
-        inputs, outputs = (torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes)
+        inputs, outputs = (self._spill.zeros(shape, self._dtype) for shape in shapes)
         return Moments(inputs, outputs)
 
     def _expand(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
@@ -133,20 +134,20 @@ class Factors:
 class WholeGradients:
     """Blocks Σ G Gᵀ of whole gradients, or their diagonals if not ``dense``; identities for ``"forward-only"``."""
 
-    def __init__(self, options: Options, dense: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, options: Options, dense: bool, dtype: torch.dtype, spill: Spill) -> None:
         self._identity, self._rule, self._dense = options.fisher_type == "forward-only", options.rule, dense
-        self._dtype, self._device = dtype, device
+        self._dtype, self._spill = dtype, spill
         self._blocks: dict[Key, Tensor] = {}
 
     def add(self, group: Group, gradients: Sequence[Tensor]) -> None:
         """Add gradients ``[data, size]`` of some backward passes."""
-        if not (gradients or self._identity or self._device.type == "meta"):
+        if not (gradients or self._identity or self._spill.device.type == "meta"):
             return
         if group.key not in self._blocks:
             size = len(group.places)
             dense = not self._identity and self._dense and self._rule.block(size, group.names)
             shape = (size, size) if dense else (size,)
-            self._blocks[group.key] = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            self._blocks[group.key] = self._spill.zeros(shape, self._dtype)
         block = self._blocks[group.key]
         for rows in (g.to(self._dtype) for g in gradients):
             if block.ndim == 2:
@@ -160,7 +161,7 @@ class WholeGradients:
 
     def put(self, group: Group, part: Entry) -> None:
         """Go on from a part."""
-        self._blocks[group.key] = part.tensors["block"]
+        self._blocks[group.key] = self._spill.put(part.tensors["block"])
 
     def entries(self) -> dict[Key, Entry]:
         """What was added."""

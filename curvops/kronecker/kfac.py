@@ -46,6 +46,8 @@ class KFACLinearOperator(KroneckerOperator):
         seed: Seed of the samples.
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
+        spill: A folder on a disk, for what is larger than memory: factors, eigenvectors and the rows beyond the budget lie
+            in files there, which are mapped and have no names. Of parameters on the CPU, in one process.
         rule: When blocks and factors are kept as diagonals.
         checkpoint: Where the state of the computation is kept, to go on from after it was killed: see `Checkpoint`.
 
@@ -80,7 +82,7 @@ class EKFACLinearOperator(KroneckerOperator):
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
         check_deterministic, checkpoint: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx``, ``separate_weight_and_bias``,
-            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
@@ -135,10 +137,10 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
         block = entries.pop(key).block(1.0)
         if isinstance(block, KroneckerBlock):
             label = f"block of {describe(groups[key].names)}"
-            places[key] = [place(factor, label) for factor in (block.left, block.right)]
+            places[key] = [place(factor, label) for factor in collection.scaled(block)]
     vectors = collection.eigenvectors(factors)
     found = {}
     for key, (left, right) in places.items():
-        total = torch.zeros(groups[key].shape, dtype=collection.dtype, device=collection.device)
+        total = collection.spill.zeros(groups[key].shape, collection.dtype)
         found[key] = BasisDiagonal(vectors[left], vectors[right], total, collection.budget)
     return found

@@ -14,8 +14,10 @@ from curvops.kronecker.operator import KroneckerOperator
 from curvops.kronecker.rows import Rows
 from curvops.kronecker.state import Entry
 from curvops.operators.blocks import KroneckerBlock
+from curvops.spill import Spill
 
 STEPS = 50  # alternating steps at most
+STATE = "steps"  # kind of an entry that more steps go on from
 CONVERGED = 10  # times the precision: relative change of ‖left‖ ‖right‖ in two steps below which they stop
 
 
@@ -30,7 +32,7 @@ class KFOCLinearOperator(KroneckerOperator):
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
         check_deterministic, checkpoint: As there.
         options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (of the start only), ``separate_weight_and_bias``,
-            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``reduction``, ``progressbar``,
+            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
@@ -53,34 +55,61 @@ class KFOCLinearOperator(KroneckerOperator):
 
         entries = collection.second(first)
         groups = collection.sweep.grouping.groups
-        blocks = {key: entries.pop(key).block(1.0) for key in list(entries) if groups[key].kind == "linear"}
+        starts = {key: _start(entries.pop(key), collection) for key in list(entries) if groups[key].kind == "linear"}
         products = {
-            key: NearestProduct(block, collection.budget)
-            for key, block in blocks.items()
-            if isinstance(block, KroneckerBlock)
+            key: NearestProduct(start, collection.budget, collection.spill)
+            for key, start in starts.items()
+            if start is not None
         }
-        for step in range(0 if collection.planned else STEPS):
-            for key, uses in collection.again(f"step {step + 1}"):
+        step = max((len(product.sizes) for product in products.values()), default=0)
+
+        def through() -> bool:
+            return step == STEPS or all(product.converged for product in products.values())
+
+        if step and through():
+            collection.compare()
+        while not (collection.planned or through()):
+            step += 1
+            for key, uses in collection.again(f"step {step}"):
                 if key in products and not products[key].converged:
                     products[key].add(uses)
             collection.add_all([product.sum for product in products.values() if not product.converged])
             for product in products.values():
                 product.step()
-            if all(product.converged for product in products.values()):
-                break
+            collection.keep({**entries, **{key: product.state() for key, product in products.items()}})
         return {**entries, **{key: Entry("product", {"left": p.left, "right": p.right}) for key, p in products.items()}}
+
+
+def _start(entry: Entry, collection: Collection) -> Entry | None:
+    """What steps start at: the state after earlier ones, or the factors; ``None`` if no row was seen."""
+    if entry.kind == STATE:
+        return entry
+    block = entry.block(1.0)
+    if not isinstance(block, KroneckerBlock):
+        return None
+    left, right = collection.scaled(block)
+    return Entry(STATE, {"left": left, "right": right})
 
 
 class NearestProduct:
     """Alternating least squares for one group; a factor that is diagonal at the start stays diagonal."""
 
-    def __init__(self, start: KroneckerBlock, budget: int) -> None:
-        self.shape, self.left, self.right = start.shape, start.left, start.right
-        self.converged = False
-        self._update_left = True
-        self._sizes: list[Tensor] = []
+    def __init__(self, start: Entry, budget: int, spill: Spill) -> None:
+        t, self._spill = start.tensors, spill
+        self.left, self.right = t["left"], t["right"]
+        self.shape = (*self.left.shape[:2], self.right.shape[1])
+        self.sizes: list[Tensor] = list(t["sizes"]) if "sizes" in t else []  # of the product, after each step
+        self.converged = self._converged()
         self._bytes = budget // 4
-        self.sum = torch.zeros_like(self.left)
+        self.sum = self._zeros(self.left if self._update_left else self.right)
+
+    @property
+    def _update_left(self) -> bool:
+        return len(self.sizes) % 2 == 0
+
+    def state(self) -> Entry:
+        """What goes on from here."""
+        return Entry(STATE, {"left": self.left, "right": self.right, "sizes": torch.stack(self.sizes)})
 
     def add(self, uses: Sequence[Rows]) -> None:
         """Add Σ G R Gᵀ, or Σ Gᵀ L G, over the data of some backward passes."""
@@ -102,10 +131,17 @@ class NearestProduct:
         other = self.right if self._update_left else self.left
         scale = other.flatten(1).square().sum(1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        setattr(self, "left" if self._update_left else "right", self.sum / scale.view(-1, *[1] * (self.sum.ndim - 1)))
-        self._update_left = not self._update_left
-        self.sum = torch.zeros_like(other)
-        self._sizes.append((self.left.flatten(1).norm(dim=1) * self.right.flatten(1).norm(dim=1)).norm())
-        if len(self._sizes) > 2:
-            least = CONVERGED * torch.finfo(self._sizes[-1].dtype).eps * self._sizes[-1]
-            self.converged = bool(abs(self._sizes[-1] - self._sizes[-3]) <= least)
+        found = self.sum.div_(scale.view(-1, *[1] * (self.sum.ndim - 1)))
+        setattr(self, "left" if self._update_left else "right", found)
+        self.sum = self._zeros(other)
+        self.sizes.append((self.left.flatten(1).norm(dim=1) * self.right.flatten(1).norm(dim=1)).norm())
+        self.converged = self._converged()
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return self._spill.zeros(like.shape, like.dtype)
+
+    def _converged(self) -> bool:
+        if len(self.sizes) < 3:
+            return False
+        last = self.sizes[-1]
+        return bool(abs(last - self.sizes[-3]) <= CONVERGED * torch.finfo(last.dtype).eps * last)

@@ -328,7 +328,7 @@ class KroneckerOperator(StateOperator):
         """What is known of each group after walking the data."""
 
     def _factors(self, collection: Collection) -> Factors:
-        return Factors(self.options, collection.dtype, collection.device)
+        return Factors(self.options, collection.dtype, collection.spill)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy holds the state and the blocks, and neither model nor data

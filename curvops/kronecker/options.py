@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from curvops.risk.empirical_risk import RiskOptions
 from curvops.space import describe
@@ -54,6 +55,7 @@ class KroneckerOptions(RiskOptions, total=False):
     num_per_example_loss_terms: int | None
     seed: int
     memory_budget: int | None
+    spill: str | Path | None
     rule: BlockRule | None
 
 
@@ -68,6 +70,7 @@ class Options:
     num_per_example_loss_terms: int | None = None
     seed: int = 2147483647
     memory_budget: int | None = None
+    spill: str | Path | None = None
     rule: BlockRule = field(default_factory=BlockRule)
 
     def __post_init__(self) -> None:

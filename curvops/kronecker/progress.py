@@ -57,7 +57,7 @@ class Progress:
         self._every = checkpoint.every
         self._witness = {
             "computation": title,
-            **asdict(options),
+            **{name: option for name, option in asdict(options).items() if name != "spill"},  # wherever tensors are
             **risk.described,
             "device": risk.space.device.type,
             "tensors": tensors,

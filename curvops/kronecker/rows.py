@@ -61,6 +61,16 @@ class Rows:
         del self.use, self._z, self._layout, self._slopes
         return self
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The inputs, or what tells of them, and the output gradients."""
+        return [self.inputs.ids if isinstance(self.inputs, OneHot) else self.inputs, *self.outputs]
+
+    def replace(self, inputs: Tensor, outputs: list[Tensor]) -> None:
+        """Put others in the place of formed `tensors`."""
+        self.inputs = OneHot(inputs, self.inputs.width) if isinstance(self.inputs, OneHot) else inputs
+        self.outputs = outputs
+
     def bytes(self, columns: int, outputs: bool) -> int:
         """What the rows take, with the ``outputs`` of some backward passes or without."""
         groups, width = (1, 1) if self.role == "bias" or self.one_hot else self.use.input_shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -122,18 +122,25 @@ def assigned(costs: Sequence[float], number: int) -> list[int]:
     return owners
 
 
-def decompositions(ranks: Ranks, factors: list[tuple[Tensor, str]]) -> list[tuple[Tensor, Tensor | None]]:
+def decompositions(
+    ranks: Ranks, factors: list[tuple[Tensor, str]], put: Callable[[Tensor], Tensor] = lambda vectors: vectors
+) -> list[tuple[Tensor, Tensor | None]]:
     """Eigenvalues and eigenvectors of factors with labels (see `eigh`), which are given up one by one.
 
-    Processes divide dense ones among them by their numbers of operations.
+    Processes divide dense ones among them by their numbers of operations. A process alone may ``put`` eigenvectors elsewhere.
     """
+
+    def decomposed(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
+        values, vectors = eigh(factor, label)
+        return values, None if vectors is None else put(vectors)
+
     owners = assigned(
         [len(f) * float(f.shape[-1]) ** 3 if has_basis(f.shape) else 0.0 for f, _ in factors], ranks.number
     )
     shapes = [(factor.shape, factor.dtype, factor.device) for factor, _ in factors]
     factors.reverse()
     found = [
-        eigh(*one) if not has_basis(one[0].shape) or owner == ranks.rank else None
+        decomposed(*one) if not has_basis(one[0].shape) or owner == ranks.rank else None
         for owner in owners
         for one in [factors.pop()]
     ]

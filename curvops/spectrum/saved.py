@@ -50,7 +50,7 @@ class Saved:
         # read before the product: processes that share a file and multiply together have all read the same one
         if (about := checkpoint.about(self._witness)) is not None:
             self.about, self.tensors = about, checkpoint.tensors(torch.device("cpu"))
-        self._answer = image(normal((products.shape[0], 1), seeded(0), products))
+        self._answer = image(normal((products.shape[1], 1), seeded(0), products))
         products.count = self._last = self.about.get("products", 0)
         if about is not None and not _close(self.tensors["answer"], self._answer.cpu()):
             raise checkpoint.error("of another matrix: its product with a vector is not what it was")

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from curvops.checkpoint import Checkpoint, OtherComputation
 from curvops.memory import budget
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse, with_part
@@ -79,9 +80,10 @@ def coarse_tour(
     `block_products` of them for G groups and those of the spectrum, within one `linearized()`, so that batches' graphs are
     kept as far as memory allows.
 
-    With a path, each finished part is saved there (`save_coarse`). A file of the same problem and settings, by the same
-    versions, is gone on with, and what it has is not computed again; what the same is, `curvops.tour.identity` says. Any
-    other file is replaced once the first part is finished.
+    With a path, each finished part is saved there (`save_coarse`), and beside it, unless there are several processes, what
+    is known of the matrix whose blocks are under way, until these are finished. A file of the same problem and settings,
+    by the same versions, is gone on with, and what it has is not computed again; what the same is, `curvops.tour.identity`
+    says. Any other file is replaced once the first part is finished.
 
     Args:
         risk: The empirical risk. Determinism is not checked.
@@ -169,6 +171,7 @@ class _Run:
         self.coarse, self._risk, self._effort, self._memory = begun, risk, effort, memory // 2
         self._progressbar, self._finished = progressbar, finished
         self._path: Path | None = None
+        self._checkpoint: Checkpoint | None = None  # of norms that are under way
         self._seed = begun.settings["seed"]
         self._parts = {"norms": self._blocks}
         if effort.eigenvalues:
@@ -179,6 +182,10 @@ class _Run:
     def begin(self, path: Path, resume: bool, say: Say) -> None:
         """Save to a file from now on, and go on with what is there if it is of the same problem and settings."""
         self._path = path
+        if self._risk.ranks.alone:
+            self._checkpoint = Checkpoint(path, every=self._effort.block_products).beside("under-way")
+            if not resume:
+                Path(self._checkpoint.path).unlink(missing_ok=True)
         if not path.is_file():
             return
         if not resume:
@@ -226,6 +233,8 @@ class _Run:
         self.coarse = with_part(self.coarse, title, fields)
         if self._path is not None and not self._risk.ranks.rank:  # the first process writes
             save_coarse(self._path, self.coarse)
+            if self._checkpoint is not None and "norms" in fields:
+                Path(self._checkpoint.path).unlink(missing_ok=True)
             self._finished.matrices[self._path] = list(self.coarse.norms)
 
     def _missed(self, title: str, name: str) -> str:
@@ -239,9 +248,13 @@ class _Run:
     def _blocks(self, operator: Any) -> Part:
         edges = accumulate(self.coarse.groups.values(), initial=0)
         rows = {name: slice(*ends) for name, ends in zip(self.coarse.groups, pairwise(edges), strict=True)}
-        found = operator.block_norms(
-            rows, num_products=self._effort.block_products, seed=self._seed, progressbar=self._progressbar
-        )
+        options = {"num_products": self._effort.block_products, "seed": self._seed, "progressbar": self._progressbar}
+        try:
+            found = operator.block_norms(rows, checkpoint=self._checkpoint, **options)
+        except OtherComputation:  # of another matrix, whose tour was ended
+            assert self._checkpoint is not None
+            Path(self._checkpoint.path).unlink()
+            found = operator.block_norms(rows, checkpoint=self._checkpoint, **options)
         estimates = {"norms": found.norms, "traces": found.traces}
         fields = {name: estimate.as_subclass(Tensor) for name, estimate in estimates.items()}
         errors = {"errors": found.norms.standard_error, "trace_errors": found.traces.standard_error}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvops import EFLinearOperator, EKFACLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops.checkpoint import Unwritable
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.meter import Cost, measured
@@ -83,6 +84,8 @@ def refusals(refused: dict[str, Exception] | None, name: str) -> Iterator[None]:
     """Let ``refused``, if it is given, take what the body raises, under a name; its traceback holds no tensors."""
     try:
         yield
+    except Unwritable:  # is the disk's
+        raise
     except Exception as error:  # whatever an operator raises on a model is what the reader of the table is told
         if refused is None:
             raise

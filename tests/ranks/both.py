@@ -40,6 +40,8 @@ def main(folder: str, *spectrum: str) -> None:
     if dist.get_rank() == 0:
         Path("report.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as the interpreter ends, PyTorch's threads may abort, rarely, when all is done
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Started by torchrun: computes each case with the data shared, and reports the differences from what one process found."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -78,6 +79,8 @@ def main(references: str, report: str) -> None:
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(found))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as the interpreter ends, PyTorch's threads may abort, rarely, when all is done
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Computations that are interrupted, and what counts their steps."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,18 @@ from curvops import (
     GGNDiagonalLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+)
+from curvops.estimators import (
+    Block,
+    BlockNorms,
+    Estimate,
+    block_norms,
+    by_group,
+    diagonal,
+    logdet,
+    probes,
+    squared_norm,
+    trace,
 )
 from curvops.spectrum import eigenpairs, spectral_density
 
@@ -36,7 +50,7 @@ class Counted:
 
     def __init__(self, matrix: Any, stop: Stop) -> None:
         self.matrix, self.stop, self.count = matrix, stop, 0
-        self.shape, self.dtype = matrix.shape, matrix.dtype
+        self.shape, self.dtype, self.symmetric = matrix.shape, matrix.dtype, True
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         self.stop(self.count)
@@ -79,9 +93,39 @@ def spectral(call: Callable[..., Any], **options: Any) -> Callable[..., dict[str
     return compute
 
 
+def estimated(call: Callable[..., Any], *given: Any, **options: Any) -> Callable[..., dict[str, Tensor]]:
+    def compute(stop: Stop, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+        matrix = Counted(symmetric()[:40, :40], stop)
+        # a few columns at a time, as of long vectors
+        with mock.patch.object(probes, "_COLUMNS", 4):
+            found = call(matrix, *given, checkpoint=checkpoint, **options)
+        if isinstance(found, BlockNorms):
+            found = (found.squared, found.traces)
+        elif isinstance(found, dict):
+            found = [each for part in found.values() for each in (part if isinstance(part, Block) else [part])]
+        several = [found] if isinstance(found, Estimate) else found
+        named = {str(k): torch.stack([each, each.standard_error]) for k, each in enumerate(several)}
+        return {"products": torch.tensor([each.products for each in several]), **named}
+
+    return compute
+
+
 # so that three of the batches that are alike go together, and not all rows are kept
 JOINED = 4 * 3 * 7 * (3 * 4 * 4 + 4) * 8 + 4
+LAYERS = {"first": slice(0, 15), "second": torch.arange(15, 36), "last": slice(36, 40)}
 METRIC = torch.linspace(1, 2, 150, dtype=torch.float64).diag()
+ESTIMATES = {
+    "trace": estimated(trace, num_products=20),
+    "trace of layers": estimated(trace, groups=LAYERS, method="hutchinson", num_products=20),
+    "trace to a tolerance": estimated(trace, groups=LAYERS, method="hutch++", num_products=9, tolerance=0.25),
+    "trace of all columns": estimated(trace, groups=LAYERS, num_products=12, tolerance=1e-9),
+    "matrix diagonal": estimated(diagonal, num_products=9, tolerance=0.3),
+    "matrix diagonal by signs": estimated(diagonal, method="hutchinson", num_products=9, tolerance=0.23),
+    "squared norm": estimated(squared_norm, num_products=20),
+    "layers": estimated(by_group, LAYERS, num_products=20),
+    "logdet": estimated(logdet, damping=2.0, depth=3, num_products=9, tolerance=0.024),
+    "block norms": estimated(block_norms, LAYERS, num_products=6, symmetric=True),
+}
 COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "kfac": kronecker(KFACLinearOperator),
     "kfac joint": kronecker(KFACLinearOperator, separate_weight_and_bias=False, fisher_type="type-2"),
@@ -91,18 +135,20 @@ COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "ekfac of joined batches": kronecker(EKFACLinearOperator, alike=True, memory_budget=JOINED),
     "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
     "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
-    "kfoc": kronecker(KFOCLinearOperator),
+    "ekfac in files": kronecker(EKFACLinearOperator, memory_budget=3000, spill=tempfile.gettempdir()),
+    "kfoc": kronecker(KFOCLinearOperator, memory_budget=0),
     "diagonal": kronecker(GGNDiagonalLinearOperator),
     "eigenpairs": spectral(eigenpairs, k=2, which="both"),
     "eigenpairs restarted": spectral(eigenpairs, k=2, which="smallest", subspace=9),
     "eigenpairs in blocks": spectral(eigenpairs, k=2, which="magnitude", block=2, basis_dtype=torch.float32),
     "eigenpairs in a metric": spectral(eigenpairs, k=2, metric=METRIC, metric_inverse=METRIC.inverse()),
     "eigenpairs stopped": spectral(eigenpairs, k=2, which="smallest", subspace=9, max_products=20),
+    **ESTIMATES,
     "density": spectral(spectral_density, depth=10, num_vectors=3),
     "density in parts": spectral(spectral_density, depth=10, num_vectors=3, memory_budget=8 * 150 * 10),
 }
 # the step before which each is killed: of EKFAC on the second walk over 12 batches
-STOPS = {"ekfac swept": 17, "eigenpairs": 31, "density in parts": 15}
+STOPS = {"ekfac swept": 17, "trace of layers": 3, "eigenpairs": 31}
 
 
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

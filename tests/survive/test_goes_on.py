@@ -1,6 +1,7 @@
 """What is interrupted goes on from its checkpoint, to the same bits; and refuses what is of something else."""
 
 import errno
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from ranks.cases import gated
-from survive.cases import COMPUTATIONS, Counted, Loader, convolutional, differing, symmetric
+from survive.cases import COMPUTATIONS, ESTIMATES, LAYERS, Counted, Loader, convolutional, differing, symmetric
 from torch import nn
 
 import curvops.checkpoint
 from curvops import Checkpoint, EKFACLinearOperator, EmpiricalRisk, KFACLinearOperator
+from curvops.estimators import trace
 from curvops.files import read_about
 from curvops.spectrum import eigenpairs
 
@@ -34,17 +36,19 @@ def never(count):
 
 
 @pytest.mark.parametrize("name", COMPUTATIONS)
-def test_what_was_interrupted_goes_on_to_the_same_bits(name, tmp_path):
+def test_what_was_interrupted_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("curvops.kronecker.kfoc.STEPS", 3)  # as a walk over the data each
     compute, steps = COMPUTATIONS[name], []
     expected = compute(steps.append)
     total = min(len(steps), 30)
-    for place in sorted({0, total // 3, total - 1} if name == "kfoc" else {0, 1, 4, total // 2, total - 1}):
+    for place in sorted(
+        {0, total // 3, total - 1} if name == "kfoc" or name in ESTIMATES else {0, 1, 4, total // 2, total - 1}
+    ):
         checkpoint = Checkpoint(tmp_path / f"{place}.safetensors", every=3)
         with pytest.raises(Interrupted):
             compute(at(place), checkpoint)
         assert differing(compute(never, checkpoint), expected) == [], place
-        if name != "kfoc":
-            assert differing(compute(never, checkpoint), expected) == [], place
+        assert differing(compute(never, checkpoint), expected) == [], place
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "ekfac swept", "eigenpairs", "density in parts"])
@@ -124,15 +128,15 @@ def full(monkeypatch, free):
     """A disk on which so many files have room, and of another one a half."""
     written = []
 
-    def write(self, content):
-        with self.open("wb") as file:
-            room = len(content) if len(written) < free else len(content) // 2
-            file.write(content[:room])
-        if room < len(content):
+    def write(path, *content):
+        fill(path, *content)
+        if len(written) >= free:
+            os.truncate(path, path.stat().st_size // 2)
             raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(self)
+        written.append(path)
 
-    monkeypatch.setattr(Path, "write_bytes", write)
+    fill = curvops.files._fill
+    monkeypatch.setattr("curvops.files._fill", write)
 
 
 @pytest.mark.parametrize("name", ["ekfac", "eigenpairs", "density"])
@@ -162,7 +166,7 @@ def test_a_full_disk_at_the_beginning_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    for name in ("kfac", "eigenpairs", "density"):
+    for name in ("kfac", "eigenpairs", "density", "trace"):
         with pytest.raises(OSError, match="cannot be written"):
             COMPUTATIONS[name](never, Checkpoint(tmp_path / "no" / "state"))
 
@@ -220,6 +224,19 @@ def test_another_matrix_is_refused(tmp_path):
         eigenpairs(Counted(matrix, never), 3, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="computation eigenpairs, now spectral density"):
         curvops.spectrum.spectral_density(Counted(matrix, never), checkpoint=checkpoint)
+
+
+def test_another_estimate_is_refused(tmp_path):
+    checkpoint, matrix = Checkpoint(tmp_path / "state", every=1), symmetric()
+    options = {"method": "hutchinson", "groups": LAYERS, "num_products": 100, "checkpoint": checkpoint}
+    with pytest.raises(Interrupted):
+        trace(Counted(matrix, at(2)), **options)
+    other = {"seed": 1, "num_products": 90, "groups": {**LAYERS, "last": slice(36, 41)}, "method": "xtrace"}
+    for name, value in other.items():
+        with pytest.raises(ValueError, match=f"of another computation: (other )?{name}"):
+            trace(Counted(matrix, never), **options | {name: value})
+    with pytest.raises(ValueError, match="of another matrix"):
+        trace(Counted(2 * matrix, never), **options)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):

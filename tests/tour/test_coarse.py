@@ -4,6 +4,7 @@ import copy
 import re
 from functools import cache
 from itertools import accumulate, pairwise
+from unittest import mock
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ import torch
 from zoo.models import ZOO
 
 import curvops
-from curvops import EmpiricalRisk
+from curvops import EmpiricalRisk, HessianLinearOperator
 from curvops.estimators import block_norms
 from curvops.spectrum import SpectralDensity
 from curvops.tour import (
@@ -154,6 +155,41 @@ def test_an_interrupted_tour_goes_on(tmp_path):
     assert there.parameters == {name: tuple(shape) for name, shape in risk.space.shapes.items()}
 
 
+def test_it_goes_on_within_a_matrix(tmp_path):
+    """Interrupted amid the norms of blocks, the tour goes on after the last finished group, to the same bits."""
+    path, effort = tmp_path / "coarse.safetensors", Effort(block_products=2, eigenvalues=0, density_vectors=0)
+    setup, products = tiny(), []
+
+    def options(stop, path=path, seed=0):
+        products.clear()
+
+        def apply(self, columns):
+            products.append(columns.shape[1])
+            if len(products) > stop:
+                raise KeyboardInterrupt
+            return plain(self, columns)
+
+        return mock.patch.object(HessianLinearOperator, "_apply", apply), {"seed": seed, "path": path}
+
+    def tour(stop, **more):
+        patch, given = options(stop, **more)
+        with patch:
+            return coarse_tour(setup.risk(), titles=["Hessian"], groups="tensors", effort=effort, **given)
+
+    plain = HessianLinearOperator._apply
+    whole, total = tour(99, path=None), sum(products)
+    # the second file is of another matrix: it is replaced
+    for seed, stop in ((1, 2), (0, 4)):
+        with pytest.raises(KeyboardInterrupt):
+            tour(stop, seed=seed)
+        assert [each.name for each in tmp_path.iterdir()] == ["coarse.under-way.safetensors"]
+    found = tour(99)
+    assert sum(products) < total
+    assert list(tmp_path.iterdir()) == [path]
+    for name in ("norms", "errors", "traces", "products"):
+        assert torch.equal(*(torch.as_tensor(getattr(each, name)["Hessian"]) for each in (found, whole))), name
+
+
 def test_a_file_of_another_computation_is_replaced(tmp_path):
     path, lines = tmp_path / "coarse.safetensors", []
     setup, effort = tiny(), Effort(eigenvalues=0, density_vectors=0)
@@ -213,7 +249,7 @@ FEW = Effort(eigenvalues=2, density_depth=3, density_vectors=1)
 
 
 def test_a_disk_that_is_full_is_no_refusal(tmp_path, monkeypatch):
-    def full(path, coarse):
+    def full(path, coarse, *_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("curvops.tour.coarse.save_coarse", full)
@@ -222,6 +258,9 @@ def test_a_disk_that_is_full_is_no_refusal(tmp_path, monkeypatch):
         coarse_tour(tiny().risk(), tmp_path / "blocks.safetensors", titles=["Hessian"], effort=FEW, refused=refused)
     with pytest.raises(ZeroDivisionError):
         coarse_tour(tiny().risk(), titles=["Hessian"], effort=FEW, refused=refused, say=lambda line: 1 / 0)
+    monkeypatch.setattr("curvops.checkpoint.write_tensors", full)
+    with pytest.raises(OSError, match=r"others\.under-way.*No space left"):
+        coarse_tour(tiny().risk(), tmp_path / "others.safetensors", titles=["Hessian"], effort=FEW, refused=refused)
     assert not refused
 
 

@@ -6,38 +6,30 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvops.checkpoint import REMOVE
 from curvops.digest import close
-from curvops.kronecker.alone import SOME, Joint, agrees, cut, gathered, joinable, same, scale_of, work_of
+from curvops.kronecker.alone import SOME, Joint, agrees, cut, ends, gathered, joinable, same, scale_of, work_of
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.marks import Marks, outline
 from curvops.kronecker.options import Options
+from curvops.kronecker.proof import Proof, keeps_apart
 from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
-from curvops.kronecker.signature import Signature
 from curvops.kronecker.tape import Layout, Tape, record
 from curvops.losses import Noise, OutputCurvature
+from curvops.products.account import attempted
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import tensors_of
 
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
-
-
-class Proof(NamedTuple):
-    """What was certified of a pass, for passes of the same operations: layouts of the rows, and what failed."""
-
-    way: str
-    signature: Signature
-    layouts: list[Layout | None]
-    failed: dict[str, str]
 
 
 class Sweep:
@@ -182,7 +174,8 @@ class Sweep:
         alone = self._run(batch, places, taped=True)
         for proof in () if alone is None or tape.taps.data_dependent or tape.taps.pools else self.proofs:
             known = proof.way == "batch" and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
-            if known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places):
+            known = known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places)
+            if known and self._holds(proof, batch):
                 tape.layouts = list(proof.layouts)
                 return Joint(tape, alone, places)
         return None
@@ -316,7 +309,8 @@ class Sweep:
         for proof in () if tape.taps.data_dependent else (*self.proofs, *self._earlier):
             known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
             # the same operations may mix the data only now, as behind a gate that depends on values
-            if known and (batch is None or self._some(batch, tape, taped=False) is not None):
+            some = known and batch is not None and self._some(batch, tape, taped=False) is not None
+            if known and (batch is None or (some and self._holds(proof, batch))):
                 tape.layouts, failed = list(proof.layouts), proof.failed
                 if all(proof is not other for other in self.proofs):
                     self.proofs.append(proof)
@@ -336,7 +330,7 @@ class Sweep:
             scale = scale_of(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
-            if some.tested and tape.fits(some.layouts):
+            if some.tested and tape.fits(some.layouts) and self._apart(batch, some.layouts):
                 tape.layouts = some.layouts
                 return failed
         scale = scale_of(tape)
@@ -346,13 +340,22 @@ class Sweep:
         spread = curvature.outputs(rows.unsqueeze(1).expand(-1, curvature.width))
         return certify(tape, scale, spread, names)
 
+    def _holds(self, proof: Proof, batch: Batch) -> bool:
+        """Whether a proof holds for other values of the data, such as those of a batch."""
+        if proof.apart is None:
+            proof.apart = self._apart(batch, proof.layouts)
+        return proof.apart
+
+    def _apart(self, batch: Batch, layouts: Sequence[Layout | None]) -> bool:
+        places = ends(batch.size)
+        tape, _ = attempted(lambda: record(self.risk, cut(batch.X, batch.size, places), len(places), conducting=True))
+        return tape is not None and tape.fits(layouts) and keeps_apart(tape, layouts)
+
     def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:
         """What a few data give, if their output is what they have in their batch."""
-        size = batch.size
-        if size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors_of(batch.X)):
+        if batch.size <= SOME or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)):
             return None
-        # from both ends: whoever comes first or last may be treated differently
-        places = [*range(SOME // 2), *range(size - SOME // 2, size)]
+        places = ends(batch.size)
         some = self._run(batch, places, taped=taped)
         return some if agrees(some.z if isinstance(some, Tape) else some, tape, places) else None
 

@@ -23,11 +23,13 @@ def conducted(args: Any, kwargs: dict[str, Any], run: Any) -> Any:
     So what is no number comes back by every path that other values might open; other gradients mean nothing.
     """
     terms = [t * 1 for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
-    out = run(*args, **kwargs)
-    if not isinstance(out, Tensor) or not out.requires_grad or any(not _spreads(t, out) for t in terms):
-        return out
-    found: Tensor = _Conducted.apply(out.detach().clone(), *terms)  # type: ignore[no-untyped-call]
-    return out.copy_(found) if args and out is args[0] else found
+    first, *others = args
+    alone = first.detach().clone()  # an operation in place keeps its result, which nothing may change any more
+    value = run(alone, *others, **kwargs)
+    if not terms or not isinstance(value, Tensor) or any(not _spreads(t, value) for t in terms):
+        return run(*args, **kwargs)
+    found: Tensor = _Conducted.apply(value.detach(), *terms)  # type: ignore[no-untyped-call]
+    return first.copy_(found) if value is alone else found
 
 
 def _spreads(term: Tensor, out: Tensor) -> bool:

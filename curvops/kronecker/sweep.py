@@ -24,7 +24,6 @@ from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
 from curvops.kronecker.tape import Layout, Tape, record
 from curvops.losses import Noise, OutputCurvature
-from curvops.products.account import attempted
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import tensors_of
@@ -330,7 +329,7 @@ class Sweep:
             scale = scale_of(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
-            if some.tested and tape.fits(some.layouts) and self._apart(batch, some.layouts):
+            if some.tested and tape.fits(some.layouts) and keeps_apart(self.risk, batch, some.layouts):
                 tape.layouts = some.layouts
                 return failed
         scale = scale_of(tape)
@@ -343,13 +342,8 @@ class Sweep:
     def _holds(self, proof: Proof, batch: Batch) -> bool:
         """Whether a proof holds for other values of the data, such as those of a batch."""
         if proof.apart is None:
-            proof.apart = self._apart(batch, proof.layouts)
+            proof.apart = keeps_apart(self.risk, batch, proof.layouts)
         return proof.apart
-
-    def _apart(self, batch: Batch, layouts: Sequence[Layout | None]) -> bool:
-        places = ends(batch.size)
-        tape, _ = attempted(lambda: record(self.risk, cut(batch.X, batch.size, places), len(places), conducting=True))
-        return tape is not None and tape.fits(layouts) and keeps_apart(tape, layouts)
 
     def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:
         """What a few data give, if their output is what they have in their batch."""

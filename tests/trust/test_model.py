@@ -124,7 +124,9 @@ def test_cached_parametrizations(kind):
 
 
 def test_gradients_that_a_table_scales_are_no_derivatives():
-    net = net_with(lambda n: lambda h: n.b(h + F.embedding((h[:, 0] > 0).long(), n.a.weight.T, scale_grad_by_freq=scaled)))
+    net = net_with(
+        lambda n: lambda h: n.b(h + F.embedding((h[:, 0] > 0).long(), n.a.weight.T, scale_grad_by_freq=scaled))
+    )
     scaled = False
     case = Case(net, CE, data())
     truths = {kind: case.truth(kind) for kind in ("Hessian", "GGN")}

@@ -201,7 +201,11 @@ INSIDE = [
 ]
 INSIDE += ["m.scale.mul_(2)", "m.norm.running_var.add_(1)", "m.train()", *CHANGES["optimizer"]]
 # the second buffer may have the first one's `id`
-INSIDE += ["m.scale = None; m.scale = torch.full((4,), 2.0)", "m.pair = (nn.Identity().eval(), 1.0)", "m.norm.eps = 0.5"]
+INSIDE += [
+    "m.scale = None; m.scale = torch.full((4,), 2.0)",
+    "m.pair = (nn.Identity().eval(), 1.0)",
+    "m.norm.eps = 0.5",
+]
 INSIDE += ["m.a.register_forward_hook(lambda *_: None)", "m.norm.forward = torch.sin"]
 
 

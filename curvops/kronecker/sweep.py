@@ -22,7 +22,7 @@ from curvops.kronecker.options import Options
 from curvops.kronecker.proof import Proof, keeps_apart
 from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
-from curvops.kronecker.tape import Layout, Tape, record
+from curvops.kronecker.tape import Tape, record
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
@@ -325,7 +325,7 @@ class Sweep:
         names = self.risk.space.names
         large = sum(work_of(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, taped=True) if batch is not None and large else None
-        if isinstance(some, Tape) and some.signature.covers(tape.signature):
+        if batch is not None and isinstance(some, Tape) and some.signature.covers(tape.signature):
             scale = scale_of(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)

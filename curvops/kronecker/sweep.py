@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import REMOVE
+from curvops.context import UNFIT
 from curvops.digest import close
 from curvops.kronecker.alone import SOME, Joint, agrees, cut, ends, gathered, joinable, same, scale_of, work_of
 from curvops.kronecker.certify import certify
@@ -386,5 +387,5 @@ class Sweep:
                 return self.risk.forward(X)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except UNFIT:
             return None

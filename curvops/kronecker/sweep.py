@@ -158,8 +158,10 @@ class Sweep:
     def _look(self, place: int, batch: Batch) -> None:
         """Prove again what a batch has shown in a run that was killed."""
         tape = record(self.risk, batch.X, batch.size)
-        if not close(outline(tape.z), self.forgotten.pop(place)):
-            raise ValueError(f"model: the checkpoint is of one with another output for batch {place}. {REMOVE}")
+        if not close(outline(tape), self.forgotten.pop(place)):
+            raise ValueError(
+                f"model: the checkpoint is of one with another output or gradient for batch {place}. {REMOVE}"
+            )
         self._certify(batch, tape, self._steps.curvature(tape.z.detach(), batch))
 
     def _joint(self, batch: Batch, several: Sequence[Batch]) -> Joint | None:
@@ -193,7 +195,7 @@ class Sweep:
             proved = len(self.proofs)
             ways, kept = self._certify(batch, tape, curvature)
             if self.noted and (not place or len(self.proofs) > proved or self._steps.progress[1] == 1):
-                self.learnt[place] = outline(tape.z)
+                self.learnt[place] = outline(tape)
             if not (place or self.most or self._streamed or self._planned or self.apart):
                 self.most = joinable(tape, self.options.memory_budget, curvature.closed_form, ways)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1

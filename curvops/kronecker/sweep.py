@@ -318,13 +318,16 @@ class Sweep:
                     self.proofs.append(proof)
                 break
         else:
-            failed = self._prove(tape, batch, curvature)
+            failed, apart = self._prove(tape, batch, curvature)
             if tape.tested:
-                self.proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
+                self.proofs.append(Proof(way, tape.signature, list(tape.layouts), failed, apart))
         found = {**self.grouping.refuted, **failed}
         return {name: found[name] for name in names if name in found}
 
-    def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
+    def _prove(
+        self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None
+    ) -> tuple[dict[str, str], bool | None]:
+        """What the uses do not explain, and whether the data are known to be kept apart."""
         names = self.risk.space.names
         large = sum(work_of(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, taped=True) if batch is not None and large else None
@@ -334,13 +337,13 @@ class Sweep:
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
             if some.tested and tape.fits(some.layouts) and keeps_apart(self.risk, batch, some.layouts):
                 tape.layouts = some.layouts
-                return failed
+                return failed, True
         scale = scale_of(tape)
         if curvature is None or tape.size == 1:
-            return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names)
+            return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names), None
         rows = scale.to(curvature.dtype).repeat_interleave(curvature.num_terms // tape.size)
         spread = curvature.outputs(rows.unsqueeze(1).expand(-1, curvature.width))
-        return certify(tape, scale, spread, names)
+        return certify(tape, scale, spread, names), None
 
     def _holds(self, proof: Proof, batch: Batch) -> bool:
         """Whether a proof holds for other values of the data, such as those of a batch."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# what a model or a loss may raise on data that are cut or joined otherwise than it expects
+UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 _LOCK = Lock()
 _SWITCHED: dict[Hashable, tuple[ExitStack, int]] = {}  # what is switched now, and by how many calls
 

@@ -144,14 +144,15 @@ def embedding(
 ) -> Tensor:
     """With a bound on the norms, which PyTorch enforces in place, the bounded rows are a copy's.
 
-    The padding's row is a constant, as to PyTorch's backward pass; its forward mode would differentiate in it.
+    The padding's row is a constant, as to PyTorch's backward pass; its forward mode would differentiate in it. Gradients
+    are not scaled by frequencies: these are no derivatives, and a matrix that is made of them is not symmetric.
     """
     if max_norm is not None:
         bounded = weight.detach().clone()
         torch.embedding_renorm_(bounded, input.contiguous(), max_norm, norm_type)
         weight = weight + (bounded - weight).detach()  # PyTorch does not differentiate the bound
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    found = torch.embedding(weight, input, padding, scale_grad_by_freq, False)
+    found = torch.embedding(weight, input, padding, False, False)
     return found if padding_idx is None else torch.where((input == padding).unsqueeze(-1), found.detach(), found)
 
 
@@ -185,7 +186,7 @@ def embedding_bag(
         seen = torch.ones_like(input, dtype=torch.bool)
     if padding_idx is not None:
         seen = seen & (input != padding_idx % weight.shape[0])
-    rows = embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    rows = embedding(input, weight, padding_idx, max_norm, norm_type)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[..., None]
     if mode == "max":

@@ -85,6 +85,11 @@ def joinable(tape: Tape, budget: int | None, closed_form: bool, ways: dict[str, 
     return most if most >= 2 * tape.size else 0
 
 
+def ends(size: int) -> list[int]:
+    """Places of some data from both ends of a batch: whoever comes first or last may be treated differently."""
+    return [*range(SOME // 2), *range(size - SOME // 2, size)]
+
+
 def agrees(z: Tensor | None, tape: Tape, places: Sequence[int]) -> bool:
     """Whether some data's output is what they have in their batch."""
     if z is None or tape.z.ndim == 0 or tape.z.shape[0] % tape.size:

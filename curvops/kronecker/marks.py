@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+import torch
 
 from curvops.checkpoint import REMOVE
 from curvops.digest import probe
+from curvops.kronecker.tape import Tape
 from curvops.risk.data import Batch
 from curvops.risk.determinism import fingerprint
 
-SEEN = 2**16  # entries of an output, at most, that tell it from another
+SEEN = 2**16  # entries of an output, or of its derivative, at most, that tell it from another
 
 
 class Marks:
@@ -46,7 +47,9 @@ class Marks:
         )
 
 
-def outline(z: Tensor) -> tuple[float, float]:
-    """Two numbers that tell an output from another."""
-    flat = z.detach().flatten()
-    return probe(flat[:: len(flat) // SEEN + 1])
+def outline(tape: Tape) -> tuple[float, float]:
+    """Two numbers that tell a pass from another: by its output, and by the gradient of a random combination of it."""
+    slopes = tape.gradients(tape.random_cotangent(), (), list(tape.params))[1]
+    tensors = [tape.z.detach(), *(slope for slope in slopes if slope is not None)]
+    step = sum(t.numel() for t in tensors) // SEEN + 1
+    return probe(torch.cat([t.flatten()[::step].to(torch.float64) for t in tensors]))

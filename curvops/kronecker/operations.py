@@ -53,6 +53,7 @@ DATA_DEPENDENT = {F.one_hot} | named(
     "gather take take_along_dim scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add "
     "index_add_ index_copy index_copy_ index_put index_put_ masked_scatter masked_scatter_ searchsorted bucketize "
     "index_reduce index_reduce_ segment_reduce repeat_interleave put put_"
+    " cummax cummin logcumsumexp kthvalue mode msort"
 )
 
 # leave an axis out

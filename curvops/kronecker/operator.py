@@ -22,10 +22,11 @@ from curvops.kronecker.files import read_state, write_state
 from curvops.kronecker.groups import Key
 from curvops.kronecker.options import KroneckerOptions, Options
 from curvops.kronecker.progress import Progress
+from curvops.kronecker.proof import Proof
 from curvops.kronecker.rows import LayerRows, layer_rows
 from curvops.kronecker.shares import assigned, decompositions
 from curvops.kronecker.state import Entry, State
-from curvops.kronecker.sweep import Proof, Sweep
+from curvops.kronecker.sweep import Sweep
 from curvops.memory import byte_size
 from curvops.operators.block_diagonal import BlockDiagonalOperator, Placed
 from curvops.operators.blocks import KroneckerBlock

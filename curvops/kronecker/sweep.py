@@ -6,38 +6,30 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvops.checkpoint import REMOVE
+from curvops.context import UNFIT
 from curvops.digest import close
-from curvops.kronecker.alone import SOME, Joint, agrees, cut, gathered, joinable, same, scale_of, work_of
+from curvops.kronecker.alone import SOME, Joint, agrees, cut, ends, gathered, joinable, same, scale_of, work_of
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
 from curvops.kronecker.marks import Marks, outline
 from curvops.kronecker.options import Options
+from curvops.kronecker.proof import Proof, keeps_apart
 from curvops.kronecker.rows import Pass
 from curvops.kronecker.shares import agree
-from curvops.kronecker.signature import Signature
-from curvops.kronecker.tape import Layout, Tape, record
+from curvops.kronecker.tape import Tape, record
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.tree import tensors_of
 
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
-
-
-class Proof(NamedTuple):
-    """What was certified of a pass, for passes of the same operations: layouts of the rows, and what failed."""
-
-    way: str
-    signature: Signature
-    layouts: list[Layout | None]
-    failed: dict[str, str]
 
 
 class Sweep:
@@ -166,8 +158,10 @@ class Sweep:
     def _look(self, place: int, batch: Batch) -> None:
         """Prove again what a batch has shown in a run that was killed."""
         tape = record(self.risk, batch.X, batch.size)
-        if not close(outline(tape.z), self.forgotten.pop(place)):
-            raise ValueError(f"model: the checkpoint is of one with another output for batch {place}. {REMOVE}")
+        if not close(outline(tape), self.forgotten.pop(place)):
+            raise ValueError(
+                f"model: the checkpoint is of one with another output or gradient for batch {place}. {REMOVE}"
+            )
         self._certify(batch, tape, self._steps.curvature(tape.z.detach(), batch))
 
     def _joint(self, batch: Batch, several: Sequence[Batch]) -> Joint | None:
@@ -182,7 +176,8 @@ class Sweep:
         alone = self._run(batch, places, taped=True)
         for proof in () if alone is None or tape.taps.data_dependent or tape.taps.pools else self.proofs:
             known = proof.way == "batch" and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
-            if known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places):
+            known = known and not proof.failed and alone.fits(proof.layouts) and agrees(alone.z, tape, places)
+            if known and self._holds(proof, batch):
                 tape.layouts = list(proof.layouts)
                 return Joint(tape, alone, places)
         return None
@@ -200,7 +195,7 @@ class Sweep:
             proved = len(self.proofs)
             ways, kept = self._certify(batch, tape, curvature)
             if self.noted and (not place or len(self.proofs) > proved or self._steps.progress[1] == 1):
-                self.learnt[place] = outline(tape.z)
+                self.learnt[place] = outline(tape)
             if not (place or self.most or self._streamed or self._planned or self.apart):
                 self.most = joinable(tape, self.options.memory_budget, curvature.closed_form, ways)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
@@ -316,43 +311,51 @@ class Sweep:
         for proof in () if tape.taps.data_dependent else (*self.proofs, *self._earlier):
             known = proof.way == way and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
             # the same operations may mix the data only now, as behind a gate that depends on values
-            if known and (batch is None or self._some(batch, tape, taped=False) is not None):
+            some = known and batch is not None and self._some(batch, tape, taped=False) is not None
+            if known and (batch is None or (some and self._holds(proof, batch))):
                 tape.layouts, failed = list(proof.layouts), proof.failed
                 if all(proof is not other for other in self.proofs):
                     self.proofs.append(proof)
                 break
         else:
-            failed = self._prove(tape, batch, curvature)
+            failed, apart = self._prove(tape, batch, curvature)
             if tape.tested:
-                self.proofs.append(Proof(way, tape.signature, list(tape.layouts), failed))
+                self.proofs.append(Proof(way, tape.signature, list(tape.layouts), failed, apart))
         found = {**self.grouping.refuted, **failed}
         return {name: found[name] for name in names if name in found}
 
-    def _prove(self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None) -> dict[str, str]:
+    def _prove(
+        self, tape: Tape, batch: Batch | None, curvature: OutputCurvature | None
+    ) -> tuple[dict[str, str], bool | None]:
+        """What the uses do not explain, and whether the data are known to be kept apart."""
         names = self.risk.space.names
         large = sum(work_of(use)[1] for use in tape.uses) > SMALL and not tape.taps.data_dependent
         some = self._some(batch, tape, taped=True) if batch is not None and large else None
-        if isinstance(some, Tape) and some.signature.covers(tape.signature):
+        if batch is not None and isinstance(some, Tape) and some.signature.covers(tape.signature):
             scale = scale_of(some)
             spread = scale.repeat_interleave(len(some.z) // SOME).view(-1, *[1] * (some.z.ndim - 1))
             failed = certify(some, scale, spread.to(some.z).expand_as(some.z), names)
-            if some.tested and tape.fits(some.layouts):
+            if some.tested and tape.fits(some.layouts) and keeps_apart(self.risk, batch, some.layouts):
                 tape.layouts = some.layouts
-                return failed
+                return failed, True
         scale = scale_of(tape)
         if curvature is None or tape.size == 1:
-            return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names)
+            return certify(tape, torch.ones_like(scale), torch.ones_like(tape.z), names), None
         rows = scale.to(curvature.dtype).repeat_interleave(curvature.num_terms // tape.size)
         spread = curvature.outputs(rows.unsqueeze(1).expand(-1, curvature.width))
-        return certify(tape, scale, spread, names)
+        return certify(tape, scale, spread, names), None
+
+    def _holds(self, proof: Proof, batch: Batch) -> bool:
+        """Whether a proof holds for other values of the data, such as those of a batch."""
+        if proof.apart is None:
+            proof.apart = keeps_apart(self.risk, batch, proof.layouts)
+        return proof.apart
 
     def _some(self, batch: Batch, tape: Tape, taped: bool) -> Tape | Tensor | None:
         """What a few data give, if their output is what they have in their batch."""
-        size = batch.size
-        if size <= SOME or any(t.ndim == 0 or t.shape[0] != size for t in tensors_of(batch.X)):
+        if batch.size <= SOME or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)):
             return None
-        # from both ends: whoever comes first or last may be treated differently
-        places = [*range(SOME // 2), *range(size - SOME // 2, size)]
+        places = ends(batch.size)
         some = self._run(batch, places, taped=taped)
         return some if agrees(some.z if isinstance(some, Tape) else some, tape, places) else None
 
@@ -389,5 +392,5 @@ class Sweep:
                 return self.risk.forward(X)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except UNFIT:
             return None

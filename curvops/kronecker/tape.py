@@ -105,9 +105,9 @@ class Tape:
         return replace(self, size=1, layouts=[TOGETHER] * len(self.uses))
 
 
-def record(risk: EmpiricalRisk, X: Any, size: int) -> Tape:
+def record(risk: EmpiricalRisk, X: Any, size: int, conducting: bool = False) -> Tape:
     """Run the model under the taps."""
-    taps = Taps(risk.params, RULES, size)
+    taps = Taps(risk.params, RULES, size, conducting)
     z = risk.forward(X, taps)
     uses, precision = taps.uses, taps.precision or z.dtype
     layouts: list[Layout | None] = [TOGETHER if size == 1 else None] * len(uses)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvops.kronecker.conduct import SELECTS, conducted
 from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
 from curvops.kronecker.signature import PLAIN, Recording, Signature
@@ -22,9 +23,14 @@ Rule = Callable[..., Any]  # (taps, function, *args, **kwargs) -> output
 
 
 class Taps(TorchFunctionMode):
-    """Records how each parameter enters a forward pass of ``size`` data; rules say how to apply what takes them."""
+    """Records how each parameter enters a forward pass of ``size`` data; rules say how to apply what takes them.
 
-    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule], size: int = 1) -> None:
+    For gradients of a ``conducting`` pass see `curvops.kronecker.conduct`.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], rules: Mapping[Any, Rule], size: int = 1, conducting: bool = False
+    ) -> None:
         super().__init__()
         self._rules = rules
         self._uses: list[Use] = []
@@ -38,6 +44,7 @@ class Taps(TorchFunctionMode):
         self._kept: list[Tensor] = list(params.values())  # ids stay valid while the tensors live
         self._recording = Recording(params.values(), size)
         self._active = True
+        self._conducting = conducting
         self._operation = ""
 
     @property
@@ -159,7 +166,10 @@ class Taps(TorchFunctionMode):
                     return OPENED[func](*args, **kwargs)
             if func in self._rules and _fits(self._rules[func], 2 + len(args), tuple(kwargs)):
                 return self._rules[func](self, substitute, *args, **kwargs)
-        out = substitute(*args, **kwargs)
+        if self._conducting and func in SELECTS:
+            out = conducted(args, kwargs, substitute)
+        else:
+            out = substitute(*args, **kwargs)
         if arranged:
             arrange = self._derive if parameters else self.lookups.arrange
             arrange(func, first, args[1:], kwargs, out)

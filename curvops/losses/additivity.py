@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.context import UNFIT
 from curvops.losses.base import ClosedForm, OutputCurvature
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
 from curvops.tree import map_tensors, nodes_of, tensors_of
 
 FEW = 4  # data of a batch that stand for it
-# what a loss may raise on data that are cut or joined otherwise than it expects
-_UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class LossWalk:
             differ = joined and self._differ(joined, few, rest, together)
         except torch.OutOfMemoryError:
             raise
-        except _UNFIT:
+        except UNFIT:
             return False
         if differ:
             raise ValueError(

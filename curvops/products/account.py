@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from curvops.context import quietly
+from curvops.context import UNFIT, quietly
 
 Found = TypeVar("Found")
 
@@ -46,7 +46,7 @@ def attempted(compute: Callable[[], Found]) -> tuple[Found | None, str]:
             return compute(), ""
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except UNFIT as error:
         return None, reason(error)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from curvops.context import quietly
+from curvops.context import UNFIT, quietly
 from curvops.losses import OutputCurvature
 from curvops.products.account import relative_difference, tolerance
 from curvops.products.reference import GradientLinearization, OutputLinearization
@@ -154,10 +154,10 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
                 return Verdict(None, "the model reaches its parameters in ways that no stand-in does")
             with torch.no_grad(), risk.model.standing_in(params, torch.float64):
                 z = risk.functional(params, small.X)
-                risk.loss.curvature(z, small.y, few)
+                risk.loss.curvature(z, small.y, few).value()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError):
+    except UNFIT:
         return Verdict(None, "the model is tied to its own precision or batch size")
     space = TensorSpace(params)
     with risk.evaluation():
@@ -277,5 +277,5 @@ def _is_wrong(func: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
     try:
         leaves = _moved(inputs, space, v, 0.0)
         return compare(space.join(GradientLinearization(scalar(leaves), leaves, space).parts(v)), slopes).wrong
-    except (RuntimeError, TypeError, ValueError):
+    except UNFIT:
         return False  # cannot be differentiated on its own, so nothing is said of it

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -13,11 +12,13 @@ from curvops.memory import byte_size
 from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
+from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.sharding import local
-from curvops.tree import tensors_of
 
-State = list[tuple[str, int, int]]
+# names, with what stands under them (which is held, as an id is used again once its object is gone) and its version
+State = list[tuple[str, object, object]]
+SETTINGS = (bool, int, float, complex, str, type(None))
 
 
 class Kept:
@@ -48,6 +49,7 @@ class Kept:
         self._products: dict[int, BatchProduct] = {}
         self._size = 0
         self._number: int | None = None  # of batches, once they were counted
+        self._marks: list[tuple[float, ...]] = []  # of the batches of the first walk
         self._first: Walk | None = None  # the walk that counted them
         self._state: State = []
 
@@ -76,11 +78,11 @@ class Kept:
     def _walk(self, rows: Tensor, total: Tensor) -> Tensor:
         budget = self._budget()
         if self._number is None:
-            self._products, self._size = {}, 0  # of a walk that did not reach its end
+            self._products, self._size, self._marks = {}, 0, []  # of a walk that did not reach its end
         with self._risk.walk(self._title, self._by_place) as walk:
             for place, batch in enumerate(walk):
+                self._expect_same(place, fingerprint(batch))
                 if place in self._products:
-                    self._check_same(self._products[place].batch, batch)
                     self._products[place].add_to(total, rows)
                     continue
                 product, size = self._counted(batch, walk, total, rows, budget - self._size)
@@ -88,15 +90,18 @@ class Kept:
                     self._products[place], self._size = product, self._size + size
             # a kept batch's loss is not asked again, so that only the first walk knows the constant
             counted = self._first or walk
+            self._expect_same(walk.batches)
             total = counted.summed(total, rows).mul_(counted.constant)
             if self._first is None:
                 self._number, self._first = walk.batches, walk
         self._account.note("linearized", str(self), "what does not fit the memory budget is computed anew")
         return total
 
-    def _check_same(self, kept: Batch, batch: Batch) -> None:
-        pairs = zip(tensors_of((kept.X, kept.y)), tensors_of((batch.X, batch.y)), strict=False)
-        if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+    def _expect_same(self, place: int, mark: tuple[float, ...] | None = None) -> None:
+        """Note a batch of the first walk; a RuntimeError where a later walk has another one, or (``None``) ends before."""
+        if self._number is None:
+            self._marks += [] if mark is None else [mark]
+        elif self._marks[place : place + 1] != ([] if mark is None else [mark]):
             raise RuntimeError(
                 f"{self._title}: inside linearized() the loader yields other batches than before, or in another order. Pass a "
                 "DataLoader with shuffle=False, or more memory_budget, so that all batches are kept."
@@ -108,12 +113,13 @@ class Kept:
         """A batch's products, added to ``total``, and the bytes that they hold if these can be counted."""
         sizes: dict[int, int] = {}
 
-        def count(tensor: Tensor) -> Tensor:
+        def count(tensor: Tensor) -> tuple[Tensor, int]:
             storage = local(tensor).untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # the same memory, without the cycle of an output that saves itself
+            # the same memory, without the cycle of an output that saves itself
+            return tensor.detach(), -1 if tensor.is_inference() else tensor._version
 
-        hooks = partial(saved_tensors_hooks, count, lambda tensor: tensor)
+        hooks = partial(saved_tensors_hooks, count, _unchanged)
         try:
             with hooks():
                 product = self._linearize(batch, walk)
@@ -136,13 +142,35 @@ class Kept:
     def _look(self) -> State:
         model = self._risk.model
         model.check_current()
-        modes = [("the mode of " + type(m).__name__, id(m), 0) for m in model.training_modules]
-        return [*((name, id(t), t._version) for name, t in model.tensors.items() if not t.is_inference()), *modes]
+        settings = [
+            (f"{type(module).__name__}.{name}", module, _setting(value))
+            for module in model.modules()
+            for name, value in vars(module).items()
+        ]
+        return [*((name, t, t._version) for name, t in model.tensors.items() if not t.is_inference()), *settings]
 
     def _check(self) -> None:
-        if (now := self._look()) != self._state:
-            changed = [a[0] for a, b in zip(self._state, now, strict=False) if a != b]
+        now = self._look()
+        same = [a[0] == b[0] and a[1] is b[1] and a[2] == b[2] for a, b in zip(self._state, now, strict=False)]
+        if not all(same) or len(now) != len(self._state):
+            changed = [found[0] for found, known in zip(now, same, strict=False) if not known]
             raise RuntimeError(
-                f"{changed[0] if changed else 'a mode'!r} has changed inside linearized(), which keeps what was computed before. "
+                f"{changed[0] if changed else 'a module'!r} has changed inside linearized(), which keeps what was computed before. "
                 "Leave the context and enter it again, or take products without it: they mean the model as it is."
             )
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    """A tensor of the graph, as PyTorch gives it back: an error if it was changed in place."""
+    tensor, version = saved
+    if version >= 0 and tensor._version != version:
+        raise RuntimeError(
+            f"one of the variables needed for gradient computation has been modified by an inplace operation: a {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}, since the first product inside linearized(), or by the model itself. Leave the context and enter it again."
+        )
+    return tensor
+
+
+def _setting(value: object) -> object:
+    """What can be told at no cost of a module's attribute: a setting's value, a table's length (of hooks, submodules)."""
+    return value if isinstance(value, SETTINGS) else len(value) if isinstance(value, dict) else None

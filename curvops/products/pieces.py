@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from curvops.products.account import Account, attempted, relative_difference, tolerance
+from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.sharding import local
@@ -20,7 +21,8 @@ def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) 
     """A batch as it is, or in pieces that each take a product of at most so many bytes.
 
     As it is, too, where its tensors cannot be cut along their first axis, or where the outputs of the pieces are not those
-    of the whole, because the model mixes the data. Call within the risk's `evaluation`.
+    of the whole, or the derivatives of a few data cut in two not those of these data together, because the model mixes the
+    data. Call within the risk's `evaluation`.
     """
     if batch.size <= FEW or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of((batch.X, batch.y))):
         return [batch]
@@ -38,8 +40,25 @@ def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) 
         why = why or "the model mixes the data of a batch"
         account.note("batches", "whole", f"{size}; outputs of pieces are not those of the whole: {why}")
         return [batch]
+    # a model may mix gradients alone, or detach a datum by its place
+    few, halves = _cut(batch, 0, FEW), [_cut(batch, 0, FEW // 2), _cut(batch, FEW // 2, FEW)]
+    derived, why = attempted(lambda: [_derivatives(risk, some) for some in ([few], halves)])
+    if derived is None or not relative_difference(*derived) <= tolerance(whole.dtype):
+        why = why or "the model mixes the gradients of a batch"
+        account.note("batches", "whole", f"{size}; derivatives of {FEW} data are not those of two pieces: {why}")
+        return [batch]
     account.note("batches", f"in pieces of {most} data", f"{size}; outputs are those of the whole")
     return pieces
+
+
+def _derivatives(risk: EmpiricalRisk, pieces: list[Batch]) -> Tensor:
+    """First and second derivatives in the parameters, along random directions, of the outputs of some pieces together."""
+    z = torch.cat([risk.forward(piece.X) for piece in pieces])
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(z.shape, generator=generator).to(z), risk.space.random(generator)
+    first = OutputLinearization(z, risk.params, risk.space).pull(u)
+    second = GradientLinearization(z, risk.params, risk.space, u).parts(v)
+    return torch.cat([part.flatten().to(risk.space.sum_dtype) for part in (*first, *second) if part is not None])
 
 
 def _cut(batch: Batch, first: int, end: int) -> Batch:

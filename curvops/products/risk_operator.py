@@ -100,7 +100,8 @@ class RiskOperator(LinearOperator):
 
         What does not fit is computed anew in each product. Inside, the operator means model, loss and data as they
         were at the first product: a parameter, a buffer or a mode that has changed is an error where PyTorch's version
-        counters show it (a change by way of ``p.data`` or NumPy, of the loss or of the data is not seen).
+        counters show it, and so are a replaced module, a setting or a hook of one, and a batch that is met again and is
+        another (a change by way of ``p.data`` or NumPy, of the loss, or of data that are kept is not seen).
 
         Example:
             >>> import torch

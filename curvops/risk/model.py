@@ -58,12 +58,12 @@ class Model:
     @property
     def training_modules(self) -> list[Module]:
         """Submodules in train mode."""
-        return [m for m in self._modules() if m.training]
+        return [m for m in self.modules() if m.training]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers, each once: those of ``params`` under their names there."""
-        own = ((m, n, t) for m in self._modules() for n, t in {**m._parameters, **m._buffers}.items())
+        own = ((m, n, t) for m in self.modules() for n, t in {**m._parameters, **m._buffers}.items())
         named = {f"{type(m).__name__}.{n} {k}": t for k, (m, n, t) in enumerate(own) if t is not None}
         unique = {id(tensor): name for name, tensor in {**named, **self.params}.items()}
         return {name: tensor for name, tensor in {**self.params, **named}.items() if unique[id(tensor)] == name}
@@ -96,7 +96,7 @@ class Model:
         brought to the precision ``dtype``.
         """
         stand_ins = {id(tensor): params[name] for name, tensor in self.params.items()}
-        for module in self._modules():
+        for module in self.modules():
             # copies of buffers, as no transform lets a model change them in place
             others = (*(module._parameters.values() if dtype is not None else ()), *module._buffers.values())
             for tensor in others:
@@ -143,7 +143,7 @@ class Model:
     def _buffers_kept(self, contents: bool = True) -> Iterator[None]:
         """Put back buffers that change as the model runs, and their contents unless copies stand in for them."""
         # in place, so that a graph that needs what they had become notices, and its backward pass is an error
-        found = [(m, n, b) for m in self._modules() for n, b in m._buffers.items()]
+        found = [(m, n, b) for m in self.modules() for n, b in m._buffers.items()]
         kept = [(m, n, b, b.detach().clone() if contents else b) for m, n, b in found if b is not None]
         try:
             yield
@@ -158,7 +158,7 @@ class Model:
     @contextmanager
     def _attributes_kept(self) -> Iterator[None]:
         """Put back attributes that modules set as they run."""
-        kept = [(vars(module), dict(vars(module))) for module in self._modules()]
+        kept = [(vars(module), dict(vars(module))) for module in self.modules()]
         try:
             yield
         finally:
@@ -169,7 +169,7 @@ class Model:
                     else:
                         del now[name]
 
-    def _modules(self) -> list[Module]:
+    def modules(self) -> list[Module]:
         """All modules, those too that are held in containers, by functions or by objects that are called."""
         found: dict[int, Module] = {}
         seen: set[int] = set()
@@ -205,7 +205,7 @@ class Model:
                     "Build the model outside torch.inference_mode()."
                 )
         if (fsdp := sys.modules.get("torch.distributed.fsdp")) and any(
-            isinstance(m, getattr(fsdp, "FSDPModule", ())) for m in self._modules()
+            isinstance(m, getattr(fsdp, "FSDPModule", ())) for m in self.modules()
         ):
             raise TypeError(
                 "model_func: fully_shard computes with copies of its parameters, in which PyTorch takes no second derivatives. Cut the "

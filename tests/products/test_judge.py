@@ -85,6 +85,21 @@ def test_no_verdict_on_models_tied_to_their_precision():
     HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X.float(), Y.float())])
 
 
+@pytest.mark.parametrize("error", [IndexError, KeyError, AssertionError, AttributeError, ZeroDivisionError])
+def test_no_verdict_on_models_and_losses_that_refuse_a_few_data(error):
+    def refusing(t):
+        if len(t) != len(X):
+            raise error
+        return t.sin()
+
+    model, loss, params, data = problem(refusing)
+    assert judge_hessian(EmpiricalRisk(model, loss, params, data)).error is None
+    args = problem(torch.sin)[0], lambda z, y: (z - torch.tensor(y).unsqueeze(1)).square().mean()
+    risk = EmpiricalRisk(*args, dict(args[0].named_parameters()), [(X, [1.0] * len(X))], reduction="mean")
+    for judged in (judge_hessian, judge_jacobian):
+        judged(risk)  # a list of targets is not cut
+
+
 def test_single_precision_is_judged_in_double():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).eval()
     risk = EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X.float(), Y.float())])

@@ -76,6 +76,26 @@ def test_models_that_mix_the_data_unseen_by_errors_stay_whole():
     assert "not those of the whole: the model mixes the data" in op.explain()
 
 
+GRADIENTS_ONLY = {
+    "centred": lambda h: h - h.mean(0) + h.mean(0).detach(),
+    "by place": lambda h: torch.cat([h[:2], h[2:].detach()]),
+    "by size": lambda h: h + len(h) * (h - h.detach()),
+    "second derivatives": lambda h: h * (1 + ((h - h.detach()) ** 2).sum(0)),
+}
+
+
+@pytest.mark.parametrize("way", GRADIENTS_ONLY)
+def test_models_that_mix_the_gradients_of_the_data_stay_whole(way):
+    class Mixing(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return GRADIENTS_ONLY[way](h)
+
+    p = problem(Mixing())
+    op = HessianLinearOperator(*p.args(37), check_deterministic=False, memory_budget=20_000)
+    close(op @ draws(p.dim), HessianLinearOperator(*p.args(37), check_deterministic=False) @ draws(p.dim), 1e-12)
+    assert "the model mixes the gradients of a batch" in op.explain()
+
+
 def test_batches_that_cannot_be_cut_stay_whole():
     p = problem()
     X, y = real(12, 5, 3), torch.randint(3, (60,))

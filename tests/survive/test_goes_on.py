@@ -199,11 +199,15 @@ def test_what_is_of_something_else_is_refused(tmp_path, monkeypatch):
     def hook(model, data):
         model[4].register_forward_hook(lambda module, args, z: 2 * z)
 
+    def gradients(model, data):
+        model[4].register_forward_hook(lambda module, args, z: z + (z - z.detach()))
+
     refused(tmp_path, "of another computation: other tensors .*'0.weight'", weight)
     refused(tmp_path, "other data: batch 2 ", datum)
     refused(tmp_path, "other data: batch 0 ", lambda model, data: data[::-1])
     refused(tmp_path, "other data: batch 3 ", lambda model, data: data[:3])
-    refused(tmp_path, "another output for batch 0", hook)
+    refused(tmp_path, "another output or gradient for batch 0", hook)
+    refused(tmp_path, "another output or gradient for batch 0", gradients)
     refused(tmp_path, "seed 2147483647, now 1", seed=1)
     refused(tmp_path, "kfac_approx expand, now reduce", kfac_approx="reduce")
     refused(tmp_path, "computation KFACLinearOperator, now EKFACLinearOperator", cls=EKFACLinearOperator)

@@ -123,6 +123,19 @@ def test_cached_parametrizations(kind):
         case.check(kind, truth=truth)
 
 
+def test_gradients_that_a_table_scales_are_no_derivatives():
+    net = net_with(
+        lambda n: lambda h: n.b(h + F.embedding((h[:, 0] > 0).long(), n.a.weight.T, scale_grad_by_freq=scaled))
+    )
+    scaled = False
+    case = Case(net, CE, data())
+    truths = {kind: case.truth(kind) for kind in ("Hessian", "GGN")}
+    scaled = True
+    for kind, truth in truths.items():
+        case.check(kind, truth=truth)
+    case.check("GGNDiagonal", truth=truths["GGN"])
+
+
 def test_other_parameters():
     net, hidden = net_with(REACH["plain list"]), nn.Linear(4, 3)
     net.b.requires_grad_(False)

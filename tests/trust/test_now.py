@@ -200,6 +200,13 @@ INSIDE = [
     "m.norm.train()",
 ]
 INSIDE += ["m.scale.mul_(2)", "m.norm.running_var.add_(1)", "m.train()", *CHANGES["optimizer"]]
+# the second buffer may have the first one's `id`
+INSIDE += [
+    "m.scale = None; m.scale = torch.full((4,), 2.0)",
+    "m.pair = (nn.Identity().eval(), 1.0)",
+    "m.norm.eps = 0.5",
+]
+INSIDE += ["m.a.register_forward_hook(lambda *_: None)", "m.norm.forward = torch.sin"]
 
 
 @pytest.mark.parametrize("code, kind", rotate(INSIDE, *IMPLICIT))
@@ -213,6 +220,31 @@ def test_inside_linearized_a_change_is_an_error(code, kind):
             op @ torch.ones(op.shape[1])
     c.model.eval()
     c.check(kind, op=op)
+
+
+@pytest.mark.parametrize("kind", IMPLICIT)
+@pytest.mark.parametrize("code", [*DATA["batches"], *DATA["labels shuffled"]])
+def test_inside_linearized_other_data_are_an_error_if_they_are_met(code, kind):
+    """And never a product of new batches with the old constant."""
+    c = case()
+    op = c.make(kind, memory_budget=1)
+    with op.linearized():
+        op @ torch.ones(op.shape[1])
+        change(c, code)
+        with pytest.raises(RuntimeError, match="other batches"):
+            op @ torch.ones(op.shape[1])
+    c.check(kind, op=op)
+
+
+def test_inside_linearized_a_tensor_of_the_graph_that_changes_is_an_error():
+    """And not a product of which one pass knows the old one and another the new one."""
+    c = case()
+    op = c.make("Hessian")
+    with op.linearized():
+        op @ torch.ones(op.shape[1])
+        c.model.plain.mul_(2)
+        with pytest.raises(RuntimeError, match="inplace"):
+            op @ torch.ones(op.shape[1])
 
 
 def tensors():

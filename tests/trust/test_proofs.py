@@ -301,3 +301,40 @@ def test_lengths_that_change_between_batches(way, lengths):
     for op in case.check(*KRONECKER, "Hessian", "GGN")[: len(KRONECKER)]:
         places = torch.cat([placed.positions for placed in op.blocks])
         assert len(places.unique()) == len(places)
+
+
+GATED = {
+    "running sum": lambda h, gate: h + gate * h.cumsum(0),
+    "rolled": lambda h, gate: h + gate * h.roll(1, 0),
+    "standardised": lambda h, gate: h + gate * F.batch_norm(h, None, None, training=True),
+    "logarithm of a running sum": lambda h, gate: h + gate * h.logcumsumexp(0),
+    "where": lambda h, gate: torch.where(gate > 0, h.flip(0), h),
+    "filled": lambda h, gate: h + h.roll(1, 0).masked_fill_(gate == 0, 0.0),
+    "rectified": lambda h, gate: h + F.relu(h.roll(1, 0) + 9 * gate - 5, inplace=True),
+    "larger one": lambda h, gate: torch.maximum(h, h.roll(1, 0) + 9 * gate - 5),
+    "gradients only": lambda h, gate: h + gate * (h.roll(1, 0) - h.roll(1, 0).detach()),
+}
+
+
+@pytest.mark.parametrize("way", GATED)
+@pytest.mark.parametrize("sizes, marked", [((10, 10), 1), ((6, 6, 6, 6), 2)])
+def test_a_gate_that_opens_in_the_middle_of_a_later_batch(way, sizes, marked):
+    """Where it is closed, the same operations keep the data apart."""
+    batches = [(real(n, 3, seed=k) / 2, labels(n)) for k, n in enumerate(sizes)]
+    batches[marked][0][sizes[marked] // 2, 2] = 6.0
+    forward = lambda n, X: n.b(GATED[way](n.a(X).tanh(), (X[:, 2:] > 5).double()))  # noqa: E731
+    Case(Model(forward), CE, batches).check("EKFAC", "GGNDiagonal")
+
+
+PLAIN = {
+    "layers": lambda n, X: n.b(F.relu(n.a(X), inplace=True).clamp(max=2.0)),
+    "masks": lambda n, X: n.b(
+        torch.where(X[:, :1] > 0, n.a(X), 0.0).masked_fill(X[:, 1:2].abs() < 0.3, 1.0).softmax(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", PLAIN)
+def test_a_proof_serves_other_batches_of_plain_models(way):
+    op = Case(Model(PLAIN[way]), CE, data(6, 6)).make("KFAC")
+    assert [proof.apart for proof in op._proofs] == [True]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LEAST = "2.13"  # seen to be right; with 2.6 second derivatives of DTensors are silently wrong
+
 
 class Sharding(NamedTuple):
     """How a DTensor is cut: over which processes, along which axes, and the shape and strides of the whole."""
@@ -58,7 +60,13 @@ def is_sharded(tensor: object) -> bool:
 
 def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
     """Of those that are DTensors, how they are cut."""
-    return {name: Sharding.of(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
+    found = {name: Sharding.of(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
+    if found and torch.__version__ < LEAST:
+        raise TypeError(
+            f"params: {next(iter(found))!r} is a DTensor, of which this PyTorch ({torch.__version__}) takes wrong second derivatives, "
+            f"as far as known. Use PyTorch {LEAST} or newer, or parameters that are not cut."
+        )
+    return found
 
 
 def local(tensor: Any) -> Tensor:

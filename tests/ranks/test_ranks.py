@@ -19,6 +19,7 @@ from curvops import GGNLinearOperator, share_of
 from curvops.cli import main
 from curvops.cli.problem import load_problem
 from curvops.ranks import Ranks
+from curvops.sharding import LEAST
 from curvops.tour import load_matrices
 from curvops.tour.matrices import OPERATORS as TOUR
 
@@ -227,7 +228,10 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     torchrun(2, "both.py", tmp_path, *SPECTRUM)
     report = json.loads((tmp_path / "report.json").read_text())
     check_disagreements(*report["disagreements"])
-    check_sharded(report["sharded"])
+    if torch.__version__ >= LEAST:
+        check_sharded(report["sharded"])
+    else:
+        assert re.match(r"TypeError: params: '0.weight' is a DTensor, of which this PyTorch .*2\.13", report["sharded"])
     check_bytes(report["bytes"])
     assert main(["spectrum", "own.py:problem", "--output", "alone", *SPECTRUM]) == 0
     check_spectrum(json.loads(capsys.readouterr().out), report["problem"])

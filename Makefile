@@ -49,7 +49,7 @@ format: .venv/.dev
 
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --doctest-modules \
-	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py \
+	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py --ignore=curvops/clients/gpytorch.py \
 	  --ignore=docs/gallery --ignore=docs/_build --ignore=docs/conf.py \
 	  curvops docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m sphinx -q -W --keep-going -n \

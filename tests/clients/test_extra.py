@@ -12,6 +12,6 @@ def test_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
     message = "curvops.clients.laplace needs laplace-torch: pip install laplace-torch."
     with pytest.raises(ModuleNotFoundError, match=message):
-        import curvops.clients.laplace  # noqa: F401
+        import curvops.clients.laplace
     with pytest.raises(ModuleNotFoundError, match=r"curvops\.clients\.gpytorch needs linear_operator: pip install"):
         import curvops.clients.gpytorch  # noqa: F401

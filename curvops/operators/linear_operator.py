@@ -335,8 +335,8 @@ class LinearOperator(Quantities):
     def to_scipy(self, dtype: Any = None) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` (needs ``scipy``), on NumPy arrays of a dtype, by default its own.
 
-        A solver takes many products: call it within ``with op.linearized():``. Without this view SciPy's solvers say to
-        take it, but ``eigsh(op)`` and ``tfqmr(op, b)``, which begin with the dtype: "Cannot interpret 'torch.float32' as a data type".
+        A solver takes many products: call it within ``with op.linearized():``. Given the operator itself, SciPy's solvers
+        are told to take this view, but for `eigsh` and `tfqmr`: they begin with "Cannot interpret 'torch.float32' as a data type".
         """
         np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
         own = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16

@@ -21,7 +21,7 @@ help:
 	@echo "make calibrate  the measurements behind the rules that choose between ways of computing a product"
 	@echo "make peer     our matrices beside the peer library's in double precision: the tour's, and KFAC option by option"
 	@echo "make others   the same quantities by BackPACK, NNGeometry, laplace-torch, PyHessian and hessian-eigenthings"
-	@echo "make clients  the backends for laplace-torch beside its own: tests, an example, and seconds"
+	@echo "make clients  the backends for laplace-torch beside its own: tests, an example, seconds; GPyTorch's linear_operator: tests"
 	@echo "make memory   peak memory of a GPT-2's curvature with its whole vocabulary, beside a training step's"
 	@echo "make minilm   KFAC and EKFAC of a pretrained transformer, the doubts that follow from them, and its coarse tour"
 	@echo "make processes  examples of several processes that share the data, and what they send and take"
@@ -49,7 +49,7 @@ format: .venv/.dev
 
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --doctest-modules \
-	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py \
+	  --ignore=curvops/clients/laplace.py --ignore=curvops/clients/laplace_kron.py --ignore=curvops/clients/gpytorch.py \
 	  --ignore=docs/gallery --ignore=docs/_build --ignore=docs/conf.py \
 	  curvops docs
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m sphinx -q -W --keep-going -n \

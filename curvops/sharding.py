@@ -63,7 +63,7 @@ def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
     found = {name: Sharding.of(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
     if found and torch.__version__ < LEAST:
         raise TypeError(
-            f"params: {next(iter(found))!r} is a DTensor, of which this PyTorch ({torch.__version__}) takes wrong second derivatives, "
+            f"{next(iter(found))!r} is a DTensor, of which this PyTorch ({torch.__version__}) takes wrong second derivatives, "
             f"as far as known. Use PyTorch {LEAST} or newer, or parameters that are not cut."
         )
     return found

@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
     (r"py:(class|exc)", r".*"),
 ]
 
-autodoc_mock_imports = ["laplace"]
+autodoc_mock_imports = ["laplace", "linear_operator"]
 html_theme = "furo"
 html_title = "curvops"
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}

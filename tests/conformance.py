@@ -291,6 +291,9 @@ def check_scipy(op: LinearOperator, dense: Tensor) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
     with pytest.raises(TypeError, match=r"SciPy takes op\.to_scipy\(\)"):
         aslinearoperator(op)
+    for wrong in (np.asarray, np.linalg.eigvalsh, lambda array: np.dot(array, v)):
+        with pytest.raises(TypeError, match=r"NumPy takes its matrix, op\.to_dense\(\)\.numpy\(\)"):
+            wrong(op)
     if op.symmetric:
         largest = eigsh(op.to_scipy(), k=1, which="LM", v0=v[:, 0], return_eigenvectors=False)
         expected = torch.linalg.eigvalsh(dense).abs().max().item()

@@ -105,14 +105,11 @@ class CurvopsInterface(CurvatureInterface):
         return self._known[kind]
 
     def _risk(self, x: Any, y: Tensor) -> EmpiricalRisk:
-        params = self.params_dict
-        known = self._known_risk
-        if known is None or [*map(id, known.params.values())] != [*map(id, params.values())]:
-            # other parameters are trained now: what is known is of another risk
-            size, self._known = self._size, {}
+        if self._known_risk is None:
+            params, size = self.params_dict, self._size
             self._known_risk = EmpiricalRisk(self.model, self.lossfunc, params, [(x, y)], batch_size_fn=size)
         else:
-            self._known_risk = known.of_data([(x, y)])
+            self._known_risk = self._known_risk.of_data([(x, y)])
         return self._known_risk
 
     def _loss(self) -> Tensor:

@@ -246,6 +246,12 @@ class LinearOperator(Quantities):
             f"{self.name}: SciPy takes op.to_scipy(), within 'with op.linearized():' where it takes many products."
         )
 
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        """What NumPy looks for; no matrix is computed unasked, so that this is an error which says what to pass."""
+        raise TypeError(
+            f"{self.name}: an operator is no array. NumPy takes its matrix, op.to_dense().numpy(), and SciPy's solvers op.to_scipy()."
+        )
+
     def damped(self, damping: Damping) -> LinearOperator:
         """The square operator plus ``damping`` times the identity; what has structure keeps it.
 
@@ -329,7 +335,8 @@ class LinearOperator(Quantities):
     def to_scipy(self, dtype: Any = None) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` (needs ``scipy``), on NumPy arrays of a dtype, by default its own.
 
-        A solver takes many products: call it within ``with op.linearized():``.
+        A solver takes many products: call it within ``with op.linearized():``. Given the operator itself, SciPy's solvers
+        are told to take this view, but for `eigsh` and `tfqmr`: they begin with "Cannot interpret 'torch.float32' as a data type".
         """
         np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
         own = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16

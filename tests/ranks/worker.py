@@ -78,9 +78,10 @@ def main(references: str, report: str) -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    dist.barrier()
+    # PyTorch's group waits for threads that wait for Python, which is busy ending the group: rarely, under load, for ever
     sys.stdout.flush()
-    os._exit(0)  # as the interpreter ends, PyTorch's threads may abort, rarely, when all is done
+    os._exit(0)
 
 
 if __name__ == "__main__":

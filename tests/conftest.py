@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch._dynamo  # as the first product with forward mode does
 
-# what the libraries hold stays; to look through it at each collection takes longer than many a test
-gc.collect()
-gc.freeze()
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    # what libraries hold stays; to look through it at each collection takes longer than many a test
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

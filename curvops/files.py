@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -10,30 +9,15 @@ import platform
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvops.extras import extra
 
 KEY = "curvops"
-# names of dtypes in the format
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], format: str) -> None:
@@ -41,27 +25,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
 
     Reading asks for the same ``format``.
     """
-    extra("safetensors", "Saving to a file")
+    save = extra("safetensors.torch", "Saving to a file").save
     text = json.dumps({**about, "format": format, "versions": versions()})
-    replace_atomically(path, lambda partial: _fill(partial, tensors, text))
+    content = save(_apart(tensors), metadata={KEY: text})
+    replace_atomically(path, lambda partial: partial.write_bytes(content))
 
 
-def _fill(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    """Write tensors from where they are, so that those that take much memory take no more of it."""
-    # wide entries first, so that each tensor begins at a multiple of its entries' size
-    order = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    header: dict[str, Any] = {"__metadata__": {KEY: text}}
-    end = 0
-    for name, t in order:
-        begin, end = end, end + t.numel() * t.itemsize
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
-    words = json.dumps(header).encode()
-    words += b" " * (-len(words) % 8)
-    with path.open("wb") as file:
-        file.write(len(words).to_bytes(8, "little") + words)
-        for _, t in order:
-            here = t.detach().cpu().contiguous()
-            file.write((ctypes.c_char * (here.numel() * here.itemsize)).from_address(here.data_ptr()))
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as the format takes them: of those that share memory all but one are copies."""
+    found: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, t in tensors.items():
+        own = t.detach().cpu().contiguous()
+        address = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if address in known else own
+        known.add(address)
+    return found
 
 
 def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,8 +98,8 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-@cache
-def _installed() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of this library and of those that the content of a file may depend on, as far as known."""
     found = {"curvops": "unknown", "python": platform.python_version()}
     for package in ("curvops", "torch", "numpy", "matplotlib"):
         try:
@@ -128,8 +107,3 @@ def _installed() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of this library and of those that the content of a file may depend on, as far as known."""
-    return dict(_installed())

@@ -271,29 +271,6 @@ def test_inputs_in_a_dict():
     close(found.log_marginal_likelihood(), expected.log_marginal_likelihood())
 
 
-class Reward(nn.Module):
-    """Two rows a datum, through one layer (reward modeling)."""
-
-    def __init__(self):
-        super().__init__()
-        self.score = nn.Linear(4, 1, bias=False)
-
-    def forward(self, X):
-        return self.score(X.flatten(0, -2)).view(X.shape[:-1])
-
-
-def test_pairs_of_rewards():
-    """The rows of a datum are not data of their own, as laplace-torch's backends take them: B ⊗ A would be twice this."""
-    torch.manual_seed(0)
-    model, X, y = Reward().double(), torch.randn(N, 2, 4).double(), torch.randint(2, (N,))
-    p = model(X).softmax(1).detach()
-    S = p.diag_embed() - p[:, :, None] * p[:, None]
-    backend = CurvopsGGN(model, "classification")
-    close(backend.full(X, y)[1], torch.einsum("nra,nrs,nsb->ab", X, S, X))
-    ((B, A),) = backend.kron(X, y, N=N)[1].kfacs
-    close(B * A, S.diagonal(dim1=1, dim2=2).sum() * torch.einsum("nra,nrb->ab", X, X) / (2 * N))
-
-
 def test_a_second_fit_adds_data():
     for name in ("mlp", "cross-attention"):
         model, X, y = problem(name, "classification")

@@ -1,7 +1,6 @@
 """Started by torchrun with two processes: all that two of them are asked, one thing after the other."""
 
 import io
-import json
 import os
 import sys
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from disagreements import attempt, disagreements
+from ending import end
 from sharded import sharded
 
 from curvops.cli import main as curvops
@@ -40,12 +40,7 @@ def main(folder: str, *spectrum: str) -> None:
     for name in ("problem", "failing"):
         command = ["spectrum", f"own.py:{name}", "--output", name, *spectrum]
         found[name] = printed(lambda command=command: curvops(command))
-    if dist.get_rank() == 0:
-        Path("report.json").write_text(json.dumps(found))
-    dist.barrier()
-    # PyTorch's group waits for threads that wait for Python, which is busy ending the group: rarely, under load, for ever
-    sys.stdout.flush()
-    os._exit(0)
+    end(Path("report.json"), found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Started by torchrun with two processes, of which one kills itself at its first start: they go on from their checkpoints."""
 
-import json
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ending import end
 from survive.cases import Counted, Loader, Stop, convolutional
 
 from curvops import Checkpoint, EKFACLinearOperator, GGNLinearOperator, KFACLinearOperator
@@ -50,10 +50,7 @@ def main(folder: Path, name: str, _: str) -> None:
     report = {"restarted": not FIRST, "same": torch.equal(found, alone), "saved": all_passes - its_passes}
     several: list[Any] = [None, None]
     dist.all_gather_object(several, report)
-    if rank == 0:
-        (folder / f"{name}.json").write_text(json.dumps(several))
-    dist.barrier()
-    os._exit(0)  # see both.py
+    end(folder / f"{name}.json", several)
 
 
 if __name__ == "__main__":

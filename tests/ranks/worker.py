@@ -1,7 +1,5 @@
 """Started by torchrun: computes each case with the data shared, and reports the differences from what one process found."""
 
-import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import BATCHES, SHARES, cases, others, spread, values, wanted
+from ending import end
 from problems import PROBLEMS
 
 from curvops import KFACLinearOperator
@@ -76,12 +75,7 @@ def main(references: str, report: str) -> None:
         if dist.get_rank() < number:
             found[number] = compared(number, group, expected)
         dist.barrier()
-    if dist.get_rank() == 0:
-        Path(report).write_text(json.dumps(found))
-    dist.barrier()
-    # PyTorch's group waits for threads that wait for Python, which is busy ending the group: rarely, under load, for ever
-    sys.stdout.flush()
-    os._exit(0)
+    end(Path(report), found)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,20 @@ def test_inside_linearized_a_change_is_an_error(code, kind):
     c.check(kind, op=op)
 
 
+def test_inside_linearized_what_the_model_itself_changes_is_its_own():
+    c = case()
+    c.model.calls = 0
+    c.model.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
+    op = c.make("GGN")
+    with op.linearized():
+        expected = op @ torch.ones(op.shape[1])
+        c.model(next(iter(c.data))[0])
+        torch.testing.assert_close(op @ torch.ones(op.shape[1]), expected)
+        c.model.more = 1
+        with pytest.raises(RuntimeError, match=r"more' has changed inside linearized"):
+            op @ torch.ones(op.shape[1])
+
+
 @pytest.mark.parametrize("kind", IMPLICIT)
 @pytest.mark.parametrize("code", [*DATA["batches"], *DATA["labels shuffled"]])
 def test_inside_linearized_other_data_are_an_error_if_they_are_met(code, kind):

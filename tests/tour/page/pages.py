@@ -80,9 +80,7 @@ class Browser:
             "for (const field of fields) field.dataset.was = field.value"
         )
         logs = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [log["params"] for log in logs if log["method"] == "Network.requestWillBeSent"]
-        # those of the page: a browser has business of its own
-        return [one["request"]["url"] for one in sent if one["documentURL"].split("#")[0] == path.as_uri()]
+        return [log["params"]["request"]["url"] for log in logs if log["method"] == "Network.requestWillBeSent"]
 
     def reset(self):
         """Put the page's controls back to what they were when it was opened, which is quicker than to open it again."""

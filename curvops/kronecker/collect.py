@@ -43,7 +43,6 @@ class Collection:
     def __init__(self, sweep: Sweep, title: str, planned: bool, progress: Progress) -> None:
         self.sweep, self.title, self.planned, self.progress = sweep, title, planned, progress
         self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
-        self.device = torch.device("meta") if planned else sweep.risk.space.device
         self.spill = _spill(sweep, planned)
         self.kept_bytes = 0  # in memory
         self._kept: list[list[tuple[Key, Sequence[Rows]]]] = []

@@ -21,6 +21,9 @@ SWITCHES = (
     " --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"
 )
 
+# its own first page would still ask for what it consists of while ours is opened
+BLANK = {"session.restore_on_startup": 4, "session.startup_urls": ["about:blank"]}
+
 
 def measured_tour():
     """Return the six matrices of the tiny setup."""
@@ -65,7 +68,9 @@ class Browser:
         for switch in [*SWITCHES.split(), f"--user-data-dir={profile}", "--window-size=1280,1000"]:
             options.add_argument(switch)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        options.add_experimental_option("prefs", BLANK)
         self.driver = WebDriver(options, Service(driver))
+        assert self.driver.current_url == "about:blank"
 
     def open(self, path):
         """Open a page, wait until it is ready, and return the addresses that were asked for."""

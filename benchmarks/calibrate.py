@@ -76,11 +76,12 @@ def matrix_pays() -> Iterator[Case]:
 
 def together_pays() -> Iterator[Case]:
     grown = [mlp(64, width, 64) for width in (16, 64, 256, 1024, 4096)]
-    grown += [*map(convolutions, (4, 8, 16)), *map(attention, (16, 32, 64))]
+    grown += [*map(convolutions, (4, 8, 16, 32)), *map(norms, (8, 32)), *map(attention, (16, 32, 64, 128))]
     for problem, kind in product(grown, PAIRS):
-        work = recorded(problem).work
-        title = f"{kind}, 16 columns, {problem.name}, {work:,} operations"
-        yield title, problem, rules.together_pays(16, work), columns_of(problem, kind, 16)
+        record = recorded(problem)
+        title = f"{kind}, 16 columns, {problem.name}, {record.work:,} operations"
+        chosen = rules.together_pays(16, record, kind == "GGN")
+        yield title, problem, chosen, columns_of(problem, kind, 16)
 
 
 def rows_pay() -> Iterator[Case]:

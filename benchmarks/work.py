@@ -87,7 +87,7 @@ def compared(
 
 def product_rows(problem: Problem, kind: str, work: list[str], rounds: int) -> Iterator[Row]:
     """Products with vectors and columns."""
-    v, floor, few = problem.v, FLOORS[kind], max(2, rounds // 3)
+    v, floor, few = problem.v, FLOORS[kind], max(2, rounds // 3)  # of 40 products
     if "first" in work:
         title = f"{kind}, first product of an unseen model"
         own = unseen(problem, lambda p: p.ours(kind) @ v, rounds)
@@ -95,7 +95,7 @@ def product_rows(problem: Problem, kind: str, work: list[str], rounds: int) -> I
     if "columns" in work and kind != "EF":
         V = torch.randn(problem.size, COLUMNS)
         ours = {f"{kind}, {COLUMNS} columns of a new operator": lambda: problem.ours(kind) @ V}
-        yield from compared(problem, ours, lambda: problem.peer(kind) @ V, few, COLUMNS * floor)
+        yield from compared(problem, ours, lambda: problem.peer(kind) @ V, rounds, COLUMNS * floor)
     if "loop" in work and kind != "EF":
 
         def linearized() -> None:
@@ -170,7 +170,7 @@ def inverse_rows(problem: Problem, rounds: int) -> Iterator[Row]:
 
     for kind in ("exact", "heuristic"):
         title = f"KFAC.inverse, {kind} damping"
-        yield from compared(problem, {title: partial(ours, kind)}, partial(theirs, kind), rounds, warm_up=0)
+        yield from compared(problem, {title: partial(ours, kind)}, partial(theirs, kind), rounds)
 
 
 def step_rows(problem: Problem, rounds: int) -> Iterator[Row]:
@@ -194,10 +194,10 @@ def rows(problem: Problem, work: list[str], rounds: int) -> Iterator[Row]:
     """All work on one model."""
     for kind in FLOORS:
         yield from product_rows(problem, kind, work, rounds)
-    covered, few = replace(problem, linear=True), max(2, rounds // 2)
+    covered = replace(problem, linear=True)
     for title, make in {"kfac": kfac_rows, "inverse": inverse_rows, "step": step_rows}.items():
         if title in work:
-            yield from make(covered, few)
+            yield from make(covered, rounds)
 
 
 def main() -> int:
@@ -219,7 +219,7 @@ def main() -> int:
         f"ours is. A floor counts an MLP's matrix products: {FLOORS['Hessian']:g} gradients for a Hessian product whose "
         f"graph is kept, {FLOORS['GGN']:.2f} for a GGN product, no less for each of several columns or products; for KFAC "
         "a gradient without the products that give the weights' gradients, and half of its factors' squares.",
-        f"float32, medians of {options.rounds} rounds, fewer for columns, loops and factors",
+        f"float32, medians of {options.rounds} rounds, fewer of 40 products and of what takes long",
     )
     section.table(["model", "work", "ours", "peer", "peer / ours", "ours / floor", ""])
     for name in names:

@@ -65,7 +65,8 @@ class OutputFactorOperator(RiskOperator):
         if self._rows_pay(product, columns):
             name = "rows Sᵀ J by vmap over the data"
             return name, (self._matrix if rows is None else lambda products: self._by_rows(products, rows))
-        if rows is not None and rules.together_pays(columns, product.record.work, product.record.dear):
+        pays = rows is not None and rules.together_pays(columns, product.record, True)
+        if rows is not None and pays and self._columns_together([product]) >= rules.TOGETHER:
             return "J v and Jᵀ u by vmap", lambda products: self._columns(products, rows)
         return None
 
@@ -92,18 +93,17 @@ class OutputFactorOperator(RiskOperator):
         except (ValueError, NotImplementedError):
             return None
 
-    def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
+    def _one_by_one(self, total: Tensor, product: BatchProduct, rows: Tensor | None) -> None:
         columns = self.domain.dim if rows is None else len(rows)
-        for product in products:
-            factor = None if self.domain.shards else self._known_factor(product)
-            rows_of_batch = 0 if factor is None else factor.num_terms * factor.num_columns
-            if factor is None or not rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work):
-                super()._one_by_one(total, [product], rows)
-                continue
-            why = f"{rows_of_batch} of a batch, for {columns} columns"
-            self.account.note("one by one", "rows Sᵀ J, a backward pass for each", why)
-            for some in self._pulled(product, factor):
-                total += (some.T if rows is None else rows.to(some.dtype) @ some.T) @ some
+        factor = None if self.domain.shards else self._known_factor(product)
+        rows_of_batch = 0 if factor is None else factor.num_terms * factor.num_columns
+        if factor is None or not rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work):
+            super()._one_by_one(total, product, rows)
+            return
+        why = f"{rows_of_batch} of a batch, for {columns} columns"
+        self.account.note("one by one", "rows Sᵀ J, a backward pass for each", why)
+        for some in self._pulled(product, factor):
+            total += (some.T if rows is None else rows.to(some.dtype) @ some.T) @ some
 
     def _pulled(self, product: BatchProduct, factor: Factor) -> Iterator[Tensor]:
         """Rows Sᵀ J of a batch, whether or not it mixes its data, by the reference: some ``[n, D]`` at a time."""
@@ -178,7 +178,7 @@ class OutputFactorOperator(RiskOperator):
         sizes = [len(p.curvature.z) for p in products]
         matrices = [self._output_product(p.curvature, p.batch.start) for p in products]
         found = []
-        for some in rows.split(rules.CHUNK):
+        for some in rows.split(max(1, self._columns_together(products))):
             directions = dict(zip(primals, tangents(some, self.domain), strict=True))
             pushed = vmap(lambda t: jvp(output, (primals,), (t,))[1])(directions)
             images = [

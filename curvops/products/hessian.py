@@ -72,7 +72,7 @@ class HessianLinearOperator(RiskOperator):
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
         if rows is None:
             return "forward over reverse by layer", self._matrix
-        if rules.together_pays(len(rows), product.record.work):
+        if rules.together_pays(len(rows), product.record) and self._columns_together([product]) >= rules.TOGETHER:
             return "forward over reverse by vmap", lambda products: self._columns(products, rows)
         return None
 
@@ -86,7 +86,7 @@ class HessianLinearOperator(RiskOperator):
         primals = {name: p.detach() for name, p in self.risk.params.items()}
         slopes = grad(lambda params: self._value(params, batch))
         found = []
-        for some in rows.split(rules.CHUNK):
+        for some in rows.split(max(1, self._columns_together(products))):
             directions = dict(zip(primals, tangents(some, self.domain), strict=True))
             parts = vmap(lambda t: jvp(slopes, (primals,), (t,))[1])(directions)
             found.append(torch.cat([part.detach().unsqueeze(-1).flatten(1) for part in parts.values()], 1))

@@ -35,13 +35,14 @@ class Recorder(Substitutions):
 
     Attributes:
         work: Multiplications and additions of the products with parameters and among data, roughly.
+        entries: Entries of all operations' results.
         convolves: Whether there are convolutions.
         dear: Whether there are operations that are dear in forward mode.
     """
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.size, self.work, self.convolves, self.dear = size, 0, False, False
+        self.size, self.work, self.entries, self.convolves, self.dear = size, 0, 0, False, False
         self._steps: list[tuple[Any, torch.Size]] = []
         self._nodes: list[str] = []
         self._begun = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
@@ -52,6 +53,7 @@ class Recorder(Substitutions):
         out = super().__torch_function__(func, types, args, kwargs)
         if isinstance(out, Tensor):
             self._steps.append((func, out.shape))
+            self.entries += out.numel()
             if func in CONVOLUTIONS:
                 self.convolves = True
                 self.work += out.numel() * args[1][0].numel()

@@ -199,9 +199,16 @@ class RiskOperator(LinearOperator):
         return pieces_of(self.risk, batch, self.memory_budget, self.account) if self.memory_budget else [batch]
 
     def _begin(self, batch: Batch, walk: Walk) -> BatchProduct:
+        return self._linearized(batch, lambda z: walk.curvature(z, batch))
+
+    def _again(self, batch: Batch) -> BatchProduct:
+        """A batch that was begun on this walk, and whose graph was let go."""
+        return self._linearized(batch, lambda z: self.risk.loss.curvature(z, batch.y, batch.size, checked=False))
+
+    def _linearized(self, batch: Batch, curvature: Callable[[Tensor], OutputCurvature]) -> BatchProduct:
         record = Recorder(batch.size)
         z = record.finish(self.risk.forward(batch.X, record))
-        return self._linearize(batch, walk.curvature(z, batch), z, record)
+        return self._linearize(batch, curvature(z), z, record)
 
     def _sum(self, rows: Tensor | None) -> Tensor:
         """Products with vectors ``[K, D]``, or the matrix, summed over the data: together by a fast way, or one by one."""
@@ -212,10 +219,10 @@ class RiskOperator(LinearOperator):
 
         def flush() -> None:
             nonlocal refuted
-            if waiting and not (refuted or self._together(total, waiting, rows)):
+            if waiting and not self._together(total, waiting, rows):
                 refuted = True
-            if refuted:
-                self._one_by_one(total, waiting, rows)
+                for product in waiting:
+                    self._one_by_one(total, self._again(product.batch), rows)
             waiting.clear()
 
         def add(batch: Batch, walk: Walk) -> None:
@@ -223,29 +230,38 @@ class RiskOperator(LinearOperator):
             for piece in pieces:
                 product = self._begin(piece, walk)
                 if refuted or self._fast(product, rows) is None:
-                    self._one_by_one(total, [product], rows)
+                    self._one_by_one(total, product, rows)
                     continue
-                if waiting and (len(pieces) > 1 or not joins([p.batch for p in waiting], piece, rules.JOINED)):
+                if waiting and (len(pieces) > 1 or not self._joins(waiting, product, rows)):
                     flush()
                 waiting.append(product)
 
         return self.risk.sum_over_data(self.name, total, add, flush, vectors=rows, by_place=self._by_place)
 
-    def _one_by_one(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> None:
+    def _joins(self, waiting: Sequence[BatchProduct], product: BatchProduct, rows: Tensor | None) -> bool:
+        """Whether a small batch goes together with others, if no fewer columns do then."""
+        if not joins([p.batch for p in waiting], product.batch, rules.JOINED):
+            return False
+        most = 0 if rows is None else min(len(rows), self._columns_together([product]))
+        return self._columns_together([*waiting, product]) >= most
+
+    def _one_by_one(self, total: Tensor, product: BatchProduct, rows: Tensor | None) -> None:
         if rows is None:
             rows = torch.eye(len(total), dtype=self.dtype, device=self.device)
-        for product in products:
-            product.add_to(total, rows, last=True)
+        product.add_to(total, rows, last=True)
 
     def _together(self, total: Tensor, products: Sequence[BatchProduct], rows: Tensor | None) -> bool:
-        """Add what the fast way gives, if a random combination of it is what the reference gives for the combined vectors."""
+        """Add what the fast way gives, if a random combination of it is what the reference gives for the combined vectors.
+
+        The reference's graphs are free then: what the fast way takes does not lie beside them.
+        """
         found = self._fast(products[0], rows)
         assert found is not None
         name, fast = found
         noise = torch.randn(len(total), generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
         expected = torch.zeros(1, self.domain.dim, dtype=total.dtype, device=self.device)
         for product in products:
-            product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0))
+            product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0), last=True)
         work = "dense matrix" if rows is None else "columns"
         part, why = attempted(lambda: fast(products))
         if part is None:
@@ -261,6 +277,11 @@ class RiskOperator(LinearOperator):
 
     def _budget(self) -> int:
         return budget(self.device, self.memory_budget)
+
+    def _columns_together(self, products: Sequence[BatchProduct]) -> int:
+        """How many columns of some batches go together."""
+        room = None if self.memory_budget is None else self.memory_budget // self.dtype.itemsize
+        return rules.columns_together(sum(p.record.entries for p in products), room)
 
 
 class CrossOperator(LinearOperator):

@@ -8,6 +8,7 @@ FEW = 2  # data that a proof looks at
 JOINED = 128  # data up to which small batches go together, after a proof
 TOGETHER = 4  # columns from which it is asked whether they go together
 CHUNK = 64  # columns that go together at most
+LARGEST_TANGENTS = 2**25  # entries that the results of all operations may have for the columns that go together
 SMALL = 4_000_000  # multiplications and additions of a batch below which the operations' overhead rules
 LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many columns
 LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
@@ -19,12 +20,23 @@ def matrix_pays(columns: int, parameters: int) -> bool:
     return columns >= TOGETHER and 4 * columns >= parameters and parameters <= LARGEST_MATRIX
 
 
-def together_pays(columns: int, work: int, dear: bool = False) -> bool:
+def together_pays(columns: int, record: Recorder, jacobian: bool = False) -> bool:
     """Whether columns go together, rather than one by one over a batch's graph.
 
-    Products with J and Jᵀ do so in larger batches, too, if these have operations that are ``dear`` one by one.
+    Convolutions, norms and attention do so in larger batches, too, and still larger ones for products with J and Jᵀ:
+    their second backward passes are dear.
     """
-    return columns >= TOGETHER and work <= (16 * SMALL if dear else SMALL)
+    dear = record.convolves or record.dear
+    return columns >= TOGETHER and record.work <= ((64 if jacobian else 16) * SMALL if dear else SMALL)
+
+
+def columns_together(entries: int, room: int | None) -> int:
+    """How many columns go together where a batch's operations give so many entries, and there is room for so many.
+
+    A column's tangents of the backward pass, too, take about as much as four of the results.
+    """
+    most = min(CHUNK, max(TOGETHER, LARGEST_TANGENTS // max(entries, 1)))
+    return most if room is None else min(most, room // (4 * max(entries, 1)))
 
 
 def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> bool:

@@ -92,6 +92,30 @@ def test_a_refuted_way_is_not_taken(cls, module, function, work, name, lie, alwa
     assert name in text and ("unsupported here" if lie == "fails" else "differs from the reference by") in text
 
 
+@pytest.mark.parametrize("cls,module", [(HessianLinearOperator, hessian), (GGNLinearOperator, ggn)])
+def test_as_many_columns_go_together_as_there_is_room_for(cls, module, monkeypatch):
+    p, taken = PROBLEMS["mlp"](), []
+    for name in ("matrix_pays", "rows_pay", "pulls_pay"):
+        monkeypatch.setattr(rules, name, lambda *_: False)
+    V, plain = draws(p.dim, 10), module.tangents
+    expected = cls(*p.args(2, 4), memory_budget=1) @ V  # one by one
+    monkeypatch.setattr(module, "tangents", lambda some, space: taken.append(len(some)) or plain(some, space))
+    (X, _), _ = p.args(2, 4)[3]
+    with Recorder(2) as record:
+        p.model(X)
+    one = record.entries // 2
+    # of the last two, the batches would take each other's room, or each columns' own whatever it is
+    for entries, chunks in ((2**25, [10]), (6 * 4 * one, [10, 6, 4]), (1, [4, 4, 2])):
+        monkeypatch.setattr(rules, "LARGEST_TANGENTS", entries)
+        op = cls(*p.args(2, 4), check_deterministic=False)
+        close(op @ V, expected)
+        assert taken == chunks and "vmap" in op.explain()
+        taken.clear()
+    op = cls(*p.args(2, 4), check_deterministic=False, memory_budget=1)
+    close(op @ V, expected)
+    assert not taken and "vmap" not in op.explain()
+
+
 @pytest.mark.parametrize("cls,passes", [(GGNLinearOperator, 6 * 3), (EFLinearOperator, 6)])
 @pytest.mark.parametrize("mixing", [False, True], ids=["asks a value", "batch norm in train mode"])
 def test_rows_by_a_backward_pass_each_where_vmap_is_unsupported(cls, passes, mixing, monkeypatch):
@@ -220,7 +244,18 @@ def test_passes_are_told_apart():
 def test_rules_are_of_counts_alone():
     assert rules.matrix_pays(100, 400) and not rules.matrix_pays(99, 400)
     assert not rules.matrix_pays(10_000, rules.LARGEST_MATRIX + 1)
-    assert rules.together_pays(4, 10) and not rules.together_pays(3, 10) and not rules.together_pays(4, 10**9)
+    record = Recorder(2)
+    assert rules.together_pays(4, record) and not rules.together_pays(3, record)
+    for record.work, dear, pays in (
+        (rules.SMALL + 1, False, (False, False)),
+        (rules.SMALL + 1, True, (True, True)),
+        (16 * rules.SMALL + 1, True, (False, True)),
+        (64 * rules.SMALL + 1, True, (False, False)),
+    ):
+        for record.convolves, record.dear in ((dear, False), (False, dear)):
+            assert tuple(rules.together_pays(4, record, jacobian) for jacobian in (False, True)) == pays
+    assert rules.columns_together(0, None) == rules.columns_together(1000, None) == rules.CHUNK
+    assert rules.columns_together(2**30, None) == rules.TOGETHER and rules.columns_together(1000, 20_000) == 5
     assert rules.rows_pay(16, 100, 683, 20, 500_000) and not rules.rows_pay(16, 10**6, 10**6, 100, 500_000)
     assert RiskOperator._fast.__isabstractmethod__
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,6 +21,7 @@ from problem import Problem
 from timing import medians
 from torch import Tensor, nn
 
+from curvops import JacobianLinearOperator
 from curvops.products import rules
 from curvops.products.record import Recorder
 
@@ -60,6 +62,10 @@ def columns_of(problem: Problem, kind: str, number: int) -> Callable[[], Tensor]
     return lambda: problem.ours(kind) @ V
 
 
+def identity(problem: Problem, kind: str) -> Callable[[], Tensor]:
+    return lambda: problem.ours(kind) @ torch.eye(problem.size)
+
+
 def many(problem: Problem) -> None:
     with problem.ours("GGN").linearized() as operator:
         for _ in range(MANY):
@@ -67,11 +73,23 @@ def many(problem: Problem) -> None:
 
 
 def matrix_pays() -> Iterator[Case]:
-    for width, share, kind in product((8, 32, 128), (16, 8, 4, 2, 1), PAIRS):
-        problem = mlp(10, width, 50, 5)
+    grown = [mlp(10, width, 50, 5) for width in (8, 32, 128)] + [convolutions(4)]
+    for problem, share, kind in product(grown, (16, 8, 4, 2, 1), PAIRS):
         number = -(-problem.size // share)
-        chosen = rules.matrix_pays(number, problem.size)
-        yield f"{kind}, 1/{share} of {problem.size:,} columns", problem, chosen, columns_of(problem, kind, number)
+        title = f"{kind}, 1/{share} of {problem.size:,} columns, {problem.name}"
+        columns = identity(problem, kind) if share == 1 else columns_of(problem, kind, number)
+        yield title, problem, rules.matrix_pays(number, problem.size), columns
+
+
+def jacobian_pays() -> Iterator[Case]:
+    for problem in (mlp(10, 32, 50, 5), mlp(10, 128, 50, 5), mlp(256, 64, 64, 10), convolutions(4), convolutions(16)):
+        operator = JacobianLinearOperator(problem.model, problem.params, problem.data, check_deterministic=False)
+        rows = operator.shape[0]
+        for share in (1, 2, 4, 8, 16):
+            V = torch.randn(problem.size, -(-rows // share))
+            title = f"{V.shape[1]} columns, {problem.name}, {rows} rows, {problem.size:,} parameters"
+            chosen = rules.jacobian_pays(V.shape[1], rows, problem.size)
+            yield title, problem, chosen, partial(operator.__matmul__, V)
 
 
 def together_pays() -> Iterator[Case]:
@@ -126,6 +144,7 @@ RULES: dict[str, tuple[Callable[[], Iterator[Case]], str, str, tuple[str, ...]]]
     "rows_pay": (rows_pay, "rows Sᵀ J", "products", ("matrix_pays",)),
     "pulls_pay": (pulls_pay, "rows by a backward pass each", "products", ("matrix_pays", "rows_pay", "together_pays")),
     "kept_rows_pay": (kept_rows_pay, "rows Sᵀ J", "graph", ()),
+    "jacobian_pays": (jacobian_pays, "rows of J", "products", ()),
     "forward_mode_pays": (forward_mode_pays, "forward mode", "reverse over reverse", ()),
 }
 

@@ -17,13 +17,13 @@ from curvops.memory import budget
 from curvops.operators.composite import AdjointOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
+from curvops.products import rules
 from curvops.products.account import Account, attempted, relative_difference, tolerance
 from curvops.products.batch import Push
 from curvops.products.proofs import pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization
 from curvops.products.rows import pulled_rows
-from curvops.products.rules import matrix_pays
 from curvops.risk.data import EMPTY, Batch
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
@@ -113,11 +113,12 @@ class JacobianLinearOperator(LinearOperator):
         return operator
 
     def _apply(self, columns: Tensor) -> Tensor:
-        if matrix_pays(columns.shape[1], self.domain.dim):
-            return (self._matrix() @ columns).to(self.codomain.dtype)
         total = torch.zeros(self.shape[0], columns.shape[1], dtype=self.codomain.dtype, device=self.device)
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
+                if (matrix := self._paying(one, columns.shape[1])) is not None:
+                    total[rows] = (matrix @ columns.to(matrix.dtype)).to(total.dtype)
+                    continue
                 push = self._push(one)
                 for k, v in enumerate(columns.T):
                     total[rows, k] = push(v).flatten().to(total.dtype)
@@ -127,9 +128,16 @@ class JacobianLinearOperator(LinearOperator):
         total = torch.zeros(columns.shape[1], self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
+                if (matrix := self._paying(one, columns.shape[1] // 2)) is not None:
+                    total += columns[rows].T.to(matrix.dtype) @ matrix
+                    continue
                 for row, u in zip(total, columns[rows].T, strict=True):
                     self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
             return self._summed(total, columns).T.to(self.domain.dtype)
+
+    def _paying(self, one: _Outputs, columns: int) -> Tensor | None:
+        """The rows of a batch, where these take less than so many products J v."""
+        return self._together(one) if rules.jacobian_pays(columns, one.z.numel(), self.domain.dim) else None
 
     def _summed(self, total: Tensor, vectors: Tensor | None = None) -> Tensor:
         """What the processes of a group have found, together."""
@@ -146,7 +154,9 @@ class JacobianLinearOperator(LinearOperator):
         matrix = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
-                if not self._together(one, matrix[rows]):
+                if (found := self._together(one)) is not None:
+                    matrix[rows] = found
+                else:
                     self._one_by_one(one, matrix[rows])
             return self._summed(matrix)
 
@@ -160,10 +170,10 @@ class JacobianLinearOperator(LinearOperator):
             for k, v in enumerate(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device)):
                 rows[:, k] = push(v).flatten()
 
-    def _together(self, one: _Outputs, rows: Tensor) -> bool:
-        """Fill in the rows by `vmap` over a batch's data, if a random combination of them is that of its graph."""
-        if self._datum is not None or one.batch.size == 1:
-            return False
+    def _together(self, one: _Outputs) -> Tensor | None:
+        """The rows by `vmap` over a batch's data, if a random combination of them is that of its graph."""
+        if self._datum is not None or one.batch.size == 1 or self.domain.shards:
+            return None  # of one datum; or `vmap` would have to know shards
         units = torch.eye(one.z[0].numel(), dtype=one.z.dtype, device=one.z.device).reshape(-1, *one.z.shape[1:])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
         us, most = units.expand(one.batch.size, *units.shape), budget(self.device, self.memory_budget)
@@ -176,12 +186,11 @@ class JacobianLinearOperator(LinearOperator):
             difference = relative_difference(noise.flatten().to(found.dtype) @ found, expected)
             if difference <= tolerance(self.dtype):
                 why = f"a random combination equals the reference's within {difference:.1e}"
-                self.account.note("dense matrix", "rows by vmap over the data", why)
-                rows.copy_(found)
-                return True
+                self.account.note("rows", "by vmap over the data", why)
+                return found
             why = f"vmap differs from the reference by {difference:.1e}"
-        self.account.note("dense matrix", "one by one", why)
-        return False
+        self.account.note("rows", "one by one", why)
+        return None
 
     def _push(self, one: _Outputs) -> Push:
         """J v of a batch by forward mode where that takes less and is proved."""

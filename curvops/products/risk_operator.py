@@ -203,7 +203,7 @@ class RiskOperator(LinearOperator):
 
     def _again(self, batch: Batch) -> BatchProduct:
         """A batch that was begun on this walk, and whose graph was let go."""
-        return self._linearized(batch, lambda z: self.risk.loss.curvature(z, batch.y, batch.size, checked=False))
+        return self._linearized(batch, lambda z: self.risk.loss.curvature(z, batch.y, batch.size))
 
     def _linearized(self, batch: Batch, curvature: Callable[[Tensor], OutputCurvature]) -> BatchProduct:
         record = Recorder(batch.size)

@@ -17,7 +17,7 @@ FEW_ROWS = 2**20  # entries of rows that are read in no time
 
 def matrix_pays(columns: int, parameters: int) -> bool:
     """Whether the dense matrix takes less than products with so many columns."""
-    return columns >= TOGETHER and 4 * columns >= parameters and parameters <= LARGEST_MATRIX
+    return columns >= TOGETHER and 4 * columns >= 3 * parameters and parameters <= LARGEST_MATRIX
 
 
 def together_pays(columns: int, record: Recorder, jacobian: bool = False) -> bool:
@@ -71,6 +71,15 @@ def kept_rows_pay(rows: int, parameters: int, work: int) -> bool:
     """
     size = rows * parameters
     return size <= LARGEST_ROWS and (size <= FEW_ROWS or 5 * size < work)
+
+
+def jacobian_pays(columns: int, rows: int, parameters: int) -> bool:
+    """Whether the rows of J of a batch, by `vmap` over its data, take less than so many products J v, or twice as many Jᵀ u.
+
+    A few entries take next to nothing; of many, a row takes about half of a product.
+    """
+    size = rows * parameters
+    return columns >= TOGETHER and size <= LARGEST_ROWS and rows <= (16 if size <= 4 * FEW_ROWS else 2) * columns
 
 
 def forward_mode_pays(record: Recorder) -> bool:

@@ -85,16 +85,25 @@ def test_a_subset_of_the_parameters_and_a_function():
     close(JacobianLinearOperator(function, some, data).to_dense(), whole)
 
 
-def test_many_columns_take_the_matrix_and_few_do_not(monkeypatch):
+def test_many_columns_take_the_rows_and_few_do_not(monkeypatch):
     model, params, data = problem("mlp")
-    op, calls = JacobianLinearOperator(model, params, data), []
-    original = op._matrix
-    monkeypatch.setattr(op, "_matrix", lambda: calls.append(1) or original())
-    for columns in (1, rules.TOGETHER - 1, 26):
+    whole, taken, plain = expected(model, params, data), [], jacobian.pulled_rows
+    monkeypatch.setattr(jacobian, "pulled_rows", lambda *args: taken.append(1) or plain(*args))
+    op = JacobianLinearOperator(model, params, data)
+    batches = len(data)
+    for columns in (1, rules.TOGETHER - 1, rules.TOGETHER, 26):
         V = torch.randn(26, columns, dtype=torch.float64)
-        close(op @ V, expected(model, params, data) @ V)
-    assert len(calls) == 1
+        close(op @ V, whole @ V)
+        assert len(taken) == (batches if columns >= rules.TOGETHER else 0)
+        taken.clear()
+        U = torch.randn(10, columns, dtype=torch.float64)
+        close(op.T @ U, whole.T @ U)
+        assert len(taken) == (batches if columns >= 2 * rules.TOGETHER else 0)
+        taken.clear()
     assert (op @ torch.zeros(26, 0, dtype=torch.float64)).shape == (10, 0)
+    assert rules.jacobian_pays(4, 64, 10) and not rules.jacobian_pays(4, 65, 10)
+    assert rules.jacobian_pays(400, 800, 20_000) and not rules.jacobian_pays(400, 801, 20_000)
+    assert not rules.jacobian_pays(10**6, 10**6, 100)
 
 
 def test_what_does_not_fit_is_refused():
@@ -123,13 +132,13 @@ def test_what_was_chosen_is_said(monkeypatch):
     op = JacobianLinearOperator(model, params, data)
     assert "nothing has been computed yet" in op.explain()
     op.to_dense()
-    assert "dense matrix: rows by vmap over the data (a random combination equals the reference's" in op.explain()
+    assert "rows: by vmap over the data (a random combination equals the reference's" in op.explain()
     op @ torch.ones(26, dtype=torch.float64)
     assert "J v: reverse over reverse" in op.explain()
     mixing, params, data = problem("batch norm")
     op = JacobianLinearOperator(mixing, params, data, check_deterministic=False)
     op.to_dense()
-    assert "dense matrix: one by one" in op.explain()
+    assert "rows: one by one" in op.explain()
     assert "nothing has been computed yet" in op.datum(0).explain()
 
 
@@ -137,9 +146,15 @@ def test_a_wrong_vmap_is_refused(monkeypatch):
     model, params, data = problem("mlp")
     original = jacobian.pulled_rows
     monkeypatch.setattr(jacobian, "pulled_rows", lambda *a: (1.01 * rows for rows in original(*a)))
-    op = JacobianLinearOperator(model, params, data)
-    close(op.to_dense(), expected(model, params, data))
-    assert "vmap differs from the reference by" in op.explain()
+    whole, V, U = expected(model, params, data), *(torch.randn(k, 20, dtype=torch.float64) for k in (26, 10))
+    for work, right in (
+        (lambda op: op.to_dense(), whole),
+        (lambda op: op @ V, whole @ V),
+        (lambda op: op.T @ U, whole.T @ U),
+    ):
+        op = JacobianLinearOperator(model, params, data)
+        close(work(op), right)
+        assert "vmap differs from the reference by" in op.explain()
 
 
 def test_no_batch_after_the_wanted_datum_is_run():

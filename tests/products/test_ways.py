@@ -242,7 +242,7 @@ def test_passes_are_told_apart():
 
 
 def test_rules_are_of_counts_alone():
-    assert rules.matrix_pays(100, 400) and not rules.matrix_pays(99, 400)
+    assert rules.matrix_pays(300, 400) and not rules.matrix_pays(299, 400)
     assert not rules.matrix_pays(10_000, rules.LARGEST_MATRIX + 1)
     record = Recorder(2)
     assert rules.together_pays(4, record) and not rules.together_pays(3, record)

@@ -28,14 +28,20 @@ def test_dense(spectrum, columns):
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_no_more_iterations_than_scipy(spectrum, preconditioned):
+    """On average over orders of the entries: each rounds in its own way, which is three iterations more or fewer."""
     matrix, b = symmetric(SPECTRA[spectrum]) + torch.eye(80).double(), draws(80)
     matrix = matrix * torch.outer(torch.logspace(0, 1, 80), torch.logspace(0, 1, 80))
-    inverse = 1 / matrix.diagonal()
-    other = {"M": torch.diag(inverse).numpy()} if preconditioned else {}
-    most = scipy_iterations(linalg.cg, matrix, b, rtol=1e-8, **other)
-    found = cg(matrix, b, tolerance=1e-8, preconditioner=inverse if preconditioned else None)
-    assert found.converged and found.iterations <= most + 2
-    assert found.products == found.iterations + 1  # and the one that gives the residual
+    iterations, most = [], []
+    for k in range(10):
+        order = torch.randperm(80, generator=torch.Generator().manual_seed(k))
+        A, c = matrix[order][:, order].contiguous(), b[order]
+        inverse = 1 / A.diagonal()
+        other = {"M": torch.diag(inverse).numpy()} if preconditioned else {}
+        most.append(scipy_iterations(linalg.cg, A, c, rtol=1e-8, **other))
+        found = cg(A, c, tolerance=1e-8, preconditioner=inverse if preconditioned else None)
+        assert found.converged and found.products == found.iterations + 1  # and the one that gives the residual
+        iterations.append(found.iterations)
+    assert sum(iterations) / len(iterations) <= sum(most) / len(most) + 2
 
 
 @pytest.mark.parametrize("columns", [1, 2])

@@ -15,6 +15,8 @@ _GROUPS = {
     2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
 }
 
+LITTLE = 16 * 2**20
+
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
     """Free memory of a device in bytes: on the CPU what the system has, and the process's control groups leave.
@@ -44,6 +46,13 @@ def entry(path: Path, key: str) -> int | None:
 def budget(device: torch.device, memory_budget: int | None) -> int:
     """The user's budget in bytes, by default a quarter of what is free."""
     return free_memory(device) // 4 if memory_budget is None else memory_budget
+
+
+def granted(device: torch.device, memory_budget: int | None, wanted: int) -> int:
+    """How much of the bytes that are wanted the budget has room for. A little is there in any case: the system is not asked."""
+    if memory_budget is None and wanted <= LITTLE:
+        return wanted
+    return min(wanted, budget(device, memory_budget))
 
 
 def byte_size(number: float) -> str:

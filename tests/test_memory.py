@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from curvops import memory
 from curvops.memory import free_memory
 
 V2, V1 = "0::/jobs/mine", "9:name=systemd:/\n4:cpu,memory:/jobs/mine\n0::/"
@@ -40,3 +41,13 @@ def test_the_smallest_limit_counts(groups: str, files: dict[str, object], expect
 
 def test_without_the_kernels_files_it_is_a_guess(tmp_path: Path) -> None:
     assert free_memory(torch.device("cpu"), tmp_path) > 0
+
+
+def test_a_little_is_granted_without_a_look_at_the_system(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 400 * 2**20)
+    cpu = torch.device("cpu")
+    for wanted in (memory.LITTLE, 2**30):
+        assert memory.granted(cpu, None, wanted) == min(wanted, 100 * 2**20)
+        assert memory.granted(cpu, 1000, wanted) == 1000
+    monkeypatch.delattr(memory, "free_memory")
+    assert memory.granted(cpu, None, memory.LITTLE) == memory.LITTLE

@@ -22,7 +22,7 @@ from curvops.products.proofs import linearized_push, pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.risk_operator import Cross, Fast, RiskOperator
-from curvops.products.rows import pulled_rows, term_cotangents
+from curvops.products.rows import bytes_of_rows, pulled_rows, term_cotangents
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import RiskOptions
 from curvops.risk.model import ModelFunction
@@ -80,7 +80,8 @@ class OutputFactorOperator(RiskOperator):
             return False
         rows = data * curvature.terms_per_datum * factor.num_columns
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
-        if max(rows * self.domain.dim, spread) * self.dtype.itemsize > self._budget():
+        size = max(rows * self.domain.dim, spread) * self.dtype.itemsize
+        if self._granted(size) < size:
             return False
         if not columns:
             return rules.kept_rows_pay(rows, self.domain.dim, work)
@@ -110,7 +111,8 @@ class OutputFactorOperator(RiskOperator):
         assert isinstance(product, FactorProduct)
         columns = factor.dense()
         places = [(t, k) for t in range(factor.num_terms) for k in range(factor.num_columns)]
-        chunk = max(1, self._budget() // (4 * self.domain.dim * self.domain.sum_dtype.itemsize))
+        one = 4 * self.domain.dim * self.domain.sum_dtype.itemsize
+        chunk = max(1, self._granted(len(places) * one) // one)
         for start in range(0, len(places), chunk):
             found = []
             for t, k in places[start : start + chunk]:
@@ -153,7 +155,9 @@ class OutputFactorOperator(RiskOperator):
             for p in products
         ]
         primals = {name: p.detach() for name, p in self.risk.params.items()}
-        return pulled_rows(self.risk.functional, primals, batch.X, torch.cat(cotangents), self.domain, self._budget())
+        us = torch.cat(cotangents)
+        room = self._granted(bytes_of_rows(us, self.domain) * batch.size)
+        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, room)
 
     def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)

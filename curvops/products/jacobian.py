@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from curvops.memory import budget
+from curvops.memory import granted
 from curvops.operators.composite import AdjointOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
@@ -23,7 +23,7 @@ from curvops.products.batch import Push
 from curvops.products.proofs import pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization
-from curvops.products.rows import pulled_rows
+from curvops.products.rows import bytes_of_rows, pulled_rows
 from curvops.risk.data import EMPTY, Batch
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
@@ -176,7 +176,8 @@ class JacobianLinearOperator(LinearOperator):
             return None  # of one datum; or `vmap` would have to know shards
         units = torch.eye(one.z[0].numel(), dtype=one.z.dtype, device=one.z.device).reshape(-1, *one.z.shape[1:])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
-        us, most = units.expand(one.batch.size, *units.shape), budget(self.device, self.memory_budget)
+        us = units.expand(one.batch.size, *units.shape)
+        most = granted(self.device, self.memory_budget, bytes_of_rows(us, self.domain) * one.batch.size)
         parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, most)
         found, why = attempted(lambda: torch.cat(list(parts())))
         if found is not None:

@@ -15,7 +15,7 @@ from torch.nn import Module
 from typing_extensions import Unpack
 
 from curvops.losses import OutputCurvature
-from curvops.memory import budget
+from curvops.memory import budget, granted
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
 from curvops.products import rules
@@ -277,6 +277,10 @@ class RiskOperator(LinearOperator):
 
     def _budget(self) -> int:
         return budget(self.device, self.memory_budget)
+
+    def _granted(self, wanted: int) -> int:
+        """How many of the bytes that are wanted there is room for."""
+        return granted(self.device, self.memory_budget, wanted)
 
     def _columns_together(self, products: Sequence[BatchProduct]) -> int:
         """How many columns of some batches go together."""

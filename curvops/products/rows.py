@@ -38,7 +38,7 @@ def pulled_rows(
         ValueError: If a tensor of ``X`` has no axis of data.
     """
     tensors = tensors_of(X)
-    size, width = cotangents.shape[:2]
+    size = len(cotangents)
     if any(t.ndim == 0 or t.shape[0] != size for t in tensors):
         raise ValueError("a tensor of X does not have the data along its first axis")
 
@@ -49,12 +49,16 @@ def pulled_rows(
         (slopes,) = vmap(pull)(us.unsqueeze(1))
         return list(slopes.values())
 
-    # rows, their parts before joining, and what autograd holds of as many
-    chunk = max(1, budget // max(1, 4 * width * space.dim * space.dtype.itemsize))
+    chunk = max(1, budget // max(1, bytes_of_rows(cotangents, space)))
     for start in range(0, size, chunk):
         part = slice(start, start + chunk)
         slopes = vmap(single)([t[part] for t in tensors], cotangents[part])
         yield torch.cat([s.unsqueeze(-1).flatten(2).to(space.dtype) for s in slopes], 2).flatten(0, 1).detach()
+
+
+def bytes_of_rows(cotangents: Tensor, space: TensorSpace) -> int:
+    """Memory that the rows of a datum take, with their parts before joining, and what autograd holds of as many."""
+    return 4 * cotangents.shape[1] * space.dim * space.dtype.itemsize
 
 
 def term_cotangents(outputs: Callable[[Tensor], Tensor], factor: Tensor, size: int) -> Tensor:

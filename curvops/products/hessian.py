@@ -70,16 +70,19 @@ class HessianLinearOperator(RiskOperator):
         return lambda v: gradient.parts(v, params=params)
 
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
+        if self._columns_together([product]) < rules.TOGETHER:
+            return None
         if rows is None:
             return "forward over reverse by layer", self._matrix
-        if rules.together_pays(len(rows), product.record) and self._columns_together([product]) >= rules.TOGETHER:
+        if rules.together_pays(len(rows), product.record):
             return "forward over reverse by vmap", lambda products: self._columns(products, rows)
         return None
 
     def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
         batch = joined_batch([p.batch for p in products])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
-        return layered_hessian(lambda params: self._value(params, batch), primals, self.domain)
+        columns = max(1, self._columns_together(products))
+        return layered_hessian(lambda params: self._value(params, batch), primals, self.domain, columns)
 
     def _columns(self, products: Sequence[BatchProduct], rows: Tensor) -> Tensor:
         batch = joined_batch([p.batch for p in products])

@@ -117,7 +117,8 @@ class JacobianLinearOperator(LinearOperator):
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
                 if (matrix := self._paying(one, columns.shape[1])) is not None:
-                    total[rows] = (matrix @ columns.to(matrix.dtype)).to(total.dtype)
+                    wide = self.domain.sum_dtype
+                    total[rows] = (matrix.to(wide) @ columns.to(wide)).to(total.dtype)
                     continue
                 push = self._push(one)
                 for k, v in enumerate(columns.T):
@@ -129,7 +130,7 @@ class JacobianLinearOperator(LinearOperator):
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
                 if (matrix := self._paying(one, columns.shape[1] // 2)) is not None:
-                    total += columns[rows].T.to(matrix.dtype) @ matrix
+                    total += columns[rows].T.to(total.dtype) @ matrix.to(total.dtype)
                     continue
                 for row, u in zip(total, columns[rows].T, strict=True):
                     self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)

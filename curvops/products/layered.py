@@ -10,13 +10,11 @@ from torch.func import grad, jvp, vmap
 
 from curvops.space import TensorSpace
 
-COLUMNS = 64  # tangents that go together; more of them, or all, measured slower on the CPU
-
 
 def layered_hessian(
-    value: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor], space: TensorSpace
+    value: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor], space: TensorSpace, columns: int
 ) -> Tensor:
-    """Hessian ``[D, D]`` of a scalar function of named parameters.
+    """Hessian ``[D, D]`` of a scalar function of named parameters, with up to so many ``columns`` together.
 
     Tangents live in one layer's parameters, so that the forward derivative starts there, and gradients
     are taken in that layer and those after it only, so that the backward pass ends there; symmetry gives
@@ -33,7 +31,7 @@ def layered_hessian(
 
         start = space.slice(names[0]).start
         stop = space.slice(names[-1]).stop
-        block = torch.cat([_columns(slopes, own, part) for part in _identity(own, space)])
+        block = torch.cat([_columns(slopes, own, part) for part in _identity(own, space, columns)])
         hessian[start:stop, start:] = block
         hessian[start:, start:stop] = block.T
         remaining = {name: rest for name, rest in remaining.items() if name not in own}
@@ -59,11 +57,11 @@ def _columns(
     return torch.cat([row.detach().unsqueeze(-1).flatten(1) for row in rows.values()], 1)
 
 
-def _identity(own: dict[str, Tensor], space: TensorSpace) -> list[dict[str, Tensor]]:
-    """Unit tangents of some parameters, in chunks."""
+def _identity(own: dict[str, Tensor], space: TensorSpace, columns: int) -> list[dict[str, Tensor]]:
+    """Unit tangents of some parameters, in chunks of about the same size."""
     inner = TensorSpace(own)
     eye = torch.eye(inner.dim, dtype=space.dtype, device=space.device)
     return [
         {name: t.movedim(-1, 0) for name, t in zip(inner.names, inner.split(part.T), strict=True)}
-        for part in eye.split(COLUMNS)
+        for part in eye.chunk(-(-inner.dim // columns))
     ]

@@ -242,7 +242,7 @@ class RiskOperator(LinearOperator):
         """Whether a small batch goes together with others, if no fewer columns do then."""
         if not joins([p.batch for p in waiting], product.batch, rules.JOINED):
             return False
-        most = 0 if rows is None else min(len(rows), self._columns_together([product]))
+        most = min(self.domain.dim if rows is None else len(rows), self._columns_together([product]))
         return self._columns_together([*waiting, product]) >= most
 
     def _one_by_one(self, total: Tensor, product: BatchProduct, rows: Tensor | None) -> None:

@@ -65,6 +65,7 @@ bench: .venv-peer/.peer .venv-others/.others
 	for name in tour work memory growth; do \
 	  .venv-peer/bin/python benchmarks/$$name.py --write docs $(ARGS) || exit; \
 	done
+	.venv-peer/bin/python benchmarks/memory.py --work many --write docs $(ARGS)
 	.venv-others/bin/python benchmarks/peers.py --write docs $(ARGS)
 	.venv-peer/bin/python benchmarks/summary.py --write README.md
 

@@ -121,19 +121,19 @@ class OutputFactorOperator(RiskOperator):
                 found.append(self.domain.join(product.jacobian.pull(product.curvature.outputs(cotangent))))
             yield torch.stack(found).to(self.domain.sum_dtype)
 
-    def _hold(self, product: BatchProduct) -> BatchProduct:
-        held, why = attempted(lambda: self._smaller(product))
+    def _hold(self, product: BatchProduct, times: float) -> BatchProduct:
+        held, why = attempted(lambda: self._smaller_or_quicker(product, times))
         if held is None:
             self.account.note("linearized", "graphs", f"nothing smaller or quicker is supported here: {why}")
         return held or product
 
-    def _smaller(self, product: BatchProduct) -> BatchProduct:
+    def _smaller_or_quicker(self, product: BatchProduct, times: float) -> BatchProduct:
         assert isinstance(product, FactorProduct)
         if self.domain.shards:
             return product
         if self._rows_pay(product, 0):
             return self._held_rows(product)
-        if product.push is not None:
+        if product.push is not None and times >= rules.TRACED:
             program = linearized_push(self.risk, product.batch, product.push)
             product.push, product.copies = (program, 2) if program is not None else (product.push, 1)
         return product
@@ -143,7 +143,13 @@ class OutputFactorOperator(RiskOperator):
         noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
         expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         product.add_to(expected, noise)
-        held = HeldRows(product, torch.cat(list(self._rows([product]))))
+        factor = self._factor(product.curvature, product.batch.start)
+        rows = torch.empty(factor.num_terms * factor.num_columns, self.domain.dim, dtype=self.dtype, device=self.device)
+        start = 0
+        for some in self._rows([product]):  # filled in, lest all of them lie there twice
+            rows[start : start + len(some)] = some
+            start += len(some)
+        held = HeldRows(product, rows)
         found = held.add_to(torch.zeros_like(expected), noise)
         return held if relative_difference(found, expected) <= tolerance(self.dtype) else product
 
@@ -155,9 +161,10 @@ class OutputFactorOperator(RiskOperator):
             for p in products
         ]
         primals = {name: p.detach() for name, p in self.risk.params.items()}
-        us = torch.cat(cotangents)
-        room = self._granted(bytes_of_rows(us, self.domain) * batch.size)
-        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, room)
+        us, entries = torch.cat(cotangents), sum(p.record.entries for p in products) // batch.size
+        one = bytes_of_rows(us, self.domain, entries)
+        together = max(1, self._granted(one * batch.size) // max(1, one))
+        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, together)
 
     def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)

@@ -178,8 +178,9 @@ class JacobianLinearOperator(LinearOperator):
         units = torch.eye(one.z[0].numel(), dtype=one.z.dtype, device=one.z.device).reshape(-1, *one.z.shape[1:])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
         us = units.expand(one.batch.size, *units.shape)
-        most = granted(self.device, self.memory_budget, bytes_of_rows(us, self.domain) * one.batch.size)
-        parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, most)
+        size = max(1, bytes_of_rows(us, self.domain, one.record.entries // one.batch.size))
+        together = max(1, granted(self.device, self.memory_budget, size * one.batch.size) // size)
+        parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, together)
         found, why = attempted(lambda: torch.cat(list(parts())))
         if found is not None:
             noise = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(0)).to(one.z)

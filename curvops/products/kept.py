@@ -30,7 +30,8 @@ class Kept:
         title: For the progress bar.
         by_place: What belongs to the data's places, as of the risk's `walk`.
         linearize: Makes the products of a batch.
-        hold: Gives what is kept of them for many products: themselves, or something smaller.
+        hold: Gives what is kept of them for many products: themselves, or something smaller, or that is quicker and takes a
+            few times as much memory as their graph, of which there is room for the number of times that it is told.
         budget: Gives the bytes that may be kept.
         account: Where it is recorded what is kept.
     """
@@ -41,7 +42,7 @@ class Kept:
         title: str,
         by_place: str,
         linearize: Callable[[Batch, Walk], BatchProduct],
-        hold: Callable[[BatchProduct], BatchProduct],
+        hold: Callable[[BatchProduct, float], BatchProduct],
         budget: Callable[[], int],
         account: Account,
     ) -> None:
@@ -74,6 +75,11 @@ class Kept:
                 total = self._walk(rows, total)
                 self._state = self._look()
             return total
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return self._size
 
     def __str__(self) -> str:
         return f"{len(self._products)} of {self._number} batches kept, {byte_size(self._size)}"
@@ -135,8 +141,8 @@ class Kept:
             product.add_to(total, rows)
             return product, None
         # made outside the hooks, which refuse `torch.func`; for what will not be kept it would be made in each product
-        fits = 2 * sum(sizes.values()) <= room
-        if fits and (held := self._hold(product)) is not product:
+        times = room / max(1, sum(sizes.values()))
+        if times >= 2 and (held := self._hold(product, times)) is not product:
             held.add_to(total, rows)
             return held, held.held_bytes
         with hooks():  # products build what they need besides

@@ -173,8 +173,8 @@ class RiskOperator(LinearOperator):
             rows: The vectors ``[K, D]``, for products with them ``[K, D]``; ``None`` for the matrix ``[D, D]``.
         """
 
-    def _hold(self, product: BatchProduct) -> BatchProduct:
-        """What is kept for many products with a batch: its graph, or something smaller."""
+    def _hold(self, product: BatchProduct, times: float) -> BatchProduct:
+        """What is kept for many products with a batch: its graph, of which there is room for some times as much, or something else."""
         return product
 
     def _apply(self, columns: Tensor) -> Tensor:
@@ -279,8 +279,10 @@ class RiskOperator(LinearOperator):
         return budget(self.device, self.memory_budget)
 
     def _granted(self, wanted: int) -> int:
-        """How many of the bytes that are wanted there is room for."""
-        return granted(self.device, self.memory_budget, wanted)
+        """How many of the bytes that are wanted there is room for, beside what `linearized` keeps."""
+        kept = 0 if self._kept is None else self._kept.size
+        left = None if self.memory_budget is None else max(0, self.memory_budget - kept)
+        return granted(self.device, left, wanted)
 
     def _columns_together(self, products: Sequence[BatchProduct]) -> int:
         """How many columns of some batches go together."""

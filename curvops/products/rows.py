@@ -19,7 +19,7 @@ def pulled_rows(
     X: Any,
     cotangents: Tensor,
     space: TensorSpace,
-    budget: int,
+    together: int,
 ) -> Iterator[Tensor]:
     """Rows Jᵀu, datum by datum, for a model that does not mix the data of a batch.
 
@@ -29,7 +29,7 @@ def pulled_rows(
         X: Input of N data, each tensor with the data along its first axis.
         cotangents: ``[N, P, *output]``, P of them for each datum, in the output's shape of one datum.
         space: The space of the parameters.
-        budget: Memory in bytes that decides how many data go together.
+        together: How many data go together.
 
     Yields:
         Rows ``[n P, D]`` of some consecutive data.
@@ -49,16 +49,18 @@ def pulled_rows(
         (slopes,) = vmap(pull)(us.unsqueeze(1))
         return list(slopes.values())
 
-    chunk = max(1, budget // max(1, bytes_of_rows(cotangents, space)))
-    for start in range(0, size, chunk):
-        part = slice(start, start + chunk)
+    for start in range(0, size, together):
+        part = slice(start, start + together)
         slopes = vmap(single)([t[part] for t in tensors], cotangents[part])
         yield torch.cat([s.unsqueeze(-1).flatten(2).to(space.dtype) for s in slopes], 2).flatten(0, 1).detach()
 
 
-def bytes_of_rows(cotangents: Tensor, space: TensorSpace) -> int:
-    """Memory that the rows of a datum take, with their parts before joining, and what autograd holds of as many."""
-    return 4 * cotangents.shape[1] * space.dim * space.dtype.itemsize
+def bytes_of_rows(cotangents: Tensor, space: TensorSpace, entries: int) -> int:
+    """Memory that the rows of a datum take while they are made, whose operations give so many ``entries``.
+
+    That is the rows, their parts before joining and what autograd holds of as many, and the gradients on the way.
+    """
+    return cotangents.shape[1] * space.dtype.itemsize * (4 * space.dim + entries)
 
 
 def term_cotangents(outputs: Callable[[Tensor], Tensor], factor: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ LARGEST_TANGENTS = 2**25  # entries that the results of all operations may have 
 SMALL = 4_000_000  # multiplications and additions of a batch below which the operations' overhead rules
 LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many columns
 LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
+TRACED = 4  # times the memory of a batch's graph that it takes to make a program of its tangents
 FEW_ROWS = 2**20  # entries of rows that are read in no time
 
 

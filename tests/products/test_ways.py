@@ -150,6 +150,37 @@ def test_rows_by_a_backward_pass_each_where_vmap_is_unsupported(cls, passes, mix
     close(found, torch.einsum("ncp,ncd,ndq->pq", J, S, J).detach() / 6)
 
 
+@pytest.mark.parametrize("room,passes", [(3.9, 0), (4.1, 1)])
+def test_a_program_is_made_where_there_is_room_to_make_it(room, passes, monkeypatch):
+    p, made, plain = PROBLEMS["cnn"](), [], ggn.linearized_push
+    monkeypatch.setattr(rules, "forward_mode_pays", lambda *_: True)
+    monkeypatch.setattr(rules, "kept_rows_pay", lambda *_: False)
+    monkeypatch.setattr(ggn, "linearized_push", lambda *args: made.append(1) or plain(*args))
+    op, hold = GGNLinearOperator(*p.args(6), check_deterministic=False), GGNLinearOperator._hold
+    expected = op @ draws(p.dim)
+    monkeypatch.setattr(GGNLinearOperator, "_hold", lambda self, product, times: hold(self, product, room))
+    with op.linearized():
+        close(op @ draws(p.dim), expected)
+        close(op @ draws(p.dim), expected)
+    assert len(made) == passes
+
+
+def test_rows_are_made_beside_what_is_kept(monkeypatch):
+    """A few data at a time, as far as the budget has room beside the batches before."""
+    p, taken, bytes_of, plain = PROBLEMS["mlp"](), [], [], ggn.pulled_rows
+    op, V, count = GGNLinearOperator(*p.args(3, 3), check_deterministic=False), draws(p.dim, 3), ggn.bytes_of_rows
+    expected = op @ V
+    monkeypatch.setattr(ggn, "pulled_rows", lambda *args: taken.append(args[-1]) or plain(*args))
+    monkeypatch.setattr(ggn, "bytes_of_rows", lambda *args: bytes_of.append(count(*args)) or bytes_of[-1])
+    for budget, together in ((lambda: 10**9, [3, 3]), (lambda: 3 * bytes_of[0], [3, 2])):
+        op.memory_budget = budget()
+        with op.linearized():
+            close(op @ V, expected)
+            close(op @ V, expected)
+        assert taken == together
+        taken.clear()
+
+
 # a product with a parameter that no mode sees and that has no forward mode
 hidden_product = custom("Hidden", torch.mul, lambda g, x, w: (g * w, (g * x).sum_to_size(w.shape)))
 

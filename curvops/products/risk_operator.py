@@ -260,8 +260,9 @@ class RiskOperator(LinearOperator):
         name, fast = found
         noise = torch.randn(len(total), generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
         expected = torch.zeros(1, self.domain.dim, dtype=total.dtype, device=self.device)
+        free = all(product.record.fresh for product in products)  # a batch's graph may be part of another's
         for product in products:
-            product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0), last=True)
+            product.add_to(expected, (noise if rows is None else noise @ rows).unsqueeze(0), last=free)
         work = "dense matrix" if rows is None else "columns"
         part, why = attempted(lambda: fast(products))
         if part is None:

@@ -150,6 +150,29 @@ def test_rows_by_a_backward_pass_each_where_vmap_is_unsupported(cls, passes, mix
     close(found, torch.einsum("ncp,ncd,ndq->pq", J, S, J).detach() / 6)
 
 
+@pytest.mark.parametrize("kind", [GGNLinearOperator, EFLinearOperator])
+def test_batches_whose_graphs_have_a_part_in_common_go_together(kind, always):
+    class Keeping(nn.Module):
+        def __init__(self, keeps):
+            super().__init__()
+            torch.manual_seed(1)
+            self.weight, self.keeps, self.kept = nn.Parameter(torch.randn(3, 4).double()), keeps, None
+
+        def forward(self, x):
+            if self.kept is None or not self.keeps:
+                self.kept = self.weight.sin()
+            return x @ self.kept.T
+
+    data = [(draws(2, 4, seed=k), torch.arange(2)) for k in range(3)]
+    V, found = draws(12, 6), []
+    for keeps in (True, False):
+        net = Keeping(keeps)
+        op = kind(net, nn.CrossEntropyLoss(), {"weight": net.weight}, data, check_deterministic=False)
+        found.append(op @ V)
+    assert "equals the reference's" in op.explain()
+    close(*found)
+
+
 @pytest.mark.parametrize("room,passes", [(3.9, 0), (4.1, 1)])
 def test_a_program_is_made_where_there_is_room_to_make_it(room, passes, monkeypatch):
     p, made, plain = PROBLEMS["cnn"](), [], ggn.linearized_push

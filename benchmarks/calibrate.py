@@ -127,7 +127,7 @@ def kept_rows_pay() -> Iterator[Case]:
         problem = mlp(inputs, width, size, classes)
         chosen = rules.kept_rows_pay(size * classes, problem.size, recorded(problem).work)
         title = f"GGN, {MANY} products inside linearized(), {size} data, {classes} classes, {problem.size:,} parameters"
-        yield title, problem, chosen, lambda: many(problem)  # noqa: B023
+        yield title, problem, chosen, partial(many, problem)
 
 
 def forward_mode_pays() -> Iterator[Case]:

@@ -15,7 +15,7 @@ _GROUPS = {
     2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
 }
 
-LITTLE = 16 * 2**20
+LITTLE = 16 * 2**20  # bytes that are always there
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:

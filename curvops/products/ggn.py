@@ -22,7 +22,7 @@ from curvops.products.proofs import linearized_push, pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization, tangents
 from curvops.products.risk_operator import Cross, Fast, RiskOperator
-from curvops.products.rows import bytes_of_rows, pulled_rows, term_cotangents
+from curvops.products.rows import pulled_rows, term_cotangents
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import RiskOptions
 from curvops.risk.model import ModelFunction
@@ -65,8 +65,9 @@ class OutputFactorOperator(RiskOperator):
         if self._rows_pay(product, columns):
             name = "rows Sᵀ J by vmap over the data"
             return name, (self._matrix if rows is None else lambda products: self._by_rows(products, rows))
-        pays = rows is not None and rules.together_pays(columns, product.record, True)
-        if rows is not None and pays and self._columns_together([product]) >= rules.TOGETHER:
+        if rows is None or self._columns_together([product]) < rules.TOGETHER:
+            return None
+        if rules.together_pays(columns, product.record, True):
             return "J v and Jᵀ u by vmap", lambda products: self._columns(products, rows)
         return None
 
@@ -143,38 +144,39 @@ class OutputFactorOperator(RiskOperator):
         noise = self.domain.random(torch.Generator().manual_seed(0), columns=1).T
         expected = torch.zeros(1, self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
         product.add_to(expected, noise)
-        factor = self._factor(product.curvature, product.batch.start)
-        rows = torch.empty(factor.num_terms * factor.num_columns, self.domain.dim, dtype=self.dtype, device=self.device)
-        start = 0
-        for some in self._rows([product]):  # filled in, lest all of them lie there twice
+        us, start = self._cotangents([product]), 0
+        rows = torch.empty(us.shape[:2].numel(), self.domain.dim, dtype=self.dtype, device=self.device)
+        for some in self._rows([product], us):  # filled in, lest all of them lie there twice
             rows[start : start + len(some)] = some
             start += len(some)
         held = HeldRows(product, rows)
         found = held.add_to(torch.zeros_like(expected), noise)
         return held if relative_difference(found, expected) <= tolerance(self.dtype) else product
 
-    def _rows(self, products: Sequence[BatchProduct]) -> Iterator[Tensor]:
-        """Rows Sᵀ J of some batches, datum by datum."""
-        batch = joined_batch([p.batch for p in products])
-        cotangents = [
+    def _cotangents(self, products: Sequence[BatchProduct]) -> Tensor:
+        """The columns of the output factors of some batches, ``[N, P, *output]``, P of them for each datum."""
+        found = [
             term_cotangents(p.curvature.outputs, self._factor(p.curvature, p.batch.start).dense(), p.batch.size)
             for p in products
         ]
+        return torch.cat(found)
+
+    def _rows(self, products: Sequence[BatchProduct], us: Tensor) -> Iterator[Tensor]:
+        """Rows Sᵀ J of some batches for their cotangents, datum by datum."""
+        batch = joined_batch([p.batch for p in products])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
-        us, entries = torch.cat(cotangents), sum(p.record.entries for p in products) // batch.size
-        one = bytes_of_rows(us, self.domain, entries)
-        together = max(1, self._granted(one * batch.size) // max(1, one))
-        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, together)
+        entries = sum(p.record.entries for p in products) // batch.size
+        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, entries, self._granted)
 
     def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
-        for some in self._rows(products):
+        for some in self._rows(products, self._cotangents(products)):
             add_gram(total, some.to(total.dtype))
         return mirrored(total.unsqueeze(0))[0]
 
     def _by_rows(self, products: Sequence[BatchProduct], vectors: Tensor) -> Tensor:
         total = torch.zeros_like(vectors, dtype=self.domain.sum_dtype)
-        for some in self._rows(products):
+        for some in self._rows(products, self._cotangents(products)):
             total += (vectors @ some.T) @ some
         return total
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from copy import copy
 from functools import partial
@@ -23,7 +23,7 @@ from curvops.products.batch import Push
 from curvops.products.proofs import pushed_forward
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization
-from curvops.products.rows import bytes_of_rows, pulled_rows
+from curvops.products.rows import pulled_rows
 from curvops.risk.data import EMPTY, Batch
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
@@ -114,9 +114,11 @@ class JacobianLinearOperator(LinearOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         total = torch.zeros(self.shape[0], columns.shape[1], dtype=self.codomain.dtype, device=self.device)
+        by_vmap = self._until_refuted()
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
-                if (matrix := self._paying(one, columns.shape[1])) is not None:
+                pays = rules.jacobian_pays(columns.shape[1], one.z.numel(), self.domain.dim)
+                if (matrix := by_vmap(one, pays)) is not None:
                     wide = self.domain.sum_dtype
                     total[rows] = (matrix.to(wide) @ columns.to(wide)).to(total.dtype)
                     continue
@@ -127,18 +129,31 @@ class JacobianLinearOperator(LinearOperator):
 
     def _apply_adjoint(self, columns: Tensor) -> Tensor:
         total = torch.zeros(columns.shape[1], self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
+        by_vmap = self._until_refuted()
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
-                if (matrix := self._paying(one, columns.shape[1] // 2)) is not None:
+                pays = rules.jacobian_pays(columns.shape[1] // 2, one.z.numel(), self.domain.dim)
+                if (matrix := by_vmap(one, pays)) is not None:
                     total += columns[rows].T.to(total.dtype) @ matrix.to(total.dtype)
                     continue
                 for row, u in zip(total, columns[rows].T, strict=True):
                     self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
             return self._summed(total, columns).T.to(self.domain.dtype)
 
-    def _paying(self, one: _Outputs, columns: int) -> Tensor | None:
-        """The rows of a batch, where these take less than so many products J v."""
-        return self._together(one) if rules.jacobian_pays(columns, one.z.numel(), self.domain.dim) else None
+    def _until_refuted(self) -> Callable[[_Outputs, bool], Tensor | None]:
+        """Gives a batch's rows by `vmap` where they are wanted, until that was refuted for one."""
+        refuted = False
+
+        def rows(one: _Outputs, wanted: bool) -> Tensor | None:
+            nonlocal refuted
+            # it runs over several data, and knows no shards
+            if refuted or not wanted or self._datum is not None or one.batch.size == 1 or self.domain.shards:
+                return None
+            found = self._together(one)
+            refuted = found is None
+            return found
+
+        return rows
 
     def _summed(self, total: Tensor, vectors: Tensor | None = None) -> Tensor:
         """What the processes of a group have found, together."""
@@ -153,9 +168,10 @@ class JacobianLinearOperator(LinearOperator):
     def _matrix(self) -> Tensor:
         """By `vmap` over the data, or by as many products as there are outputs or parameters in a batch's graph."""
         matrix = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
+        by_vmap = self._until_refuted()
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
-                if (found := self._together(one)) is not None:
+                if (found := by_vmap(one, True)) is not None:
                     matrix[rows] = found
                 else:
                     self._one_by_one(one, matrix[rows])
@@ -173,14 +189,11 @@ class JacobianLinearOperator(LinearOperator):
 
     def _together(self, one: _Outputs) -> Tensor | None:
         """The rows by `vmap` over a batch's data, if a random combination of them is that of its graph."""
-        if self._datum is not None or one.batch.size == 1 or self.domain.shards:
-            return None  # of one datum; or `vmap` would have to know shards
         units = torch.eye(one.z[0].numel(), dtype=one.z.dtype, device=one.z.device).reshape(-1, *one.z.shape[1:])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
         us = units.expand(one.batch.size, *units.shape)
-        size = max(1, bytes_of_rows(us, self.domain, one.record.entries // one.batch.size))
-        together = max(1, granted(self.device, self.memory_budget, size * one.batch.size) // size)
-        parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, together)
+        entries, room = one.record.entries // one.batch.size, partial(granted, self.device, self.memory_budget)
+        parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, entries, room)
         found, why = attempted(lambda: torch.cat(list(parts())))
         if found is not None:
             noise = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(0)).to(one.z)

@@ -19,7 +19,8 @@ def pulled_rows(
     X: Any,
     cotangents: Tensor,
     space: TensorSpace,
-    together: int,
+    entries: int,
+    granted: Callable[[int], int],
 ) -> Iterator[Tensor]:
     """Rows Jᵀu, datum by datum, for a model that does not mix the data of a batch.
 
@@ -29,7 +30,8 @@ def pulled_rows(
         X: Input of N data, each tensor with the data along its first axis.
         cotangents: ``[N, P, *output]``, P of them for each datum, in the output's shape of one datum.
         space: The space of the parameters.
-        together: How many data go together.
+        entries: Entries of the results of the model's operations for one datum.
+        granted: How many of the bytes that are wanted there is room for; it decides how many data go together.
 
     Yields:
         Rows ``[n P, D]`` of some consecutive data.
@@ -49,18 +51,13 @@ def pulled_rows(
         (slopes,) = vmap(pull)(us.unsqueeze(1))
         return list(slopes.values())
 
+    # the rows of a datum, their parts before joining and what autograd holds of as many, and the gradients on the way
+    one = max(1, cotangents.shape[1] * space.dtype.itemsize * (4 * space.dim + entries))
+    together = max(1, granted(size * one) // one)
     for start in range(0, size, together):
         part = slice(start, start + together)
         slopes = vmap(single)([t[part] for t in tensors], cotangents[part])
         yield torch.cat([s.unsqueeze(-1).flatten(2).to(space.dtype) for s in slopes], 2).flatten(0, 1).detach()
-
-
-def bytes_of_rows(cotangents: Tensor, space: TensorSpace, entries: int) -> int:
-    """Memory that the rows of a datum take while they are made, whose operations give so many ``entries``.
-
-    That is the rows, their parts before joining and what autograd holds of as many, and the gradients on the way.
-    """
-    return cotangents.shape[1] * space.dtype.itemsize * (4 * space.dim + entries)
 
 
 def term_cotangents(outputs: Callable[[Tensor], Tensor], factor: Tensor, size: int) -> Tensor:

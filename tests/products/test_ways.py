@@ -190,12 +190,18 @@ def test_a_program_is_made_where_there_is_room_to_make_it(room, passes, monkeypa
 
 def test_rows_are_made_beside_what_is_kept(monkeypatch):
     """A few data at a time, as far as the budget has room beside the batches before."""
-    p, taken, bytes_of, plain = PROBLEMS["mlp"](), [], [], ggn.pulled_rows
-    op, V, count = GGNLinearOperator(*p.args(3, 3), check_deterministic=False), draws(p.dim, 3), ggn.bytes_of_rows
+    p, taken, wanted, plain = PROBLEMS["mlp"](), [], [], ggn.pulled_rows
+    op, V = GGNLinearOperator(*p.args(3, 3), check_deterministic=False), draws(p.dim, 3)
     expected = op @ V
-    monkeypatch.setattr(ggn, "pulled_rows", lambda *args: taken.append(args[-1]) or plain(*args))
-    monkeypatch.setattr(ggn, "bytes_of_rows", lambda *args: bytes_of.append(count(*args)) or bytes_of[-1])
-    for budget, together in ((lambda: 10**9, [3, 3]), (lambda: 3 * bytes_of[0], [3, 2])):
+
+    def counting(*args):
+        *others, granted = args
+        for some in plain(*others, lambda size: wanted.append(size) or granted(size)):
+            taken.append(len(some) // 3)
+            yield some
+
+    monkeypatch.setattr(ggn, "pulled_rows", counting)
+    for budget, together in ((lambda: 10**9, [3, 3]), (lambda: wanted[0], [3, 2, 1])):
         op.memory_budget = budget()
         with op.linearized():
             close(op @ V, expected)

@@ -9,6 +9,7 @@ import platform
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,11 @@ def digest(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this library and of those that the content of a file may depend on, as far as known."""
+    return dict(_versions())
+
+
+@cache  # a process runs what it has imported, and to read the packages' metadata takes longer than to write a small file
+def _versions() -> dict[str, str]:
     found = {"curvops": "unknown", "python": platform.python_version()}
     for package in ("curvops", "torch", "numpy", "matplotlib"):
         try:

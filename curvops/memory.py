@@ -15,7 +15,7 @@ _GROUPS = {
     2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
 }
 
-LITTLE = 16 * 2**20  # bytes that are always there
+LITTLE = 16 * 2**20  # bytes that are always there, for which the system is not asked
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
@@ -49,7 +49,7 @@ def budget(device: torch.device, memory_budget: int | None) -> int:
 
 
 def granted(device: torch.device, memory_budget: int | None, wanted: int) -> int:
-    """How much of the bytes that are wanted the budget has room for. A little is there in any case: the system is not asked."""
+    """How much of the bytes that are wanted the budget has room for. A little is there in any case."""
     if memory_budget is None and wanted <= LITTLE:
         return wanted
     return min(wanted, budget(device, memory_budget))
@@ -71,8 +71,8 @@ def byte_size(number: float) -> str:
 
 def check_fits(rows: int, columns: int, dtype: torch.dtype, device: torch.device, what: str) -> None:
     """Refuse a dense matrix that does not fit into the free memory by a MemoryError that gives its size."""
-    size, free = rows * columns * dtype.itemsize, free_memory(device)
-    if size > free:
+    size = rows * columns * dtype.itemsize
+    if size > LITTLE and size > (free := free_memory(device)):
         raise MemoryError(
             f"{what}: a {rows} × {columns} matrix takes {byte_size(size)}, {byte_size(free)} are free. "
             "Multiply onto the columns that you need, or take the operator of fewer parameters."

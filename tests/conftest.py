@@ -24,7 +24,7 @@ def _frozen() -> None:
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     yield
     plt.close("all")
     torch.set_default_dtype(dtype)

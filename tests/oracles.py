@@ -112,7 +112,7 @@ class Problem:
 
     def _build(self) -> tuple[nn.Module, Any, Any, Any]:
         default = torch.get_default_dtype()
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
             torch.set_default_dtype(self.entry.dtype)
             return self.entry.build()

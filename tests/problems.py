@@ -54,7 +54,7 @@ def seeded(register: dict[str, Callable[[], Problem]]) -> Callable[[Callable[[],
     def decorate(make: Callable[[], Any]) -> Callable[[], Problem]:
         def build() -> Problem:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(7)
+                torch.default_generator.manual_seed(7)
                 model, loss, X, y, *options = make()
             return Problem(model.double(), loss, X, y, *options)
 

@@ -48,7 +48,7 @@ def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
 
 def seeded(make: Callable[[], nn.Module], seed: int = 5) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return make().double()
 
 

@@ -141,7 +141,7 @@ def problem(row: Row) -> tuple[nn.Module, Any, dict[str, Tensor], list[Any]]:
     """The row's layer before a head of two outputs, and its data, always the same."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lazy modules warn that they are new
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         layer, X, y = row.make(), row.X(), torch.randint(2, (4,))
         model: nn.Module = Net(
             lambda net, X: net.head(torch.tanh(row.apply(net.layer, X)).flatten(1)), layer=layer, head=nn.LazyLinear(2)

@@ -94,6 +94,11 @@ class OutputLoss:
         """Begin one pass over the data."""
         return LossWalk(self._loss, self.curvature)
 
+    def expect_sum(self, z: Tensor, y: Any, batch_size: int) -> None:
+        """A ValueError where a batch's loss is seen not to be the sum of its data's losses; known sums are not asked."""
+        if not self._loss.known:
+            self.walk().curvature(z, y, batch_size)
+
     def curvature(self, z: Tensor, y: Any, batch_size: int, checked: bool = True) -> OutputCurvature:
         """The loss of one batch of data, with targets y, at the model's output z, which may carry a graph.
 

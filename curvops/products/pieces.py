@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from curvops.products.account import Account, attempted, relative_difference, tolerance
+from curvops.products.proofs import push_forward
 from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -20,9 +21,12 @@ COPIES = 9  # of what a forward pass saves, with what a product needs besides: `
 def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) -> list[Batch]:
     """A batch as it is, or in pieces that each take a product of at most so many bytes.
 
-    As it is, too, where its tensors cannot be cut along their first axis, or where the outputs of the pieces are not those
-    of the whole, or the derivatives of a few data cut in two not those of these data together, because the model mixes the
-    data. Call within the risk's `evaluation`.
+    As it is, too, where its tensors cannot be cut along their first axis, or where it is not proved that the model keeps the
+    data apart: where outputs and J v of the pieces are not those of the whole, or the second derivatives of a few data cut
+    in two not those of these data together. Call within the risk's `evaluation`.
+
+    Raises:
+        ValueError: If the loss of the whole is seen not to be the sum of its data's losses.
     """
     if batch.size <= FEW or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of((batch.X, batch.y))):
         return [batch]
@@ -32,23 +36,38 @@ def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) 
     if most >= batch.size:
         return [batch]
     pieces = [_cut(batch, first, min(first + most, batch.size)) for first in range(0, batch.size, most)]
+    size = f"{needed / 1e6:,.2f} MB a datum, memory_budget={budget / 1e6:,.2f} MB"
+    if why := _mixing(risk, batch, pieces):
+        account.note("batches", "whole", f"{size}; {why}")
+        return [batch]
+    account.note("batches", f"in pieces of {most} data", f"{size}; outputs and J v are those of the whole")
+    return pieces
+
+
+def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch]) -> str:
+    """Why it is not proved that pieces give what the whole gives; nothing if it is."""
     with torch.no_grad():
         whole = risk.forward(batch.X)
         parts, why = attempted(lambda: torch.cat([risk.forward(piece.X) for piece in pieces]))
-    size = f"{needed / 1e6:,.2f} MB a datum, memory_budget={budget / 1e6:,.2f} MB"
-    if parts is None or parts.shape != whole.shape or not relative_difference(parts, whole) <= tolerance(whole.dtype):
-        why = why or "the model mixes the data of a batch"
-        account.note("batches", "whole", f"{size}; outputs of pieces are not those of the whole: {why}")
-        return [batch]
-    # a model may mix gradients alone, or detach a datum by its place
+    if not _same(parts, whole):
+        return f"outputs of pieces are not those of the whole: {why or 'the model mixes the data of a batch'}"
+    risk.loss.expect_sum(whole, batch.y, batch.size)
+    # a model may mix gradients alone, or detach a datum by its place, or by what others are
     few, halves = _cut(batch, 0, FEW), [_cut(batch, 0, FEW // 2), _cut(batch, FEW // 2, FEW)]
     derived, why = attempted(lambda: [_derivatives(risk, some) for some in ([few], halves)])
-    if derived is None or not relative_difference(*derived) <= tolerance(whole.dtype):
-        why = why or "the model mixes the gradients of a batch"
-        account.note("batches", "whole", f"{size}; derivatives of {FEW} data are not those of two pieces: {why}")
-        return [batch]
-    account.note("batches", f"in pieces of {most} data", f"{size}; outputs are those of the whole")
-    return pieces
+    mixed = "the model mixes the gradients of a batch"
+    if derived is None or not _same(*derived):
+        return f"derivatives of {FEW} data are not those of two pieces: {why or mixed}"
+    v = risk.space.random(torch.Generator().manual_seed(0))
+    pushed, why = attempted(lambda: [torch.cat([push_forward(risk, b, v) for b in some]) for some in ([batch], pieces)])
+    if pushed is None or not _same(*pushed):
+        return f"J v of pieces is not that of the whole: {why or mixed}"
+    return ""
+
+
+def _same(found: Tensor | None, expected: Tensor) -> bool:
+    same_shape = found is not None and found.shape == expected.shape
+    return same_shape and relative_difference(found, expected) <= tolerance(expected.dtype)
 
 
 def _derivatives(risk: EmpiricalRisk, pieces: list[Batch]) -> Tensor:

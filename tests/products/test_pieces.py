@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conformance import RISK, close, draws
 from problems import Problem, real
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def test_pieces_give_the_same_matrix(name):
     close(cut @ v, expected, 1e-12)
     close(cut @ few, whole @ few, 1e-12)
     close(cut["net.0.*", "net.2.*"] @ draws(153), block, 1e-12)
-    assert "batches: in pieces of" in cut.explain() and "outputs are those of the whole" in cut.explain()
+    assert "batches: in pieces of" in cut.explain() and "outputs and J v are those of the whole" in cut.explain()
 
 
 def test_pieces_are_as_large_as_the_budget_allows():
@@ -76,11 +77,19 @@ def test_models_that_mix_the_data_unseen_by_errors_stay_whole():
     assert "not those of the whole: the model mixes the data" in op.explain()
 
 
+def hardest(h: Tensor) -> Tensor:
+    """Gradients of the eight of a batch that are largest somewhere; of a few data, or of small pieces, those of all."""
+    places = h.detach().amax(1).argsort(descending=True)[:8]
+    kept = torch.zeros(len(h), 1, dtype=h.dtype).index_fill(0, places, 1.0)
+    return h * kept + (h * (1 - kept)).detach()
+
+
 GRADIENTS_ONLY = {
     "centred": lambda h: h - h.mean(0) + h.mean(0).detach(),
     "by place": lambda h: torch.cat([h[:2], h[2:].detach()]),
     "by size": lambda h: h + len(h) * (h - h.detach()),
     "second derivatives": lambda h: h * (1 + ((h - h.detach()) ** 2).sum(0)),
+    "by what others are": hardest,
 }
 
 
@@ -94,6 +103,22 @@ def test_models_that_mix_the_gradients_of_the_data_stay_whole(way):
     op = HessianLinearOperator(*p.args(37), check_deterministic=False, memory_budget=20_000)
     close(op @ draws(p.dim), HessianLinearOperator(*p.args(37), check_deterministic=False) @ draws(p.dim), 1e-12)
     assert "the model mixes the gradients of a batch" in op.explain()
+
+
+LOSSES = {
+    "the hardest": lambda z, y: F.cross_entropy(z, y, reduction="none").topk(min(10, len(y))).values.sum(),
+    "clipped": lambda z, y: F.cross_entropy(z, y, reduction="sum").clamp(max=9.0),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("budget", [None, 10_000, 20_000])
+def test_losses_that_mix_the_data_are_refused_in_pieces_too(loss, budget):
+    p = problem()
+    options = {"reduction": "sum", "check_deterministic": False, "memory_budget": budget}
+    op = HessianLinearOperator(p.model, LOSSES[loss], p.params, p.data(37), **options)
+    with pytest.raises(ValueError, match="the loss of a batch is not the sum of the losses of its data"):
+        op @ draws(p.dim)
 
 
 def test_batches_that_cannot_be_cut_stay_whole():

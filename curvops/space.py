@@ -151,7 +151,7 @@ class TensorSpace:
     def split(self, flat: Tensor) -> list[Tensor]:
         """Tensors of a flat vector ``[D]``, or with trailing columns of ``[D, K]``, in their own dtypes."""
         parts = zip(flat.split(self.sizes), self.shapes.values(), self.dtypes.values(), strict=True)
-        return self.wholes([part.reshape((*shape, *flat.shape[1:])).to(dtype) for part, shape, dtype in parts])
+        return self.wholes([aligned(part.reshape((*shape, *flat.shape[1:])).to(dtype)) for part, shape, dtype in parts])
 
     def wholes(self, parts: list[Tensor]) -> list[Tensor]:
         """Tensors of which this process has parts; the same where nothing is cut."""
@@ -302,6 +302,13 @@ class TensorSpace:
         missing, unknown = [n for n in self.shapes if n not in names], [n for n in names if n not in self.shapes]
         found = {"missing": missing, "unknown": unknown}
         return "".join(f"; {what}: {describe(some)}" for what, some in found.items() if some)
+
+
+def aligned(part: Tensor) -> Tensor:
+    """A part of a vector, or of several, in memory that `torch.view_as_complex` takes: a copy where it begins at odd entries."""
+    rows = part.ndim > 1 and part.stride(0) % 2 and (len(part) == 1 or not part.is_contiguous())
+    odd = part.storage_offset() % 2 or rows
+    return part.clone(memory_format=torch.contiguous_format) if odd and not part.numel() % 2 else part
 
 
 def describe(names: Sequence[str]) -> str:

@@ -235,7 +235,9 @@ def slopes(value: Tensor, leaves: list[Tensor], graph: bool = False) -> Tensor:
     """The gradient as one vector; the graph of ``value`` stays."""
     if not value.requires_grad:
         return torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype)
-    return flat(grad(value, leaves, create_graph=graph, retain_graph=True, allow_unused=True), leaves)
+    found = grad(value, leaves, create_graph=graph, retain_graph=True, allow_unused=True)
+    # times one: what comes back has memory of its own, and can be seen as complex numbers
+    return flat([t * 1 if graph and t is not None else t for t in found], leaves)
 
 
 def jacobian(outputs: list[Tensor], leaves: list[Tensor]) -> Tensor:

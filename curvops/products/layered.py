@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from curvops.space import TensorSpace
+from curvops.space import TensorSpace, aligned
 
 
 def layered_hessian(
@@ -62,6 +62,6 @@ def _identity(own: dict[str, Tensor], space: TensorSpace, columns: int) -> list[
     inner = TensorSpace(own)
     eye = torch.eye(inner.dim, dtype=space.dtype, device=space.device)
     return [
-        {name: t.movedim(-1, 0) for name, t in zip(inner.names, inner.split(part.T), strict=True)}
+        {name: aligned(t.movedim(-1, 0)) for name, t in zip(inner.names, inner.split(part.T), strict=True)}
         for part in eye.chunk(-(-inner.dim // columns))
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvops.losses import OutputCurvature
-from curvops.space import TensorSpace
+from curvops.space import TensorSpace, aligned
 from curvops.substitutions import gradients
 
 
@@ -85,7 +85,7 @@ class GradientLinearization:
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:
     """Parts by parameter of a flat vector ``[D]``, or of several ``[K, D]``, in the parameters' dtypes."""
     named = zip(v.split(space.sizes, -1), space.shapes.values(), space.dtypes.values(), strict=True)
-    return space.wholes([part.reshape((*v.shape[:-1], *shape)).to(dtype) for part, shape, dtype in named])
+    return space.wholes([aligned(part.reshape((*v.shape[:-1], *shape)).to(dtype)) for part, shape, dtype in named])
 
 
 def drained(found: list[Tensor | None]) -> Iterator[Tensor | None]:

@@ -372,3 +372,27 @@ def test_inside_a_context(around, kinds):
                 case.check(kind, op=op, truth=truth)
             op @ torch.ones(31)
         case.check(kind, op=op, truth=truth)
+
+
+@pytest.mark.parametrize("outputs, dim", [(3, 22), (4, 27)])
+def test_weights_that_are_seen_as_complex_numbers(outputs, dim):
+    """Behind a number, so that they begin at an odd entry of a vector, one of several that are odd or even in length."""
+
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.filter = nn.Parameter(real(1)), nn.Parameter(real(3, 2))
+            self.head = nn.Linear(4, outputs)
+
+        def forward(self, X):
+            spectrum = torch.fft.rfft(self.scale * X, n=4) * torch.view_as_complex(self.filter)
+            return self.head(torch.fft.irfft(spectrum, n=4).tanh())
+
+    case = Case(Filter().double(), nn.CrossEntropyLoss(), data())
+    case.check("Hessian", "GGN", "EF", "EKFAC", "GGNDiagonal")
+    for kind in ("Hessian", "GGN", "EF"):
+        op = case.make(kind, check_deterministic=True)
+        V = real(dim, 5, seed=2)
+        close(op @ V, torch.stack([op @ v for v in V.T], 1))
+        parts = op @ list(op.domain.split(V[:, 0]))
+        assert torch.view_as_complex(parts[1]).shape == (3,)

@@ -66,8 +66,9 @@ def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch]) -> str:
 
 
 def _same(found: Tensor | None, expected: Tensor) -> bool:
-    same_shape = found is not None and found.shape == expected.shape
-    return same_shape and relative_difference(found, expected) <= tolerance(expected.dtype)
+    if found is None or found.shape != expected.shape:
+        return False
+    return relative_difference(found, expected) <= tolerance(expected.dtype)
 
 
 def _derivatives(risk: EmpiricalRisk, pieces: list[Batch]) -> Tensor:

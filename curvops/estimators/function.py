@@ -94,7 +94,7 @@ def logdet(
         damping: τ; a tensor without axes may require a gradient, which flows to it.
 
     Raises:
-        ValueError: If A + τI is not positive definite.
+        ValueError: If A + τI is not positive definite, beyond rounding.
 
     Example:
         >>> import torch
@@ -107,11 +107,13 @@ def logdet(
 
     def logarithm(eigenvalues: Tensor) -> Tensor:
         shifted = eigenvalues + damping
-        if not (shifted > 0).all():
+        # what is smaller is zero but for rounding, and its logarithm anything
+        rounding = 10 * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().max()
+        if not (shifted > rounding).all():
             raise ValueError(
                 f"logdet: expected a positive definite matrix, got an eigenvalue of {eigenvalues.min():.3g} with a "
-                f"damping of {float(damping):.3g}. Raise the damping, or take a positive semi-definite matrix (GGN, "
-                "Fisher, KFAC)."
+                f"damping of {float(damping):.3g}, beside one of {eigenvalues.max():.3g}. Raise the damping, or take a positive "
+                "semi-definite matrix (GGN, Fisher, KFAC)."
             )
         return shifted.log()
 

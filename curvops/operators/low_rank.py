@@ -136,11 +136,16 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         parts = self._capacitance(damping)
         if (parts.diagonal == 0).sum() > parts.columns.shape[1]:
             return self.columns.new_tensor(-math.inf)
-        sign, size = torch.linalg.slogdet(parts.inner())
-        total = sign * parts.signs.prod() * parts.diagonal.sign().prod()
-        if total < 0:
-            raise ValueError(f"{self.name}.logdet(): the determinant is negative. Pass a larger damping.")
-        return (parts.diagonal.abs().log().sum() + size).to(self.dtype)
+        inner = parts.inner()
+        values = torch.linalg.eigvalsh(inner.detach())
+        zero = values.abs() <= torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else values > 0
+        # Haynsworth 1968: the inertia of a matrix is that of a block and of its complement
+        negative = (parts.diagonal < 0).sum() + (values[~zero] > 0).sum() - (parts.signs > 0).sum()
+        if negative > 0:
+            raise ValueError(f"{self.name}.logdet(): {int(negative)} eigenvalues are negative. Pass a larger damping.")
+        if zero.any():
+            return self.columns.new_tensor(-math.inf)
+        return (parts.diagonal.abs().log().sum() + torch.linalg.slogdet(inner)[1]).to(self.dtype)
 
     def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:
         """The inverse of the matrix plus ``damping`` times the identity, of the same rank.

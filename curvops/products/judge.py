@@ -46,7 +46,7 @@ class Verdict:
     @property
     def wrong(self) -> bool:
         """Whether the product is certainly wrong."""
-        return self.error is not None and self.error > WRONG
+        return self.error is not None and not self.error <= WRONG  # nor is one that is no number right
 
     @property
     def account(self) -> tuple[str, str]:

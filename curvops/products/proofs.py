@@ -12,12 +12,10 @@ from curvops.products import rules
 from curvops.products.account import attempted, relative_difference, tolerance
 from curvops.products.batch import Push, inner_product
 from curvops.products.record import Recorder
-from curvops.products.reference import OutputLinearization, tangents
+from curvops.products.reference import OutputLinearization, scattered, tangents
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tree import select, tensors_of
-
-PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,8 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     few = Batch(select(batch.X, batch.size, places), None, rules.FEW, batch.start)
     record = Recorder(rules.FEW)
     z = record.finish(risk.forward(few.X, record))
-    generator = torch.Generator().manual_seed(0)
-    # a random piece, over and over: to draw each entry would take as long as the proof
-    piece = torch.randn(PIECE, generator=generator).to(risk.space.device, risk.space.dtype)
-    v = piece.repeat(-(-risk.space.dim // PIECE))[: risk.space.dim]
-    u = torch.randn(z.shape, generator=generator).to(z)
+    v = scattered(torch.empty(risk.space.dim, dtype=risk.space.dtype, device=risk.space.device))
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
     pushed = forward_push(risk, few, z)(v)
     pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=record.fresh)
     wide = torch.promote_types(z.dtype, torch.float32)

@@ -11,6 +11,8 @@ from curvops.losses import OutputCurvature
 from curvops.space import TensorSpace, aligned
 from curvops.substitutions import gradients
 
+PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
+
 
 class OutputLinearization:
     """The Jacobian of a model's output at one batch, as products.
@@ -38,7 +40,8 @@ class OutputLinearization:
         if not self.z.requires_grad:
             return torch.zeros_like(self.z)
         if self._dummy is None:
-            self._dummy = torch.zeros_like(self.z, requires_grad=True)
+            # any u gives the same derivative, but at zero some backward passes have none, as that of `logcumsumexp`, which takes logs
+            self._dummy = scattered(self.z).requires_grad_()
             self._pulled = list(gradients(self.z, self._params, self._dummy, create_graph=True, allow_unused=True))
         (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
         return torch.zeros_like(self.z) if product is None else product.detach()
@@ -80,6 +83,12 @@ class GradientLinearization:
         inputs = self._params if params is None else list(params.values())
         found = _pull(self._slopes, inputs, tangents(v, self.space), last)
         return self.space.parts(found) if params is None else found
+
+
+def scattered(like: Tensor) -> Tensor:
+    """A tensor of random numbers, always the same: a piece over and over, as to draw each entry of a large one takes long."""
+    piece = torch.randn(PIECE, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return piece.repeat(-(-like.numel() // PIECE))[: like.numel()].view(like.shape)
 
 
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:

@@ -80,7 +80,10 @@ def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[i
     p = None
     for iteration in range(1, limit + 1):
         z = system.preconditioned(q)
-        values, vectors = _eigh(q.mT @ z)
+        gram = q.mT @ z
+        if not gram.isfinite().all():
+            return iteration - 1, "squares of the residual overflow: leave x0 out, or scale the right side"
+        values, vectors = _eigh(gram)
         if values[0] < -(system.eps**0.5) * values[-1] or not values[-1] > 0:
             return iteration - 1, "the preconditioner is not positive definite (rᵀMr ≤ 0): damp it more"
         values, vectors = (part[..., values > len(values) * system.eps * values[-1]] for part in (values, vectors))

@@ -37,7 +37,8 @@ def dense_pairs(products: Products, metric: Callable[[Tensor], Tensor] | None, c
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     chosen = choice.of(values)
     values, vectors = values[chosen], vectors[:, chosen]
-    residuals = (matrix @ vectors - vectors * values).norm(dim=0)
+    # in double precision: squares of large numbers overflow
+    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * values, dim=0, dtype=torch.float64)
     if factor is not None:
         vectors = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
     kind = (products.device, products.dtype)

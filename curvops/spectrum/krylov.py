@@ -95,6 +95,11 @@ class Krylov:
         within = (overlaps @ coordinates - coordinates * values).norm(dim=0)
         return Ritz(values, coordinates, torch.hypot(within, (self._coupling @ coordinates).norm(dim=0)))
 
+    @property
+    def eps(self) -> float:
+        """Precision of the products or of the basis, whichever is lower."""
+        return max(torch.finfo(dtype).eps for dtype in (self._products.dtype, self._rows.dtype))
+
     def asymmetry(self) -> float:
         """‖H − Hᵀ‖ / ‖H‖, which is rounding where the map is self-adjoint."""
         overlaps = self._overlaps[: self.size, : self.size]
@@ -129,8 +134,8 @@ class Krylov:
             norm = self._norm(found)
             if self.size:  # else these are the start's columns
                 self._largest = max(self._largest, self._norm(column))
-                self.ended |= norm <= self._spent * self._largest
-            if norm > ROUNDING * torch.finfo(found.dtype).eps * self._largest:
+                self.ended |= norm <= max(self._spent, ROUNDING * self.eps) * self._largest
+            if norm > ROUNDING * self.eps * self._largest:
                 coordinates[len(inside), j] = norm
             else:  # nothing leads out of the space here: go on in a random direction, which is not coupled to it
                 found, _ = self._outside(normal((self.dim,), self._generator, self._products))

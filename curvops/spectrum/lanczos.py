@@ -179,7 +179,7 @@ def _iterate(
 
 
 def _check_symmetry(space: Krylov, products: Products) -> None:
-    if space.asymmetry() > 10 * torch.finfo(products.dtype).eps ** 0.5:
+    if space.asymmetry() > 10 * space.eps**0.5:
         raise ValueError(
             f"eigenpairs: products with {products.name} are not symmetric. For the singular values of such a "
             "matrix use AᵀA; a metric must be positive definite, and metric_inverse its inverse."

@@ -166,3 +166,11 @@ def test_estimates_and_errors_by_definition(distribution):
     ratio = 1 + covariance.sum() / independent.sum()
     assert ratio > 0.25
     torch.testing.assert_close(error, (independent * ratio).sqrt())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_singular_matrix_has_no_determinant_whatever_rounding_makes_of_zero(seed):
+    factor = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected a positive definite matrix"):
+        logdet(factor @ factor.T)
+    is_exact(logdet(factor @ factor.T, damping=0.1), torch.logdet(factor @ factor.T + 0.1 * torch.eye(5)), 5)

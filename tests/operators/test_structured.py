@@ -168,10 +168,34 @@ def test_singular_low_rank():
     assert op.logdet() == -torch.inf
     with pytest.raises(ValueError, match="singular"):
         op.inverse()
-    with pytest.raises(ValueError, match="the determinant is negative"):
+    with pytest.raises(ValueError, match="1 eigenvalues are negative"):
         LowRankPlusDiagonalOperator(torch.ones(2, 1), 1.0, torch.tensor([-3.0])).logdet()
     with pytest.raises(ValueError, match="Pass a positive damping"):
         LowRankPlusDiagonalOperator(draws(2, 2), 0.0).inverse()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_determinants_of_indefinite_matrices_are_refused(seed):
+    """Those too whose negative eigenvalues are even in number, so that the determinant is positive."""
+    columns, diagonal = draws(D, 3, seed=seed), draws(D, seed=100 + seed) + 1.5
+    weights = draws(3, seed=200 + seed) + 0.5
+    values = torch.linalg.eigvalsh(diagonal.diag() + columns @ weights.diag() @ columns.T)
+    op = LowRankPlusDiagonalOperator(columns, diagonal, weights)
+    if values[0] > 0:
+        close(op.logdet(), values.log().sum())
+    else:
+        with pytest.raises(ValueError, match=f"{int((values < 0).sum())} eigenvalues are negative"):
+            op.logdet()
+
+
+def test_two_negative_eigenvalues():
+    weights = torch.tensor([-3.0, -5.0], dtype=torch.float64)
+    two = LowRankPlusDiagonalOperator(torch.eye(4).double()[:, :2], 1.0, weights)  # of the eigenvalues -2, -4, 1, 1
+    with pytest.raises(ValueError, match="2 eigenvalues are negative"):
+        two.logdet()
+    with pytest.raises(ValueError, match="1 eigenvalues are negative"):
+        two.logdet(3.0)
+    close(two.logdet(5.0), torch.tensor([3.0, 1.0, 6.0, 6.0], dtype=torch.float64).log().sum())
 
 
 def test_what_does_not_fit():

@@ -58,6 +58,11 @@ def test_right_derivatives_pass(function):
         assert verdict.error is not None and verdict.error < 1e-6 and not verdict.wrong
 
 
+def test_what_is_no_number_is_wrong():
+    verdict = compare(torch.tensor([torch.nan, 1.0]), lambda step: torch.tensor([step, step]))
+    assert verdict.wrong and verdict.account[0] == "wrong"
+
+
 def test_no_verdict_at_kinks():
     at = torch.tensor([0.0, 1.0]).double()
     assert compare(torch.zeros(2).double(), lambda step: (at + step).sign()).error is None

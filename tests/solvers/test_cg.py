@@ -158,3 +158,8 @@ def test_memory():
 
 def _tensor(thing):
     return thing if type(thing) is torch.Tensor and thing.device.type == "cpu" else None
+
+
+def test_a_residual_whose_square_overflows_is_told():
+    found = cg(torch.eye(3), torch.full((3,), 1e-20), x0=torch.ones(3))
+    assert not found.converged and "squares of the residual overflow" in found.reason

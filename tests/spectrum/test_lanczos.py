@@ -215,3 +215,18 @@ def test_what_cannot_be_is_refused():
             eigenpairs(matrix * torch.nan, k)
         with pytest.raises(ValueError, match=r"the metric is not positive definite|are not symmetric"):
             eigenpairs(matrix, k, metric=-matrix.abs(), metric_inverse=matrix)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_a_basis_of_low_precision_looks_symmetric(k):
+    """Where eigenvalues are many times the same, what is left of an image is the basis's rounding, and all copies are found."""
+    matrix = symmetric(torch.cat([torch.zeros(30), torch.ones(30)]))
+    found = eigenpairs(matrix, k, basis_dtype=torch.float32)
+    torch.testing.assert_close(found.values, torch.ones(k, dtype=torch.float64), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="not symmetric"):
+        eigenpairs(matrix + torch.ones(60, 60).triu(1).double(), k, basis_dtype=torch.float32)
+
+
+def test_residuals_of_large_numbers_are_numbers():
+    found = eigenpairs((1e30 * symmetric(torch.linspace(1, 2, 60))).float(), 60)
+    assert (found.residuals < 1e26).all()

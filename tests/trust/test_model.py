@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+import curvops
 from trust.support import CE, CLEAR, Model, Net, data, labels, right_or_refused, rotate, times, used
 
 GLOBAL = {}
@@ -396,3 +397,29 @@ def test_weights_that_are_seen_as_complex_numbers(outputs, dim):
         close(op @ V, torch.stack([op @ v for v in V.T], 1))
         parts = op @ list(op.domain.split(V[:, 0]))
         assert torch.view_as_complex(parts[1]).shape == (3,)
+
+
+class LogBackward(torch.autograd.Function):
+    """The identity, with a backward pass in logarithms, as that of `logcumsumexp`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.where(g > 0, g.clamp(min=1e-300).log().exp(), -(-g).clamp(min=1e-300).log().exp())
+
+
+IN_LOGARITHMS = {"logcumsumexp": lambda h: torch.logcumsumexp(h, 1), "of one's own": LogBackward.apply}
+
+
+@pytest.mark.parametrize("way", IN_LOGARITHMS)
+def test_backward_passes_without_a_derivative_at_zero(way):
+    case = Case(Model(lambda m, X: IN_LOGARITHMS[way](m.b(m.a(X).tanh()))), CE, data())
+    for kind in ("Hessian", "GGN", "EF"):
+        assert "second derivatives: right (within" in case.make(kind, check_deterministic=True).explain()
+    case.check("Hessian", "GGN", "EF", "EKFAC", "GGNDiagonal")
+    v = real(sum(p.numel() for p in case.params.values()))
+    J = curvops.JacobianLinearOperator(case.model, case.params, case.data)
+    close(J @ v, J.to_dense() @ v)

@@ -87,8 +87,9 @@ class GradientLinearization:
 
 def scattered(like: Tensor) -> Tensor:
     """A tensor of random numbers, always the same: a piece over and over, as to draw each entry of a large one takes long."""
-    piece = torch.randn(PIECE, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    return piece.repeat(-(-like.numel() // PIECE))[: like.numel()].view(like.shape)
+    size = like.numel()
+    piece = torch.randn(min(size, PIECE), generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return piece.repeat(-(-size // PIECE))[:size].view(like.shape)
 
 
 def tangents(v: Tensor, space: TensorSpace) -> list[Tensor]:

@@ -46,29 +46,31 @@ def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) 
 
 def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch]) -> str:
     """Why it is not proved that pieces give what the whole gives; nothing if it is."""
-    with torch.no_grad():
-        whole = risk.forward(batch.X)
-        parts, why = attempted(lambda: torch.cat([risk.forward(piece.X) for piece in pieces]))
-    if not _same(parts, whole):
+    v = risk.space.random(torch.Generator().manual_seed(0))
+    pushed, why = attempted(lambda: [_pushed(risk, some, v) for some in ([batch], pieces)])
+    mixed = "the model mixes the gradients of a batch"
+    if pushed is None or not _same(pushed[1][0], pushed[0][0]):
         return f"outputs of pieces are not those of the whole: {why or 'the model mixes the data of a batch'}"
+    (whole, image), (_, images) = pushed
     risk.loss.expect_sum(whole, batch.y, batch.size)
     # a model may mix gradients alone, or detach a datum by its place, or by what others are
+    if not _same(images, image):
+        return f"J v of pieces is not that of the whole: {mixed}"
     few, halves = _cut(batch, 0, FEW), [_cut(batch, 0, FEW // 2), _cut(batch, FEW // 2, FEW)]
     derived, why = attempted(lambda: [_derivatives(risk, some) for some in ([few], halves)])
-    mixed = "the model mixes the gradients of a batch"
     if derived is None or not _same(*derived):
         return f"derivatives of {FEW} data are not those of two pieces: {why or mixed}"
-    v = risk.space.random(torch.Generator().manual_seed(0))
-    pushed, why = attempted(lambda: [torch.cat([push_forward(risk, b, v) for b in some]) for some in ([batch], pieces)])
-    if pushed is None or not _same(*pushed):
-        return f"J v of pieces is not that of the whole: {why or mixed}"
     return ""
 
 
-def _same(found: Tensor | None, expected: Tensor) -> bool:
-    if found is None or found.shape != expected.shape:
-        return False
-    return relative_difference(found, expected) <= tolerance(expected.dtype)
+def _pushed(risk: EmpiricalRisk, pieces: list[Batch], v: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and J v of some pieces, one below the other."""
+    outputs, images = zip(*(push_forward(risk, piece, v) for piece in pieces), strict=True)
+    return torch.cat(outputs), torch.cat(images)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and relative_difference(found, expected) <= tolerance(expected.dtype)
 
 
 def _derivatives(risk: EmpiricalRisk, pieces: list[Batch]) -> Tensor:

@@ -39,15 +39,16 @@ def pushed_forward(risk: EmpiricalRisk, batch: Batch, record: Recorder, z: Tenso
 
 def forward_push(risk: EmpiricalRisk, batch: Batch, like: Tensor) -> Push:
     """J v by forward mode, with vectors in the place of the parameters' tangents."""
-    return lambda v: push_forward(risk, batch, v).to(like.dtype)
+    return lambda v: push_forward(risk, batch, v)[1].to(like.dtype)
 
 
-def push_forward(risk: EmpiricalRisk, batch: Batch, v: Tensor) -> Tensor:
-    """J v of a batch by forward mode, which keeps no graph."""
+def push_forward(risk: EmpiricalRisk, batch: Batch, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and J v of a batch by forward mode, which keeps no graph."""
     primals = {name: p.detach() for name, p in risk.params.items()}
     directions = dict(zip(primals, tangents(v, risk.space), strict=True))
     with torch.no_grad():  # no graph of the model's other parameters
-        return jvp(lambda p: risk.functional(p, batch.X), (primals,), (directions,))[1]
+        found = jvp(lambda p: risk.functional(p, batch.X), (primals,), (directions,))
+    return found[0], found[1]
 
 
 def linearized_push(risk: EmpiricalRisk, batch: Batch, push: Push) -> Push | None:

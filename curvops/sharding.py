@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from curvops.tree import map_tensors
 
 LEAST = "2.13"  # seen to be right; with 2.6 second derivatives of DTensors are silently wrong
 
@@ -24,11 +27,24 @@ class Sharding(NamedTuple):
         """How a DTensor is cut."""
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))
 
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A tensor that all processes have whole as a DTensor that is cut like this, which sends nothing."""
+        from torch.distributed.tensor import Replicate  # it takes long to import
+
+        whole: Any = _dtensor().from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        wanted = [Replicate() if placement.is_partial() else placement for placement in self.placements]
+        found: Tensor = whole.redistribute(self.mesh, wanted)
+        return found
+
+    @property
+    def axes(self) -> list[int]:
+        """The axes of the mesh along which it is cut."""
+        return [axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()]
+
     @property
     def over(self) -> set[int]:
         """The processes that have other parts of it than this one."""
-        axes = [axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()]
-        groups = [torch.distributed.get_process_group_ranks(self.mesh.get_group(axis)) for axis in axes]
+        groups = [torch.distributed.get_process_group_ranks(self.mesh.get_group(axis)) for axis in self.axes]
         return {rank for group in groups for rank in group} - {torch.distributed.get_rank()}
 
     def whole(self, part: Tensor) -> Tensor:
@@ -58,6 +74,19 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def gathered(tensor: Any) -> Tensor:
+    """A tensor whole, on each of the processes that have parts of it; all of them must ask."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+class Gathering(TorchFunctionMode):
+    """Every operation on tensors that are cut is one on the whole ones, as PyTorch cannot reshape all that are cut."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map_tensors(gathered, args), **map_tensors(gathered, kwargs or {}))
+
+
 def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
     """Of those that are DTensors, how they are cut."""
     found = {name: Sharding.of(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
@@ -67,6 +96,20 @@ def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
             f"as far as known. Use PyTorch {LEAST} or newer, or parameters that are not cut."
         )
     return found
+
+
+def least(number: float, shards: Mapping[str, Sharding]) -> float:
+    """The least of the numbers of all processes that have parts of some tensors, so that they choose alike."""
+    groups: dict[int, tuple[Any, str]] = {}
+    for how in shards.values():
+        for axis in how.axes:
+            group = how.mesh.get_group(axis)
+            groups[id(group)] = group, how.mesh.device_type
+    for group, device in groups.values():
+        found = torch.tensor(number, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group)
+        number = float(found)
+    return number
 
 
 def local(tensor: Any) -> Tensor:

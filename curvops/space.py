@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from curvops.sharding import Sharding, is_sharded, local, shardings
+from curvops.sharding import Sharding, gathered, is_sharded, local, shardings
 
 Vector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -24,6 +24,7 @@ class Format(NamedTuple):
     kind: str  # "flat", "array" (NumPy's), "list", "tuple" or "dict"
     columns: bool
     leading: bool = False  # whether the axis of several vectors leads, as it does from the left
+    cuts: Mapping[str, Sharding] = {}  # of tensors that the space knows whole, how they were cut over processes
 
 
 class TensorSpace:
@@ -104,6 +105,14 @@ class TensorSpace:
             {n: _stand_in(self.shapes[n], self.dtypes[n], self.device) for n in self.names if n in chosen},
             {n: how for n, how in self.shards.items() if n in chosen},
         )
+
+    @property
+    def gathered(self) -> TensorSpace:
+        """The space of the same tensors whole."""
+        if not self.shards:
+            return self
+        shapes = {n: self.shards[n].shape if n in self.shards else shape for n, shape in self.shapes.items()}
+        return TensorSpace({n: _stand_in(shape, self.dtypes[n], self.device) for n, shape in shapes.items()})
 
     def match(self, patterns: str | Iterable[str]) -> list[str]:
         """Names that equal one of the patterns or match it (``*``, ``?``, ``[…]`` as in file names), in order.
@@ -200,6 +209,10 @@ class TensorSpace:
                 f"dict with these names, got {type(vector).__name__}. Whatever needs flat vectors needs the parameters whole."
             )
         if isinstance(vector, Tensor):
+            if is_sharded(vector):
+                raise TypeError(
+                    f"{context}: expected a whole vector, or a list or dict of tensors, got a flat DTensor."
+                )
             self._check_kind(vector, self.dtype, context)
             return self._flat_columns(vector, "flat", context, leading)
         if _is_array(vector):
@@ -229,6 +242,9 @@ class TensorSpace:
         tensors = self.split(flat)
         if form.columns and form.leading:
             tensors = [tensor.movedim(-1, 0) for tensor in tensors]
+        for k, (name, tensor) in enumerate(zip(self.names, tensors, strict=True)) if form.cuts else ():
+            if name in form.cuts and form.cuts[name].shape == tensor.shape:
+                tensors[k] = form.cuts[name].cut(tensor)
         if form.kind == "dict":
             return dict(zip(self.names, tensors, strict=True))
         return tuple(tensors) if form.kind == "tuple" else tensors
@@ -255,8 +271,11 @@ class TensorSpace:
         return torch.from_numpy(array.copy()).to(self.device)
 
     def _tensor_columns(self, tensors: list[Tensor], kind: str, context: str, leading: bool) -> tuple[Tensor, Format]:
+        cuts: dict[str, Sharding] = {}
         if self.shards:
             tensors = [self._own(name, tensor, context) for name, tensor in zip(self.names, tensors, strict=True)]
+        elif cuts := shardings(dict(zip(self.names, tensors, strict=True))):
+            tensors = [gathered(tensor) for tensor in tensors]
         extra: set[tuple[int, ...]] = set()
         axis, many = ("leading", "rows") if leading else ("trailing", "columns")
         for (name, shape), tensor in zip(self.shapes.items(), tensors, strict=True):
@@ -278,7 +297,7 @@ class TensorSpace:
         moved = [t.movedim(0, -1) for t in tensors] if rest and leading else tensors
         width = rest[0] if rest else 1
         parts = [t.reshape(size, width).to(self.dtype) for t, size in zip(moved, self.sizes, strict=True)]
-        return torch.cat(parts), Format(kind, bool(rest), leading)
+        return torch.cat(parts), Format(kind, bool(rest), leading, cuts)
 
     def _own(self, name: str, tensor: Tensor, context: str) -> Tensor:
         """This process's part of a tensor that belongs to a parameter."""

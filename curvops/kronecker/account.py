@@ -82,12 +82,14 @@ SIGNED = (
     f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
     "with random signs, so that cross terms vanish in expectation"
 )
+GATHERED = "parameters are cut over processes: rows of a layer are gathered, and each process has all blocks whole"
 
 
 def notes_of(collection: Collection, further_walks: int) -> list[str]:
     """Remarks on what was done."""
     sweep = collection.sweep
     notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
+    notes += [GATHERED] * bool(sweep.risk.space.shards)
     notes += [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
     return notes + [f"taken in files of spill=: {byte_size(collection.spill.bytes)}"] * collection.spill.active
 
@@ -100,6 +102,7 @@ def plan_notes(collection: Collection, further_walks: int) -> list[str]:
         f"batch of {sweep.size}: {forward} forward and {backward} backward passes to the layers' outputs, "
         f"about {(forward + backward) / 3:.1f} gradients",
         *[SIGNED] * sweep.signed,
+        *[GATHERED] * bool(sweep.risk.space.shards),
     ]
     if further_walks:
         again = "again" if further_walks == 1 else f"up to {further_walks} times again"

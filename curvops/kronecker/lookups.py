@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from curvops.kronecker.uses import LinearUse, OneHot, View, one_group
+from curvops.sharding import gathered, is_sharded
 
 
 @dataclass
@@ -93,5 +94,6 @@ class Lookups:
 
 
 def _use(table: View, ids: Tensor, width: int, out: Tensor) -> LinearUse:
-    edge, rows = get_gradient_edge(out), OneHot(ids.unsqueeze(-1), width)
-    return LinearUse(table, None, edge, lambda: rows, one_group, "left", False, "embedding", out.shape, one_hot=True)
+    edge, rows = get_gradient_edge(out), OneHot(gathered(ids).unsqueeze(-1), width)
+    outputs = (lambda g: one_group(gathered(g))) if is_sharded(out) else one_group
+    return LinearUse(table, None, edge, lambda: rows, outputs, "left", False, "embedding", out.shape, one_hot=True)

@@ -303,11 +303,6 @@ class KroneckerOperator(StateOperator):
         proofs: Sequence[Proof] = (),
     ) -> None:
         self.risk, self.options = risk, options
-        if risk.space.shards:
-            raise TypeError(
-                f"{type(self).__name__}: {describe(list(risk.space.shards))} are cut over processes (DTensors), of whose layers no "
-                "process sees the rows. Take the Hessian, the GGN or a Fisher matrix, or the parameters whole."
-            )
         risk.model.check_current()
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs
@@ -320,7 +315,7 @@ class KroneckerOperator(StateOperator):
         groups = [(group, entries[key]) for key, group in sweep.grouping.groups.items() if key in entries]
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
-        state = State(kind, risk.space, groups, reduction, count, sweep.data, options.settings)
+        state = State(kind, risk.space.gathered, groups, reduction, count, sweep.data, options.settings)
         notes = (plan_notes if planned else notes_of)(collection, self.further_walks)
         super().__init__(state, {name: "; ".join(whys) for name, whys in sweep.reasons.items()}, notes)
 

@@ -20,6 +20,7 @@ from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.memory import budget
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.sharding import least
 
 # of a sweep, as they are
 FIELDS = ("data", "reasons", "whole", "size", "forward_passes", "backward_passes", "signed", "cuts", "most", "apart")
@@ -52,6 +53,10 @@ class Progress:
         self._found: dict[str, Any] | None = None
         if checkpoint is None:
             return
+        if risk.space.shards:
+            raise ValueError(
+                "checkpoint: parameters are cut over processes (DTensors), which would have to go on from one place. Leave it out."
+            )
         ranks = risk.ranks
         tensors = {name: digest({name: tensor}) for name, tensor in risk.state.items()}
         self._every = checkpoint.every
@@ -76,7 +81,8 @@ class Progress:
     @cached_property
     def budget(self) -> int:
         """Bytes that rows may take, by default of what is free when this is first asked."""
-        return budget(self._risk.space.device, self._options.memory_budget)
+        space = self._risk.space
+        return int(least(budget(space.device, self._options.memory_budget), space.shards))
 
     @property
     def keeps(self) -> bool:

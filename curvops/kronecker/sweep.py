@@ -45,7 +45,7 @@ class Sweep:
         self.risk, self.options = risk, options
         self.proofs: list[Proof] = []  # that serve this sweep
         self._earlier = list(proofs)
-        self.grouping = Grouping(risk.space, not options.separate_weight_and_bias)
+        self.grouping = Grouping(risk.space.gathered, not options.separate_weight_and_bias)
         self.whole: dict[str, str] = {}  # parameters that are known by their whole gradients only, and why
         self.marks = Marks()
         # output of each batch, by its place, on which something was proved; of a run that was killed, for another look
@@ -134,7 +134,7 @@ class Sweep:
                     self.cuts.append(len(several))
                 batch = joined_batch(several)
                 if self._streamed:
-                    self.grouping, self.whole = Grouping(self.risk.space, self.grouping.joint), {}
+                    self.grouping, self.whole = Grouping(self.risk.space.gathered, self.grouping.joint), {}
                     self._reset()
                 if place >= skip:
                     joint = self._joint(batch, several) if len(several) > 1 else None
@@ -371,7 +371,7 @@ class Sweep:
         expected = tape.gradients(cotangent, (), names)[1]
         # a mask, say, has an axis of the same length by chance
         for kept in [(), *((k,) for k in mine if len(mine) > 1)]:
-            totals = [torch.zeros_like(tape.params[name]) for name in names]
+            totals = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in map(tape.params.__getitem__, names)]
             for n, part in enumerate(cotangent.unflatten(0, (batch.size, -1))):
                 single = self._run(batch, [n], kept, taped=True)
                 if not agrees(single and single.z, tape, [n]):

@@ -14,6 +14,7 @@ from curvops.kronecker.signature import LEAF, Signature
 from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import Use, VectorUse, View
 from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.sharding import gathered
 from curvops.tree import nodes_of
 
 
@@ -81,7 +82,7 @@ class Tape:
         found = self.taps.gradients(
             self.z, targets, cotangent.to(self.z.dtype).view_as(self.z), retain_graph=not last, allow_unused=True
         )
-        return list(found[: len(uses)]), list(found[len(uses) :])
+        return list(found[: len(uses)]), [g if g is None else gathered(g) for g in found[len(uses) :]]
 
     def reached(self) -> set[str]:
         """The parameters that the graph leads to."""

@@ -17,6 +17,7 @@ from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
 from curvops.kronecker.signature import PLAIN, Recording, Signature
 from curvops.kronecker.uses import LinearUse, Rows, Use, VectorUse, View, Windows
+from curvops.sharding import Gathering, gathered, is_sharded
 from curvops.substitutions import COND, TABLE, cond, opened
 
 Rule = Callable[..., Any]  # (taps, function, *args, **kwargs) -> output
@@ -101,6 +102,8 @@ class Taps(TorchFunctionMode):
             self.vector(out, bias, lambda g: outputs(g).flatten(-2), lead, kind)
             b = None
         if (w is not None or b is not None) and self._follows(out):
+            if is_sharded(out):
+                inputs, outputs = partial(_whole, inputs), partial(_whole, outputs)
             inputs = inputs if isinstance(inputs, Windows) else partial(_constant, inputs)
             edge, joint = get_gradient_edge(out), w is not None and b is not None
             self._uses.append(LinearUse(w, b, edge, inputs, outputs, input_side, joint, kind, out.shape))
@@ -112,6 +115,8 @@ class Taps(TorchFunctionMode):
         v = self.view(vector)
         if v is None or not self._follows(out):
             return
+        if is_sharded(out):
+            rows = partial(_whole, rows)
         if v.repeats:  # and other passes may choose other entries: the gradient in the whole parameter
             assert v.index is not None
             size = self._sizes[v.name]
@@ -232,6 +237,12 @@ def _constant(rows: Callable[..., Any], *args: Tensor) -> Any:
     with torch.no_grad():
         made = rows(*args)
     return made.detach() if isinstance(made, Tensor) else made
+
+
+def _whole(rows: Callable[..., Any], *args: Tensor) -> Any:
+    """Rows of a layer that is cut over processes, whole."""
+    with Gathering():
+        return gathered(rows(*args))
 
 
 def _placed(rows: Callable[[Tensor], Tensor], places: Tensor, size: int, g: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
-from curvops.sharding import local
+from curvops.sharding import least, local
 
 # what stands under a name of a module (held, as an id is used again once its object is gone), with its version or value
 State = dict[tuple[str, int], tuple[object, object]]
@@ -95,8 +95,9 @@ class Kept:
                     self._products[place].add_to(total, rows)
                     continue
                 product, size = self._counted(batch, walk, total, rows, budget - self._size)
-                if size is not None and self._size + size <= budget:
-                    self._products[place], self._size = product, self._size + size
+                fits = size is not None and self._size + size <= budget
+                if least(fits, self._risk.space.shards):  # who keeps a graph takes no part in another forward pass
+                    self._products[place], self._size = product, self._size + (size or 0)
             # a kept batch's loss is not asked again, so that only the first walk knows the constant
             counted = self._first or walk
             self._expect_same(walk.batches)

@@ -28,6 +28,9 @@ def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) 
     Raises:
         ValueError: If the loss of the whole is seen not to be the sum of its data's losses.
     """
+    if risk.space.shards:
+        account.note("batches", "whole", "parameters are cut over processes, which would cut batches differently")
+        return [batch]
     if batch.size <= FEW or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of((batch.X, batch.y))):
         return [batch]
     saved, _ = attempted(lambda: _saved(risk, _cut(batch, 0, FEW)))

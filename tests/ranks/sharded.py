@@ -12,7 +12,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator, SpreadOperator
+from curvops import (
+    Checkpoint,
+    EFLinearOperator,
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+    SpreadOperator,
+)
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hessian": (HessianLinearOperator, {}),
@@ -20,6 +28,25 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mc fisher": (GGNLinearOperator, {"mc_samples": 2}),
     "ef": (EFLinearOperator, {}),
 }
+KRONECKER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kfac": (KFACLinearOperator, {}),
+    "kfac, reduce": (KFACLinearOperator, {"kfac_approx": "reduce", "separate_weight_and_bias": False}),
+    "ekfac": (EKFACLinearOperator, {"fisher_type": "type-2"}),
+}
+
+
+class Tokens(nn.Module):
+    """Parameters that enter in all ways: looked up, added, scaling, through another function, twice, never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(5, 6), nn.Parameter(torch.randn(3, 6))
+        self.norm, self.rates, self.layer = nn.LayerNorm(6), nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
+        self.head, self.unused = nn.Linear(6, 4), nn.Parameter(torch.randn(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.norm(self.table(ids) + self.places) * self.rates.exp()
+        return self.head(torch.tanh(self.layer(torch.tanh(self.layer(h))))).mean(1)
 
 
 class Cut(nn.Module):
@@ -61,8 +88,30 @@ def refused(op: Any, v: Any, problem: tuple[Any, ...]) -> dict[str, str]:
         "trace": attempt(op.trace),
         "group": attempt(lambda: EFLinearOperator(*problem, process_group=dist.group.WORLD)),
         "spread": attempt(lambda: SpreadOperator(op, dist.group.WORLD)),
-        "kfac": attempt(lambda: KFACLinearOperator(*problem)),
+        "checkpoint": attempt(lambda: KFACLinearOperator(*problem, checkpoint=Checkpoint("none", 1))),
     }
+
+
+def kronecker(net: nn.Module, model: nn.Module, loss: nn.Module, data: Any, *kinds: str) -> dict[str, float]:
+    """Differences of some Kronecker operators, which have all of a cut model's blocks whole, from those of the whole model."""
+    params, own = dict(net.named_parameters()), {n.removeprefix("net."): p for n, p in model.named_parameters()}
+    v = {name: torch.randn(*p.shape, 2, dtype=p.dtype) for name, p in params.items()}
+    placed = {name: distribute_tensor(v[name], p.device_mesh, p.placements) for name, p in own.items()}
+    found = {}
+    for kind in kinds:
+        make, options = KRONECKER[kind]
+        expected = make(net, loss, params, data, **options)
+        op = make(model, loss, own, data, **options, memory_budget=10**7 * dist.get_rank())
+        inverse, solved = op.inverse(damping=0.1), expected.inverse(damping=0.1) @ v
+        errors = [float((op.to_dense() - expected.to_dense()).abs().max())]
+        for given, result in ((placed, inverse @ placed), (v, inverse @ v)):
+            assert all(isinstance(t, DTensor) == isinstance(given[n], DTensor) for n, t in result.items()), kind
+            errors += [float((whole(t) - solved[n]).abs().max()) for n, t in result.items()]
+        assert all(t.placements == own[n].placements for n, t in (op @ placed).items()), kind
+        assert "each process has all blocks whole" in str(op.explain())
+        found[kind] = max(errors)
+    found["refreshed"] = float((op.refresh().to_dense() - expected.refresh().to_dense()).abs().max())
+    return found
 
 
 def sharded() -> dict[str, Any]:
@@ -75,12 +124,15 @@ def sharded() -> dict[str, Any]:
     v = {name: torch.randn(*p.shape, 2, dtype=p.dtype) for name, p in params.items()}
     found: dict[str, Any] = {}
     for title, model in models(net, mesh):
+        if title == "tensor parallel":
+            found["tensor parallel, kfac"] = max(kronecker(net, model, loss, data, "kfac").values())
         own = {name.removeprefix("net."): p for name, p in model.named_parameters()}
         before = {name: p.detach().to_local().clone() for name, p in own.items()}
         placed = {name: distribute_tensor(v[name], mesh, p.placements) for name, p in own.items()}
         for kind, (make, options) in KINDS.items():
             expected = make(net, loss, params, data, **options) @ v
-            op = make(model, loss, own, data, **options)
+            # the processes have room for different things, and must do the same all the same
+            op = make(model, loss, own, data, **options, memory_budget=1 if dist.get_rank() else 10**9)
             results = [op @ placed]
             with op.linearized():
                 results += [op @ placed, op @ placed]
@@ -107,7 +159,12 @@ def sharded() -> dict[str, Any]:
         )
         found[f"{title}, errors"] = refused(op, v, (model, loss, own, data))
         assert all(torch.equal(p.detach().to_local(), before[name]) for name, p in own.items())
-    fsdp = copy.deepcopy(net)
+    net, X = Tokens().double(), torch.randint(5, (7, 3))
+    cut, data = Cut(copy.deepcopy(net), mesh), [(X[:3], y[:3]), (X[3:], y[3:])]
+    found |= {
+        f"tokens, {kind}": error for kind, error in kronecker(net, cut, loss, data, "kfac, reduce", "ekfac").items()
+    }
+    fsdp = nn.Linear(6, 4).double()
     fully_shard(fsdp)
     found["fully_shard"] = attempt(lambda: HessianLinearOperator(fsdp, loss, dict(fsdp.named_parameters()), data))
     return found

@@ -184,7 +184,10 @@ class EigenBlock(_Block):
 
 
 class AffineBlock(_Block):
-    """A Kronecker product times a number ≥ 0, plus a number ≥ 0 times the identity; it shares the product's eigenbasis."""
+    """A Kronecker product times a number, ≥ 0 but for diagonal ones, plus a number ≥ 0 times the identity.
+
+    It shares the product's eigenbasis.
+    """
 
     def __init__(self, block: KroneckerBlock, factor: float, shift: float) -> None:
         super().__init__(block.shape, block.tensors)
@@ -218,6 +221,8 @@ class AffineBlock(_Block):
         return dense
 
     def frobenius_norm(self) -> Tensor:
+        if self.is_diagonal:
+            return torch.linalg.vector_norm(self.diagonal())
         square = (self._factor * self._block.frobenius_norm()).square()
         mixed = 2 * self._factor * self.shift * self._block.diagonal().sum()
         return (square + mixed + self.size * self.shift**2).sqrt()

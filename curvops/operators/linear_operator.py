@@ -343,6 +343,8 @@ class LinearOperator(Quantities):
         numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own).numpy().dtype)
 
         def product(operator: LinearOperator, array: Any) -> Any:
+            if np.iscomplexobj(array):
+                return product(operator, array.real) + 1j * product(operator, array.imag)
             vector = torch.from_numpy(np.array(array)).to(operator.device, operator.dtype)
             return (operator @ vector).to("cpu", own).numpy().astype(numpy_dtype)
 
@@ -383,7 +385,9 @@ def _as_scalar(value: Any) -> float | None:
                 "s * A: the operator's multiple is a number without a gradient. Take s * (A @ v), or s.detach()."
             )
         return float(value)
-    return float(value) if isinstance(value, Real) else None
+    # an array without axes is a number, too
+    array = not isinstance(value, Tensor) and getattr(value, "shape", None) == () and value.dtype.kind in "fiu"
+    return float(value) if array or isinstance(value, Real) else None
 
 
 def _are_patterns(key: Any) -> bool:

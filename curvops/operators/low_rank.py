@@ -136,16 +136,20 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         parts = self._capacitance(damping)
         if (parts.diagonal == 0).sum() > parts.columns.shape[1]:
             return self.columns.new_tensor(-math.inf)
-        inner = parts.inner()
+        if parts.positive:
+            stretch = torch.linalg.svdvals(parts.columns / parts.diagonal.sqrt()[:, None])
+            return (parts.diagonal.log().sum() + stretch.square().log1p().sum()).to(self.dtype)
+        inner, scales = parts.inner()
         values = torch.linalg.eigvalsh(inner.detach())
-        zero = values.abs() <= torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else values > 0
+        zero = _zero(values)
         # Haynsworth 1968: the inertia of a matrix is that of a block and of its complement
         negative = (parts.diagonal < 0).sum() + (values[~zero] > 0).sum() - (parts.signs > 0).sum()
         if negative > 0:
             raise ValueError(f"{self.name}.logdet(): {int(negative)} eigenvalues are negative. Pass a larger damping.")
         if zero.any():
             return self.columns.new_tensor(-math.inf)
-        return (parts.diagonal.abs().log().sum() + torch.linalg.slogdet(inner)[1]).to(self.dtype)
+        whole = parts.diagonal.abs().log().sum() + 2 * scales.log().sum()
+        return (whole + torch.linalg.slogdet(inner)[1]).to(self.dtype)
 
     def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:
         """The inverse of the matrix plus ``damping`` times the identity, of the same rank.
@@ -155,11 +159,17 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         """
         given = {name: number(value) for name, value in by_parameter(damping, self.domain).items()}
         parts = self._capacitance(given)
-        values, basis = torch.linalg.eigh(parts.inner())
-        if len(values) and not values.abs().amin() > torch.finfo(self.dtype).eps * values.abs().amax():
-            raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
-        columns = (parts.columns / parts.diagonal[:, None]) @ basis
-        columns, diagonal, weights = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, -1 / values))
+        if parts.positive:
+            root = parts.diagonal.sqrt()[:, None]
+            left, stretch, _ = torch.linalg.svd(parts.columns / root, full_matrices=False)
+            columns, weights = left / root, -1 / (1 + stretch.square().reciprocal())
+        else:
+            inner, scales = parts.inner()
+            values, basis = torch.linalg.eigh(inner)
+            if _zero(values).any():
+                raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
+            columns, weights = (parts.columns / parts.diagonal[:, None] / scales) @ basis, -1 / values
+        columns, diagonal, weights = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, weights))
         return LowRankPlusDiagonalOperator(columns, diagonal, weights, self.domain, self.psd)
 
     def _exact_inverse(self, damping: Damping) -> LinearOperator:
@@ -206,8 +216,21 @@ class _Capacitance(NamedTuple):
     signs: Tensor
     diagonal: Tensor
 
-    def inner(self) -> Tensor:
-        return self.signs.diag() + self.columns.T @ (self.columns / self.diagonal[:, None])
+    @property
+    def positive(self) -> bool:
+        """Whether both are positive: then it has an inverse, however large one of them is beside the other."""
+        return bool((self.diagonal > 0).all() and (self.signs > 0).all())
+
+    def inner(self) -> tuple[Tensor, Tensor]:
+        """The small matrix divided by scales on both sides, so that columns of all sizes count alike, and the scales."""
+        product = self.columns.T @ (self.columns / self.diagonal[:, None])
+        scales = (1 + product.detach().diagonal().abs()).sqrt()
+        return (self.signs.diag() + product) / scales[:, None] / scales, scales
+
+
+def _zero(values: Tensor) -> Tensor:
+    """Which eigenvalues are zero, but for rounding, or no numbers."""
+    return ~(values.abs() > torch.finfo(values.dtype).eps * values.abs().amax()) if len(values) else values > 0
 
 
 def _columns(vector: Vector, space: TensorSpace | None, what: str) -> tuple[TensorSpace, Tensor]:

@@ -22,7 +22,7 @@ def solved(system: System, descent: Descent) -> Solution:
     """
     x, residual = system.start()
     iterations, before, reason = 0, math.inf, ""
-    while (worst := _worst(residual)) > system.tolerance:
+    while not (worst := _worst(residual)) <= system.tolerance:
         reason = reason or _exhausted(system, x, residual, iterations, before)
         if reason:
             return system.solution(x, residual, iterations, False, reason)
@@ -33,6 +33,8 @@ def solved(system: System, descent: Descent) -> Solution:
 
 def _exhausted(system: System, x: Tensor, residual: Tensor, iterations: int, before: float) -> str:
     """Why another descent would not help; empty if it may."""
+    if not math.isfinite(_worst(residual)):
+        return "squares of the residual overflow: leave x0 out, or scale the right side"
     remedy = "or add damping" if system.preconditioner is not None else "pass a preconditioner, or add damping"
     rounded = bool((lengths(residual) <= system.within_reach(x)).all())
     if iterations >= system.max_iterations and not rounded:

@@ -12,7 +12,7 @@ from curvops.solvers.solution import Solution
 from curvops.solvers.system import System, dots, lengths
 
 _INDEFINITE = "the preconditioner is not positive definite (rᵀMr ≤ 0): damp it more"
-_SINGULAR = "the matrix is singular, but for rounding, where b is not zero: x minimises the residual; add damping"
+_SINGULAR = "the matrix is singular, but for rounding, where b is not zero: x minimises the residual{norm}; add damping"
 
 
 def minres(
@@ -100,7 +100,7 @@ def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[i
     for iteration in range(limit + 1):
         going = lengths(state.r) > system.within_reach(x[:, state.live])
         if (going & state.singular).any():
-            reason = _SINGULAR
+            reason = _SINGULAR.format(norm="" if system.preconditioner is None else " in the preconditioner's norm")
         state = _State(*(part[..., going & ~state.singular] for part in state))
         if not len(state.live) or iteration == limit:
             break

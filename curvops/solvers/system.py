@@ -61,7 +61,7 @@ class System:
                 f"{title}: expected a finite right-hand side, got entries that are infinite or no numbers."
             )
         # by the largest entry first, whose square may be no number of this dtype
-        entries = columns.abs().amax(0)
+        entries = _largest(columns)
         columns = columns / torch.where(entries > 0, entries, 1.0)
         norms = torch.where(entries > 0, lengths(columns), 1.0)
         self.b, self._scales = columns / norms, (norms, torch.where(entries > 0, entries, 1.0))
@@ -123,8 +123,11 @@ class System:
     def solution(self, x: Tensor, residual: Tensor, iterations: int, converged: bool, reason: str) -> Solution:
         """The answer in the user's format and scale."""
         norms, entries = self._scales
-        x = (x * norms * entries).to(self.products.dtype)
-        return Solution(self._answer(x), lengths(residual), self.products.count, iterations, converged, reason)
+        given = (x * norms * entries).to(self.products.dtype)
+        lost = _largest(given.to(self.dtype) / entries / norms - x)
+        if converged and not (lost <= 10 * self.eps * _largest(x)).all():
+            converged, reason = False, f"x has entries that {self.products.dtype} does not hold: scale the right side"
+        return Solution(self._answer(given), lengths(residual), self.products.count, iterations, converged, reason)
 
     def _finite(self, found: Tensor, what: str = "a product with the matrix") -> Tensor:
         if not torch.isfinite(found).all():
@@ -166,6 +169,11 @@ def lengths(columns: Tensor) -> Tensor:
 def dots(left: Tensor, right: Tensor) -> Tensor:
     """The inner product of each pair of columns, ``[K]``."""
     return (left * right).sum(0)
+
+
+def _largest(columns: Tensor) -> Tensor:
+    """The largest absolute entry of each column, ``[K]``."""
+    return columns.abs().amax(0) if len(columns) else columns.new_zeros(columns.shape[1])
 
 
 def _number(what: str, value: float, least: float) -> float:

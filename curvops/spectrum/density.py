@@ -256,6 +256,12 @@ def spectral_density(
         vectors = deflate.vectors.to(products.device, wide) if deflate is not None else None
         if vectors is not None and not (len(vectors) == size and vectors.shape[1] < size):
             raise ValueError(f"deflate: expected fewer than {size} vectors of this length, got {tuple(vectors.shape)}.")
+        if vectors is not None:
+            gram = vectors.T @ vectors
+            if not (gram - torch.eye(len(gram)).to(gram)).abs().max() <= torch.finfo(products.dtype).eps ** 0.5:
+                raise ValueError(
+                    "deflate: expected orthonormal vectors. Those of A v = λ B v are not: leave the metric out."
+                )
         bulk = size if vectors is None else size - vectors.shape[1]
         if not isinstance(num_vectors, int) or num_vectors < 1:
             raise ValueError(f"num_vectors: expected a positive integer, got {num_vectors!r}.")

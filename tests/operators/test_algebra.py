@@ -65,7 +65,7 @@ def test_structure_is_declared(symmetric):
 
 
 NUMBERS = [2, 2.0, True, np.float64(2), np.float32(2), np.int64(2)]
-TENSORS = [torch.tensor(2.0), torch.tensor([2])]
+TENSORS = [torch.tensor(2.0), torch.tensor([2]), np.array(2.0)]
 
 
 @pytest.mark.parametrize("scalar", NUMBERS + TENSORS)
@@ -76,7 +76,7 @@ def test_scalars(symmetric, scalar):
     close((symmetric / scalar).to_dense(), symmetric.dense / value)
 
 
-@pytest.mark.parametrize("other", ["2", None, 1j, torch.ones(2), torch.tensor(1j), [2.0], np.ones(3)])
+@pytest.mark.parametrize("other", ["2", None, 1j, torch.ones(2), torch.tensor(1j), [2.0], np.ones(3), np.array(1j)])
 def test_no_scalars(symmetric, other):
     for operation in (operator.mul, operator.add, operator.sub):
         with pytest.raises(TypeError):

@@ -174,6 +174,33 @@ def test_singular_low_rank():
         LowRankPlusDiagonalOperator(draws(2, 2), 0.0).inverse()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alike", [0.0, 1.0])
+def test_low_rank_parts_of_any_size(dtype, alike):
+    """Columns whose squares, added to one, leave nothing of it, and small ones, to half of the digits."""
+    columns, eps = torch.zeros(D, 3, dtype=dtype), torch.finfo(dtype).eps
+    columns[0], columns[1, 1], columns[2, 2] = torch.tensor([1.0, alike, 0.0]) * eps**-0.7, 1.0, 1e-3
+    tau = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    op = LowRankPlusDiagonalOperator(columns, 0.5)
+    # with a = ε⁻⁰·⁷: (1 + a²)(1 + 1), and with the second column a e₀ + e₁: 1 + 2 a² + 1 + a², by hand
+    square = torch.tensor(eps, dtype=torch.float64) ** -1.4
+    pair = 1 + 2 * square + 1 + square if alike else (1 + square) * 2
+    expected = pair.log() + torch.tensor(1e-6, dtype=torch.float64).log1p()
+    found = op.logdet(tau)
+    torch.testing.assert_close(found.double(), expected, rtol=eps**0.5, atol=0)
+    found.backward()
+    assert 3 < float(tau.grad) < 6  # Σ 1 / (λ + τ), of six eigenvalues one or two of which are large
+    assert op.inverse(0.5).trace() > 3 and op.solve(torch.ones(D, dtype=dtype), damping=0.5).converged
+    close(
+        LowRankPlusDiagonalOperator(columns * eps**0.7, 0.5).inverse(0.5) @ (columns[:, 2] * 1e3), columns[:, 2] * 1e3
+    )
+
+
+def test_norms_of_what_cancels():
+    op = (-1.0 * block_diagonal({"a": torch.full((7,), 1 / 3, dtype=torch.float64)})).damped(1 / 3 + 1e-9)
+    close(op.frobenius_norm(), op.to_dense().norm())
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_determinants_of_indefinite_matrices_are_refused(seed):
     """Those too whose negative eigenvalues are even in number, so that the determinant is positive."""

@@ -4,6 +4,7 @@ import pytest
 import scipy.sparse.linalg as linalg
 import torch
 
+from curvops.solvers.cg import cg
 from curvops.solvers.minres import minres
 from solvers.support import Declared, Foreign, draws, relative, scipy_iterations, symmetric
 
@@ -33,6 +34,36 @@ def test_the_residual_is_the_least_of_the_krylov_space(steps):
         basis = torch.cat([basis, following / following.norm()], 1)
     least = basis @ torch.linalg.lstsq(matrix @ basis, b[:, None]).solution
     torch.testing.assert_close(minres(matrix, b, max_iterations=steps).x, least[:, 0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [cg, minres])
+@pytest.mark.parametrize("dtype, size", [(torch.float64, 1e-170), (torch.float32, 1e-20)])
+def test_a_far_start_ends(solver, dtype, size):
+    """A start of which the residual's squares are no numbers, in one column of two."""
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=dtype))
+    b = torch.ones(3, 2, dtype=dtype) * torch.tensor([size, 1.0], dtype=dtype)
+    found = solver(matrix, b, x0=torch.ones(3, 2, dtype=dtype), max_iterations=5)
+    assert not found.converged and "squares of the residual overflow" in found.reason
+
+
+@pytest.mark.parametrize("solver", [cg, minres])
+@pytest.mark.parametrize("scale, size", [(1e-12, 1e30), (1e12, 1e-35)])
+def test_a_solution_that_the_precision_does_not_hold_is_told(solver, scale, size):
+    found = solver(torch.diag(torch.tensor([1.0, 2.0, 3.0])) * scale, torch.full((3,), size))
+    assert not found.converged and "x has entries that torch.float32 does not hold" in found.reason
+
+
+def test_what_a_preconditioner_minimises():
+    direction = torch.tensor([0.8, 0.6]).double()
+    weights = torch.tensor([[10.0, 3.0], [3.0, 1.0]]).double()
+    found = minres(torch.outer(direction, direction), torch.tensor([0.0, 1.0]).double(), preconditioner=weights)
+    assert not found.converged and "x minimises the residual in the preconditioner's norm" in found.reason
+
+
+@pytest.mark.parametrize("solver", [cg, minres])
+def test_nothing_to_solve(solver):
+    found = solver(torch.zeros(0, 0), torch.zeros(0, 2))
+    assert found.converged and found.x.shape == (0, 2)
 
 
 def test_iterations_are_scipys():

@@ -37,6 +37,13 @@ def test_a_density_integrates_to_one(scale):
         found.density(scale="log")
 
 
+def test_vectors_to_deflate_are_orthonormal():
+    metric = symmetric(torch.linspace(1, 3, 64))
+    pairs = eigenpairs(symmetric(VALUES), 2, metric=metric, metric_inverse=torch.linalg.inv(metric))
+    with pytest.raises(ValueError, match="deflate: expected orthonormal vectors"):
+        spectral_density(symmetric(VALUES), deflate=pairs)
+
+
 def test_errors_are_standard_errors():
     """Over many seeds the mean has no bias, and its spread is what single runs say."""
     matrix = symmetric(VALUES)

@@ -215,6 +215,9 @@ def test_what_cannot_be_is_refused():
             eigenpairs(matrix * torch.nan, k)
         with pytest.raises(ValueError, match=r"the metric is not positive definite|are not symmetric"):
             eigenpairs(matrix, k, metric=-matrix.abs(), metric_inverse=matrix)
+        positive = symmetric(torch.linspace(1, 3, 90))
+        with pytest.raises(ValueError, match="metric_inverse: expected the inverse of the metric; for a random x"):
+            eigenpairs(matrix, k, metric=positive, metric_inverse=2 * torch.linalg.inv(positive))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])

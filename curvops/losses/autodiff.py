@@ -1,6 +1,7 @@
 """Curvature of any twice differentiable loss in the model's output, by autodiff."""
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvops.context import UNFIT
 from curvops.losses.base import OutputCurvature, TermLayout, class_layout, entry_layout
 from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
+from curvops.tree import tensors_of
 
 # how PyTorch says that there is no second derivative
 _ONCE_DIFFERENTIABLE = ("not implemented", "once_differentiable", "double backward")
@@ -21,7 +24,7 @@ class AutodiffCurvature(OutputCurvature):
     """The sum of a loss over data, differentiated twice where asked.
 
     A term is a vector along the last axis of the output (for `nn.NLLLoss` along axis 1; of a one-axis output an
-    entry), if the output Hessian does not couple these, otherwise a whole datum.
+    entry), if the loss is a sum over these, otherwise a whole datum.
     """
 
     def __init__(self, z: Tensor, y: Any, batch_size: int, loss: ScalarLoss) -> None:
@@ -32,12 +35,13 @@ class AutodiffCurvature(OutputCurvature):
 
     @cached_property
     def layout(self) -> TermLayout:
-        """The terms, found by probing the output Hessian."""
+        """The terms, found by probing the loss: not at one output only, as other batches must be cut in the same way."""
         fine = (class_layout if self._loss.form is F.nll_loss else entry_layout)(self.z.shape)
-        whole = [TermLayout(self.z.shape, None)] if self.z.shape[:1] == (self.batch_size,) else []
-        for layout in (fine, *whole):
-            if not self._couples(layout):
-                return layout
+        whole = TermLayout(self.z.shape, None) if self.z.shape[:1] == (self.batch_size,) else None
+        if not (self._couples(fine) or self._depends(fine, poisoned=whole is not None)):
+            return fine
+        if whole is not None and not self._couples(whole):
+            return whole
         raise ValueError(
             f"{self._loss.name!r}: its output Hessian couples the data of a batch (output of shape "
             f"{tuple(self.z.shape)}, {self.batch_size} data), so it has no factor per loss term. Products with the "
@@ -46,18 +50,54 @@ class AutodiffCurvature(OutputCurvature):
 
     def _couples(self, layout: TermLayout) -> bool:
         """Whether the output Hessian has entries between different terms."""
-        # a random vector on half of the terms must give zero on the rest; up to 16 terms the halves tell all pairs apart
-        count, device = layout.num_terms, self.z.device
-        vector = Noise(0, 0).normal(count, 1, 1, layout.width, device=device)[:, 0].to(self.dtype)
-        index = torch.arange(count, device=device)
-        signs = Noise(0, 0).signs(count, 1, 4, device=device) > 0
-        for probe in range(min(4, math.ceil(math.log2(max(count, 1))))):
-            half = ((index >> probe & 1).bool() if count <= 16 else signs[:, probe]).unsqueeze(1)
+        # a random vector on half of the terms must give zero on the rest
+        vector = _noise(layout, self._constant)
+        for half in _halves(layout, self.z.device) if self._twice_differentiable else ():
             result = layout.rows(self._hessian_product(layout.outputs(vector * half))).abs()
             tolerance = 100 * torch.finfo(self.dtype).eps * result.max()
             if bool((result * ~half > tolerance).any()):
                 return True
         return False
+
+    def _depends(self, layout: TermLayout, poisoned: bool) -> bool:
+        """Whether the gradient of half of the terms changes as others are moved, near and far; known losses are not asked.
+
+        Where ``poisoned`` it must also stay a number where others are none: what is masked by zeros now may not be in
+        another batch.
+        """
+        if self._loss.known:
+            return False
+        targets = [t.abs().max() for t in tensors_of(self.y) if t.is_floating_point() and t.numel()]
+        size = max(1.0, *(float(t) for t in (self._constant.abs().max(), *targets)))
+        near, own = _noise(layout, self._constant) * size, layout.rows(self._graph[1].detach())
+        others = [near, 30 * near, *[torch.full_like(near, math.nan)] * poisoned]
+        for half in _halves(layout, self.z.device):
+            kept = half.squeeze(1)
+            for other in others:
+                slope = self._slope(layout.outputs(torch.where(half, layout.rows(self._constant), other)))
+                if slope is None:
+                    continue  # the loss refuses such outputs
+                found, expected = layout.rows(slope)[kept], own[kept]
+                if other is others[-1] and poisoned:
+                    if bool((found.isnan() > expected.isnan()).any()):
+                        return True
+                    continue
+                tolerance = 100 * torch.finfo(self.dtype).eps * max(found.abs().max(), expected.abs().max())
+                if bool(((found - expected).abs() > tolerance).any()):
+                    return True
+        return False
+
+    def _slope(self, z: Tensor) -> Tensor | None:
+        """The loss's gradient at another output, if it can be computed."""
+        with torch.enable_grad():
+            z = z.requires_grad_()
+            try:
+                value = self._loss.total(z, self.y, self.batch_size)
+                return torch.autograd.grad(value, z, materialize_grads=True)[0]
+            except torch.OutOfMemoryError:
+                raise
+            except UNFIT:
+                return None
 
     def value(self) -> Tensor:
         return self._loss.total(self.z.to(self.dtype), self.y, self.batch_size)
@@ -68,7 +108,7 @@ class AutodiffCurvature(OutputCurvature):
     @cached_property
     def linear(self) -> bool:
         """Whether the output Hessian times a random vector is exactly zero, here and at an output near the targets."""
-        if not self.z.numel():
+        if not (self.z.numel() and self._twice_differentiable):
             return False
         u = Noise(0, 0).normal(self.z.numel(), 1, 1, device=self.z.device).reshape(self.z.shape).to(self.dtype)
         near = self.y.to(u) if isinstance(self.y, Tensor) and self.y.shape == u.shape else torch.zeros_like(u)
@@ -122,7 +162,10 @@ class AutodiffCurvature(OutputCurvature):
         # a backward hidden from autograd would pass as linear; but every gradient is linear in the cotangent
         _, gradient, one = self._graph
         gradient = gradient.detach()
-        echo, expected = self._second_backward(one, gradient), gradient.square().sum()
+        try:
+            echo, expected = self._second_backward(one, gradient), gradient.square().sum()
+        except NotImplementedError:
+            return False
         return not bool((echo - expected).abs() > torch.finfo(self.dtype).eps ** 0.5 * expected)
 
     @property
@@ -147,3 +190,16 @@ class AutodiffCurvature(OutputCurvature):
                 "Hessian and the GGN still work; for a Fisher or a Kronecker approximation use 'empirical'."
             )
         return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def _noise(layout: TermLayout, like: Tensor) -> Tensor:
+    """Random rows ``[T, C]``."""
+    return Noise(0, 0).normal(layout.num_terms, 1, 1, layout.width, device=like.device)[:, 0].to(like)
+
+
+def _halves(layout: TermLayout, device: torch.device) -> Iterator[Tensor]:
+    """Masks ``[T, 1]`` of about half of the terms; up to 16 terms they tell all pairs apart."""
+    count = layout.num_terms
+    index, signs = torch.arange(count, device=device), Noise(0, 0).signs(count, 1, 4, device=device) > 0
+    for probe in range(min(4, math.ceil(math.log2(max(count, 1))))):
+        yield ((index >> probe & 1).bool() if count <= 16 else signs[:, probe]).unsqueeze(1)

@@ -68,6 +68,56 @@ def test_terms_are_probed(randn, randint):
     assert scalar.factor("type-2").dense().shape == (1, 1, 1)
 
 
+def smoothed_mean(z, y):
+    return F.smooth_l1_loss(z.mean(1), y, reduction="sum")
+
+
+def hinge_of_mean(z, y):
+    return (1 - y * z.mean(1)).relu().sum()
+
+
+def masked_difference(z, y):
+    return (y * (z[:, 1] - z[:, 0])).square().sum() + z.square().sum()
+
+
+def chosen_sum(z, y):
+    return torch.where(y > 0, z.sum(1).square(), z.square().sum(1)).sum()
+
+
+@pytest.mark.parametrize(
+    "loss, y",
+    [
+        (smoothed_mean, torch.tensor([9.0, 0.0, 9.0, 0.0])),
+        (hinge_of_mean, torch.tensor([1.0, -1.0, 1.0, -1.0])),
+        (masked_difference, torch.tensor([1.0, 0.0, 0.0, 1.0])),
+        (chosen_sum, torch.tensor([1.0, 0.0, 0.0, 1.0])),
+    ],
+)
+def test_terms_do_not_depend_on_the_batch(loss, y, randn):
+    """Positions are coupled in some data only, or beyond a kink only, or by the gradient's jumps alone."""
+    z, y = randn(4, 5, 2), y.double()[:, None].expand(-1, 2)
+    shown = output_loss(loss, reduction="sum")
+    for some in (slice(0, 4), slice(1, 3), slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)):
+        curvature = shown.curvature(z[some], y[some], len(z[some]))
+        assert (curvature.num_terms, curvature.width) == (len(z[some]), 10)
+
+
+def test_terms_of_a_loss_with_a_first_derivative_only(randn, randint):
+    def ctc(z, y):
+        lengths = torch.full((2, len(z)), 2)
+        lengths[0] = 7
+        return F.ctc_loss(z.transpose(0, 1).log_softmax(-1), y, *lengths, reduction="sum")
+
+    z, y = randn(3, 7, 4), 1 + randint(3, 3, 2)
+    curvature = output_loss(ctc, reduction="sum").curvature(z, y, 3)
+    assert (curvature.num_terms, curvature.width, curvature.linear) == (3, 28, False)
+    for n, row in enumerate(curvature.factor("empirical").dense()[..., 0]):
+        close(row, gradient(lambda u, n=n: ctc(u, y[n : n + 1]), z[n : n + 1]).flatten())
+    for kind in ("type-2", "mc"):
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice in PyTorch"):
+            curvature.factor(kind, noise=Noise(0, 0))
+
+
 def test_many_terms_are_probed(randn):
     """Beyond 16 terms the probe is random."""
     z = randn(40, 3)

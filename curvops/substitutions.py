@@ -168,25 +168,29 @@ def embedding_bag(
     per_sample_weights: Maybe = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
+    noted: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Embed, then reduce each bag over a padded axis."""
+    """Embed, then reduce each bag over a padded axis; ``noted`` gets the rows, and which of them are in a bag."""
     if weight.dtype == torch.long and input.is_floating_point():
         input, weight = weight, input
     if input.ndim == 1:
         assert offsets is not None
-        if not len(input):
-            return weight.sum() * weight.new_zeros(len(offsets) - include_last_offset, weight.shape[1])
         ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
         starts = offsets[:-1] if include_last_offset else offsets
+        if not len(input):  # one row that is in no bag
+            input = input.new_zeros(1)
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights.new_zeros(1)
         place = starts[:, None] + torch.arange(max(int((ends - starts).max()), 1), device=input.device)
         seen, place = place < ends[:, None], place.clamp(max=len(input) - 1)
         input = input[place]
         per_sample_weights = None if per_sample_weights is None else per_sample_weights[place]
     else:
         seen = torch.ones_like(input, dtype=torch.bool)
+    rows = embedding(input, weight, padding_idx, max_norm, norm_type)
+    if noted is not None:
+        noted(rows, seen)
     if padding_idx is not None:
         seen = seen & (input != padding_idx % weight.shape[0])
-    rows = embedding(input, weight, padding_idx, max_norm, norm_type)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[..., None]
     if mode == "max":

@@ -136,7 +136,7 @@ def _summed(use: Use, view: View, g: Tensor) -> Tensor:
     a = use.inputs()
     if isinstance(a, OneHot):
         total = torch.zeros(a.width + 1, out.shape[-1], dtype=out.dtype, device=out.device)
-        return total.index_add_(0, a.ids.flatten() % (a.width + 1), out.flatten(0, 1))[:-1]
+        return total.index_add_(0, a.places.flatten(), out.flatten(0, 1))[:-1]
     a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
     left, right = (out, a) if use.input_side == "right" else (a, out)
     if left.shape[1] == 1:

@@ -108,8 +108,9 @@ class Factors:
                 add_moment(moments.outputs, g.to(self._dtype))
 
     def _add_inputs(self, moments: Moments, rows: Rows) -> None:
-        moments.rows += rows.count
         windows = rows.use.inputs
+        positions = rows.positions
+        moments.rows += int(positions.sum()) if isinstance(positions, Tensor) else rows.count
         if rows.role == "bias":
             moments.inputs += rows.count
         elif isinstance(windows, Windows) and moments.inputs.ndim == 3 and windows.correlates:
@@ -123,9 +124,10 @@ class Factors:
     def _reduce(self, moments: Moments, uses: list[Rows], first: bool, outputs: bool) -> None:
         """Rows of a datum are added over its uses before they are squared; inputs are averaged."""
         if first:
-            positions = sum(rows.count for rows in uses) // uses[0].size
+            positions = sum(rows.positions for rows in uses)
+            positions = positions.clamp(min=1).view(-1, 1, 1) if isinstance(positions, Tensor) else max(positions, 1)
             total = torch.stack([_sum(rows.inputs, self._dtype) for rows in uses]).sum(0)
-            add_moment(moments.inputs, total.unsqueeze(1) / max(positions, 1))
+            add_moment(moments.inputs, (total / positions).unsqueeze(1))
         reached = [rows.outputs for rows in uses if rows.outputs] if outputs else []
         for column in zip(*reached, strict=True):
             add_moment(moments.outputs, torch.stack([g.to(self._dtype).sum(1) for g in column]).sum(0).unsqueeze(1))
@@ -175,6 +177,6 @@ def _sum(rows: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
     if not isinstance(rows, OneHot):
         return rows.to(dtype).sum(1)
     total = torch.zeros(rows.ids.shape[0], rows.width + 1, dtype=dtype, device=rows.ids.device)
-    ids = rows.ids.flatten(1) % (rows.width + 1)
+    ids = rows.places.flatten(1)
     total.scatter_add_(1, ids, torch.ones_like(ids, dtype=dtype))
     return total[:, None, :-1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from curvops.kronecker.uses import LinearUse, OneHot, View, one_group
+from curvops.kronecker.uses import ABSENT, LinearUse, OneHot, View, one_group
 from curvops.sharding import gathered, is_sharded
 
 
@@ -53,6 +53,14 @@ class Lookups:
         lookup = Lookup(table, width, _use(table, ids, width, out))
         self._all.append(lookup)
         self._remember(out, lookup, ids)
+
+    def leave_out(self, tensor: Tensor, there: Tensor) -> None:
+        """Rows that only fill up a bag are no lookups."""
+        if tensor in self:
+            lookup, ids = self._rows[id(tensor)]
+            ids = ids.masked_fill(~there, ABSENT)
+            lookup.plain = _use(lookup.table, ids, lookup.width, tensor)
+            self._remember(tensor, lookup, ids)
 
     def add(self, out: Tensor, tensor: Tensor, plain: bool = False) -> None:
         """Rows are added to something or broadcast, and followed there unless ``plain``."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvops.substitutions import TABLE, embedding, embedding_bag, grouped_mm, linear_cross_entropy, opened
+from curvops.substitutions import TABLE, embedding, grouped_mm, linear_cross_entropy, opened
 
 
 def named(names: str) -> set[Any]:
@@ -20,7 +20,7 @@ def named(names: str) -> set[Any]:
 OPENED = {F.multi_head_attention_forward: opened(F.multi_head_attention_forward)} | {
     func: substitute
     for func, substitute in TABLE.items()
-    if substitute in (embedding, embedding_bag, grouped_mm, linear_cross_entropy)
+    if substitute in (embedding, grouped_mm, linear_cross_entropy)
 }
 # give an entry several times if asked to
 INDEXING = {Tensor.__getitem__} | named("index_select gather take take_along_dim repeat_interleave unfold")

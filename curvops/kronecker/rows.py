@@ -33,6 +33,13 @@ class Rows:
         """Number of rows."""
         return self.use.lead.numel()
 
+    @property
+    def positions(self) -> Tensor | int:
+        """Number of rows of each datum that are there, ``[data]``, or of all of them alike."""
+        if self.one_hot and isinstance(self.inputs, OneHot):
+            return self.inputs.there.flatten(1).sum(1)
+        return self.count // self.size
+
     @cached_property
     def inputs(self) -> Tensor | OneHot:
         """``[data, positions, groups, in]``, with a one appended for a joint bias; ones for a lone one."""
@@ -127,7 +134,7 @@ class LayerRows:
 
     Attributes:
         names: The parameters.
-        inputs: ``[data, positions, groups, in]``; for an embedding the ids ``[data, positions, groups]``.
+        inputs: ``[data, positions, groups, in]``; for an embedding the ids ``[data, positions, groups]``, −1 for none.
         output_gradients: ``[data, positions, groups, out]``, without the risk's constant c.
         transposed: Whether the weight is stored as in × out.
         batch: Place of the batch in the data.
@@ -150,7 +157,7 @@ def layer_rows(passes: Iterator[Pass]) -> Iterator[LayerRows]:
     for found in passes:
         for group, uses in found.rows():
             for rows in uses:
-                a = rows.inputs.ids if isinstance(rows.inputs, OneHot) else rows.inputs
+                a = rows.inputs.ids.clamp(min=-1) if isinstance(rows.inputs, OneHot) else rows.inputs
                 for k, g in enumerate(rows.outputs):
                     side = rows.input_side == "left"
                     yield LayerRows(group.names, a, g, side, found.batch, found.datum, found.first + k)

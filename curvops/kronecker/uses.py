@@ -24,17 +24,30 @@ class View:
     repeats: bool = False  # whether it holds an entry several times
 
 
+ABSENT = -2  # in the place of a row that is not there, as those that fill up shorter bags
+
+
 @dataclass(frozen=True)
 class OneHot:
-    """Rows that are unit vectors: ``ids`` of any shape, each the place of the one; −1 for a zero row."""
+    """Rows that are unit vectors: ``ids`` of any shape, each the place of the one; −1 for a zero row, or `ABSENT`."""
 
     ids: Tensor
     width: int
 
+    @property
+    def places(self) -> Tensor:
+        """The place of the one, or one behind the last for a row without."""
+        return torch.where(self.ids < 0, self.width, self.ids)
+
+    @property
+    def there(self) -> Tensor:
+        """Which rows are there."""
+        return self.ids != ABSENT
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The rows as a tensor ``[*ids.shape, width]``."""
         rows = torch.zeros(*self.ids.shape, self.width + 1, dtype=dtype, device=self.ids.device)
-        rows.scatter_(-1, (self.ids % (self.width + 1)).unsqueeze(-1), 1.0)
+        rows.scatter_(-1, self.places.unsqueeze(-1), 1.0)
         return rows[..., :-1]
 
 

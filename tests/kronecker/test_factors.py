@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvops import BlockRule
+from curvops import BlockRule, KFACLinearOperator
 from kronecker.cases import build, close, dense_ggn, mlp, plan, real, seeded, tokens
 
 
@@ -52,6 +52,47 @@ def test_the_inputs_of_an_embedding_are_diagonal_by_nature():
     op = build("kfac", tokens(), rule=BlockRule(allow_diagonal=False))
     rows = {row.names[0]: row for row in op.explain().rows}
     assert rows["embedding.weight"].block == "Kronecker diag 5 ⊗ 3"
+
+
+class Bags(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(6, 3, mode=mode), nn.Linear(3, 2)
+
+    def forward(self, X):
+        return self.head(self.bag(X["ids"], X["offsets"]))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_bags_of_different_lengths(mode, approximation):
+    """Each id is looked up once, and what fills up shorter bags is no row: whatever batch a bag is in."""
+    model, ids = seeded(lambda: Bags(mode)), torch.tensor([0, 1, 2, 3, 1, 1, 5])
+    ends, y = [0, 1, 4, 4, 7], seeded(lambda: real(4, 2))  # of which the third is empty
+
+    def cut(a, b):
+        offsets = torch.tensor(ends[a:b]) - ends[a]
+        return {"ids": ids[ends[a] : ends[b]], "offsets": offsets}, y[a:b]
+
+    found = [
+        KFACLinearOperator(
+            model,
+            nn.MSELoss(),
+            dict(model.named_parameters()),
+            [cut(a, b) for a, b in zip(cuts, cuts[1:], strict=False)],
+            fisher_type="type-2",
+            kfac_approx=approximation,
+            batch_size_fn=lambda X: len(X["offsets"]),
+        )
+        for cuts in ([0, 4], [0, 1, 4], [0, 2, 3, 4], [0, 1, 2, 3, 4])
+    ]
+    for op in found[1:]:
+        close(op.to_dense(), found[0].to_dense())
+    (block,) = [placed.block for placed in found[0].blocks if placed.names == ("bag.weight",)]
+    counts = torch.tensor([1.0, 3, 1, 1, 0, 1]).double() / 7  # of the seven ids
+    averages = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 2, 0, 0, 0, 1]]).double()
+    shares = (averages / averages.sum(1, keepdim=True)).square().sum(0) / 4  # of four bags
+    close(block.left[0], counts if approximation == "expand" else shares)
 
 
 @pytest.mark.parametrize("terms", [2, None])

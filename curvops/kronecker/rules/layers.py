@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvops import substitutions
 from curvops.kronecker.taps import Rule, Taps
 from curvops.kronecker.uses import Windows, channels_last, one_group, patches
 
@@ -87,6 +89,11 @@ def embedding(
     return out
 
 
+def embedding_bag(taps: Taps, func: Any, *args: Any, **options: Any) -> Tensor:
+    with taps:
+        return partial(substitutions.embedding_bag, noted=taps.lookups.leave_out)(*args, **options)
+
+
 def bilinear(
     taps: Taps, func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -117,5 +124,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution),
     torch.embedding: embedding,
+    F.embedding_bag: embedding_bag,
     **dict.fromkeys((torch.bilinear, F.bilinear), bilinear),
 }

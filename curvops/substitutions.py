@@ -200,6 +200,22 @@ def embedding_bag(
     return total if mode == "sum" else total / seen.sum(1, keepdim=True).clamp(min=1)
 
 
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
+    """Distances of all pairs of rows, by their differences."""
+    return _distance(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _distance(input[first] - input[second], p)
+
+
+def _distance(difference: Tensor, p: float) -> Tensor:
+    same = (difference == 0).all(-1, keepdim=True)  # where the gradient is taken for zero, and so are its derivatives
+    found = torch.linalg.vector_norm(torch.where(same, 1.0, difference), p, dim=-1)
+    return torch.where(same.squeeze(-1), 0.0, found)
+
+
 def grouped_mm(
     mat_a: Tensor, mat_b: Tensor, *, offs: Maybe = None, bias: Maybe = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -263,6 +279,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
+    torch.cdist: cdist,
+    torch.pdist: pdist,
     F.multi_margin_loss: multi_margin_loss,
     F.multilabel_margin_loss: multilabel_margin_loss,
 }

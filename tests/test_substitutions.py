@@ -90,6 +90,13 @@ CASES = {
         )
         for kind in ("mean", "sum", "none")
     },
+    **{
+        f"distances, p = {p}": (partial(torch.cdist, p=p), (real(3, 4), real(2, 4, seed=1)))
+        for p in (1.0, 1.5, 2.0, 3.0)
+    },
+    "distances of batches": (torch.cdist, (real(2, 3, 4), real(2, 2, 4, seed=1))),
+    "distances of the same": (lambda x: torch.cdist(x, x), (real(3, 2),)),
+    **{f"pairs, p = {p}": (partial(torch.pdist, p=p), (real(4, 3),)) for p in (1.0, 2.0, 3.0)},
     **{kind: recurrent(kind) for kind in RECURRENT},
     "two bidirectional layers": recurrent("gru", num_layers=2, bidirectional=True),
     "projected": recurrent("lstm", proj_size=1),

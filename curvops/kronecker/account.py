@@ -82,6 +82,10 @@ SIGNED = (
     f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
     "with random signs, so that cross terms vanish in expectation"
 )
+MINGLED = (
+    "samples of data whose rows cannot be told apart share a backward pass: their cross terms vanish in expectation only, "
+    "so that the matrix depends on the batches"
+)
 GATHERED = "parameters are cut over processes: rows of a layer are gathered, and each process has all blocks whole"
 
 
@@ -89,7 +93,7 @@ def notes_of(collection: Collection, further_walks: int) -> list[str]:
     """Remarks on what was done."""
     sweep = collection.sweep
     notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
-    notes += [GATHERED] * bool(sweep.risk.space.shards)
+    notes += [MINGLED] * sweep.mingled + [GATHERED] * bool(sweep.risk.space.shards)
     notes += [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
     return notes + [f"taken in files of spill=: {byte_size(collection.spill.bytes)}"] * collection.spill.active
 
@@ -102,6 +106,7 @@ def plan_notes(collection: Collection, further_walks: int) -> list[str]:
         f"batch of {sweep.size}: {forward} forward and {backward} backward passes to the layers' outputs, "
         f"about {(forward + backward) / 3:.1f} gradients",
         *[SIGNED] * sweep.signed,
+        *[MINGLED] * sweep.mingled,
         *[GATHERED] * bool(sweep.risk.space.shards),
     ]
     if further_walks:

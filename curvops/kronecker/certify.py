@@ -40,7 +40,8 @@ def certify(tape: Tape, scale: Tensor, spread: Tensor, names: Sequence[str]) -> 
     parts: dict[str, list[tuple[Use, View, Tensor]]] = {}
     for k, (use, g) in enumerate(zip(tape.uses, scaled, strict=True)):
         if plain:
-            before, tape.layouts[k] = plain[k], Layout(0)
+            # what no gradient reaches, or no row does, may be arranged in any way that there is
+            before, tape.layouts[k] = plain[k], next(iter(candidates(use.lead, tape.size)), None)
             if before is not None and g is not None:
                 after = _projected(use, g, directions)
                 tape.layouts[k], size = _layout(before, after, weights, tape.precision)

@@ -23,7 +23,19 @@ from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.sharding import least
 
 # of a sweep, as they are
-FIELDS = ("data", "reasons", "whole", "size", "forward_passes", "backward_passes", "signed", "cuts", "most", "apart")
+FIELDS = (
+    "data",
+    "reasons",
+    "whole",
+    "size",
+    "forward_passes",
+    "backward_passes",
+    "signed",
+    "mingled",
+    "cuts",
+    "most",
+    "apart",
+)
 
 
 class Taker(Protocol):

@@ -54,7 +54,7 @@ class Sweep:
         self.noted = False  # whether these are asked for
         self.progress = (0.0, 0)  # what the loss has learnt of the batches so far
         self.size = self.forward_passes = self.backward_passes = 0
-        self.signed = self._planned = self._streamed = self.apart = False
+        self.signed = self.mingled = self._planned = self._streamed = self.apart = False
         self.cuts: list[int] = []  # how many batches went together in each forward pass of a first walk
         self.most = 0  # data up to which batches go together
         self._reset()
@@ -173,6 +173,7 @@ class Sweep:
         tape = record(self.risk, batch.X, batch.size)
         few, first = SOME // 2, several[0].size
         places = [*range(first, min(first + few, batch.size)), *range(max(first - few, 0), first)]
+        places = places if len(places) < batch.size else places[:few]  # not the same data once more, in another order
         alone = self._run(batch, places, taped=True)
         for proof in () if alone is None or tape.taps.data_dependent or tape.taps.pools else self.proofs:
             known = proof.way == "batch" and proof.signature.covers(tape.signature) and tape.fits(proof.layouts)
@@ -212,6 +213,7 @@ class Sweep:
         if mixed:
             whole = Cotangents(curvature, factor, kind, noise, 1)
             self.signed = self.signed or whole.signed
+            self.mingled = self.mingled or (kind == "mc" and batch.size > 1)
             yield from self._pull(tape.as_one(), mixed, whole, (place, 0), together)
         del tape
         for n in range(batch.size if alone and self._streamed else 0):  # what is given cannot be taken back

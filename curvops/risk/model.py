@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from curvops.description import described
 from curvops.sharding import is_sharded
@@ -42,6 +43,10 @@ class Model:
         if not callable(model_func):
             raise TypeError(
                 f"model_func: expected a module or a function (params, X), got {type(model_func).__name__}."
+            )
+        if isinstance(params, Mapping) and (lazy := [name for name, tensor in params.items() if is_lazy(tensor)]):
+            raise ValueError(
+                f"params: {describe(lazy)} have no entries yet (lazy modules). Run the model once, then take its parameters."
             )
         try:
             self.space = TensorSpace(params)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from problems import LOSSES
 from problems import PROBLEMS as MODELS
+from torch import nn
 
 import curvops.kronecker.cotangents as cotangents
 from curvops import GGNLinearOperator
-from kronecker.cases import PROBLEMS, build, plan, tokens
+from kronecker.cases import PROBLEMS, build, mlp, plan, seeded, tokens
 
 KINDS = ("kfac", "diagonal")
 SEEDS = 40
@@ -86,6 +87,19 @@ def test_random_signs_do_not_depend_on_batches(monkeypatch):
     monkeypatch.setattr(cotangents, "LIMIT", 5)
     whole, parts = build("ekfac", tokens()), build("ekfac", tokens(), 1, 3, 2)
     torch.testing.assert_close(whole.to_dense(), parts.to_dense(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*train mode")
+@pytest.mark.parametrize("fisher_type", ["mc", "type-2"])
+def test_samples_of_data_that_are_mixed_are_said_to_share_a_pass(fisher_type):
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+    problem = (model, *mlp()[1:])
+    for found in (
+        build("kfac", problem, fisher_type=fisher_type).explain(),
+        plan("kfac", problem, fisher_type=fisher_type),
+    ):
+        assert ("cross terms vanish in expectation only" in str(found)) == (fisher_type == "mc")
+    assert "in expectation only" not in str(build("kfac", mlp(), fisher_type=fisher_type).explain())
 
 
 def test_a_seed_is_a_matrix():

@@ -87,6 +87,11 @@ def test_wrong_parameters(model, cls):
         (list(params.values()), TypeError, "expected a dict of named tensors, got list"),
         (model.parameters(), TypeError, "expected a dict of named tensors, got generator"),
         ({}, ValueError, "empty dict"),
+        (
+            dict(nn.LazyLinear(2).named_parameters()),
+            ValueError,
+            "'weight', 'bias' have no entries yet .* Run the model once",
+        ),
     ):
         with pytest.raises(error, match=message):
             make(cls, model, wrong)

@@ -76,7 +76,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("way", [*MIXING, *PLACES])
-@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (3, 5, 5, 4), (5, 1, 1, 6, 6)])
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (3, 5, 5, 4), (5, 1, 1, 6, 6), (2, 2, 2)])
 def test_many_small_batches(way, sizes):
     def placed(net, X):
         return net.b(PLACES[way](torch.arange(len(X))[:, None], len(X), net.a(X).tanh()))

@@ -1,5 +1,7 @@
 """When factors and blocks become diagonals, and what the arguments of an operator may be."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -79,7 +81,7 @@ def test_bags_of_different_lengths(mode, approximation):
             model,
             nn.MSELoss(),
             dict(model.named_parameters()),
-            [cut(a, b) for a, b in zip(cuts, cuts[1:], strict=False)],
+            [cut(a, b) for a, b in itertools.pairwise(cuts)],
             fisher_type="type-2",
             kfac_approx=approximation,
             batch_size_fn=lambda X: len(X["offsets"]),

@@ -14,8 +14,10 @@ from curvops.losses.base import OutputCurvature, TermLayout, class_layout, entry
 from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
+from curvops.memory import LITTLE, byte_size, free_memory
 from curvops.tree import tensors_of
 
+FEW = 16  # terms, of which all pairs are told apart
 # how PyTorch says that there is no second derivative
 _ONCE_DIFFERENTIABLE = ("not implemented", "once_differentiable", "double backward")
 
@@ -65,20 +67,21 @@ class AutodiffCurvature(OutputCurvature):
         Where ``poisoned`` it must also stay a number where others are none: what is masked by zeros now may not be in
         another batch.
         """
-        if self._loss.known:
+        if self._loss.known or not self.z.numel():
             return False
         targets = [t.abs().max() for t in tensors_of(self.y) if t.is_floating_point() and t.numel()]
         size = max(1.0, *(float(t) for t in (self._constant.abs().max(), *targets)))
         near, own = _noise(layout, self._constant) * size, layout.rows(self._graph[1].detach())
-        others = [near, 30 * near, *[torch.full_like(near, math.nan)] * poisoned]
-        for half in _halves(layout, self.z.device):
+        others = [*[torch.full_like(near, math.nan)] * poisoned, 30 * near, near]
+        for k, half in enumerate(_halves(layout, self.z.device)):
             kept = half.squeeze(1)
-            for other in others:
+            # of many terms a half has something of each datum, and one way for each half is enough
+            for other in others if layout.num_terms <= FEW else [others[k % len(others)]]:
                 slope = self._slope(layout.outputs(torch.where(half, layout.rows(self._constant), other)))
                 if slope is None:
                     continue  # the loss refuses such outputs
                 found, expected = layout.rows(slope)[kept], own[kept]
-                if other is others[-1] and poisoned:
+                if poisoned and other is others[0]:
                     if bool((found.isnan() > expected.isnan()).any()):
                         return True
                     continue
@@ -177,6 +180,13 @@ class AutodiffCurvature(OutputCurvature):
     @cached_property
     def _root(self) -> Tensor:
         """The symmetric root of each term's output Hessian, `[T, C, C]` in float64: unique, however the data is cut."""
+        needed = self.num_terms * self.width**2 * 8
+        if needed > LITTLE and needed > free_memory(self.z.device):
+            raise MemoryError(
+                f"{self._loss.name!r}: 'type-2' and 'mc' take the output Hessian of each of {self.num_terms} terms with {self.width} "
+                f"entries, {byte_size(needed)}. Pass one of PyTorch's losses, such as nn.CrossEntropyLoss(), or smaller batches, or use "
+                "'empirical'. Products with the Hessian and the GGN do not need it."
+            )
         hessian = self._constant.new_empty(self.num_terms, self.width, self.width, dtype=torch.float64)
         for k, unit in enumerate(torch.eye(self.width, dtype=self.dtype, device=self.z.device)):
             units = self.layout.outputs(unit.repeat(self.num_terms, 1))
@@ -198,8 +208,8 @@ def _noise(layout: TermLayout, like: Tensor) -> Tensor:
 
 
 def _halves(layout: TermLayout, device: torch.device) -> Iterator[Tensor]:
-    """Masks ``[T, 1]`` of about half of the terms; up to 16 terms they tell all pairs apart."""
+    """Masks ``[T, 1]`` of about half of the terms; of few terms they tell all pairs apart."""
     count = layout.num_terms
     index, signs = torch.arange(count, device=device), Noise(0, 0).signs(count, 1, 4, device=device) > 0
     for probe in range(min(4, math.ceil(math.log2(max(count, 1))))):
-        yield ((index >> probe & 1).bool() if count <= 16 else signs[:, probe]).unsqueeze(1)
+        yield ((index >> probe & 1).bool() if count <= FEW else signs[:, probe]).unsqueeze(1)

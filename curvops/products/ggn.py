@@ -39,6 +39,14 @@ class OutputFactorOperator(RiskOperator):
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         """The output factor S of a batch whose first datum is the ``start``-th of the data set."""
 
+    @abstractmethod
+    def _factor_columns(self, curvature: OutputCurvature) -> int:
+        """The number of columns of S, which is not made to know it."""
+
+    def _factor_products(self, curvature: OutputCurvature) -> int:
+        """How many products with the loss's Hessian it takes to make S."""
+        return 0
+
     def _output_product(self, curvature: OutputCurvature, start: int) -> Callable[[Tensor], Tensor]:
         """The product u ↦ S Sᵀ u of a batch, both of the output's shape."""
         factor = self._factor(curvature, start)
@@ -74,19 +82,27 @@ class OutputFactorOperator(RiskOperator):
     def _rows_pay(self, product: BatchProduct, columns: int) -> bool:
         """Whether the rows Sᵀ J pay for so many columns; for 0 of them, whether they are kept for any number."""
         curvature, data, work = product.curvature, product.batch.size, product.record.work
-        if columns == 1 or curvature.terms_per_datum is None:
+        rows = 0 if columns == 1 else self._rows_of(curvature, columns)
+        if not rows or curvature.terms_per_datum is None:
             return False
-        factor = self._known_factor(product)
-        if factor is None:
-            return False
-        rows = data * curvature.terms_per_datum * factor.num_columns
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
         size = max(rows * self.domain.dim, spread) * self.dtype.itemsize
         if self._granted(size) < size:
             return False
-        if not columns:
-            return rules.kept_rows_pay(rows, self.domain.dim, work)
-        return rules.rows_pay(columns, rows, self.domain.dim, data, work)
+        if columns:
+            pays = rules.rows_pay(columns, rows, self.domain.dim, data, work)
+        else:
+            pays = rules.kept_rows_pay(rows, self.domain.dim, work)
+        return pays and self._known_factor(product) is not None
+
+    def _rows_of(self, curvature: OutputCurvature, columns: int) -> int:
+        """The number of rows Sᵀ J of a batch; none where S takes more products than ``columns``, if given, or does not exist."""
+        if 0 < columns < self._factor_products(curvature):
+            return 0
+        try:
+            return curvature.num_terms * self._factor_columns(curvature)
+        except (ValueError, NotImplementedError):
+            return 0
 
     def _known_factor(self, product: BatchProduct) -> Factor | None:
         """The output factor; a loss that is not convex in the output has products, but none."""
@@ -97,9 +113,10 @@ class OutputFactorOperator(RiskOperator):
 
     def _one_by_one(self, total: Tensor, product: BatchProduct, rows: Tensor | None) -> None:
         columns = self.domain.dim if rows is None else len(rows)
-        factor = None if self.domain.shards else self._known_factor(product)
-        rows_of_batch = 0 if factor is None else factor.num_terms * factor.num_columns
-        if factor is None or not rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work):
+        rows_of_batch = 0 if self.domain.shards or columns < 2 else self._rows_of(product.curvature, columns)
+        pays = rows_of_batch and rules.pulls_pay(columns, rows_of_batch, self.domain.dim, product.record.work)
+        factor = self._known_factor(product) if pays else None
+        if factor is None:
             super()._one_by_one(total, product, rows)
             return
         why = f"{rows_of_batch} of a batch, for {columns} columns"
@@ -259,6 +276,12 @@ class GGNLinearOperator(OutputFactorOperator):
     def _by_place(self) -> str:
         return f"{self.mc_samples} samples, seed {self.seed}" if self.mc_samples else ""
 
+    def _factor_columns(self, curvature: OutputCurvature) -> int:
+        return self.mc_samples or curvature.width
+
+    def _factor_products(self, curvature: OutputCurvature) -> int:
+        return 0 if curvature.closed_form else curvature.width
+
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         if self.mc_samples:
             return curvature.factor("mc", self.mc_samples, Noise(self.seed, start))
@@ -291,6 +314,9 @@ class EFLinearOperator(OutputFactorOperator):
 
     def _is_psd(self) -> bool:
         return True
+
+    def _factor_columns(self, curvature: OutputCurvature) -> int:
+        return 1
 
     def _factor(self, curvature: OutputCurvature, start: int) -> Factor:
         return curvature.factor("empirical")

@@ -110,6 +110,13 @@ def rows_pay() -> Iterator[Case]:
         for number in (4, 16, MANY):
             chosen = rules.rows_pay(number, size * classes, problem.size, size, work)
             yield f"GGN, {number} columns, {title}", problem, chosen, columns_of(problem, "GGN", number)
+    one_row = [mlp(*sizes) for sizes in ((64, 64, 256), (64, 256, 64), (256, 256, 128), (256, 1024, 8))]
+    for problem in (*one_row, convolutions(8), convolutions(32)):
+        data, work = len(problem.data[0][1]), recorded(problem).work
+        title = f"{problem.name}, {data} data, {problem.size:,} parameters"
+        for number in (4, 16, MANY):
+            chosen = rules.rows_pay(number, data, problem.size, data, work)
+            yield f"EF, {number} columns, {title}", problem, chosen, columns_of(problem, "EF", number)
 
 
 def pulls_pay() -> Iterator[Case]:

@@ -14,6 +14,7 @@ LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many co
 LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
 TRACED = 4  # times the memory of a batch's graph that it takes to make a program of its tangents
 FEW_ROWS = 2**20  # entries of rows that are read in no time
+MADE = 300  # multiplications and additions that take as long as to write, arrange and read an entry of many rows
 
 
 def matrix_pays(columns: int, parameters: int) -> bool:
@@ -43,15 +44,16 @@ def columns_together(entries: int, room: int | None) -> int:
 def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> bool:
     """Whether the rows Sᵀ J of a batch and products with them take less than products over its graph.
 
-    A product over the graph takes about 8 · work operations, one with the rows 4 · rows · parameters, and making the
-    rows 4 · work for each of a datum's rows.
+    A product over the graph takes about 8 · work operations, one with the rows 4 · rows · parameters, and making them
+    4 · work for each of a datum's rows, or what it takes to write them.
     """
     if columns < 2 or rows * parameters > LARGEST_ROWS:
         return False
     if work <= SMALL:
         # overhead rules: a batched backward pass against one for each column; a Gram matrix takes next to nothing
         return rows <= columns or (rows * parameters <= FEW_ROWS and rows <= 2 * data * columns)
-    return columns * 4 * rows * parameters + 4 * work * (rows // data) < columns * 8 * work
+    made = max(4 * work * (rows // data), MADE * rows * parameters)
+    return columns * 4 * rows * parameters + made < columns * 8 * work
 
 
 def pulls_pay(columns: int, rows: int, parameters: int, work: int) -> bool:

@@ -92,7 +92,7 @@ def product_rows(problem: Problem, kind: str, work: list[str], rounds: int) -> I
         title = f"{kind}, first product of an unseen model"
         own = unseen(problem, lambda p: p.ours(kind) @ v, rounds)
         yield from compared(problem, {title: own}, unseen(problem, lambda p: p.peer(kind) @ v, rounds), rounds)
-    if "columns" in work and kind != "EF":
+    if "columns" in work:
         V = torch.randn(problem.size, COLUMNS)
         ours = {f"{kind}, {COLUMNS} columns of a new operator": lambda: problem.ours(kind) @ V}
         yield from compared(problem, ours, lambda: problem.peer(kind) @ V, rounds, COLUMNS * floor)

@@ -87,6 +87,21 @@ def preserved_random_state(data: object = None) -> Iterator[None]:
 
 
 @contextmanager
+def attributes_kept(owners: Iterable[object]) -> Iterator[None]:
+    """Put back attributes that objects set as they run."""
+    kept = [(own, dict(own)) for own in (getattr(owner, "__dict__", None) for owner in owners) if own is not None]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            for name in [name for name, value in now.items() if before.get(name, now) is not value]:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
+
+
+@contextmanager
 def differentiable() -> Iterator[None]:
     """Gradients on, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():

@@ -175,14 +175,14 @@ class Ranks:
         return sizes, sum(message.count for message in found), compared
 
     def expect_apart(self, shards: Mapping[str, Sharding]) -> None:
-        """A ValueError where parameters are cut over processes of this group, whose parts must not be added or mixed."""
+        """A ValueError where parameters are DTensors over processes of this group: their parts or gradients must not be added."""
         if self.alone:
             return
         own = set(torch.distributed.get_process_group_ranks(self._group))
         if cut := [name for name, sharding in shards.items() if own & sharding.over]:
             raise ValueError(
-                f"process_group: {describe(cut)} are cut over processes of this group (DTensors). Pass another axis of the mesh, "
-                "over which the parameters are the same."
+                f"process_group: {describe(cut)} are cut over processes of this group, or repeated on them (DTensors), where PyTorch adds "
+                'up gradients itself. Place the parameters on the other axis of the mesh only, as on mesh["parts"].'
             )
 
     def add(self, tensor: Tensor) -> Tensor:

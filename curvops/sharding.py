@@ -37,14 +37,10 @@ class Sharding(NamedTuple):
         return found
 
     @property
-    def axes(self) -> list[int]:
-        """The axes of the mesh along which it is cut."""
-        return [axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()]
-
-    @property
     def over(self) -> set[int]:
-        """The processes that have other parts of it than this one."""
-        groups = [torch.distributed.get_process_group_ranks(self.mesh.get_group(axis)) for axis in self.axes]
+        """The processes that have parts of it, or the same ones, besides this one."""
+        axes = range(len(self.placements))
+        groups = [torch.distributed.get_process_group_ranks(self.mesh.get_group(axis)) for axis in axes]
         return {rank for group in groups for rank in group} - {torch.distributed.get_rank()}
 
     def whole(self, part: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ def least(number: float, shards: Mapping[str, Sharding]) -> float:
     """The least of the numbers of all processes that have parts of some tensors, so that they choose alike."""
     groups: dict[int, tuple[Any, str]] = {}
     for how in shards.values():
-        for axis in how.axes:
+        for axis in range(len(how.placements)):
             group = how.mesh.get_group(axis)
             groups[id(group)] = group, how.mesh.device_type
     for group, device in groups.values():

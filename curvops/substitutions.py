@@ -130,7 +130,26 @@ def batch_norm(
     """In train mode without the running statistics, whose update in place no transform allows."""
     if training:
         running_mean = running_var = None
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _straightened(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+
+
+def instance_norm(*args: Any, **options: Any) -> Tensor:
+    return _straightened(F.instance_norm(*args, **options))
+
+
+def _straightened(out: Tensor) -> Tensor:
+    """The same, to which the gradient comes in the order of its memory: of one datum, others give wrong ones on the CPU."""
+    one = out.ndim > 2 and len(out) == 1 and out.is_contiguous()
+    return out.flatten().view(out.shape) if one else out
+
+
+def attention(*args: Any, **options: Any) -> Tensor:
+    """By the math kernel, whatever the model itself asks for."""
+    others = torch.backends.cuda
+    if others.flash_sdp_enabled() or others.mem_efficient_sdp_enabled() or others.cudnn_sdp_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*args, **options)
+    return F.scaled_dot_product_attention(*args, **options)
 
 
 def embedding(
@@ -186,11 +205,11 @@ def embedding_bag(
         per_sample_weights = None if per_sample_weights is None else per_sample_weights[place]
     else:
         seen = torch.ones_like(input, dtype=torch.bool)
-    rows = embedding(input, weight, padding_idx, max_norm, norm_type)
-    if noted is not None:
-        noted(rows, seen)
     if padding_idx is not None:
         seen = seen & (input != padding_idx % weight.shape[0])
+    rows = embedding(input, weight, None, max_norm, norm_type)
+    if noted is not None:
+        noted(rows, seen)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[..., None]
     if mode == "max":
@@ -277,6 +296,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     torch.norm_except_dim: norm_except_dim,
     F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    F.scaled_dot_product_attention: attention,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     torch.cdist: cdist,

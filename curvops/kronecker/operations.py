@@ -72,4 +72,4 @@ def is_data_dependent(func: Any, args: Any) -> bool:
     if func in (Tensor.__getitem__, Tensor.__setitem__):
         parts = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(getattr(p, "ndim", 0) > 0 for p in parts)  # tensors, or arrays
-    return func in DATA_DEPENDENT or (func is torch.where and len(args) == 1)
+    return func in DATA_DEPENDENT or (func is torch.where and len(args) <= 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvops.context import UNFIT
+from curvops.losses.autodiff import AutodiffCurvature
 from curvops.losses.base import ClosedForm, OutputCurvature
 from curvops.losses.noise import Noise
 from curvops.losses.scalar import ScalarLoss
@@ -41,15 +42,29 @@ class LossWalk:
         self._counts = loss.switchable and self._reduction == "mean"
         self._count, self._batches = 0.0, 0
         self._first: _Piece | None = None
+        self._coupled: bool | None = (
+            None  # whether a loss of one's own couples the positions of a datum, once it was asked
+        )
 
     def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
         """See `OutputLoss.curvature`; a ValueError too if the data's loss is seen not to be the sum of their losses."""
         found = self._curvature(z, y, batch_size)
+        if isinstance(found, AutodiffCurvature):
+            found.noted = self._note
         if not isinstance(found, ClosedForm):
             self._count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
         elif self._reduction == "mean":
             self._count += found.count
         return found
+
+    def _note(self, coupled: bool) -> None:
+        """A ValueError where the terms of one batch are whole data, and those of another are not."""
+        if self._coupled is not None and self._coupled != coupled:
+            raise ValueError(
+                f"{self._loss.name!r}: it couples what the output of a datum consists of in some batches only, as where a mask is zero, "
+                "so that its terms would be of two kinds. Put such data in each batch: larger or shuffled ones."
+            )
+        self._coupled = coupled
 
     @property
     def count(self) -> float:

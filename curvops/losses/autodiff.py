@@ -1,15 +1,17 @@
 """Curvature of any twice differentiable loss in the model's output, by autodiff."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode
 
-from curvops.context import UNFIT
+from curvops.context import UNFIT, attributes_kept
 from curvops.losses.base import OutputCurvature, TermLayout, class_layout, entry_layout
 from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
@@ -18,6 +20,7 @@ from curvops.memory import LITTLE, byte_size, free_memory
 from curvops.tree import tensors_of
 
 FEW = 16  # terms, of which all pairs are told apart
+MOVES = ("far", "near", "far positive", "near positive", "far", "near", "uniform", "uniform")  # to other outputs
 # how PyTorch says that there is no second derivative
 _ONCE_DIFFERENTIABLE = ("not implemented", "once_differentiable", "double backward")
 
@@ -34,21 +37,25 @@ class AutodiffCurvature(OutputCurvature):
         loss.output_weights(z.detach(), y)  # refuses weights with a batch axis
         self.psd = loss.convex
         self._loss = loss
+        #: told, as the terms are found, whether they are whole data because the loss couples what these consist of
+        self.noted: Callable[[bool], None] | None = None
 
     @cached_property
     def layout(self) -> TermLayout:
         """The terms, found by probing the loss: not at one output only, as other batches must be cut in the same way."""
         fine = (class_layout if self._loss.form is F.nll_loss else entry_layout)(self.z.shape)
         whole = TermLayout(self.z.shape, None) if self.z.shape[:1] == (self.batch_size,) else None
-        if not (self._couples(fine) or self._depends(fine, poisoned=whole is not None)):
-            return fine
-        if whole is not None and not self._couples(whole):
-            return whole
-        raise ValueError(
-            f"{self._loss.name!r}: its output Hessian couples the data of a batch (output of shape "
-            f"{tuple(self.z.shape)}, {self.batch_size} data), so it has no factor per loss term. Products with the "
-            "Hessian and the GGN still work."
-        )
+        several = fine.num_terms > self.batch_size  # positions of a datum; whether data are mixed is seen elsewhere
+        coupled = self._couples(fine) or (several and self._depends(fine))
+        if coupled and (whole is None or self._couples(whole)):
+            raise ValueError(
+                f"{self._loss.name!r}: its output Hessian couples the data of a batch (output of shape "
+                f"{tuple(self.z.shape)}, {self.batch_size} data), so it has no factor per loss term. Products with the "
+                "Hessian and the GGN still work."
+            )
+        if self.noted is not None and several:
+            self.noted(coupled)
+        return whole if coupled and whole is not None else fine
 
     def _couples(self, layout: TermLayout) -> bool:
         """Whether the output Hessian has entries between different terms."""
@@ -61,42 +68,54 @@ class AutodiffCurvature(OutputCurvature):
                 return True
         return False
 
-    def _depends(self, layout: TermLayout, poisoned: bool) -> bool:
-        """Whether the gradient of half of the terms changes as others are moved, near and far; known losses are not asked.
-
-        Where ``poisoned`` it must also stay a number where others are none: what is masked by zeros now may not be in
-        another batch.
-        """
+    def _depends(self, layout: TermLayout) -> bool:
+        """Whether the gradient of half of the terms changes as others are moved, near and far; known losses are not asked."""
         if self._loss.known or not self.z.numel():
             return False
-        targets = [t.abs().max() for t in tensors_of(self.y) if t.is_floating_point() and t.numel()]
-        size = max(1.0, *(float(t) for t in (self._constant.abs().max(), *targets)))
-        near, own = _noise(layout, self._constant) * size, layout.rows(self._graph[1].detach())
-        others = [*[torch.full_like(near, math.nan)] * poisoned, 30 * near, near]
+        z = layout.rows(self._constant).double()  # where little underflows
+        calls = Calls()
+        own, moves = self._slope(z, layout, calls), self._moves(layout, z)
+        # a loss that iterates may not end at other outputs
+        limit = Calls(10 * calls.number + 100)
         for k, half in enumerate(_halves(layout, self.z.device)):
             kept = half.squeeze(1)
-            # of many terms a half has something of each datum, and one way for each half is enough
-            for other in others if layout.num_terms <= FEW else [others[k % len(others)]]:
-                slope = self._slope(layout.outputs(torch.where(half, layout.rows(self._constant), other)))
-                if slope is None:
+            # of many terms a half has something of each datum, and two ways for each half are enough
+            for moved in moves if layout.num_terms <= FEW else moves[2 * k : 2 * k + 2]:
+                found = self._slope(torch.where(half, z, moved), layout, limit)
+                if own is None or found is None:
                     continue  # the loss refuses such outputs
-                found, expected = layout.rows(slope)[kept], own[kept]
-                if poisoned and other is others[0]:
-                    if bool((found.isnan() > expected.isnan()).any()):
-                        return True
-                    continue
-                tolerance = 100 * torch.finfo(self.dtype).eps * max(found.abs().max(), expected.abs().max())
-                if bool(((found - expected).abs() > tolerance).any()):
+                change, largest = (found - own)[kept].abs(), torch.maximum(found.abs(), own.abs())[kept].max()
+                if bool((change > torch.finfo(z.dtype).eps ** 0.5 * largest).any()):  # what is no number says nothing
                     return True
         return False
 
-    def _slope(self, z: Tensor) -> Tensor | None:
-        """The loss's gradient at another output, if it can be computed."""
-        with torch.enable_grad():
-            z = z.requires_grad_()
+    def _moves(self, layout: TermLayout, z: Tensor) -> list[Tensor]:
+        """Other outputs: far and near, of both signs and positive, and as probabilities are."""
+        low, high = (float(t) for t in z.aminmax())
+        # what refuses other numbers on a GPU ends the whole process there
+        bounded = low >= 0 and high <= 1 and z.device.type == "cuda"
+        targets = [float(t.abs().max()) for t in tensors_of(self.y) if t.is_floating_point() and t.numel()]
+        size, key, found = max(1.0, -low, high, *targets), (layout.num_terms, 1, 1, layout.width), []
+        for k, kind in enumerate(MOVES):
+            if kind == "uniform" or bounded:
+                found.append(Noise(k, 0).uniform(*key, device=z.device)[:, 0])
+                continue
+            moved = Noise(k, 0).normal(*key, device=z.device)[:, 0] * size
+            moved = 30 * moved if "far" in kind else moved
+            found.append(moved.abs() if "positive" in kind else moved)
+        return found
+
+    def _slope(self, rows: Tensor, layout: TermLayout, calls: "Calls") -> Tensor | None:
+        """The loss's gradient at another output, as rows, if it can be computed; the loss is as it was."""
+        owner = getattr(self._loss.function, "__self__", self._loss.function)
+        owners = owner.modules() if isinstance(owner, Module) else [owner]
+        calls.number = 0
+        with torch.enable_grad(), attributes_kept(owners):
+            z = layout.outputs(rows).detach().requires_grad_()
             try:
-                value = self._loss.total(z, self.y, self.batch_size)
-                return torch.autograd.grad(value, z, materialize_grads=True)[0]
+                with calls:
+                    value = self._loss.total(z, self.y, self.batch_size)
+                return layout.rows(torch.autograd.grad(value, z, materialize_grads=True)[0])
             except torch.OutOfMemoryError:
                 raise
             except UNFIT:
@@ -200,6 +219,20 @@ class AutodiffCurvature(OutputCurvature):
                 "Hessian and the GGN still work; for a Fisher or a Kronecker approximation use 'empirical'."
             )
         return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+class Calls(TorchFunctionMode):
+    """Counts the calls of PyTorch's functions; more than ``most`` are a RuntimeError."""
+
+    def __init__(self, most: float = math.inf) -> None:
+        super().__init__()
+        self.most, self.number = most, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        if self.number > self.most:
+            raise RuntimeError(f"more than {self.most:g} calls")
+        return func(*args, **(kwargs or {}))
 
 
 def _noise(layout: TermLayout, like: Tensor) -> Tensor:

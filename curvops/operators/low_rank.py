@@ -147,6 +147,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         if negative > 0:
             raise ValueError(f"{self.name}.logdet(): {int(negative)} eigenvalues are negative. Pass a larger damping.")
         if zero.any():
+            self._expect_seen(scales.square(), "logdet")
             return self.columns.new_tensor(-math.inf)
         whole = parts.diagonal.abs().log().sum() + 2 * scales.log().sum()
         return (whole + torch.linalg.slogdet(inner)[1]).to(self.dtype)
@@ -162,7 +163,14 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         if parts.positive:
             root = parts.diagonal.sqrt()[:, None]
             left, stretch, _ = torch.linalg.svd(parts.columns / root, full_matrices=False)
-            columns, weights = left / root, -1 / (1 + stretch.square().reciprocal())
+            columns = left / root
+            if len(stretch) == len(root):  # nothing is left of the diagonal, and nothing cancels
+                weights = 1 / (1 + stretch.square())
+                return LowRankPlusDiagonalOperator(
+                    columns.to(self.dtype), 0.0, weights.to(self.dtype), self.domain, self.psd
+                )
+            self._expect_seen(stretch.square(), "inverse")
+            weights = -1 / (1 + stretch.square().reciprocal())
         else:
             inner, scales = parts.inner()
             values, basis = torch.linalg.eigh(inner)
@@ -171,6 +179,14 @@ class LowRankPlusDiagonalOperator(LinearOperator):
             columns, weights = (parts.columns / parts.diagonal[:, None] / scales) @ basis, -1 / values
         columns, diagonal, weights = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, weights))
         return LowRankPlusDiagonalOperator(columns, diagonal, weights, self.domain, self.psd)
+
+    def _expect_seen(self, ratios: Tensor, method: str) -> None:
+        """A ValueError where the columns are so large beside the diagonal that it is lost in rounding."""
+        if len(ratios) and not ratios.max() < 0.1 / torch.finfo(ratios.dtype).eps:
+            raise ValueError(
+                f"{self.name}.{method}(): the columns are {float(ratios.max()):.1e} times as large as the diagonal, which {self.dtype} "
+                "does not hold. Pass a larger damping, or double precision."
+            )
 
     def _exact_inverse(self, damping: Damping) -> LinearOperator:
         return self.inverse(damping)

@@ -54,11 +54,14 @@ class Recorder(Substitutions):
         if isinstance(out, Tensor):
             self._steps.append((func, out.shape))
             self.entries += out.numel()
+            named = kwargs or {}
             if func in CONVOLUTIONS:
                 self.convolves = True
-                self.work += out.numel() * args[1][0].numel()
+                weight = args[1] if len(args) > 1 else named["weight"]
+                self.work += out.numel() * weight[0].numel()
             elif func in PRODUCTS:
-                self.work += out.numel() * args[0].shape[-1]
+                first = args[0] if args else next(t for t in named.values() if isinstance(t, Tensor))
+                self.work += out.numel() * first.shape[-1]
         self.dear = self.dear or func in DEAR_IN_FORWARD_MODE
         return out
 

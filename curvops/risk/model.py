@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from curvops.context import attributes_kept
 from curvops.description import described
 from curvops.sharding import is_sharded
 from curvops.space import TensorSpace, describe
@@ -90,7 +91,7 @@ class Model:
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """Output with other tensors in the place of the parameters: see `standing_in`."""
         # what a module stores as it runs would be a dead wrapper of a transform
-        with self._buffers_kept(contents=False), self._attributes_kept(), self.standing_in(params):
+        with self._buffers_kept(contents=False), attributes_kept(self.modules()), self.standing_in(params):
             return _tensor(self.module(X) if self.module is not None else self._function(params, X))
 
     def standing_in(self, params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Substitutions:
@@ -159,20 +160,6 @@ class Model:
                         module._buffers[name] = buffer
                     if before is not buffer and not _same(buffer, before):
                         buffer.copy_(before)
-
-    @contextmanager
-    def _attributes_kept(self) -> Iterator[None]:
-        """Put back attributes that modules set as they run."""
-        kept = [(vars(module), dict(vars(module))) for module in self.modules()]
-        try:
-            yield
-        finally:
-            for now, before in kept:
-                for name in [name for name, value in now.items() if before.get(name, now) is not value]:
-                    if name in before:
-                        now[name] = before[name]
-                    else:
-                        del now[name]
 
     def modules(self) -> list[Module]:
         """All modules, those too that are held in containers, by functions or by objects that are called."""

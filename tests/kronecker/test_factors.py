@@ -57,9 +57,9 @@ def test_the_inputs_of_an_embedding_are_diagonal_by_nature():
 
 
 class Bags(nn.Module):
-    def __init__(self, mode):
+    def __init__(self, mode, padding):
         super().__init__()
-        self.bag, self.head = nn.EmbeddingBag(6, 3, mode=mode), nn.Linear(3, 2)
+        self.bag, self.head = nn.EmbeddingBag(6, 3, mode=mode, padding_idx=padding), nn.Linear(3, 2)
 
     def forward(self, X):
         return self.head(self.bag(X["ids"], X["offsets"]))
@@ -67,9 +67,10 @@ class Bags(nn.Module):
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-def test_bags_of_different_lengths(mode, approximation):
+@pytest.mark.parametrize("padding", [None, 1])
+def test_bags_of_different_lengths(mode, approximation, padding):
     """Each id is looked up once, and what fills up shorter bags is no row: whatever batch a bag is in."""
-    model, ids = seeded(lambda: Bags(mode)), torch.tensor([0, 1, 2, 3, 1, 1, 5])
+    model, ids = seeded(lambda: Bags(mode, padding)), torch.tensor([0, 1, 2, 3, 1, 1, 5])
     ends, y = [0, 1, 4, 4, 7], seeded(lambda: real(4, 2))  # of which the third is empty
 
     def cut(a, b):
@@ -91,10 +92,10 @@ def test_bags_of_different_lengths(mode, approximation):
     for op in found[1:]:
         close(op.to_dense(), found[0].to_dense())
     (block,) = [placed.block for placed in found[0].blocks if placed.names == ("bag.weight",)]
-    counts = torch.tensor([1.0, 3, 1, 1, 0, 1]).double() / 7  # of the seven ids
-    averages = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 2, 0, 0, 0, 1]]).double()
-    shares = (averages / averages.sum(1, keepdim=True)).square().sum(0) / 4  # of four bags
-    close(block.left[0], counts if approximation == "expand" else shares)
+    counts = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 2, 0, 0, 0, 1]]).double()  # of ids in bags
+    counts[:, [] if padding is None else [padding]] = 0
+    shares = (counts / counts.sum(1, keepdim=True)).square().sum(0) / 4  # of four bags
+    close(block.left[0], counts.sum(0) / counts.sum() if approximation == "expand" else shares)
 
 
 @pytest.mark.parametrize("terms", [2, None])

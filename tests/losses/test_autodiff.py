@@ -80,6 +80,11 @@ def masked_difference(z, y):
     return (y * (z[:, 1] - z[:, 0])).square().sum() + z.square().sum()
 
 
+def ranking(z, y):
+    scores = z.sum(-1)
+    return (1 - (scores[:, :, None] - scores[:, None]) * y[:, :1, None]).relu().triu(1).sum()
+
+
 def chosen_sum(z, y):
     return torch.where(y > 0, z.sum(1).square(), z.square().sum(1)).sum()
 
@@ -89,17 +94,73 @@ def chosen_sum(z, y):
     [
         (smoothed_mean, torch.tensor([9.0, 0.0, 9.0, 0.0])),
         (hinge_of_mean, torch.tensor([1.0, -1.0, 1.0, -1.0])),
-        (masked_difference, torch.tensor([1.0, 0.0, 0.0, 1.0])),
-        (chosen_sum, torch.tensor([1.0, 0.0, 0.0, 1.0])),
+        (ranking, torch.tensor([1.0, -1.0, 1.0, -1.0])),
     ],
 )
 def test_terms_do_not_depend_on_the_batch(loss, y, randn):
-    """Positions are coupled in some data only, or beyond a kink only, or by the gradient's jumps alone."""
+    """Positions are coupled beyond a kink only, or by the gradient's jumps alone."""
     z, y = randn(4, 5, 2), y.double()[:, None].expand(-1, 2)
     shown = output_loss(loss, reduction="sum")
     for some in (slice(0, 4), slice(1, 3), slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)):
         curvature = shown.curvature(z[some], y[some], len(z[some]))
         assert (curvature.num_terms, curvature.width) == (len(z[some]), 10)
+
+
+@pytest.mark.parametrize("loss", [masked_difference, chosen_sum])
+def test_terms_of_two_kinds_are_refused(loss, randn):
+    """Where some data are coupled, and a batch has none of these."""
+    z, y = randn(4, 5, 2), torch.tensor([1.0, 0, 0, 1]).double()[:, None].expand(-1, 2)
+    shown = output_loss(loss, reduction="sum")
+    assert shown.curvature(z, y, 4).num_terms == 4
+    walk = shown.walk()
+    assert walk.curvature(z[:2], y[:2], 2).num_terms == 2
+    with pytest.raises(ValueError, match="couples what the output of a datum consists of in some batches only"):
+        _ = walk.curvature(z[1:3], y[1:3], 2).num_terms
+
+
+def shifted(z, y):
+    scores = z - z.max().detach()
+    return (scores.exp().sum(-1).log() - scores[..., 0]).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: torch.linalg.vector_norm(z - y) ** 2,
+        lambda z, y: torch.dist(z, y) ** 2,
+        lambda z, y: ((torch.eye(5).to(z) @ z - y) ** 2).sum(),
+        shifted,
+    ],
+)
+def test_what_all_positions_share_need_not_couple_them(loss, randn):
+    z, y = randn(4, 5, 2), randn(4, 5, 2)
+    for dtype in (torch.float64, torch.float32):
+        assert output_loss(loss, reduction="sum").curvature(z.to(dtype), y.to(dtype), 4).num_terms == 20
+
+
+class Running(nn.Module):
+    """It remembers its values, and iterates until it has converged."""
+
+    mean = 0.0
+
+    def forward(self, z, y):
+        t = z.mean(-1, keepdim=True)
+        while True:
+            r = (z - t).tanh()
+            step = r.sum(-1, keepdim=True) / (1 - r.square()).sum(-1, keepdim=True)
+            t = t + step / 2
+            if (step.abs() < 1e-9).all():
+                break
+        value = (z - t - y).square().sum()
+        self.mean = 0.9 * self.mean + 0.1 * float(value.detach())
+        return value
+
+
+def test_a_loss_that_iterates_and_remembers(randn):
+    loss, z, y = Running(), randn(4, 3, 2) / 2, randn(4, 3, 2)
+    curvature = output_loss(loss, reduction="sum").curvature(z, y, 4)
+    assert curvature.num_terms == 12
+    assert 0 < loss.mean < float(loss(z, y)) + 1e-6  # of its values at z alone
 
 
 def test_terms_of_a_loss_with_a_first_derivative_only(randn, randint):

@@ -172,8 +172,8 @@ def check_sharded(report):
         "plain": "expected a DTensor for '0.weight', as the parameter is, got Tensor",
         "dense": "to_dense(): the parameters are cut over processes",
         "trace": "the parameters are cut over processes",
-        "group": "are cut over processes of this group (DTensors)",
-        "spread": "are cut over processes of this group (DTensors)",
+        "group": "are cut over processes of this group, or repeated on them (DTensors)",
+        "spread": "are cut over processes of this group, or repeated on them (DTensors)",
         "checkpoint": "checkpoint: parameters are cut over processes (DTensors), which would have to go on from one place",
     }
     for name, value in report.items():

@@ -14,7 +14,7 @@ LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many co
 LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
 TRACED = 4  # times the memory of a batch's graph that it takes to make a program of its tangents
 FEW_ROWS = 2**20  # entries of rows that are read in no time
-MADE = 300  # multiplications and additions that take as long as to write, arrange and read an entry of many rows
+MADE = 200  # multiplications and additions that take as long as to write, arrange and read an entry of many rows
 
 
 def matrix_pays(columns: int, parameters: int) -> bool:

@@ -42,9 +42,8 @@ class LossWalk:
         self._counts = loss.switchable and self._reduction == "mean"
         self._count, self._batches = 0.0, 0
         self._first: _Piece | None = None
-        self._coupled: bool | None = (
-            None  # whether a loss of one's own couples the positions of a datum, once it was asked
-        )
+        # whether a loss of one's own couples the positions of a datum, once that was asked
+        self._coupled: bool | None = None
 
     def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
         """See `OutputLoss.curvature`; a ValueError too if the data's loss is seen not to be the sum of their losses."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from curvops.context import UNFIT, attributes_kept
+from curvops.context import UNFIT, attributes_kept, quietly
 from curvops.losses.base import OutputCurvature, TermLayout, class_layout, entry_layout
 from curvops.losses.factor import Factor, stacked
 from curvops.losses.noise import Noise
@@ -74,7 +74,9 @@ class AutodiffCurvature(OutputCurvature):
             return False
         z = layout.rows(self._constant).double()  # where little underflows
         calls = Calls()
-        own, moves = self._slope(z, layout, calls), self._moves(layout, z)
+        if (own := self._slope(z, layout, calls)) is None:
+            return False
+        moves = self._moves(layout, z)
         # a loss that iterates may not end at other outputs
         limit = Calls(10 * calls.number + 100)
         for k, half in enumerate(_halves(layout, self.z.device)):
@@ -82,7 +84,7 @@ class AutodiffCurvature(OutputCurvature):
             # of many terms a half has something of each datum, and two ways for each half are enough
             for moved in moves if layout.num_terms <= FEW else moves[2 * k : 2 * k + 2]:
                 found = self._slope(torch.where(half, z, moved), layout, limit)
-                if own is None or found is None:
+                if found is None:
                     continue  # the loss refuses such outputs
                 change, largest = (found - own)[kept].abs(), torch.maximum(found.abs(), own.abs())[kept].max()
                 if bool((change > torch.finfo(z.dtype).eps ** 0.5 * largest).any()):  # what is no number says nothing
@@ -110,7 +112,7 @@ class AutodiffCurvature(OutputCurvature):
         owner = getattr(self._loss.function, "__self__", self._loss.function)
         owners = owner.modules() if isinstance(owner, Module) else [owner]
         calls.number = 0
-        with torch.enable_grad(), attributes_kept(owners):
+        with torch.enable_grad(), attributes_kept(owners), quietly():
             z = layout.outputs(rows).detach().requires_grad_()
             try:
                 with calls:

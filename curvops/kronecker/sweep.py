@@ -52,7 +52,7 @@ class Sweep:
         self.learnt: dict[int, tuple[float, float]] = {}
         self.forgotten: dict[int, tuple[float, float]] = {}
         self.noted = False  # whether these are asked for
-        self.progress = (0.0, 0)  # what the loss has learnt of the batches so far
+        self.progress: tuple[float, int, bool | None] = (0.0, 0, None)  # what the loss has learnt of the batches so far
         self.size = self.forward_passes = self.backward_passes = 0
         self.signed = self.mingled = self._planned = self._streamed = self.apart = False
         self.cuts: list[int] = []  # how many batches went together in each forward pass of a first walk

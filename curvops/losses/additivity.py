@@ -71,22 +71,24 @@ class LossWalk:
         return self._count
 
     @property
-    def progress(self) -> tuple[float, int]:
-        """The count so far, and how many batches were compared, to go on from with `resume`."""
-        return self._count, self._batches
+    def progress(self) -> tuple[float, int, bool | None]:
+        """The count so far, how many batches were compared, and of which kind terms are, to go on from with `resume`."""
+        return self._count, self._batches, self._coupled
 
-    def resume(self, count: float, batches: int) -> None:
+    def resume(self, count: float, batches: int, coupled: bool | None) -> None:
         """Go on from an earlier pass's progress; batches on which the latter had changed first have been asked again."""
-        self._count, self._batches = count, batches
+        self._count, self._batches, self._coupled = count, batches, coupled
 
     @property
-    def first(self) -> tuple[int, Any]:
-        """How many batches of this pass had to be compared with each other, and a few data of the first, for `compare`."""
-        return self._batches, self._first
+    def first(self) -> tuple[int, Any, bool | None]:
+        """How many batches of this pass had to be compared with each other, a few data of the first, and the terms' kind."""
+        return self._batches, self._first, self._coupled
 
-    def compare(self, others: Sequence[tuple[int, Any]]) -> None:
+    def compare(self, others: Sequence[tuple[int, Any, bool | None]]) -> None:
         """Compare passes over several shares of the data, this one among them, as batches are compared."""
-        pieces = [piece for batches, piece in others if batches]
+        pieces = [piece for batches, piece, _ in others if batches]
+        for coupled in (coupled for *_, coupled in others if coupled is not None):
+            self._note(coupled)
         if self._batches and pieces[0] is not self._first:
             self._check_pair(pieces[0], self._first)
 

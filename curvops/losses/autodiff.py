@@ -49,7 +49,7 @@ class AutodiffCurvature(OutputCurvature):
         coupled = self._couples(fine) or (several and self._depends(fine))
         if coupled and (whole is None or self._couples(whole)):
             raise ValueError(
-                f"{self._loss.name!r}: its output Hessian couples the data of a batch (output of shape "
+                f"{self._loss.name!r}: it couples the data of a batch, or rows of an output that are not one datum each (output of shape "
                 f"{tuple(self.z.shape)}, {self.batch_size} data), so it has no factor per loss term. Products with the "
                 "Hessian and the GGN still work."
             )
@@ -73,12 +73,12 @@ class AutodiffCurvature(OutputCurvature):
         if self._loss.known or not self.z.numel():
             return False
         z = layout.rows(self._constant).double()  # where little underflows
-        calls = Calls()
+        calls = _Calls()
         if (own := self._slope(z, layout, calls)) is None:
             return False
         moves = self._moves(layout, z)
         # a loss that iterates may not end at other outputs
-        limit = Calls(10 * calls.number + 100)
+        limit = _Calls(10 * calls.number + 100)
         for k, half in enumerate(_halves(layout, self.z.device)):
             kept = half.squeeze(1)
             # of many terms a half has something of each datum, and two ways for each half are enough
@@ -97,18 +97,18 @@ class AutodiffCurvature(OutputCurvature):
         # what refuses other numbers on a GPU ends the whole process there
         bounded = low >= 0 and high <= 1 and z.device.type == "cuda"
         targets = [float(t.abs().max()) for t in tensors_of(self.y) if t.is_floating_point() and t.numel()]
-        size, key, found = max(1.0, -low, high, *targets), (layout.num_terms, 1, 1, layout.width), []
+        size, found = max(1.0, -low, high, *targets), []
         for k, kind in enumerate(MOVES):
             if kind == "uniform" or bounded:
-                found.append(Noise(k, 0).uniform(*key, device=z.device)[:, 0])
+                found.append(Noise(k, 0).uniform(layout.num_terms, 1, 1, layout.width, device=z.device)[:, 0])
                 continue
-            moved = Noise(k, 0).normal(*key, device=z.device)[:, 0] * size
+            moved = _noise(layout, z, k) * size
             moved = 30 * moved if "far" in kind else moved
             found.append(moved.abs() if "positive" in kind else moved)
         return found
 
-    def _slope(self, rows: Tensor, layout: TermLayout, calls: "Calls") -> Tensor | None:
-        """The loss's gradient at another output, as rows, if it can be computed; the loss is as it was."""
+    def _slope(self, rows: Tensor, layout: TermLayout, calls: "_Calls") -> Tensor | None:
+        """The loss's gradient at another output, as rows, if it can be computed; its attributes are put back."""
         owner = getattr(self._loss.function, "__self__", self._loss.function)
         owners = owner.modules() if isinstance(owner, Module) else [owner]
         calls.number = 0
@@ -223,7 +223,7 @@ class AutodiffCurvature(OutputCurvature):
         return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-class Calls(TorchFunctionMode):
+class _Calls(TorchFunctionMode):
     """Counts the calls of PyTorch's functions; more than ``most`` are a RuntimeError."""
 
     def __init__(self, most: float = math.inf) -> None:
@@ -237,9 +237,9 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _noise(layout: TermLayout, like: Tensor) -> Tensor:
+def _noise(layout: TermLayout, like: Tensor, seed: int = 0) -> Tensor:
     """Random rows ``[T, C]``."""
-    return Noise(0, 0).normal(layout.num_terms, 1, 1, layout.width, device=like.device)[:, 0].to(like)
+    return Noise(seed, 0).normal(layout.num_terms, 1, 1, layout.width, device=like.device)[:, 0].to(like)
 
 
 def _halves(layout: TermLayout, device: torch.device) -> Iterator[Tensor]:

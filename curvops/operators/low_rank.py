@@ -164,20 +164,22 @@ class LowRankPlusDiagonalOperator(LinearOperator):
             root = parts.diagonal.sqrt()[:, None]
             left, stretch, _ = torch.linalg.svd(parts.columns / root, full_matrices=False)
             columns = left / root
-            if len(stretch) == len(root):  # nothing is left of the diagonal, and nothing cancels
-                weights = 1 / (1 + stretch.square())
-                return LowRankPlusDiagonalOperator(
-                    columns.to(self.dtype), 0.0, weights.to(self.dtype), self.domain, self.psd
-                )
-            self._expect_seen(stretch.square(), "inverse")
-            weights = -1 / (1 + stretch.square().reciprocal())
+            values = 1 / (1 + stretch.square())
+            if len(stretch) == len(
+                root
+            ):  # the columns span the space: as much of the diagonal is left as cancels nothing
+                diagonal, weights = values.min() / parts.diagonal, values - values.min()
+            else:
+                self._expect_seen(stretch.square(), "inverse")
+                diagonal, weights = 1 / parts.diagonal, -1 / (1 + stretch.square().reciprocal())
         else:
             inner, scales = parts.inner()
             values, basis = torch.linalg.eigh(inner)
             if _zero(values).any():
                 raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
             columns, weights = (parts.columns / parts.diagonal[:, None] / scales) @ basis, -1 / values
-        columns, diagonal, weights = (part.to(self.dtype) for part in (columns, 1 / parts.diagonal, weights))
+            diagonal = 1 / parts.diagonal
+        columns, diagonal, weights = (part.to(self.dtype) for part in (columns, diagonal, weights))
         return LowRankPlusDiagonalOperator(columns, diagonal, weights, self.domain, self.psd)
 
     def _expect_seen(self, ratios: Tensor, method: str) -> None:

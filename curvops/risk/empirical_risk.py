@@ -299,11 +299,11 @@ class Walk:
         return self._loss.curvature(z, batch.y, batch.size)
 
     @property
-    def progress(self) -> tuple[float, int]:
+    def progress(self) -> tuple[float, int, bool | None]:
         """What the loss has learnt of the batches so far: see `LossWalk.progress`."""
         return self._loss.progress
 
-    def resume(self, progress: tuple[float, int]) -> None:
+    def resume(self, progress: tuple[float, int, bool | None]) -> None:
         """Go on from an earlier pass's progress."""
         self._loss.resume(*progress)
 

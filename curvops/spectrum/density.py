@@ -257,8 +257,11 @@ def spectral_density(
         if vectors is not None and not (len(vectors) == size and vectors.shape[1] < size):
             raise ValueError(f"deflate: expected fewer than {size} vectors of this length, got {tuple(vectors.shape)}.")
         if vectors is not None:
-            gram = vectors.T @ vectors
-            if not (gram - torch.eye(len(gram)).to(gram)).abs().max() <= torch.finfo(products.dtype).eps ** 0.5:
+            gram, single = vectors.T @ vectors, torch.finfo(torch.float32).eps  # as of a basis of low precision
+            if (
+                not (gram - torch.eye(len(gram)).to(gram)).abs().max()
+                <= max(torch.finfo(products.dtype).eps, single) ** 0.5
+            ):
                 raise ValueError(
                     "deflate: expected orthonormal vectors. Those of A v = λ B v are not: leave the metric out."
                 )

@@ -97,7 +97,7 @@ def eigenpairs(
         for other in (metric, metric_inverse):
             if other is not None and tuple(other.shape) != products.shape:
                 raise ValueError(f"metric: expected shape {products.shape}, got {tuple(other.shape)}.")
-        if metric is not None:
+        if isinstance(weigh, Products) and isinstance(unweigh, Products):
             _check_inverse(weigh, unweigh, normal((size, 1), seeded(seed), products))
         if max_products is not None and not (isinstance(max_products, int) and max_products >= choice.count):
             raise ValueError(f"max_products: expected at least the {choice.count} pairs asked, got {max_products!r}.")
@@ -189,13 +189,14 @@ def _check_symmetry(space: Krylov, products: Products) -> None:
         )
 
 
-def _check_inverse(weigh: Map, unweigh: Map, x: Tensor) -> None:
+def _check_inverse(weigh: Products, unweigh: Products, x: Tensor) -> None:
     """A ValueError where B̃, given for B⁻¹, is seen to be another: xᵀB B̃ B x must be xᵀB x."""
     image = weigh(x)
     energy, expected = ((image * other).sum() for other in (unweigh(image), x))
     if not expected > 0:
         raise ValueError("eigenpairs: the metric is not positive definite. Damp it.")
-    if not abs(energy - expected) <= 10 * torch.finfo(x.dtype).eps ** 0.5 * abs(expected):
+    eps = max(torch.finfo(own.dtype).eps for own in (x, weigh, unweigh))
+    if not abs(energy - expected) <= 10 * eps**0.5 * abs(expected):
         raise ValueError(
             f"metric_inverse: expected the inverse of the metric; for a random x, xᵀB metric_inverse(B x) is {float(energy):g}, and "
             f"xᵀB x is {float(expected):g}."

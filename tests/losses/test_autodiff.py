@@ -116,6 +116,12 @@ def test_terms_of_two_kinds_are_refused(loss, randn):
     assert walk.curvature(z[:2], y[:2], 2).num_terms == 2
     with pytest.raises(ValueError, match="couples what the output of a datum consists of in some batches only"):
         _ = walk.curvature(z[1:3], y[1:3], 2).num_terms
+    gone_on = shown.walk()
+    gone_on.resume(*walk.progress)
+    with pytest.raises(ValueError, match="in some batches only"):
+        _ = gone_on.curvature(z[1:3], y[1:3], 2).num_terms
+    with pytest.raises(ValueError, match="in some batches only"):  # another process's share
+        walk.compare([walk.first, (0, None, False)])
 
 
 def shifted(z, y):

@@ -198,7 +198,10 @@ def test_low_rank_parts_of_any_size(dtype, alike):
 def test_inverses_where_the_columns_span_the_space(diagonal):
     """As in slices of few rows: the diagonal may be lost, the matrix is not singular."""
     op = LowRankPlusDiagonalOperator(draws(4, 6), diagonal)
-    close(op.inverse().to_dense(), torch.linalg.inv(op.to_dense()), tolerance=1e-9)
+    inverse = op.inverse()
+    close(inverse.to_dense(), torch.linalg.inv(op.to_dense()), tolerance=1e-9)
+    close(inverse.inverse().to_dense(), op.to_dense(), tolerance=1e-9)
+    close(inverse.logdet(), -torch.logdet(op.to_dense()), tolerance=1e-9)
 
 
 def test_norms_of_what_cancels():

@@ -71,6 +71,50 @@ def models(net: nn.Module, mesh: Any) -> Iterator[tuple[str, nn.Module]]:
     yield "cut", Cut(copy.deepcopy(net), mesh)
 
 
+class Repeated(nn.Module):
+    """A model with all parameters on each process, which divides the rows of its inputs among them."""
+
+    def __init__(self, net: nn.Module, mesh: Any) -> None:
+        super().__init__()
+        self.net, self.mesh = net, mesh
+        for module in net.modules():
+            for name, p in list(module._parameters.items()):
+                module._parameters[name] = nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate()]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.net(distribute_tensor(X, self.mesh, [Shard(0)])).full_tensor()
+
+
+def repeated(net: nn.Module, loss: nn.Module, data: Any, mesh: Any) -> dict[str, Any]:
+    """Parameters that are DTensors but not cut: the processes keep alike, and no group adds up their gradients again."""
+    model = Repeated(copy.deepcopy(net), mesh)
+    own, params = {n.removeprefix("net."): p for n, p in model.named_parameters()}, dict(net.named_parameters())
+    v = {name: torch.randn(p.shape, dtype=p.dtype) for name, p in params.items()}
+    placed = {name: distribute_tensor(t, mesh, [Replicate()]) for name, t in v.items()}
+    expected = GGNLinearOperator(net, loss, params, data) @ v
+    op = GGNLinearOperator(model, loss, own, data, memory_budget=1 if dist.get_rank() else 10**9)
+    with op.linearized():
+        results = [op @ placed, op @ placed]
+    error = max(float((whole(r[n]) - expected[n]).abs().max()) for r in results for n in own)
+    group = attempt(lambda: GGNLinearOperator(model, loss, own, data, process_group=dist.group.WORLD))
+    return {"repeated": error, "repeated, errors": {"group": group}}
+
+
+def two_axes(net: nn.Module, loss: nn.Module, data: Any) -> dict[str, float]:
+    """A mesh with an axis for the parameters and one for the data, of which each process has a share."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "parts"))
+    model, params = Cut(copy.deepcopy(net), mesh["parts"]), dict(net.named_parameters())
+    own, group = {n.removeprefix("net."): p for n, p in model.named_parameters()}, mesh.get_group("data")
+    v = {name: torch.randn(p.shape, dtype=p.dtype) for name, p in params.items()}
+    placed = {name: distribute_tensor(t, mesh["parts"], [Shard(0)]) for name, t in v.items()}
+    found = {}
+    for make in (GGNLinearOperator, KFACLinearOperator):
+        expected = make(net, loss, params, data) @ v
+        result = make(model, loss, own, [data[dist.get_rank()]], process_group=group) @ placed
+        found[f"two axes, {make.__name__}"] = max(float((whole(result[n]) - expected[n]).abs().max()) for n in own)
+    return found
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -161,6 +205,7 @@ def sharded() -> dict[str, Any]:
         )
         found[f"{title}, errors"] = refused(op, v, (model, loss, own, data))
         assert all(torch.equal(p.detach().to_local(), before[name]) for name, p in own.items())
+    found |= repeated(net, loss, data, mesh) | two_axes(net, loss, data)
     net, X = Tokens().double(), torch.randint(5, (7, 3))
     cut, data = Cut(copy.deepcopy(net), mesh), [(X[:3], y[:3]), (X[3:], y[3:])]
     found |= {f"tokens, {kind}": error for kind, error in kronecker(net, cut, loss, data, "ekfac").items()}

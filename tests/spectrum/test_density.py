@@ -42,6 +42,8 @@ def test_vectors_to_deflate_are_orthonormal():
     pairs = eigenpairs(symmetric(VALUES), 2, metric=metric, metric_inverse=torch.linalg.inv(metric))
     with pytest.raises(ValueError, match="deflate: expected orthonormal vectors"):
         spectral_density(symmetric(VALUES), deflate=pairs)
+    low = eigenpairs(symmetric(VALUES), 2, basis_dtype=torch.float32)
+    assert spectral_density(symmetric(VALUES), deflate=low, num_vectors=2).products > 0
 
 
 def test_errors_are_standard_errors():

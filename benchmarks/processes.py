@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 benchmarks/processes.py [--bytes]
     python benchmarks/processes.py --large
 
-Each process has one thread (torchrun's default). One process computes alone while the others wait, and then all of them
-together, in turns; the medians' ratio is printed. With ``--bytes`` it counts what is handed to `torch.distributed` and, on
+Each process has one thread (torchrun's default). One process computes alone while the others wait, then each the operator
+of its own share alone, without a group, then all of them together, in turns; the medians' ratios are printed, of which the
+first is what the machine gives. With ``--bytes`` it counts what is handed to `torch.distributed` and, on
 Linux with all processes on one machine, what goes over its network device, beside the formulas of ``docs/processes.md``. With ``--large`` it
 prints what these formulas give for a transformer of 10⁹ parameters on 64 GPUs.
 """
@@ -38,19 +39,19 @@ MESSAGE = 56  # bytes of each process, where they meet
 REPEATS = 9
 
 
-def alternating(alone: Callable[[], Any], together: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of one process, and of all."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for seconds, call, mine in zip(times, (alone, together), (dist.get_rank() == 0, True), strict=True):
+def alternating(one: Callable[[], Any], *several: Callable[[], Any]) -> list[float]:
+    """Median seconds of what one process does, and of what all do."""
+    calls = (one if dist.get_rank() == 0 else lambda: None, *several)
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(REPEATS + 1):
+        for seconds, call in zip(times, calls, strict=True):
             dist.barrier()
             start = time.perf_counter()
-            if mine:
-                call()
+            call()
             dist.barrier()
             if turn:  # the first one warms up
                 seconds.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(seconds) for seconds in times]
 
 
 def problem(
@@ -72,24 +73,20 @@ def wide() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 def seconds() -> None:
     number, group = dist.get_world_size(), {"process_group": dist.group.WORLD}
-    say(f"{'':44}{'one process':>14}{f'{number} processes':>14}{'ratio':>8}")
+    say(f"{'':44}{'one process':>14}{'shares alone':>14}{'ratio':>7}{f'{number} processes':>14}{'ratio':>7}")
     for name, batches, repeats in (("mlp", 8, 1), ("mlp", 8, 8), ("residual", 8, 1), ("residual", 32, 1)):
         *args, whole, mine = problem(name, batches, repeats)
         for kind in (HessianLinearOperator, GGNLinearOperator):
             make = partial(kind, *args, check_deterministic=False)
-            one, several = make(whole), make(mine, **group)
-            v = torch.ones(one.shape[1])
-            row(
-                title(name, whole, f"{kind.__name__[:-14]} product"),
-                partial(matmul, one, v),
-                partial(matmul, several, v),
-            )
+            operators = make(whole), make(mine), make(mine, **group)
+            v = torch.ones(operators[0].shape[1])
+            row(title(name, whole, f"{kind.__name__[:-14]} product"), *(partial(matmul, op, v) for op in operators))
     for name, batches, repeats in (("wide", 8, 1), ("wide", 16, 8), ("residual", 8, 1), ("residual", 64, 1)):
         *args, whole, mine = problem(name, batches, repeats)
         for kind in (KFACLinearOperator, EKFACLinearOperator):
             make = partial(decomposed, kind, *args)
             what = title(name, whole, f"{kind.__name__[:-14]} with eigh")
-            row(what, partial(make, whole), partial(make, mine, **group))
+            row(what, partial(make, whole), partial(make, mine), partial(make, mine, **group))
 
 
 def title(name: str, batches: list[Any], work: str) -> str:
@@ -103,9 +100,9 @@ def decomposed(kind: Any, *args: Any, **options: Any) -> None:
         found.decompose()
 
 
-def row(name: str, alone: Callable[[], Any], together: Callable[[], Any]) -> None:
-    one, several = alternating(alone, together, REPEATS)
-    say(f"{name:44}{one:13.3f}s{several:13.3f}s{one / several:8.2f}")
+def row(name: str, *calls: Callable[[], Any]) -> None:
+    one, *several = alternating(*calls)
+    say(f"{name:44}{one:13.3f}s" + "".join(f"{seconds:13.3f}s{one / seconds:7.2f}" for seconds in several))
 
 
 def say(line: str) -> None:

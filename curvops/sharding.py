@@ -96,16 +96,25 @@ def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
 
 def least(number: float, shards: Mapping[str, Sharding]) -> float:
     """The least of the numbers of all processes that have parts of some tensors, so that they choose alike."""
+    return float(_minimum(torch.tensor(number, dtype=torch.float64), shards))
+
+
+def alike(word: int, shards: Mapping[str, Sharding]) -> bool:
+    """Whether all processes that have parts of some tensors have the same word of 64 bits; all of them must ask."""
+    low, high = _minimum(torch.tensor([word, ~word]), shards).tolist()
+    return bool(low == ~high)
+
+
+def _minimum(numbers: Tensor, shards: Mapping[str, Sharding]) -> Tensor:
     groups: dict[int, tuple[Any, str]] = {}
     for how in shards.values():
         for axis in range(len(how.placements)):
             group = how.mesh.get_group(axis)
             groups[id(group)] = group, how.mesh.device_type
     for group, device in groups.values():
-        found = torch.tensor(number, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group)
-        number = float(found)
-    return number
+        numbers = numbers.to(device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN, group)
+    return numbers
 
 
 def local(tensor: Any) -> Tensor:

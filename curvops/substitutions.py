@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from curvops.context import switched
+from curvops.fully_shard import gathering
 
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
@@ -90,7 +91,7 @@ class Substitutions(TorchFunctionMode):
 
 def gradients(outputs: Any, inputs: Any, cotangents: Any = None, **options: Any) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` under the substitutions: what is run again in it (checkpointing) runs as it ran before."""
-    with Substitutions():
+    with gathering(), Substitutions():
         return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
 
 

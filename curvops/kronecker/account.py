@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from curvops.display import card, table
 from curvops.kronecker.collect import Collection
-from curvops.kronecker.cotangents import LIMIT
 from curvops.kronecker.state import State
+from curvops.kronecker.sweep import Sweep
 from curvops.memory import byte_size
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock
@@ -79,8 +79,8 @@ def explained(
 
 
 SIGNED = (
-    f"more than {LIMIT:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
-    "with random signs, so that cross terms vanish in expectation"
+    "more than rule.most_passes={:,} backward passes a batch would keep all loss terms apart; terms of a datum share one "
+    "with random signs, so that cross terms vanish in expectation only: blocks are estimates, which depend on seed="
 )
 MINGLED = (
     "samples of data whose rows cannot be told apart share a backward pass: their cross terms vanish in expectation only, "
@@ -89,10 +89,15 @@ MINGLED = (
 GATHERED = "parameters are cut over processes: rows of a layer are gathered, and each process has all blocks whole"
 
 
+def signed_note(sweep: Sweep) -> list[str]:
+    """What is not exact where loss terms share backward passes."""
+    return [SIGNED.format(sweep.options.rule.most_passes)] * sweep.signed
+
+
 def notes_of(collection: Collection, further_walks: int) -> list[str]:
     """Remarks on what was done."""
     sweep = collection.sweep
-    notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *[SIGNED] * sweep.signed]
+    notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *signed_note(sweep)]
     notes += [MINGLED] * sweep.mingled + [GATHERED] * bool(sweep.risk.space.shards)
     notes += [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
     return notes + [f"taken in files of spill=: {byte_size(collection.spill.bytes)}"] * collection.spill.active
@@ -105,7 +110,7 @@ def plan_notes(collection: Collection, further_walks: int) -> list[str]:
     notes = [
         f"batch of {sweep.size}: {forward} forward and {backward} backward passes to the layers' outputs, "
         f"about {(forward + backward) / 3:.1f} gradients",
-        *[SIGNED] * sweep.signed,
+        *signed_note(sweep),
         *[MINGLED] * sweep.mingled,
         *[GATHERED] * bool(sweep.risk.space.shards),
     ]

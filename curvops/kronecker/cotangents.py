@@ -9,24 +9,24 @@ from torch import Tensor
 
 from curvops.losses import Factor, Noise, OutputCurvature
 
-LIMIT = 1024  # backward passes a batch up to which terms are squared separately
-
 
 class Cotangents:
     """Columns of S as output-shaped cotangents, at most one loss term a datum in each, or signed sums.
 
-    Terms are squared separately. Where that takes more than `LIMIT` backward passes, the terms of a datum
+    Terms are squared separately. Where that takes more than ``most`` backward passes, the terms of a datum
     share one with independent random signs, so that cross terms vanish in expectation. Monte-Carlo samples
     are independent and have mean zero, so they share one anyway.
 
     Terms are divided among ``size`` data; one where a batch is seen as one datum.
     """
 
-    def __init__(self, curvature: OutputCurvature, factor: Factor, kind: str, noise: Noise, size: int) -> None:
+    def __init__(
+        self, curvature: OutputCurvature, factor: Factor, kind: str, noise: Noise, size: int, most: int
+    ) -> None:
         self._curvature, self._factor, self._size = curvature, factor, size
         self.terms = factor.num_terms // size
         self.shared = kind == "mc" or self.terms == 1
-        self.signed = not self.shared and self.terms * factor.num_columns > LIMIT
+        self.signed = not self.shared and self.terms * factor.num_columns > most
         self._signs: Tensor | None = None
         self._datum: int | None = None
         if self.signed:

@@ -13,8 +13,9 @@ from curvops.kronecker.state import Entry
 class GGNDiagonalLinearOperator(KroneckerOperator):
     """The diagonal of the GGN (``fisher_type="type-2"``, exact, the default), or of a Monte-Carlo or empirical Fisher.
 
-    Streamed: one backward pass for each column of the output factor, squared datum by datum, so that memory does
-    not grow with the number of outputs.
+    Streamed: one backward pass for each loss term of a datum and column of its factor, squared datum by datum, so that
+    memory does not grow with the number of outputs. Where these passes are more than ``BlockRule(most_passes=1024)``, as of
+    language models and segmentation, the diagonal is estimated with random signs, and a warning says so.
 
     Args:
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.

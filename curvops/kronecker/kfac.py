@@ -34,7 +34,8 @@ class KFACLinearOperator(KroneckerOperator):
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
         process_group: Processes of `torch.distributed` that pass a share of the data each; see `EmpiricalRisk`.
-        fisher_type: ``"type-2"`` (all columns of the output Hessian's root), ``"mc"`` (gradients at sampled
+        fisher_type: ``"type-2"`` (all columns of the output Hessian's root; with many loss terms a datum estimated,
+            see `BlockRule`), ``"mc"`` (gradients at sampled
             labels), ``"empirical"`` (at the true label), ``"forward-only"`` (B = identity). ``"mc"`` if not given, for
             `GGNDiagonalLinearOperator` ``"type-2"``.
         mc_samples: Samples for ``"mc"``. One leaves directions without curvature, in which a small exact damping takes
@@ -48,7 +49,7 @@ class KFACLinearOperator(KroneckerOperator):
         memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
         spill: A folder on a disk, for what is larger than memory: factors, eigenvectors and the rows beyond the budget lie
             in files there, which are mapped and have no names. Of parameters on the CPU, in one process.
-        rule: When blocks and factors are kept as diagonals.
+        rule: When blocks and factors are kept as diagonals, and when loss terms share backward passes.
         checkpoint: Where the state of the computation is kept, to go on from after it was killed: see `Checkpoint`.
 
     Raises:

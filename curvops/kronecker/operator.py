@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ from torch.nn import Module
 from typing_extensions import Unpack
 
 from curvops.checkpoint import Checkpoint
-from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes
+from curvops.kronecker.account import Explanation, explained, notes_of, plan_notes, signed_note
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.factors import Factors
 from curvops.kronecker.files import read_state, write_state
@@ -316,6 +317,10 @@ class KroneckerOperator(StateOperator):
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
         state = State(kind, risk.space.gathered, groups, reduction, count, sweep.data, options.settings)
+        if not planned:
+            for note in signed_note(sweep):
+                what = f"{kind}, fisher_type={options.fisher_type!r}: {note}. Exact: rule=BlockRule(most_passes=…), which takes longer."
+                warnings.warn(what, RuntimeWarning, stacklevel=3)
         notes = (plan_notes if planned else notes_of)(collection, self.further_walks)
         super().__init__(state, {name: "; ".join(whys) for name, whys in sweep.reasons.items()}, notes)
 

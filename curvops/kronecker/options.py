@@ -15,18 +15,22 @@ APPROXIMATIONS = ("expand", "reduce")
 
 @dataclass(frozen=True)
 class BlockRule:
-    """When a block or a factor is kept as its diagonal.
+    """When a block or a factor is kept as its diagonal, and when loss terms share backward passes.
 
     Attributes:
         largest_factor: Side of a Kronecker factor up to which it is dense. (The inputs of an embedding are unit
             vectors, so their factor is diagonal by nature, whatever its side.)
         largest_block: Entries of a parameter without Kronecker structure up to which its block is dense.
         allow_diagonal: Whether diagonals may be kept at all; otherwise an error names the parameter.
+        most_passes: Backward passes a batch (loss terms of a datum times columns of their factor) up to which
+            ``"type-2"`` and ``"empirical"`` operators square loss terms separately. Beyond, the terms of a datum share
+            a pass with random signs, and blocks are estimates without bias; a warning says so.
     """
 
     largest_factor: int = 10_000
     largest_block: int = 1_024
     allow_diagonal: bool = True
+    most_passes: int = 1_024
 
     def factor(self, size: int, names: Sequence[str]) -> bool:
         """Whether a factor of some parameters' block is dense."""

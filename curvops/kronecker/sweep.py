@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,14 +205,15 @@ class Sweep:
             self.data[name] += 1 if way == "one" else batch.size
         kind, noise = self.options.fisher_type, Noise(self.options.seed, batch.start)
         factor = curvature.factor(kind, self.options.mc_samples, noise)
-        columns = Cotangents(curvature, factor, kind, noise, batch.size if seen is not None else 1)
+        cotangents = partial(Cotangents, curvature, factor, kind, noise, most=self.options.rule.most_passes)
+        columns = cotangents(batch.size if seen is not None else 1)
         self.signed = self.signed or columns.signed
         # lists: the order of the groups must not depend on how strings are hashed
         batched, mixed, alone = ([n for n, w in ways.items() if w == way] for way in ("batch", "one", "datum"))
         if batched:
             yield from self._pull(tape, batched, columns, (place, 0), together, not mixed, joint)
         if mixed:
-            whole = Cotangents(curvature, factor, kind, noise, 1)
+            whole = cotangents(1)
             self.signed = self.signed or whole.signed
             self.mingled = self.mingled or (kind == "mc" and batch.size > 1)
             yield from self._pull(tape.as_one(), mixed, whole, (place, 0), together)
@@ -388,10 +390,7 @@ class Sweep:
         """Some data of a batch alone; ``None`` where the model refuses, as batch norm does of a single datum."""
         try:
             X = cut(batch.X, batch.size, places, kept)
-            if taped:
-                return record(self.risk, X, len(places))
-            with torch.no_grad():
-                return self.risk.forward(X)
+            return record(self.risk, X, len(places)) if taped else self.risk.forward(X).detach()
         except torch.OutOfMemoryError:
             raise
         except UNFIT:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvops.fully_shard import gathering
 from curvops.kronecker.conduct import SELECTS, conducted
 from curvops.kronecker.lookups import Lookups
 from curvops.kronecker.operations import ADDS, CASTS, INDEXING, OPENED, VIEWS, is_data_dependent, is_query
@@ -66,7 +67,7 @@ class Taps(TorchFunctionMode):
         """`torch.autograd.grad`; what is run again in it (checkpointing) runs as before, and leaves no record."""
         self._active = False
         try:
-            with self:  # called plainly, it would be handed to the mode, and run without it
+            with gathering(), self:  # called plainly, it would be handed to the mode, and run without it
                 return opened(torch.autograd.grad)(outputs, inputs, cotangents, **options)
         finally:
             self._active = True

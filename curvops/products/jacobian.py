@@ -251,9 +251,9 @@ class JacobianLinearOperator(LinearOperator):
         found = []
         ranks = self.risk.ranks
         with ranks.together():
-            with self._walk() as walk, torch.no_grad():
+            with self._walk() as walk:
                 for batch in self._wanted(walk):
-                    z = self.risk.forward(batch.X)
+                    z = self.risk.forward(batch.X).detach()
                     if z.ndim == 0 or len(z) != batch.size:
                         raise ValueError(
                             f"{self.name}: expected an output with one row for each of {batch.size} data, got shape {tuple(z.shape)}."

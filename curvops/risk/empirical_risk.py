@@ -14,13 +14,17 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from curvops.context import Autocast, differentiable, preserved_random_state, requiring_gradients
+from curvops.digest import digest
 from curvops.extras import extra
+from curvops.fully_shard import at_rest, gathering
 from curvops.losses import OutputCurvature, output_loss
-from curvops.ranks import Ranks
+from curvops.ranks import Ranks, RanksError
 from curvops.risk.data import EMPTY, Batch, Data
 from curvops.risk.model import Model, ModelFunction
+from curvops.sharding import alike
 from curvops.space import Vector
 from curvops.substitutions import Substitutions, gradients, plain_kernels
+from curvops.tree import tensors_of
 
 _AUTOCAST: ContextVar[Autocast | None] = ContextVar("the caller's autocast state during an evaluation", default=None)
 
@@ -130,14 +134,17 @@ class EmpiricalRisk:
                 stack.enter_context(plain_kernels())
             stack.enter_context(differentiable())
             stack.enter_context(requiring_gradients(self.params.values()))
+            if self.model.fully_sharded:
+                stack.enter_context(at_rest(self.model.modules()))
             yield
 
     def forward(self, X: Any, mode: TorchFunctionMode | None = None) -> Tensor:
         """Output of the model as it stands, under the caller's autocast state; call within `evaluation`.
 
-        ``mode`` sees its operations; by default those without right second derivatives are replaced.
+        ``mode`` sees its operations; by default those without right second derivatives are replaced. (Never without
+        gradients: a model may take some of its own, as of its output in X.)
         """
-        with self._autocast().on(), Substitutions() if mode is None else mode:
+        with self._autocast().on(), gathering(), Substitutions() if mode is None else mode:
             return self.model(X)
 
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
@@ -192,9 +199,8 @@ class EmpiricalRisk:
         """The risk, a scalar, and its gradient, a flat vector ``[D]`` (zero if not asked for)."""
 
         def add(batch: Batch, walk: Walk) -> None:
-            with torch.set_grad_enabled(gradient):
-                z = self.forward(batch.X)
-            value = walk.curvature(z, batch).value()
+            z = self.forward(batch.X)
+            value = walk.curvature(z if gradient else z.detach(), batch).value()
             total[0] += value.detach()
             if gradient and value.requires_grad:
                 found = gradients(value, list(self.params.values()), retain_graph=True, allow_unused=True)
@@ -250,8 +256,10 @@ class Walk:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
+            self._expect_alike(batch)
             self.size, self.batches = self.size + batch.size, self.batches + 1
             yield batch
+        self._expect_alike(None)
         self._share = self.size
         if self._risk.ranks.alone:
             self._expect_number()
@@ -286,6 +294,16 @@ class Walk:
         if not self.size:
             raise ValueError(EMPTY)
         self._expect_number()
+
+    def _expect_alike(self, batch: Batch | None) -> None:
+        """A RanksError in all processes that have parts of the parameters, where they have other batches, or no more."""
+        shards = self._risk.space.shards if self._risk.model.fully_sharded else {}
+        tensors = tensors_of((batch.X, batch.y)) if batch is not None else []
+        if shards and not alike(digest({str(k): tensor for k, tensor in enumerate(tensors)}), shards):
+            raise RanksError(
+                f"{self._title}: the processes that have parts of the parameters have different batches. With fully_shard each of "
+                "them passes the whole data, in the same order; to divide the data, use a mesh of two axes, and process_group= of the other."
+            )
 
     def _expect_number(self) -> None:
         expected = self._risk.num_data

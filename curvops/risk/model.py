@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from curvops.context import attributes_kept
 from curvops.description import described
+from curvops.fully_shard import check_fully_sharded
 from curvops.sharding import is_sharded
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
@@ -196,13 +196,7 @@ class Model:
                     f"params[{name!r}]: it was made in inference mode, so nothing can be differentiated in it. "
                     "Build the model outside torch.inference_mode()."
                 )
-        if (fsdp := sys.modules.get("torch.distributed.fsdp")) and any(
-            isinstance(m, getattr(fsdp, "FSDPModule", ())) for m in self.modules()
-        ):
-            raise TypeError(
-                "model_func: fully_shard computes with copies of its parameters, in which PyTorch takes no second derivatives. Cut the "
-                "parameters as plain DTensors (torch.distributed.tensor.distribute_module, or parallelize_module), or pass the model whole."
-            )
+        self.fully_sharded = check_fully_sharded(self.modules())
         self._own: list[str] = []  # of the parameters, those that the module has under some name
         if self.module is None:
             return

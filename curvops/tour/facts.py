@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.identity import identity
 
@@ -31,9 +29,7 @@ def facts(risk: EmpiricalRisk) -> dict[str, Any]:
     terms = width = 0
     with risk.walk("Facts") as walk:
         for batch in walk:
-            with torch.no_grad():
-                z = risk.forward(batch.X)
-            curvature = walk.curvature(z, batch)
+            curvature = walk.curvature(risk.forward(batch.X).detach(), batch)
             terms, width = terms + curvature.num_terms, max(width, curvature.width)
         walk.join()
         constant, number = walk.constant, walk.size

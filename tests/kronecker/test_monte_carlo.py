@@ -9,8 +9,7 @@ from problems import LOSSES
 from problems import PROBLEMS as MODELS
 from torch import nn
 
-import curvops.kronecker.cotangents as cotangents
-from curvops import GGNLinearOperator
+from curvops import BlockRule, GGNLinearOperator
 from kronecker.cases import PROBLEMS, build, mlp, plan, seeded, tokens
 
 KINDS = ("kfac", "diagonal")
@@ -68,24 +67,27 @@ def test_the_rate(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_terms_that_share_a_backward_pass_have_random_signs(kind, monkeypatch):
+def test_terms_that_share_a_backward_pass_have_random_signs(kind):
     problem = tokens()
     exact = build(kind, problem)
     separate = exact.to_dense()
     assert "random signs" not in str(exact.explain())
-    monkeypatch.setattr(cotangents, "LIMIT", 5)  # two terms a datum with three columns each take six
-    signed = build(kind, problem)
-    differences = draws(partial(build, kind, problem), separate, check_deterministic=False)
+    rule = BlockRule(most_passes=5)  # two terms a datum with three columns each take six
+    with pytest.warns(RuntimeWarning, match=r"rule\.most_passes=5 .* blocks are estimates, .* Exact: rule=BlockRule"):
+        signed = build(kind, problem, rule=rule)
+        differences = draws(partial(build, kind, problem, rule=rule), separate, check_deterministic=False)
     check_unbiased(differences)
     assert statistics.mean(float(d.norm()) for d in differences) > 1e-3
-    assert "random signs" in str(plan(kind, problem))
+    assert "random signs" in str(plan(kind, problem, rule=rule))
     assert any("random signs" in note for note in signed.explain().notes)
     assert not torch.equal(signed.to_dense(), separate)
+    torch.testing.assert_close(build(kind, problem, rule=BlockRule(most_passes=6)).to_dense(), separate)
 
 
-def test_random_signs_do_not_depend_on_batches(monkeypatch):
-    monkeypatch.setattr(cotangents, "LIMIT", 5)
-    whole, parts = build("ekfac", tokens()), build("ekfac", tokens(), 1, 3, 2)
+@pytest.mark.filterwarnings("ignore:EKFACLinearOperator. fisher_type='type-2'. more than rule.most_passes")
+def test_random_signs_do_not_depend_on_batches():
+    rule = BlockRule(most_passes=5)
+    whole, parts = build("ekfac", tokens(), rule=rule), build("ekfac", tokens(), 1, 3, 2, rule=rule)
     torch.testing.assert_close(whole.to_dense(), parts.to_dense(), rtol=1e-10, atol=1e-12)
 
 

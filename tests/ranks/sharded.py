@@ -1,17 +1,21 @@
 """Products of models whose parameters are cut over two processes."""
 
 import copy
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 
+import curvops.fully_shard
 from curvops import (
     Checkpoint,
     EFLinearOperator,
@@ -115,6 +119,82 @@ def two_axes(net: nn.Module, loss: nn.Module, data: Any) -> dict[str, float]:
     return found
 
 
+class Checkpointed(nn.Sequential):
+    """Layers one of which is run again in the backward pass."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        first, second, *others = self
+        X = checkpoint(second, first(X), use_reentrant=False)
+        for layer in others:
+            X = layer(X)
+        return X.mean(1)
+
+
+def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
+    """Models of ``fully_shard``: products, what is kept of the gathered parameters, training afterwards, errors."""
+    torch.manual_seed(1)
+    layers = nn.Embedding(5, 6), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 4)
+    net = Checkpointed(*layers).double()
+    X, y = torch.randint(5, (7, 3)), torch.randint(4, (7,))
+    data, params, model = [(X[:3], y[:3]), (X[3:], y[3:])], dict(net.named_parameters()), copy.deepcopy(net)
+    for module in (model[1], model):
+        fully_shard(module, mesh=mesh)
+    own = dict(model.named_parameters())
+    hooks = [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+    v = {name: torch.randn(*p.shape, 2, dtype=p.dtype) for name, p in params.items()}
+    placed = {name: distribute_tensor(v[name], mesh, p.placements) for name, p in own.items()}
+    found: dict[str, Any] = {}
+    for kind, (make, options) in {**KINDS, **KRONECKER}.items():
+        expected, op = make(net, loss, params, data, **options) @ v, make(model, loss, own, data, **options)
+        results = [op @ placed]
+        if kind in KINDS:
+            with gathers() as storages, op.linearized():
+                results += [op @ placed, op @ placed]
+                dist.barrier()  # the last collective call of another process may hold its result for a moment
+                alive = sum(storage() is not None for storage in storages)
+                assert len(storages) > 10 and alive == 0, f"{kind}: {alive} of {len(storages)}"
+        found[f"fully_shard, {kind}"] = max(
+            float((whole(r[n]) - expected[n]).abs().max()) for r in results for n in own
+        )
+    assert hooks == [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+    loss(model(X), y).backward()
+    slopes = torch.autograd.grad(loss(net(X), y), list(params.values()))
+    found["fully_shard, trained"] = max(
+        float((whole(p.grad) - g).abs().max()) for p, g in zip(own.values(), slopes, strict=True)
+    )
+    other = [(X[:3], y[:3]), (X[3:], 3 - y[3:] if dist.get_rank() else y[3:])]
+    fewer, half = data[: 2 - dist.get_rank()], copy.deepcopy(net)
+    fully_shard(half, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    found["fully_shard, refused"] = {
+        "data": attempt(lambda: HessianLinearOperator(model, loss, own, other)),
+        "fewer": attempt(lambda: HessianLinearOperator(model, loss, own, fewer)),
+        "precision": attempt(lambda: HessianLinearOperator(half, loss, dict(half.named_parameters()), data)),
+    }
+    with torch.no_grad():
+        model(X)
+    found["fully_shard, refused"]["gathered"] = attempt(
+        lambda: HessianLinearOperator(model, loss, dict(model.named_parameters()), data)
+    )
+    return found
+
+
+@contextmanager
+def gathers() -> Iterator[list[Any]]:
+    """References to the memory of each parameter that is gathered for an operation."""
+    storages, before = [], curvops.fully_shard.gathered
+
+    def noted(tensor: Tensor) -> Tensor:
+        found = before(tensor)
+        storages.append(weakref.ref(found.untyped_storage()))
+        return found
+
+    curvops.fully_shard.gathered = noted
+    try:
+        yield storages
+    finally:
+        curvops.fully_shard.gathered = before
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -209,7 +289,5 @@ def sharded() -> dict[str, Any]:
     net, X = Tokens().double(), torch.randint(5, (7, 3))
     cut, data = Cut(copy.deepcopy(net), mesh), [(X[:3], y[:3]), (X[3:], y[3:])]
     found |= {f"tokens, {kind}": error for kind, error in kronecker(net, cut, loss, data, "ekfac").items()}
-    fsdp = nn.Linear(6, 4).double()
-    fully_shard(fsdp)
-    found["fully_shard"] = attempt(lambda: HessianLinearOperator(fsdp, loss, dict(fsdp.named_parameters()), data))
+    found |= fully_sharded(loss, mesh)
     return found

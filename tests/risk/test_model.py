@@ -6,11 +6,21 @@ import pytest
 import torch
 from conformance import Untouched, close, draws
 from kronecker.cases import Net
+from oracles import KINDS, Case, real
 from problems import Odd
 from torch import nn
 from torch.func import functional_call
 
-from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops import (
+    EFLinearOperator,
+    EmpiricalRisk,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    KFACLinearOperator,
+)
+from curvops.clients.checks.problem import problem_of
+from curvops.tour.facts import facts
 
 OPERATORS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator, KFACLinearOperator]
 X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
@@ -225,3 +235,31 @@ def test_vector_of_the_risk(model):
     assert torch.equal(risk.vector([torch.ones_like(p) for p in model.parameters()], "test"), torch.ones(20).double())
     with pytest.raises(ValueError, match="expected one vector, got 2 columns"):
         risk.vector(draws(20, 2), "test")
+
+
+class Residual(nn.Module):
+    """The residual of a differential equation: the model's own output is differentiated in its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    def forward(self, X):
+        X = X.detach().requires_grad_()
+        u = self.net(X)
+        (slope,) = torch.autograd.grad(u.sum(), X, create_graph=True)
+        return slope - u.sin()
+
+
+def test_models_that_differentiate_in_their_input():
+    """Nothing is computed without gradients, which such a model needs."""
+    net, loss, X, y = Residual(), nn.CrossEntropyLoss(), real(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    case = Case(net, loss, [(X[:2], y[:2]), (X[2:], y[2:])])
+    case.check(*KINDS)
+    risk, z, u = EmpiricalRisk(net, loss, case.params, case.data), net(X), real(15)
+    expected = torch.autograd.grad(z.flatten() @ u, list(case.params.values()))
+    with torch.no_grad():
+        close(risk.value(), loss(z, y))
+        close(JacobianLinearOperator(net, case.params, case.data).T @ u, torch.cat([g.flatten() for g in expected]))
+    assert facts(risk)["loss_terms"] == 5
+    close(problem_of(risk, loss, 0).z, z[:4])

@@ -166,12 +166,12 @@ class Problem:
 
 def problem_of(risk: EmpiricalRisk, loss_func: Loss, seed: int) -> Problem:
     """A few data of the first batches, in two batches where the model does not mix data; else the first batch."""
-    with preserved_random_state(risk.data.batches), torch.no_grad():
+    with preserved_random_state(risk.data.batches), torch.enable_grad():  # of which a model may take some of its own
         first, pieces = _few(risk)
         for batches in (pieces, [_joined(pieces)], [first]):
             try:
                 whole = _joined(batches)
-                z, parts = risk.model(whole.X), torch.cat([risk.model(batch.X) for batch in batches])
+                z, parts = risk.model(whole.X).detach(), torch.cat([risk.model(batch.X).detach() for batch in batches])
                 value = float(loss_func(z, whole.y))
             except UNFIT:
                 if batches[0] is first and len(batches) == 1:

@@ -57,12 +57,12 @@ class Twin:
 
     def output(self, step: Tensor | float = 0.0) -> Tensor:
         """The output at θ + ``step``."""
-        with torch.no_grad(), self._at(self.theta + step) as (z, _):
+        with self._at(self.theta + step) as (z, _):
             return z.detach()
 
     def value(self, step: Tensor | float = 0.0) -> Tensor:
         """The loss at θ + ``step``, which may read parameters itself."""
-        with torch.no_grad(), self._at(self.theta + step) as (z, _):
+        with self._at(self.theta + step) as (z, _):
             return self.loss(z).detach()
 
     def gradient(self, scalar: Scalar | None = None, step: Tensor | float = 0.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.sharding import local
+from curvops.tree import strided
 
 STEP = 2**20  # words that are hashed together, a multiple of a piece
 PIECE = 4096  # entries of a vector that are summed together
@@ -24,9 +25,8 @@ def word(text: str) -> int:
 def digest(tensors: Mapping[str, Tensor]) -> int:
     """A hash of tensors' bits: sums of integers, which do not depend on the number of threads."""
     total = 0
-    for name, tensor in tensors.items():
-        here = local(tensor)
-        real = torch.view_as_real(here) if here.is_complex() else here
+    for name, tensor in ((name, part) for name, whole in tensors.items() for part in strided(local(whole))):
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = real.contiguous().flatten()
         words = flat if flat.dtype == torch.bool else flat.view(INTEGERS[flat.element_size()])
         own = word(f"{name} {tensor.dtype} {tuple(tensor.shape)}")

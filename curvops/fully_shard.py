@@ -7,10 +7,11 @@ again there, so that no process holds more than one parameter whole, besides tho
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from curvops.sharding import gathered, is_sharded
 from curvops.tree import map_tensors
 
+Hook = Callable[[Any], Any]
 _PACKAGE = "torch.distributed.fsdp"
 # what operations are asked that the parts know of the whole, too; to gather for them would be slow, not wrong
 _KNOWN = {
@@ -94,6 +96,14 @@ def _rest(*_: Any) -> None:
     """A hook that does nothing."""
 
 
+class Kept(NamedTuple):
+    """A tensor in a graph: as other hooks keep it, how they give it back, and its place in the memory if it is gathered."""
+
+    tensor: Any
+    unpack: Hook
+    layout: tuple[Any, ...] | None
+
+
 class Gathering(TorchFunctionMode):
     """Operations take some tensors whole that are cut over processes; no graph keeps them whole."""
 
@@ -105,7 +115,8 @@ class Gathering(TorchFunctionMode):
     @contextmanager
     def on(self) -> Iterator[None]:
         """The mode, and graphs that keep the parts only; what is run again (checkpointing) has hooks of its own."""
-        with saved_tensors_hooks(self._pack, self._unpack), self:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_as_it_is, _as_it_is)
+        with saved_tensors_hooks(partial(self._pack, *hooks), self._unpack), self:
             yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,17 +133,21 @@ class Gathering(TorchFunctionMode):
         self._gathered[found.untyped_storage()] = tensor
         return found
 
-    def _pack(self, tensor: Tensor) -> Any:
-        """What a graph keeps of a tensor: of one that was gathered where it is from, and how it lies in the memory."""
+    def _pack(self, pack: Hook, unpack: Hook, tensor: Tensor) -> Kept:
+        """What a graph keeps of a tensor, by the hooks that are there besides: of one that was gathered its parts."""
         cut = self._gathered.get(tensor.untyped_storage()) if tensor.layout == torch.strided else None
-        return tensor if cut is None else (cut, tensor.shape, tensor.stride(), tensor.storage_offset())
+        layout = None if cut is None else (tensor.shape, tensor.stride(), tensor.storage_offset())
+        with torch._C.DisableTorchFunction():  # backward passes run in this mode, too
+            return Kept(pack(tensor if cut is None else cut), unpack, layout)
 
-    def _unpack(self, kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        cut, *layout = kept
-        with torch._C.DisableTorchFunction():  # the backward pass runs in this mode, too
-            return self._gather(cut.detach()).as_strided(*layout)
+    def _unpack(self, kept: Kept) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            found: Tensor = kept.unpack(kept.tensor)
+            return found if kept.layout is None else self._gather(found.detach()).as_strided(*kept.layout)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _name(func: Any) -> str:

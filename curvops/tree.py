@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -39,9 +40,21 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return found
 
 
+def strided(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or what a sparse one is made of: its entries and their places."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    sparse = tensor if tensor.layout == torch.sparse_coo else tensor.to_sparse_coo()
+    return [sparse._values(), sparse._indices()]
+
+
 def select(tree: Any, size: int, index: Any) -> Any:
-    """The structure with each tensor whose first axis has ``size`` entries indexed along it."""
-    return map_tensors(lambda t: t[index] if t.ndim and t.shape[0] == size else t, tree)
+    """The structure with each tensor whose first axis has ``size`` entries indexed along it; a sparse one stays whole."""
+
+    def some(t: Tensor) -> Tensor:
+        return t[index] if t.ndim and t.shape[0] == size and t.layout == torch.strided else t
+
+    return map_tensors(some, tree)
 
 
 def nodes_of(tensor: Tensor) -> Iterator[Node]:

@@ -103,8 +103,14 @@ _Decorator = Callable[[Any], Any]
 _device = click.option(
     "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, … [default: where the model is]"
 )
-_seed = click.option("--seed", type=int, default=0, show_default=True, help="Of weights, samples and random vectors.")
-_threads = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads. [default: PyTorch's]")
+_seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of weights, samples and random vectors.",
+)
+_threads = click.option("--threads", type=click.IntRange(1, 1024), help="Number of CPU threads. [default: PyTorch's]")
 _memory = click.option(
     "--memory",
     type=Bytes(),

@@ -72,8 +72,9 @@ class Sweep:
         if not start:
             self._reset()
             self.marks = Marks()
-        self.cuts, self.most = [], self.most if start else 0
-        return self._passes(title, together, start, more, done=done)
+        # what is skipped goes together as it did: batches that came since are further passes
+        self.cuts, self.most = self.cuts[:start], self.most if start else 0
+        return self._passes(title, together, start, more, tuple(self.cuts), done)
 
     def agree(self) -> bool:
         """Whether the walk is valid, here and in all processes that share the data; else a new one is due."""
@@ -131,7 +132,7 @@ class Sweep:
             self._steps = Walk(self.risk, batches, title, "samples" if self.options.fisher_type == "mc" else "")
             met = self.marks.through(self._steps, self._counts, title) if more else iter(self._steps)
             for place, several in enumerate(gathered(met, cuts, lambda: self.most)):
-                if not cuts:
+                if place == len(self.cuts):
                     self.cuts.append(len(several))
                 batch = joined_batch(several)
                 if self._streamed:

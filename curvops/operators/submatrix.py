@@ -109,9 +109,10 @@ def _places(index: Index, space: TensorSpace, what: str) -> Tensor:
             f"{what}: expected numbers below {dim}, a slice or a mask of {dim} entries, got {places.dtype} of shape "
             f"{tuple(places.shape)}."
         )
+    places = places.long()  # a narrow type may not hold the dimension
     if len(places) and not (-dim <= places.amin() and places.amax() < dim):
         raise IndexError(f"{what}: expected numbers below {dim}, got {int(places.amin())} to {int(places.amax())}.")
-    return places.long() % dim
+    return places % dim
 
 
 def _range(space: TensorSpace, subspace: TensorSpace) -> slice | Tensor:

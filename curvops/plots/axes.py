@@ -61,5 +61,5 @@ def drawn_on(ax: Axes | None, title: str) -> Iterator[Axes]:
 def decades(turn: float, low: float, high: float) -> list[float]:
     """Zero, and powers of ten on both sides: at most five, that a symmetric logarithm which turns there keeps apart."""
     first, last = ceil(log10(3 * turn)), floor(log10(max(-low, high, 3 * turn)))
-    powers = [10.0**k for k in range(last, first - 1, -1 - (last - first) // 5)]
+    powers = [10.0**k for k in range(last, first - 1, -1 - max(last - first, 0) // 5)]
     return [x for x in (*(-power for power in powers), 0.0, *powers[::-1]) if low <= x <= high]

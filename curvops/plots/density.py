@@ -71,9 +71,10 @@ def plot_spectral_density(
             ax.set_title("Details between nodes are not resolved", fontsize="small", color="gray")
         if scale == "symlog":
             ax.set_xscale("asinh", linear_width=turn)
-            ax.set_xticks(decades(turn, *ax.get_xlim()))
+            if ticks := decades(turn, *ax.get_xlim()):
+                ax.set_xticks(ticks)
         ax.set_yscale("log")
-        bottom, top = float(values.max()) / density.dim, float((values + errors * band.nan_to_num()).max())
+        bottom, top = float(values.max()) / max(density.dim, 10), float((values + errors * band.nan_to_num()).max())
         ax.set_ylim(bottom, top * (top / bottom) ** 0.08)
         ax.set_xlabel("Eigenvalue")
         ax.set_ylabel("Density" if scale == "linear" else "Density on this scale")

@@ -49,7 +49,7 @@ def plot_eigenvectors_by_layer(pairs: EigenPairs, *, groups: Groups = "modules",
     shares = torch.stack(list(mass.values())).flip(1).double().cpu()
     with drawn_on(ax, "plot_eigenvectors_by_layer") as ax:
         image = ax.imshow(shares.numpy(), vmin=0, vmax=1, cmap=SEQUENTIAL, aspect="auto", interpolation="none")
-        ax.set_yticks(range(len(mass)), list(mass))
+        ax.set_yticks(range(len(mass)), list(mass), parse_math=False)
         ax.set_xticks(range(len(pairs)), [f"{float(value):.3g}" for value in pairs.values.flip(0)], rotation=90)
         ax.set_xlabel("Eigenvalue")
         ax.set_ylabel("Layer")

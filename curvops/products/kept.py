@@ -16,6 +16,7 @@ from curvops.risk.data import Batch
 from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.sharding import least, local
+from curvops.tree import strided
 
 # what stands under a name of a module (held, as an id is used again once its object is gone), with its version or value
 State = dict[tuple[str, int], tuple[object, object]]
@@ -125,8 +126,8 @@ class Kept:
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> tuple[Tensor, int]:
-            storage = local(tensor).untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            for storage in (part.untyped_storage() for part in strided(local(tensor))):
+                sizes[storage.data_ptr()] = storage.nbytes()
             # the same memory, without the cycle of an output that saves itself
             return tensor.detach(), -1 if tensor.is_inference() else tensor._version
 

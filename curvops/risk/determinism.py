@@ -16,7 +16,7 @@ from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import describe
 from curvops.substitutions import gradients
-from curvops.tree import tensors_of
+from curvops.tree import strided, tensors_of
 
 
 class NotFiniteWarning(RuntimeWarning):
@@ -123,7 +123,7 @@ def _altered(p: Tensor) -> bool:
 def fingerprint(batch: Batch) -> tuple[float, ...]:
     """Numbers that change with the values of a batch and with their order."""
     prints = []
-    for tensor in tensors_of((batch.X, batch.y)):
+    for tensor in (part for whole in tensors_of((batch.X, batch.y)) for part in strided(whole)):
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = real.detach().flatten().to(torch.float64)
         ramp = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)

@@ -314,6 +314,12 @@ class Walk:
 
     def curvature(self, z: Tensor, batch: Batch) -> OutputCurvature:
         """The loss as it is now at the outputs ``z`` of a batch, without c; to be asked once for each batch."""
+        if z.ndim == 0 and batch.size > 1:
+            raise ValueError(
+                f"model_func: expected an output of {batch.size} data, got one number. A model that returns its own loss has no GGN, and "
+                "how it weighs the data is not seen: let it return what the loss takes (logits), and pass the loss as loss_func. (With "
+                "batch_size_fn=lambda X: 1 each batch is one datum, and a Hessian of their mean or sum.)"
+            )
         return self._loss.curvature(z, batch.y, batch.size)
 
     @property

@@ -20,6 +20,7 @@ from curvops.fully_shard import check_fully_sharded
 from curvops.sharding import is_sharded
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
+from curvops.tree import strided
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
 STANDARD = frozenset(vars(Module()))  # attributes that all modules have
@@ -156,7 +157,8 @@ class Model:
         finally:
             with torch.no_grad():
                 for module, name, buffer, before in kept:
-                    if module._buffers.get(name) is not buffer:
+                    # a ScriptModule's have no `get`
+                    if name not in module._buffers or module._buffers[name] is not buffer:
                         module._buffers[name] = buffer
                     if before is not buffer and not _same(buffer, before):
                         buffer.copy_(before)
@@ -233,6 +235,9 @@ def _held(function: Any) -> list[Any]:
 
 
 def _same(tensor: Tensor, before: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        pairs = list(zip(strided(tensor), strided(before), strict=True))
+        return all(one.shape == other.shape and _same(one, other) for one, other in pairs)
     if torch.equal(tensor, before):
         return True
     return tensor.is_floating_point() and torch.allclose(tensor, before, rtol=0.0, atol=0.0, equal_nan=True)

@@ -175,7 +175,7 @@ def _masses(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
         ax.text(1.015, (begin + end) / 2, _folded(title), fontsize=7, **middle)
     names = [shortened(name) for name in coarse.groups]
     letters = sum(map(len, names)) + 3 * len(names)
-    ax.set_xticks(range(len(names)), names, rotation=90 if letters > ACROSS else 0)
+    ax.set_xticks(range(len(names)), names, rotation=90 if letters > ACROSS else 0, parse_math=False)
     ax.set_ylabel("Eigenvalue")
     ax.set_xlabel("Layer" if _are_modules(coarse) else "Group of parameters")
     bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.16, 0.0, 0.02, 1.0)))

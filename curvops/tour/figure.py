@@ -245,8 +245,9 @@ def _name_groups(axes: npt.NDArray[Any], sizes: Mapping[str, int]) -> tuple[list
     upright = _crowded(labels, letters)
     for ax in axes.flat:
         ax.tick_params(**style)
-        ax.set_xticks(places, texts, rotation=90 if upright else 0)
-        ax.set_yticks(places, texts)
+        # a name is no formula, whatever it has of dollars
+        ax.set_xticks(places, texts, rotation=90 if upright else 0, parse_math=False)
+        ax.set_yticks(places, texts, parse_math=False)
         ax.label_outer(remove_inner_ticks=True)
         for line in list(ax.lines):
             line.remove()

@@ -185,6 +185,20 @@ def test_entries_by_number(kind, rows):
         assert part.symmetric == (op.symmetric and torch.equal(numbers[i], numbers[j]))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_numbers_of_narrow_types(dtype):
+    """Which cannot hold the dimension."""
+    op = DiagonalOperator(torch.arange(300.0).double())
+    close(
+        SubmatrixLinearOperator(op, torch.tensor([100, 1], dtype=dtype)).to_dense(),
+        torch.diag(draws(2) * 0 + torch.tensor([100.0, 1.0])),
+    )
+    if dtype != torch.uint8:
+        close(
+            SubmatrixLinearOperator(op, torch.tensor([-100], dtype=dtype)).to_dense(), torch.tensor([[200.0]]).double()
+        )
+
+
 @pytest.mark.parametrize(
     "rows,error,message",
     [

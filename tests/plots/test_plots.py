@@ -86,6 +86,18 @@ def test_ticks_of_the_symmetric_logarithm_are_zero_and_powers_of_ten_that_keep_a
     assert len(ticks) >= 5 and np.diff(places[1:-1]).min() > 0.05 * (places[-1] - places[0])
 
 
+@pytest.mark.parametrize(
+    ("values", "threshold"),
+    [([0.0] * 5, None), (list(range(50)), 20.0), ([2.0] * 6, None), ([1.0], None), ([-3.0, -3.0], None)],
+)
+def test_spectra_of_few_values(values, threshold):
+    """Nothing but zeros, one value, or a scale that turns beyond it."""
+    ax = plot_spectral_density(spectral_density(torch.diag(torch.tensor(values).double())), threshold=threshold)
+    low, high = ax.get_xlim()
+    assert any(low <= tick <= high for tick in ax.get_xticks())
+    assert ax.get_ylim()[0] < ax.get_ylim()[1]
+
+
 def test_only_what_lies_outside_of_the_bulk_is_an_outlier_and_the_curve_fills_the_axes():
     ax = plot_spectral_density(replace(density(), outliers=torch.tensor([0.5, 50.0]).double()))
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -109,6 +121,14 @@ def test_mass_of_an_eigenvector_by_layer_and_the_largest_eigenvalue_on_the_left(
     np.testing.assert_allclose(ax.images[0].get_array(), expected, atol=1e-6)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "2"]
     assert [label.get_text() for label in ax.get_xticklabels()] == [f"{value:.3g}" for value in values[:-4:-1]]
+
+
+def test_names_are_no_formulas():
+    pairs = eigenpairs(MATRIX, 2)
+    ax = plot_eigenvectors_by_layer(pairs, groups={"a$b_$": slice(0, 10), "x$y$": slice(10, 60)})
+    ax.figure.canvas.draw()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a$b_$", "x$y$"]
+    assert not any(label.get_parse_math() for label in ax.get_yticklabels())
 
 
 def test_mass_by_tensor_and_by_rows():

@@ -263,3 +263,74 @@ def test_models_that_differentiate_in_their_input():
         close(JacobianLinearOperator(net, case.params, case.data).T @ u, torch.cat([g.flatten() for g in expected]))
     assert facts(risk)["loss_terms"] == 5
     close(problem_of(risk, loss, 0).z, z[:4])
+
+
+class OwnLoss(nn.Module):
+    """As Hugging Face's models are with labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    def forward(self, X):
+        return nn.functional.cross_entropy(self.net(X["x"]), X["labels"])
+
+
+@pytest.mark.filterwarnings("ignore:loss. it is linear")
+def test_models_that_return_their_own_loss(cls):
+    net, X = OwnLoss(), {"x": real(5, 3), "labels": torch.tensor([0, 2, 1, 1, 0])}
+    problem = net, lambda z, y: z.sum(), dict(net.named_parameters()), [(X, torch.zeros(5))]
+    with pytest.raises(ValueError, match=r"model_func: expected an output of 5 data, got one number. .* pass the loss"):
+        cls(*problem, reduction="sum")
+    whole = HessianLinearOperator(*problem, reduction="sum", batch_size_fn=lambda X: 1)
+    expected = HessianLinearOperator(net.net, LOSS, problem[2], [(X["x"], X["labels"])])
+    close(whole.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, X)])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_script_modules_with_buffers(cls, compiled):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double().eval()
+    scripted, options = compiled(net), {"fisher_type": "type-2"} if cls is KFACLinearOperator else {}
+    with Untouched(scripted):
+        found = make(cls, scripted, **options).to_dense()
+    if cls is KFACLinearOperator:  # no operation inside is seen, so that its blocks are those of whole gradients
+        close(found.diagonal(), make(GGNLinearOperator, net).to_dense().diagonal())
+    else:
+        close(found, make(cls, net).to_dense())
+
+
+class Graph(nn.Module):
+    """A graph convolution: whose neighbours are added up is a buffer, an attribute or a part of X."""
+
+    def __init__(self, adjacency, kind):
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(3, 4).double(), nn.Linear(4, 2).double(), kind
+        if kind == "buffer":
+            self.register_buffer("adjacency", adjacency)
+        elif kind == "attribute":
+            self.adjacency = adjacency
+
+    def forward(self, X):
+        adjacency = X["adjacency"] if self.kind == "X" else self.adjacency
+        return self.second(adjacency @ self.first(X["x"] if self.kind == "X" else X).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "X"])
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_sparse_tensors(cls, sparse, kind):
+    adjacency = torch.eye(6).double() + draws(6, 6).gt(0.5)
+    results = []
+    for form in (sparse, torch.Tensor.clone):
+        torch.manual_seed(0)
+        net = Graph(form(adjacency), kind)
+        given = {"x": X, "adjacency": form(adjacency)} if kind == "X" else X
+        options = {"fisher_type": "type-2"} if cls is KFACLinearOperator else {}
+        op = make(cls, net, data=[(given, Y)], **options)
+        results.append([op.to_dense()])
+        if cls is not KFACLinearOperator:
+            with op.linearized():
+                results[-1] += [op @ torch.ones(op.shape[1]).double() for _ in range(2)]
+    for found, expected in zip(*results, strict=True):
+        close(found, expected)

@@ -12,7 +12,13 @@ from survive.cases import COMPUTATIONS, ESTIMATES, LAYERS, Counted, Loader, conv
 from torch import nn
 
 import curvops.checkpoint
-from curvops import Checkpoint, EKFACLinearOperator, EmpiricalRisk, KFACLinearOperator
+from curvops import (
+    Checkpoint,
+    EKFACLinearOperator,
+    EmpiricalRisk,
+    GGNDiagonalLinearOperator,
+    KFACLinearOperator,
+)
 from curvops.estimators import trace
 from curvops.files import read_about
 from curvops.spectrum import eigenpairs
@@ -78,6 +84,19 @@ def test_skipped_batches_are_not_computed(tmp_path):
     again = len(passes)
     KFACLinearOperator(*problem, Loader(data, never))
     assert 0 < 3 * again < len(passes) - again
+
+
+@pytest.mark.parametrize("kind", [KFACLinearOperator, GGNDiagonalLinearOperator])
+def test_data_that_came_since_are_not_skipped(kind, tmp_path):
+    """Small batches go together: those of a longer data set with what was skipped, if that is not known."""
+    model = torch.nn.Linear(4, 3).double()
+    problem = model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters())
+    data = [(torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(6)]
+    checkpoint = Checkpoint(tmp_path / "c.safetensors", every=1)
+    kind(*problem, data[:3], fisher_type="type-2", checkpoint=checkpoint)
+    found = kind(*problem, data, fisher_type="type-2", checkpoint=checkpoint)
+    expected = kind(*problem, data, fisher_type="type-2")
+    torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=0, atol=1e-12)
 
 
 def test_operations_that_differ_between_batches(tmp_path):

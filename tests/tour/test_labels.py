@@ -103,6 +103,13 @@ def test_a_figure_takes_a_model_or_a_depth_and_a_single_operator():
     assert axes[0, 0].get_title() == "mine"
 
 
+def test_names_are_no_formulas():
+    figure, axes = plot_matrices({"A": torch.eye(8)}, groups={"a$b_$": 4, "x$y$": 4})
+    figure.canvas.draw()
+    assert [text.get_text() for text in axes[0, 0].get_yticklabels()] == ["a$b_$", "x$y$"]
+    assert not any(text.get_parse_math() for text in axes[0, 0].get_yticklabels())
+
+
 def test_a_joined_name_keeps_both_ends():
     names = [
         "bert.embeddings.word_embeddings",

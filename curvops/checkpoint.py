@@ -145,8 +145,7 @@ class Checkpoint:
 def _plain(witness: Mapping[str, Any]) -> dict[str, Any]:
     """A witness as it is read again, with the versions that results may depend on."""
     own = {name: version for name, version in versions().items() if name in ("curvops", "torch")}
-    plain: dict[str, Any] = json.loads(json.dumps({**witness, "versions": own}, default=str))
-    return plain
+    return json.loads(json.dumps({**witness, "versions": own}, default=str))
 
 
 def _change(name: str, before: Any, now: Any) -> str:

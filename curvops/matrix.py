@@ -182,5 +182,4 @@ def seeded(seed: int) -> torch.Generator:
 
 def _of_numpy(dtype: Any) -> torch.dtype:
     np = extra("numpy", "a matrix of NumPy's or SciPy's")
-    found: torch.dtype = torch.from_numpy(np.empty(0, np.dtype(dtype))).dtype
-    return found
+    return torch.from_numpy(np.empty(0, np.dtype(dtype))).dtype

@@ -33,8 +33,7 @@ class Sharding(NamedTuple):
 
         whole: Any = _dtensor().from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         wanted = [Replicate() if placement.is_partial() else placement for placement in self.placements]
-        found: Tensor = whole.redistribute(self.mesh, wanted)
-        return found
+        return whole.redistribute(self.mesh, wanted)
 
     @property
     def over(self) -> set[int]:
@@ -48,21 +47,17 @@ class Sharding(NamedTuple):
         columns = part.shape[len(self.shape) :]
         shape = (*self.shape, *columns)
         stride = torch.empty(shape, device="meta").stride() if columns else self.stride
-        made: Any = _dtensor().from_local(
+        return _dtensor().from_local(
             part, self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
         )
-        found: Tensor = made
-        return found
 
     def part(self, tensor: Any) -> Tensor:
         """This process's part of a DTensor, which may be cut otherwise; a part as it is."""
         if not is_sharded(tensor):
-            own: Tensor = tensor
-            return own
+            return tensor
         if tuple(tensor.placements) != self.placements:
             tensor = tensor.redistribute(self.mesh, self.placements)
-        local: Tensor = tensor.to_local()
-        return local
+        return tensor.to_local()
 
 
 def is_sharded(tensor: object) -> bool:
@@ -72,8 +67,7 @@ def is_sharded(tensor: object) -> bool:
 
 def gathered(tensor: Any) -> Tensor:
     """A tensor whole, on each of the processes that have parts of it; all of them must ask."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return found
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 class Gathering(TorchFunctionMode):
@@ -119,8 +113,7 @@ def _minimum(numbers: Tensor, shards: Mapping[str, Sharding]) -> Tensor:
 
 def local(tensor: Any) -> Tensor:
     """This process's part of a tensor that may be a DTensor, without its graph."""
-    found: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
-    return found
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
 
 
 def _dtensor() -> Any:

@@ -151,8 +151,7 @@ class OutputCurvature(ABC):
         """
         if not self.closed_form:
             raise ValueError("'gradient_at': the loss has no closed form. Differentiate 'value' twice.")
-        gradient: Tensor = _Gradient.apply(z, self)  # type: ignore[no-untyped-call]
-        return gradient
+        return _Gradient.apply(z, self)  # type: ignore[no-untyped-call]
 
     def factor(self, kind: str, mc_samples: int = 1, noise: Noise | None = None) -> Factor:
         """The output factor S.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curvops.kronecker.factors import WholeGradients
 from curvops.kronecker.groups import Group, Key
-from curvops.kronecker.progress import Progress, Taker
+from curvops.kronecker.progress import Progress
 from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.shares import decompositions, summed
 from curvops.kronecker.state import Entry
@@ -24,17 +24,16 @@ from curvops.spill import Places, Spill
 TOGETHER = 32 * 2**20  # bytes of output gradients of one forward pass that are taken together, within the budget
 
 
-class Consumer(Taker, Protocol):
+class Consumer(Protocol):
     """Takes the rows of linear groups."""
+
+    parts: dict[Key, Entry]  # what was added so far, to which another one can add
 
     def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Add the rows of a layer in a pass."""
 
-    def parts(self) -> dict[Key, Entry]:
-        """What was added so far, as `put` takes it."""
-
-
-SomeConsumer = TypeVar("SomeConsumer", bound=Consumer)
+    def entries(self, groups: Mapping[Key, Group], data: Mapping[str, int]) -> dict[Key, Entry]:
+        """What was added, of these groups, each parameter of which was reached by so many data."""
 
 
 class Collection:
@@ -56,24 +55,28 @@ class Collection:
         return self.progress.budget
 
     def first(
-        self, make: Callable[[], SomeConsumer], *, dense: bool = True, keep: bool = False, together: bool = False
-    ) -> tuple[SomeConsumer, dict[Key, Entry]]:
-        """A consumer that took the rows of all passes, and the blocks of whole gradients, ``dense`` or diagonals.
+        self, make: Callable[[], Consumer], *, dense: bool = True, keep: bool = False, together: bool = False
+    ) -> dict[Key, Entry]:
+        """What a consumer makes of the rows of all passes, and the blocks of whole gradients, ``dense`` or diagonals.
 
-        It is made anew where a batch contradicts an earlier one. Rows are kept for `again` if asked to; ``together``
-        says whether the backward passes of a forward pass are better taken together.
+        They are those of all processes that share the data. The consumer is made anew where a batch contradicts an
+        earlier one. Rows are kept for `again` if asked to; ``together`` says whether the backward passes of a forward
+        pass are better taken together.
         """
         sweep, share = self.sweep, min(self.budget // 4, TOGETHER) if together else 0
         progress, more = self.progress, keep or self.progress.keeps
         sweep.noted = progress.keeps
         while True:
             consumer, wholes = make(), WholeGradients(self.sweep.options, dense, self.dtype, self.spill)
-            start = progress.resume(sweep, consumer, wholes)
+            start, known = progress.resume(sweep)
+            for key, part in known.items():
+                parts = consumer.parts if sweep.grouping.groups[key].kind == "linear" else wholes.parts
+                parts[key] = self._on_disk(part)
 
             def done(
                 place: int, due: bool = False, takers: tuple[Consumer, WholeGradients] = (consumer, wholes)
             ) -> None:
-                progress.write(place, sweep, lambda: takers[0].parts() | takers[1].parts(), due=due)
+                progress.write(place, sweep, lambda: takers[0].parts | takers[1].parts, due=due)
 
             if not (start or self.planned):
                 done(0, due=True)
@@ -91,11 +94,11 @@ class Collection:
                 self._stored = {}, []
             if sweep.grouping.again:
                 continue
-            if self.planned:
-                return consumer, wholes.entries()
-            done(len(sweep.cuts), due=True)
-            if sweep.agree():
-                return consumer, wholes.entries()
+            if not self.planned:
+                done(len(sweep.cuts), due=True)
+            if self.planned or sweep.agree():
+                groups, data, reduces = sweep.grouping.groups, sweep.data, sweep.options.kfac_approx == "reduce"
+                return summed(sweep.risk.ranks, groups, consumer.entries(groups, data) | wholes.parts, data, reduces)
             progress.next()
 
     def second(self, first: Callable[[], dict[Key, Entry]]) -> dict[Key, Entry]:
@@ -116,12 +119,6 @@ class Collection:
         self.progress.place = len(self.sweep.cuts)
         for _ in self.again("comparison"):
             pass
-
-    def summed(self, entries: Mapping[Key, Entry]) -> dict[Key, Entry]:
-        """Entries over the data of all processes that share them."""
-        sweep = self.sweep
-        reduces = sweep.options.kfac_approx == "reduce"
-        return summed(sweep.risk.ranks, sweep.grouping.groups, entries, sweep.data, reduces)
 
     def add_all(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors, of the same shapes in all processes that share the data, by their sums over these."""

@@ -19,12 +19,13 @@ Pair = tuple[Tensor | OneHot, list[Tensor], str]  # inputs, output gradients of 
 class BasisDiagonal:
     """Adds Σ (U_Lᵀ G U_R)² over whole per-datum gradients G: George et al. 2018 (1806.03884), eq. 12.
 
-    The bases are orthonormal columns ``[groups, n, n]``, ``None`` for the identity; squares are added to the zeros
-    ``total``; the gradients of some data may take a part of the bytes ``budget`` together.
+    An entry's bases ``left`` and ``right`` are orthonormal columns ``[groups, n, n]``, absent for the identity; squares
+    are added to its ``total``. The gradients of some data may take a part of the bytes ``budget`` together.
     """
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, total: Tensor, budget: int) -> None:
-        self.left, self.right, self.total = left, right, total
+    def __init__(self, entry: Entry, budget: int) -> None:
+        t = entry.tensors
+        self.left, self.right, self.total = t.get("left"), t.get("right"), t["total"]
         self._bytes = max(1, min(budget // 4, CHUNK))
 
     def add(self, uses: Sequence[Rows]) -> None:
@@ -48,11 +49,6 @@ class BasisDiagonal:
             if right is not None:
                 gradients = gradients @ (right[0] if len(right) == 1 else right)
             self.total += gradients.square_().sum((0, 1))
-
-    def entry(self) -> Entry:
-        """What was added."""
-        bases = {name: basis for name, basis in (("left", self.left), ("right", self.right)) if basis is not None}
-        return Entry("eigen" if bases else "diagonal", {**bases, "total": self.total})
 
     def _turned(self, pairs: list[Pair]) -> tuple[list[Pair], Tensor | None, Tensor | None]:
         """The rows in a basis where that takes fewer operations than to turn the gradients, and the bases that are left."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
@@ -39,8 +41,7 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
     needs_gradients = "so there is no diagonal. Use 'type-2', 'mc' or 'empirical'."
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
-        diagonals, wholes = collection.first(lambda: Diagonals(collection), dense=False, together=True)
-        return collection.summed({**diagonals.parts(), **wholes})
+        return collection.first(lambda: Diagonals(collection), dense=False, together=True)
 
 
 class Diagonals:
@@ -48,20 +49,15 @@ class Diagonals:
 
     def __init__(self, collection: Collection) -> None:
         self._collection = collection
-        self.found: dict[Key, BasisDiagonal] = {}
+        self.parts: dict[Key, Entry] = {}  # what was added so far
 
     def add(self, group: Group, uses: list[Rows], found: Pass) -> None:
         collection = self._collection
-        if group.key not in self.found:
+        if group.key not in self.parts:
             total = collection.spill.zeros(group.shape, collection.dtype)
-            self.found[group.key] = BasisDiagonal(None, None, total, collection.budget)
+            self.parts[group.key] = Entry("diagonal", {"total": total})
         if not collection.planned:
-            self.found[group.key].add([rows.formed() for rows in uses])
+            BasisDiagonal(self.parts[group.key], collection.budget).add([rows.formed() for rows in uses])
 
-    def parts(self) -> dict[Key, Entry]:
-        """What was added so far, as `put` takes it again."""
-        return {key: diagonal.entry() for key, diagonal in self.found.items()}
-
-    def put(self, group: Group, part: Entry) -> None:
-        """Go on from a part."""
-        self.found[group.key] = BasisDiagonal(None, None, part.tensors["total"], self._collection.budget)
+    def entries(self, groups: Mapping[Key, Group], data: Mapping[str, int]) -> dict[Key, Entry]:
+        return self.parts

@@ -66,7 +66,7 @@ def packed(groups: Iterable[tuple[Group, Entry | None]]) -> tuple[dict[str, Tens
         own["range"] = [where.start, where.stop] if isinstance(where, slice) else None
         if entry is not None:
             tensors.update({f"{k}.{name}": tensor for name, tensor in entry.tensors.items()})
-            own |= {"entry": entry.kind, "numbers": entry.numbers}
+            own |= {"entry": entry.kind, "numbers": {"rows": entry.rows}}
         about.append(own)
     return tensors, about
 
@@ -85,7 +85,9 @@ def unpacked(
         where = Places(slice(*saved["range"]) if saved["range"] else mine.pop("positions"), device)
         named = {name: frozen(saved[name]) for name in ("key", "names", "shape", "weight")}
         group = Group(kind=saved["kind"], operation=saved["operation"], places=where, **named)
-        groups.append((group, Entry(saved["entry"], mine, saved["numbers"]) if "entry" in saved else None))
+        groups.append(
+            (group, Entry(saved["entry"], mine, saved["numbers"].get("rows", {})) if "entry" in saved else None)
+        )
     return groups
 
 

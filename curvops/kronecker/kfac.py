@@ -67,8 +67,7 @@ class KFACLinearOperator(KroneckerOperator):
     """
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
-        factors, wholes = collection.first(lambda: self._factors(collection))
-        return collection.summed({**factors.entries(collection.sweep.data), **wholes})
+        return self._kfac(collection)
 
 
 class EKFACLinearOperator(KroneckerOperator):
@@ -102,16 +101,12 @@ class EKFACLinearOperator(KroneckerOperator):
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         def first() -> dict[Key, Entry]:
-            factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-            entries = collection.summed({**factors.entries(collection.sweep.data), **wholes})
-            diagonals = _diagonals(entries, collection)
-            return {**entries, **{key: diagonal.entry() for key, diagonal in diagonals.items()}}
+            entries = self._kfac(collection, again=True)
+            diagonals = _diagonals(entries, collection)  # takes out what they stand for
+            return {**entries, **diagonals}
 
-        entries = collection.second(first)
-        diagonals = {
-            key: BasisDiagonal(t.get("left"), t.get("right"), t["total"], collection.budget)
-            for key, t in ((key, entry.tensors) for key, entry in entries.items() if "total" in entry.tensors)
-        }
+        entries, budget = collection.second(first), collection.budget
+        diagonals = {key: BasisDiagonal(one, budget) for key, one in entries.items() if "total" in one.tensors}
         for key, uses in collection.again("correction", entries):
             if key in diagonals:
                 diagonals[key].add(uses)
@@ -119,7 +114,7 @@ class EKFACLinearOperator(KroneckerOperator):
         return entries
 
 
-def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, BasisDiagonal]:
+def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, Entry]:
     """What the correction is added to, in the eigenbases of the factors, which are given up one by one.
 
     Each factor is decomposed once: layers with the same inputs share theirs.
@@ -141,7 +136,8 @@ def _diagonals(entries: dict[Key, Entry], collection: Collection) -> dict[Key, B
             places[key] = [place(factor, label) for factor in collection.scaled(block)]
     vectors = collection.eigenvectors(factors)
     found = {}
-    for key, (left, right) in places.items():
+    for key, pair in places.items():
         total = collection.spill.zeros(groups[key].shape, collection.dtype)
-        found[key] = BasisDiagonal(vectors[left], vectors[right], total, collection.budget)
+        bases = {side: v for side, k in zip(("left", "right"), pair, strict=True) if (v := vectors[k]) is not None}
+        found[key] = Entry("eigen" if bases else "diagonal", {**bases, "total": total})
     return found

@@ -49,11 +49,7 @@ class KFOCLinearOperator(KroneckerOperator):
     needs_gradients = "so no product is nearest. Use KFACLinearOperator."
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
-        def first() -> dict[Key, Entry]:
-            factors, wholes = collection.first(lambda: self._factors(collection), keep=True, together=True)
-            return collection.summed({**factors.entries(collection.sweep.data), **wholes})
-
-        entries = collection.second(first)
+        entries = collection.second(lambda: self._kfac(collection, again=True))
         groups = collection.sweep.grouping.groups
         starts = {key: _start(entries.pop(key), collection) for key in list(entries) if groups[key].kind == "linear"}
         products = {

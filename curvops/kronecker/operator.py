@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -328,8 +329,10 @@ class KroneckerOperator(StateOperator):
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         """What is known of each group after walking the data."""
 
-    def _factors(self, collection: Collection) -> Factors:
-        return Factors(self.options, collection.dtype, collection.spill)
+    def _kfac(self, collection: Collection, again: bool = False) -> dict[Key, Entry]:
+        """KFAC's factors, and blocks of whole gradients; the rows may be looked at ``again``."""
+        make = partial(Factors, self.options, collection.dtype, collection.spill)
+        return collection.first(make, keep=again, together=again)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy holds the state and the blocks, and neither model nor data

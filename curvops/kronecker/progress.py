@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from curvops.checkpoint import Checkpoint
 from curvops.digest import digest
 from curvops.kronecker.files import frozen, packed, unpacked
-from curvops.kronecker.groups import Group, Key
+from curvops.kronecker.groups import Key
 from curvops.kronecker.marks import Marks
 from curvops.kronecker.options import Options
 from curvops.kronecker.state import Entry
@@ -36,13 +36,6 @@ FIELDS = (
     "most",
     "apart",
 )
-
-
-class Taker(Protocol):
-    """What goes on from parts."""
-
-    def put(self, group: Group, part: Entry) -> None:
-        """Go on from what another had added."""
 
 
 class Progress:
@@ -101,19 +94,17 @@ class Progress:
         """Whether there is a checkpoint."""
         return bool(self._files)
 
-    def resume(self, sweep: Sweep, linear: Taker, whole: Taker) -> int:
-        """Hand the state of a first walk over, if one was found: the batch that it goes on from, else 0."""
-        for group, part in self._restored(sweep):
-            if part is not None:
-                (linear if group.kind == "linear" else whole).put(group, part)
+    def resume(self, sweep: Sweep) -> tuple[int, dict[Key, Entry]]:
+        """The batch that a first walk goes on from, and what was added before, if a state of it was found, else 0."""
+        found = self._restored(sweep)
         place, self.place = self.place, 0
-        return place
+        return place, found
 
     def second(self, sweep: Sweep) -> dict[Key, Entry] | None:
         """The entries that a second look at the data adds to, if a state of it was found."""
         if self._found is None or not self._found["second"]:
             return None
-        return {group.key: entry for group, entry in self._restored(sweep) if entry is not None}
+        return self._restored(sweep)
 
     def next(self) -> None:
         """The processes have met, and another stage begins."""
@@ -153,10 +144,10 @@ class Progress:
         }
         self._files[self.stage % len(self._files)].write(self._witness, tensors, about, begins)
 
-    def _restored(self, sweep: Sweep) -> list[tuple[Group, Entry | None]]:
-        """Bring a sweep to the state that was found, once; groups and what is known of them."""
+    def _restored(self, sweep: Sweep) -> dict[Key, Entry]:
+        """Bring a sweep to the state that was found, once; what is known of groups."""
         if self._found is None:
-            return []
+            return {}
         about, self._found = self._found, None
         device = self._risk.space.device
         tensors: dict[str, Tensor] = self._files[self.stage % len(self._files)].tensors(device)
@@ -176,4 +167,4 @@ class Progress:
         sweep.progress = frozen(about["progress"])
         if about["second"]:
             sweep.constant = about["constant"]
-        return known
+        return {group.key: entry for group, entry in known if entry is not None}

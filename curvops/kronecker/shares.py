@@ -64,11 +64,8 @@ def summed(
         if known := [outline for outline, _ in outlines if outline is not None]:
             found[key] = _own(entries.get(key), known, groups[key])
             sides = {side for _, _, rows in known for side in rows}
-            rows = {
-                s: sum(_rows(outline, s, number if reduces else 0) for outline, number in outlines)
-                for s in sorted(sides)
-            }
-            found[key].numbers.update({"rows": rows} if rows else {})
+            for s in sorted(sides):
+                found[key].rows[s] = sum(_rows(outline, s, number if reduces else 0) for outline, number in outlines)
     data.update({name: sum(its_data[name] for _, its_data in several) for name in data})
     ranks.add_all([t for entry in found.values() if entry.kind != "identity" for t in entry.tensors.values()])
     return found
@@ -78,7 +75,7 @@ Outline = tuple[str, dict[str, tuple[torch.Size, torch.dtype]], dict[str, float]
 
 
 def _outline(entry: Entry) -> Outline:
-    return entry.kind, {n: (t.shape, t.dtype) for n, t in entry.tensors.items()}, entry.numbers.get("rows", {})
+    return entry.kind, {n: (t.shape, t.dtype) for n, t in entry.tensors.items()}, entry.rows
 
 
 def _own(entry: Entry | None, known: Sequence[Outline], group: Group) -> Entry:

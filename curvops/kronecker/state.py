@@ -25,12 +25,12 @@ class Entry:
             same with B = I and without c. ``"block"``: c times a matrix or diagonal. ``"identity"``: without c.
             ``"diagonal"``: c times ``total``. ``"eigen"``: the same in an eigenbasis. ``"product"``: c · left ⊗ right.
         tensors: What it is made of.
-        numbers: For moments the number of ``rows`` that A is divided by, on each side.
+        rows: For moments the number of rows that A is divided by, on each side.
     """
 
     kind: str
     tensors: dict[str, Tensor]
-    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows: dict[str, float] = field(default_factory=dict)
 
     def block(self, constant: float) -> Block | None:
         """The group's block; ``None`` if no row was seen."""
@@ -55,9 +55,8 @@ class Entry:
             name: _sum(self.tensors.get(name), other.tensors.get(name), mine, its)
             for name in {**self.tensors, **other.tensors}
         }
-        rows, its_rows = self.numbers.get("rows", {}), other.numbers.get("rows", {})
-        total = {s: mine * rows.get(s, 0) + its * its_rows.get(s, 0) for s in {**rows, **its_rows}}
-        return Entry(self.kind, tensors, {"rows": total} if total else {})
+        sides = {**self.rows, **other.rows}
+        return Entry(self.kind, tensors, {s: mine * self.rows.get(s, 0) + its * other.rows.get(s, 0) for s in sides})
 
     def expect_addable(self) -> None:
         """A ValueError for what cannot be combined."""
@@ -75,15 +74,15 @@ class Entry:
             return Entry(self.kind, {name: tensor * constant for name, tensor in self.tensors.items()})
         c, old = constant if self.kind == "moments" else 1.0, self.tensors
         new: dict[str, Tensor] = {}
-        rows = {s: number for s, number in self.numbers["rows"].items() if number and f"{s}.inputs" in old}
+        rows = {s: number for s, number in self.rows.items() if number and f"{s}.inputs" in old}
         for s, number in rows.items():
             new |= {f"{s}.inputs": old[f"{s}.inputs"] / number, f"{s}.outputs": old[f"{s}.outputs"] * c}
-        return Entry(self.kind, new, {"rows": dict.fromkeys(rows, 1)})
+        return Entry(self.kind, new, dict.fromkeys(rows, 1))
 
     def _kronecker(self, constant: float) -> Block | None:
         """c · B ⊗ A in the order of the weight; for one that is used in both directions, the product nearest to the sum."""
         found = []
-        for side, rows in self.numbers["rows"].items():
+        for side, rows in self.rows.items():
             if rows:
                 outputs = self.tensors[f"{side}.outputs"]
                 known = (outputs, constant) if self.kind == "moments" else (_identity(outputs), 1.0)
@@ -190,7 +189,7 @@ class State:
         if entry.kind in ("eigen", "product", "identity"):
             return entry
         rows = self.data[group.names[0]] if self.settings.get("kfac_approx") == "reduce" else 0
-        return Entry(entry.kind, {}, {name: dict.fromkeys(sides, rows) for name, sides in entry.numbers.items()})
+        return Entry(entry.kind, {}, dict.fromkeys(entry.rows, rows))
 
 
 def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class Factors:
         return int(positions.sum()) if isinstance(positions, Tensor) else rows.count
 
     def _reduce(self, inputs: Tensor, outputs: Tensor | None, uses: list[Rows], first: bool) -> int:
-        """Rows of a datum are added over its uses before they are squared; inputs are averaged, data counted elsewhere."""
+        """Rows of a datum are added over its uses before they are squared; inputs are averaged, and not counted."""
         if first:
             positions = sum(rows.positions for rows in uses)
             positions = positions.clamp(min=1).view(-1, 1, 1) if isinstance(positions, Tensor) else max(positions, 1)

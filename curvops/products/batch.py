@@ -33,16 +33,13 @@ class BatchProduct(ABC):
         batch: The batch.
         curvature: The loss at its output.
         record: What its forward pass did.
+        sizes: Entries of each parameter.
     """
 
-    def __init__(self, batch: Batch, curvature: OutputCurvature, record: Recorder) -> None:
-        self.batch, self.curvature, self.record = batch, curvature, record
+    def __init__(self, batch: Batch, curvature: OutputCurvature, record: Recorder, sizes: list[int]) -> None:
+        self.batch, self.curvature, self.record, self.sizes = batch, curvature, record, sizes
         self.copies = 1  # of what the graph holds
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that are held beside graphs."""
-        return 0
+        self.held_bytes = 0  # beside graphs
 
     @abstractmethod
     def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
@@ -58,11 +55,6 @@ class BatchProduct(ABC):
                 start += size
         return total
 
-    @property
-    @abstractmethod
-    def sizes(self) -> list[int]:
-        """Entries of each parameter."""
-
 
 class HessianProduct(BatchProduct):
     """The Hessian of one batch."""
@@ -70,12 +62,8 @@ class HessianProduct(BatchProduct):
     def __init__(
         self, batch: Batch, curvature: OutputCurvature, record: Recorder, gradient: GradientLinearization
     ) -> None:
-        super().__init__(batch, curvature, record)
+        super().__init__(batch, curvature, record, gradient.space.sizes)
         self._gradient = gradient
-
-    @property
-    def sizes(self) -> list[int]:
-        return self._gradient.space.sizes
 
     def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
         return self._gradient.parts(v, last)
@@ -99,12 +87,8 @@ class FactorProduct(BatchProduct):
         output_matrix: Callable[[Tensor], Tensor],
         push: Push | None = None,
     ) -> None:
-        super().__init__(batch, curvature, record)
+        super().__init__(batch, curvature, record, jacobian.space.sizes)
         self.jacobian, self._output_matrix, self.push = jacobian, output_matrix, push
-
-    @property
-    def sizes(self) -> list[int]:
-        return self.jacobian.space.sizes
 
     def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
         if self.push is not None:
@@ -127,19 +111,11 @@ class HeldRows(BatchProduct):
     """Jᵀ S Sᵀ J of one batch by its rows Sᵀ J, ``[R, D]``."""
 
     def __init__(self, product: BatchProduct, rows: Tensor) -> None:
-        super().__init__(product.batch, product.curvature, product.record)
-        self._rows, self._sizes = rows, product.sizes
-
-    @property
-    def held_bytes(self) -> int:
-        return self._rows.numel() * self._rows.itemsize
-
-    @property
-    def sizes(self) -> list[int]:
-        return self._sizes
+        super().__init__(product.batch, product.curvature, product.record, product.sizes)
+        self._rows, self.held_bytes = rows, rows.numel() * rows.itemsize
 
     def parts(self, v: Tensor, last: bool = False) -> list[Tensor | None]:
-        return list(((v @ self._rows.T) @ self._rows).split(self._sizes))
+        return list(((v @ self._rows.T) @ self._rows).split(self.sizes))
 
     def add_to(self, total: Tensor, rows: Tensor, last: bool = False) -> Tensor:
         return total.add_((rows @ self._rows.T) @ self._rows)

@@ -34,16 +34,11 @@ def pushed_forward(risk: EmpiricalRisk, batch: Batch, record: Recorder, z: Tenso
     if not rules.forward_mode_pays(record):
         return None, "about 2.3 gradients, 1.3 inside linearized()"
     proof = proved(risk, batch, record)
-    return (forward_push(risk, batch, z) if proof.holds else None), proof.why
-
-
-def forward_push(risk: EmpiricalRisk, batch: Batch, like: Tensor) -> Push:
-    """J v by forward mode, with vectors in the place of the parameters' tangents."""
-    return lambda v: push_forward(risk, batch, v)[1].to(like.dtype)
+    return (lambda v: push_forward(risk, batch, v)[1].to(z.dtype)) if proof.holds else None, proof.why
 
 
 def push_forward(risk: EmpiricalRisk, batch: Batch, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and J v of a batch by forward mode, which keeps no graph."""
+    """Output and J v of a batch by forward mode, with v in the place of the parameters' tangents; it keeps no graph."""
     primals = {name: p.detach() for name, p in risk.params.items()}
     directions = dict(zip(primals, tangents(v, risk.space), strict=True))
     with torch.no_grad():  # no graph of the model's other parameters
@@ -84,15 +79,13 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for random u and v on the first and last data of a batch."""
     if any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of(batch.X)):
         raise ValueError("X cannot be cut into data")
-    places = torch.tensor(
-        [*range(rules.FEW // 2), *range(batch.size - rules.FEW // 2, batch.size)], device=risk.space.device
-    )
+    places = [*range(rules.FEW // 2), *range(batch.size - rules.FEW // 2, batch.size)]
     few = Batch(select(batch.X, batch.size, places), None, rules.FEW, batch.start)
     record = Recorder(rules.FEW)
     z = record.finish(risk.forward(few.X, record))
     v = scattered(torch.empty(risk.space.dim, dtype=risk.space.dtype, device=risk.space.device))
     u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
-    pushed = forward_push(risk, few, z)(v)
+    pushed = push_forward(risk, few, v)[1]
     pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=record.fresh)
     wide = torch.promote_types(z.dtype, torch.float32)
     inner, along = torch.sum(u.to(wide) * pushed.to(wide)), inner_product(pulled, v, risk.space.sizes)

@@ -198,17 +198,12 @@ class RiskOperator(LinearOperator):
         """A batch, in pieces where the user's memory budget asks for it."""
         return pieces_of(self.risk, batch, self.memory_budget, self.account) if self.memory_budget else [batch]
 
-    def _begin(self, batch: Batch, walk: Walk) -> BatchProduct:
-        return self._linearized(batch, lambda z: walk.curvature(z, batch))
-
-    def _again(self, batch: Batch) -> BatchProduct:
-        """A batch that was begun on this walk, and whose graph was let go."""
-        return self._linearized(batch, lambda z: self.risk.loss.curvature(z, batch.y, batch.size))
-
-    def _linearized(self, batch: Batch, curvature: Callable[[Tensor], OutputCurvature]) -> BatchProduct:
+    def _begin(self, batch: Batch, walk: Walk | None = None) -> BatchProduct:
+        """The products of a batch; without the walk of one that was begun before on it, and whose graph was let go."""
         record = Recorder(batch.size)
         z = record.finish(self.risk.forward(batch.X, record))
-        return self._linearize(batch, curvature(z), z, record)
+        curvature = self.risk.loss.curvature(z, batch.y, batch.size) if walk is None else walk.curvature(z, batch)
+        return self._linearize(batch, curvature, z, record)
 
     def _sum(self, rows: Tensor | None) -> Tensor:
         """Products with vectors ``[K, D]``, or the matrix, summed over the data: together by a fast way, or one by one."""
@@ -222,7 +217,7 @@ class RiskOperator(LinearOperator):
             if waiting and not self._together(total, waiting, rows):
                 refuted = True
                 for product in waiting:
-                    self._one_by_one(total, self._again(product.batch), rows)
+                    self._one_by_one(total, self._begin(product.batch), rows)
             waiting.clear()
 
         def add(batch: Batch, walk: Walk) -> None:

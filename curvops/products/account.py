@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from curvops.context import UNFIT, quietly
+from curvops.operators.linear_operator import LinearOperator
+from curvops.risk.empirical_risk import EmpiricalRisk
 
 Found = TypeVar("Found")
 
@@ -26,6 +29,26 @@ class Account:
 
     def __str__(self) -> str:
         return "\n".join(f"  {work}: {choice} ({why})" for work, (choice, why) in list(self.rows.items()))
+
+
+class AccountedOperator(LinearOperator):
+    """An operator of a risk, with an account of what it chose."""
+
+    risk: EmpiricalRisk
+    account: Account
+
+    def explain(self) -> str:
+        """What was chosen for each piece of work so far, and why."""
+        return f"{self!r}\n{str(self.account) or '  nothing has been computed yet'}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
+
+    def _leaves(self) -> Iterable[Tensor]:
+        return self.risk.params.values()
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self.risk.ranks.together()
 
 
 def tolerance(dtype: torch.dtype) -> float:

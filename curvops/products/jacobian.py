@@ -18,7 +18,7 @@ from curvops.operators.composite import AdjointOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
 from curvops.products import rules
-from curvops.products.account import Account, attempted, relative_difference, tolerance
+from curvops.products.account import Account, AccountedOperator, attempted, relative_difference, tolerance
 from curvops.products.batch import Push
 from curvops.products.proofs import pushed_forward
 from curvops.products.record import Recorder
@@ -31,7 +31,7 @@ from curvops.risk.model import ModelFunction
 from curvops.space import TensorSpace
 
 
-class JacobianLinearOperator(LinearOperator):
+class JacobianLinearOperator(AccountedOperator):
     """J = ∂f(θ; x_n)/∂θ for all data one below the other, ``[N · outputs, D]``, of the model as it is at each product.
 
     It gives and takes outputs as ``[N · outputs]``, or as one tensor ``[N, *outputs]`` in a list or in a dict under the
@@ -76,13 +76,6 @@ class JacobianLinearOperator(LinearOperator):
         self._datum: int | None = None
         super().__init__(self.risk.space, self._outputs())
 
-    def explain(self) -> str:
-        """What was chosen for each piece of work so far, and why."""
-        return f"{self!r}\n{str(self.account) or '  nothing has been computed yet'}"
-
-    def _facts(self) -> list[tuple[str, str]]:
-        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
-
     def datum(self, n: int) -> JacobianLinearOperator:
         """The Jacobian of the ``n``-th datum's output, ``[outputs, D]``, as it is in its batch.
 
@@ -96,12 +89,6 @@ class JacobianLinearOperator(LinearOperator):
         LinearOperator.__init__(one, self.domain, one._outputs())
         one._name = f"{self.name}.datum({n})"
         return one
-
-    def _leaves(self) -> Iterable[Tensor]:
-        return self.risk.params.values()
-
-    def _in_step(self) -> AbstractContextManager[None]:
-        return self.risk.ranks.together()
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != self.codomain:

@@ -19,7 +19,7 @@ from curvops.memory import budget, granted
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
 from curvops.products import rules
-from curvops.products.account import Account, attempted, relative_difference, tolerance
+from curvops.products.account import Account, AccountedOperator, attempted, relative_difference, tolerance
 from curvops.products.batch import BatchProduct
 from curvops.products.kept import Kept
 from curvops.products.pieces import pieces_of
@@ -36,7 +36,7 @@ Cross = Callable[[Tensor], list[Tensor | None]]
 SomeOperator = TypeVar("SomeOperator", bound="RiskOperator")
 
 
-class RiskOperator(LinearOperator):
+class RiskOperator(AccountedOperator):
     """A symmetric matrix c Σ_batches (…) of an empirical risk: of model, loss and data as they are at each product.
 
     Args, options and errors are those of `HessianLinearOperator`.
@@ -86,14 +86,6 @@ class RiskOperator(LinearOperator):
         self._open = 0  # contexts of `linearized`
         super().__init__(risk.space, symmetric=True, psd=self._is_psd())
 
-    def explain(self) -> str:
-        """What was chosen for each piece of work so far, and why."""
-        rows = str(self.account) or "  nothing has been computed yet"
-        return f"{self!r}\n{rows}"
-
-    def _facts(self) -> list[tuple[str, str]]:
-        return [*super()._facts(), *((work, f"{choice} ({why})") for work, (choice, why) in self.account.rows.items())]
-
     @contextmanager
     def linearized(self: SomeOperator) -> Iterator[SomeOperator]:
         """A context within which the batches' graphs are kept, within the memory budget, from the first product on.
@@ -127,12 +119,6 @@ class RiskOperator(LinearOperator):
                 self._open -= 1
                 if not self._open:
                     self._kept = None
-
-    def _leaves(self) -> Iterable[Tensor]:
-        return self.risk.params.values()
-
-    def _in_step(self) -> AbstractContextManager[None]:
-        return self.risk.ranks.together()
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != columns:

@@ -41,21 +41,17 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
         RuntimeError: If they differ; the message says whether the loader or the model is the cause.
     """
     with risk.ranks.together():
-        _check(risk)
+        # one random state around both passes: putting it back in between would make dropout look deterministic
+        with risk.evaluation():
+            first, second = _walk(risk), _walk(risk)
+        if first.fingerprints != second.fingerprints:
+            raise RuntimeError(_loader_message(first, second))
+        tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
+        if not _close(first.value, second.value, tolerance) or not _close(first.gradient, second.gradient, tolerance):
+            raise RuntimeError(_model_message(risk))
+        for remark, category in _remarks(risk, first):
+            warnings.warn(remark, category, stacklevel=3)
         risk.ranks.meet("Determinism check: end")  # each process checks its own share
-
-
-def _check(risk: EmpiricalRisk) -> None:
-    # one random state around both passes: putting it back in between would make dropout look deterministic
-    with risk.evaluation():
-        first, second = _walk(risk), _walk(risk)
-    if first.fingerprints != second.fingerprints:
-        raise RuntimeError(_loader_message(first, second))
-    tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
-    if not _close(first.value, second.value, tolerance) or not _close(first.gradient, second.gradient, tolerance):
-        raise RuntimeError(_model_message(risk))
-    for remark, category in _remarks(risk, first):
-        warnings.warn(remark, category, stacklevel=4)
 
 
 def _walk(risk: EmpiricalRisk) -> Pass:

@@ -147,14 +147,14 @@ class Sweep:
                 elif place in self.forgotten:
                     self._look(place, batch)
                 if place == skip - 1 and self._counts:
-                    self._steps.resume(self.progress)
+                    self._steps.loss.resume(*self.progress)
                 while self.grouping.again and (self._streamed or self._planned):  # this batch contradicts itself
                     self._reset()
                     yield from self._batch(place, batch, together)
                 if self._planned or self.grouping.again:
                     return
                 if done is not None and place >= skip:
-                    self.progress = self._steps.progress if self._counts else self.progress
+                    self.progress = self._steps.loss.progress if self._counts else self.progress
                     done(place + 1)
 
     def _look(self, place: int, batch: Batch) -> None:
@@ -197,7 +197,7 @@ class Sweep:
         if joint is None:
             proved = len(self.proofs)
             ways, kept = self._certify(batch, tape, curvature)
-            if self.noted and (not place or len(self.proofs) > proved or self._steps.progress[1] == 1):
+            if self.noted and (not place or len(self.proofs) > proved or self._steps.loss.progress[1] == 1):
                 self.learnt[place] = outline(tape)
             if not (place or self.most or self._streamed or self._planned or self.apart):
                 self.most = joinable(tape, self.options.memory_budget, curvature.closed_form, ways)

@@ -40,7 +40,7 @@ class LossWalk:
         self._loss, self._curvature = loss, curvature
         self._reduction, self._averaging = loss.reduction()
         self._counts = loss.switchable and self._reduction == "mean"
-        self._count, self._batches = 0.0, 0
+        self.count, self._batches = 0.0, 0  # what a mean over the data so far divides by; batches that were compared
         self._first: _Piece | None = None
         # whether a loss of one's own couples the positions of a datum, once that was asked
         self._coupled: bool | None = None
@@ -51,9 +51,9 @@ class LossWalk:
         if isinstance(found, AutodiffCurvature):
             found.noted = self._note
         if not isinstance(found, ClosedForm):
-            self._count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
+            self.count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
         elif self._reduction == "mean":
-            self._count += found.count
+            self.count += found.count
         return found
 
     def _note(self, coupled: bool) -> None:
@@ -66,18 +66,13 @@ class LossWalk:
         self._coupled = coupled
 
     @property
-    def count(self) -> float:
-        """What a mean over the data so far divides by."""
-        return self._count
-
-    @property
     def progress(self) -> tuple[float, int, bool | None]:
         """The count so far, how many batches were compared, and of which kind terms are, to go on from with `resume`."""
-        return self._count, self._batches, self._coupled
+        return self.count, self._batches, self._coupled
 
     def resume(self, count: float, batches: int, coupled: bool | None) -> None:
         """Go on from an earlier pass's progress; batches on which the latter had changed first have been asked again."""
-        self._count, self._batches, self._coupled = count, batches, coupled
+        self.count, self._batches, self._coupled = count, batches, coupled
 
     @property
     def first(self) -> tuple[int, Any, bool | None]:
@@ -99,7 +94,7 @@ class LossWalk:
         """
         if self._reduction == "sum":
             return 1.0
-        count = self._count if count is None else count
+        count = self.count if count is None else count
         if count <= 0:
             raise ValueError(
                 f"loss: the mean runs over {count:g} entries (all targets ignored, or all weights zero), so it "

@@ -241,13 +241,13 @@ class EmpiricalRisk:
 
 
 class Walk:
-    """One pass over the data of a risk: the numbers of data (`size`) and `batches` so far, and the constant c.
+    """One pass of a risk and its `loss` over the data: numbers of data (`size`) and `batches` so far, the constant c.
 
     Once the batches are through, those of all shares are known by `join`.
     """
 
     def __init__(self, risk: EmpiricalRisk, batches: Iterator[Batch], title: str, by_place: str = "") -> None:
-        self._risk, self._batches, self._loss = risk, batches, risk.loss.walk()
+        self._risk, self._batches, self.loss = risk, batches, risk.loss.walk()
         self._title, self._by_place = title, by_place
         if risk.progressbar:
             self._batches = extra("tqdm", "progressbar=True").tqdm(batches, desc=title, total=len(risk.data) or None)
@@ -279,10 +279,10 @@ class Walk:
         ranks, what = self._risk.ranks, ", ".join(filter(None, (what or self._title, self._by_place)))
         if ranks.alone:
             return
-        state, compares = self._risk.state, self._loss.first[0] > 0
-        sizes, self._count, compares = ranks.meet(what, state, vectors, self._share, self._loss.count, compares)
+        state, compares = self._risk.state, self.loss.first[0] > 0
+        sizes, self._count, compares = ranks.meet(what, state, vectors, self._share, self.loss.count, compares)
         if compares:
-            self._loss.compare(ranks.gather(self._loss.first))
+            self.loss.compare(ranks.gather(self.loss.first))
             ranks.meet(what)
         known, ranks.sizes = ranks.sizes, sizes
         if self._by_place and sizes != known:
@@ -320,18 +320,9 @@ class Walk:
                 "how it weighs the data is not seen: let it return what the loss takes (logits), and pass the loss as loss_func. (With "
                 "batch_size_fn=lambda X: 1 each batch is one datum, and a Hessian of their mean or sum.)"
             )
-        return self._loss.curvature(z, batch.y, batch.size)
-
-    @property
-    def progress(self) -> tuple[float, int, bool | None]:
-        """What the loss has learnt of the batches so far: see `LossWalk.progress`."""
-        return self._loss.progress
-
-    def resume(self, progress: tuple[float, int, bool | None]) -> None:
-        """Go on from an earlier pass's progress."""
-        self._loss.resume(*progress)
+        return self.loss.curvature(z, batch.y, batch.size)
 
     @property
     def constant(self) -> float:
         """The factor c in front of the sum over loss terms, once all batches were seen; a ValueError where it is 1/0."""
-        return self._loss.constant(self._count)
+        return self.loss.constant(self._count)

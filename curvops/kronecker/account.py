@@ -27,6 +27,11 @@ class ParameterRow:
     memory: int
     why: str
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """It in words, under `HEADER`."""
+        return ", ".join(self.names), f"{self.size:,}", self.block, self.operation, byte_size(self.memory), self.why
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -42,9 +47,7 @@ class Explanation:
         return sum(row.memory for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [HEADER]
-        for r in self.rows:
-            lines.append((", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why))
+        lines = [HEADER, *(row.cells for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         return "\n".join([self.title, *text, f"total: {byte_size(self.memory)}", *self.notes])
@@ -52,9 +55,7 @@ class Explanation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = [
-            (", ".join(r.names), f"{r.size:,}", r.block, r.operation, byte_size(r.memory), r.why) for r in self.rows
-        ]
+        rows = [row.cells for row in self.rows]
         notes = [("total", byte_size(self.memory)), *(("", note) for note in self.notes)]
         return card(self.title, more=table(HEADER, rows) + table((), notes))
 

@@ -24,7 +24,7 @@ def worthwhile(x: Tensor, kernel: tuple[int, ...]) -> bool:
     return min(p, q) > 1 and height >= 2 * p and width >= 2 * q and work >= WORTH
 
 
-def window_moment(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
+def window_moment(x: Tensor, kernel: tuple[int, ...], padding: Padding) -> Tensor:
     """Σ a aᵀ over all windows of stride 1.
 
     This is an identity, which the tests show for shapes of all kinds: no model needs to prove it. The map is
@@ -35,7 +35,7 @@ def window_moment(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tenso
     return torch.stack([_moment(part, kernel, padding) for part in x.split(some)]).sum(0)
 
 
-def _moment(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
+def _moment(x: Tensor, kernel: tuple[int, ...], padding: Padding) -> Tensor:
     """The moment from products of rows of windows: a row's places are written out, those below it are not."""
     x = F.pad(x, (*padding[1], *padding[0]))
     n, channels, height, width = x.shape
@@ -60,7 +60,7 @@ def _moment(x: Tensor, kernel: tuple[int, int], padding: Padding) -> Tensor:
     return moment.view(size, size)
 
 
-def window_sum(x: Tensor, kernel: tuple[int, int], padding: Padding) -> tuple[Tensor, int]:
+def window_sum(x: Tensor, kernel: tuple[int, ...], padding: Padding) -> tuple[Tensor, int]:
     """Σ a over all windows of stride 1, ``[C · height · width]``, and their number."""
     p, q = kernel
     total = F.pad(x.sum(0), (*padding[1], *padding[0]))

@@ -97,13 +97,8 @@ def frozen(value: Any) -> Any:
 
 
 def _compare(path: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], params: Mapping[str, Tensor]) -> None:
-    problems = []
-    missing = [name for name in saved if name not in params]
-    unknown = [name for name in params if name not in saved]
-    if missing:
-        problems.append(f"the model lacks {describe(missing)}")
-    if unknown:
-        problems.append(f"the file lacks {describe(unknown)}")
+    lacking = {"model": [n for n in saved if n not in params], "file": [n for n in params if n not in saved]}
+    problems = [f"the {which} lacks {describe(names)}" for which, names in lacking.items() if names]
     for name, (shape, dtype) in saved.items():
         if name in params and tuple(params[name].shape) != shape:
             problems.append(f"{name!r} is {tuple(params[name].shape)} in the model and {shape} in the file")

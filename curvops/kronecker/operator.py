@@ -227,12 +227,8 @@ class KroneckerOperator(StateOperator):
         """
         ranks = self._data_of("decompose").ranks
         with ranks.together(), torch.inference_mode(False):
-            blocks = [
-                (placed.block, placed.label) for placed in self.blocks if isinstance(placed.block, KroneckerBlock)
-            ]
-            missing: dict[int, tuple[Tensor, str]] = {}
-            for block, label in blocks:
-                missing.update({id(factor): (factor, label) for factor in block.undecomposed()})
+            blocks = [(p.block, p.label) for p in self.blocks if isinstance(p.block, KroneckerBlock)]
+            missing = {id(factor): (factor, label) for block, label in blocks for factor in block.undecomposed()}
             factors = list(missing.values())
             found = list(zip([f for f, _ in factors], decompositions(ranks, factors), strict=True))
             for block, _ in blocks:

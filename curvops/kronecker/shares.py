@@ -60,12 +60,13 @@ def summed(
     several = ranks.gather(({key: _outline(entry) for key, entry in entries.items()}, dict(data)))
     found: dict[Key, Entry] = {}
     for key in groups:
-        outlines = [(outlines.get(key), its_data[groups[key].names[0]]) for outlines, its_data in several]
+        # of each process, and how many rows it has where none was seen
+        outlines = [(own.get(key), its_data[groups[key].names[0]] if reduces else 0) for own, its_data in several]
         if known := [outline for outline, _ in outlines if outline is not None]:
             found[key] = _own(entries.get(key), known, groups[key])
             sides = {side for _, _, rows in known for side in rows}
             for s in sorted(sides):
-                found[key].rows[s] = sum(_rows(outline, s, number if reduces else 0) for outline, number in outlines)
+                found[key].rows[s] = sum(rows if one is None else one[2].get(s, rows) for one, rows in outlines)
     data.update({name: sum(its_data[name] for _, its_data in several) for name in data})
     ranks.add_all([t for entry in found.values() if entry.kind != "identity" for t in entry.tensors.values()])
     return found
@@ -99,10 +100,6 @@ def _own(entry: Entry | None, known: Sequence[Outline], group: Group) -> Entry:
             for n, (shape, dtype) in shapes.items()
         },
     )
-
-
-def _rows(outline: Outline | None, side: str, absent: int) -> float:
-    return absent if outline is None else outline[2].get(side, absent)
 
 
 def assigned(costs: Sequence[float], number: int) -> list[int]:

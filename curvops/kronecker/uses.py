@@ -156,11 +156,10 @@ class Windows:
     def moment(self, dtype: torch.dtype, joint: bool) -> Tensor:
         """Σ a aᵀ ``[in, in]`` over all windows, with a one appended to a if ``joint``; only where it `correlates`."""
         x = self.input.detach().to(dtype)
-        kernel = (self.kernel[0], self.kernel[1])
-        moment = window_moment(x, kernel, self.padding)
+        moment = window_moment(x, self.kernel, self.padding)
         if not joint:
             return moment
-        total, rows = window_sum(x, kernel, self.padding)
+        total, rows = window_sum(x, self.kernel, self.padding)
         edge = torch.cat([total, total.new_full((1,), rows)])
         return torch.cat([torch.cat([moment, total[None]]), edge[:, None]], 1)
 

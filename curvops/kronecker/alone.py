@@ -18,9 +18,8 @@ from curvops.risk.data import Batch, joins
 from curvops.tree import map_tensors
 
 SOME = 4  # data that stand for a batch
-JOINED = (
-    8 * 2**20
-)  # bytes of the layers' outputs up to which batches go together, within a quarter of the memory budget
+# bytes of the layers' outputs up to which batches go together, within a quarter of the memory budget
+JOINED = 8 * 2**20
 
 
 class Joint(NamedTuple):

@@ -150,9 +150,6 @@ class JacobianLinearOperator(AccountedOperator):
         return ranks.add(total)
 
     def _dense(self) -> Tensor:
-        return self._matrix().to(self.codomain.dtype)
-
-    def _matrix(self) -> Tensor:
         """By `vmap` over the data, or by as many products as there are outputs or parameters in a batch's graph."""
         matrix = torch.zeros(self.shape, dtype=self.domain.dtype, device=self.device)
         by_vmap = self._until_refuted()
@@ -162,7 +159,7 @@ class JacobianLinearOperator(AccountedOperator):
                     matrix[rows] = found
                 else:
                     self._one_by_one(one, matrix[rows])
-            return self._summed(matrix)
+            return self._summed(matrix).to(self.codomain.dtype)
 
     def _one_by_one(self, one: _Outputs, rows: Tensor) -> None:
         if one.z.numel() <= self.domain.dim:

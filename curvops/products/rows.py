@@ -66,10 +66,7 @@ def term_cotangents(outputs: Callable[[Tensor], Tensor], factor: Tensor, size: i
     Terms are squared separately, so a cotangent is zero at all but one term of its datum.
     """
     terms, width, columns = factor.shape
-    per_datum = terms // size
-    rows = factor.reshape(size, per_datum, width, columns)
-    spread = torch.zeros(per_datum, columns, size, per_datum, width, dtype=factor.dtype, device=factor.device)
-    for r in range(per_datum):
-        spread[r, :, :, r] = rows[:, r].movedim(-1, 0)
+    rows = factor.reshape(size, terms // size, width, columns)
+    spread = rows.permute(3, 0, 2, 1).diag_embed(dim1=0, dim2=3)  # term, column, datum, its terms, width
     shaped = [outputs(u.reshape(terms, width)) for u in spread.flatten(0, 1)]
     return torch.stack(shaped, 1)

@@ -73,9 +73,8 @@ def transposed_convolution(
 
     kind = f"conv_transpose{order}d"
     taps.linear(out, weight, None, lambda: channels_last(input, groups), outputs, "left", kind)
-    taps.linear(
-        out, None, bias, lambda: channels_last(input), channels_last, "right", kind
-    )  # it cannot join the weight
+    # it cannot join the weight
+    taps.linear(out, None, bias, lambda: channels_last(input), channels_last, "right", kind)
     return out
 
 

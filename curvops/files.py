@@ -99,13 +99,9 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of this library and of those that the content of a file may depend on, as far as known."""
-    return dict(_versions())
-
-
 @cache  # a process runs what it has imported, and to read the packages' metadata takes longer than to write a small file
-def _versions() -> dict[str, str]:
+def versions() -> Mapping[str, str]:
+    """Versions of this library and of those that the content of a file may depend on, as far as known."""
     found = {"curvops": "unknown", "python": platform.python_version()}
     for package in ("curvops", "torch", "numpy", "matplotlib"):
         try:

@@ -159,7 +159,7 @@ class _Matrices:
         self._path = problem.folder / MATRICES
         shapes = {name: tuple(shape) for name, shape in problem.risk.space.shapes.items()}
         settings = {"setup": problem.title, **known}
-        self.file = MatrixFile({}, shapes, dict(problem.groups), settings, versions())
+        self.file = MatrixFile({}, shapes, dict(problem.groups), settings, dict(versions()))
 
     def begin(self, resume: bool, say: Say) -> None:
         """Take over what a file of the same problem has, if that is wanted; say what becomes of it."""

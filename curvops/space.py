@@ -164,16 +164,12 @@ class TensorSpace:
 
     def wholes(self, parts: list[Tensor]) -> list[Tensor]:
         """Tensors of which this process has parts; the same where nothing is cut."""
-        if not self.shards:
-            return parts
         return [
             self.shards[n].whole(part) if n in self.shards else part for n, part in zip(self.names, parts, strict=True)
         ]
 
     def parts(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """This process's parts of tensors in order; the same where nothing is cut."""
-        if not self.shards:
-            return tensors
         return [
             self.shards[n].part(t) if n in self.shards and t is not None else t
             for n, t in zip(self.names, tensors, strict=True)

@@ -42,7 +42,11 @@ class Collection:
     def __init__(self, sweep: Sweep, title: str, planned: bool, progress: Progress) -> None:
         self.sweep, self.title, self.planned, self.progress = sweep, title, planned, progress
         self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
-        self.spill = _spill(sweep, planned)
+        risk, folder = sweep.risk, sweep.options.spill
+        if folder is not None and not risk.ranks.alone:
+            raise ValueError("spill: expected one process, for sums over several are kept in memory. Leave it out.")
+        spill = Spill(folder, risk.space.device)  # where large tensors go
+        self.spill = Spill(None, torch.device("meta")) if planned else spill
         self.kept_bytes = 0  # in memory
         self._kept: list[list[tuple[Key, Sequence[Rows]]]] = []
         self._stored: tuple[Places, list[Tensor]] = ({}, [])  # of a pass, what is on disk already
@@ -193,12 +197,3 @@ class Collection:
 
     def _on_disk(self, entry: Entry) -> Entry:
         return replace(entry, tensors={name: self.spill.put(tensor) for name, tensor in entry.tensors.items()})
-
-
-def _spill(sweep: Sweep, planned: bool) -> Spill:
-    """Where large tensors go."""
-    risk, folder = sweep.risk, sweep.options.spill
-    if folder is not None and not risk.ranks.alone:
-        raise ValueError("spill: expected one process, for sums over several are kept in memory. Leave it out.")
-    found = Spill(folder, risk.space.device)
-    return Spill(None, torch.device("meta")) if planned else found

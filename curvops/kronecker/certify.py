@@ -140,6 +140,4 @@ def _summed(use: Use, view: View, g: Tensor) -> Tensor:
         return total.index_add_(0, a.places.flatten(), out.flatten(0, 1))[:-1]
     a = a.reshape(-1, *a.shape[-2:]).to(out.dtype)
     left, right = (out, a) if use.input_side == "right" else (a, out)
-    if left.shape[1] == 1:
-        return left.squeeze(1).T @ right.squeeze(1)
     return left.permute(1, 2, 0) @ right.movedim(0, 1)

@@ -101,12 +101,8 @@ def whole_gradients(pairs: Sequence[Pair], shape: Sequence[int], most: int) -> I
             total: Tensor | None = None
             for (a, _, side), stack in zip(pairs, stacks, strict=True):
                 rows = OneHot(a.ids[start:stop], a.width).dense(like.dtype) if isinstance(a, OneHot) else a[start:stop]
-                if len(stack) == stack.shape[3] == 1:
-                    g, b = stack[0, start:stop, :, 0], rows[:, :, 0]
-                    part = (torch.bmm(g.mT, b) if side == "right" else torch.bmm(b.mT, g))[None, :, None]
-                else:
-                    order = "goi" if side == "right" else "gio"
-                    part = torch.einsum(f"knpgo,npgi->kn{order}", stack[:, start:stop], rows)
+                order = "goi" if side == "right" else "gio"
+                part = torch.einsum(f"knpgo,npgi->kn{order}", stack[:, start:stop], rows)
                 total = part if total is None else total + part
             assert total is not None
             yield total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,49 +58,39 @@ def summed(
     """
     if ranks.alone:
         return dict(entries)
-    several = ranks.gather(({key: _outline(entry) for key, entry in entries.items()}, dict(data)))
+    several = ranks.gather(({key: _outline(entry) for key, entry in entries.items()}, data))
     found: dict[Key, Entry] = {}
     for key in groups:
         # of each process, and how many rows it has where none was seen
         outlines = [(own.get(key), its_data[groups[key].names[0]] if reduces else 0) for own, its_data in several]
         if known := [outline for outline, _ in outlines if outline is not None]:
             found[key] = _own(entries.get(key), known, groups[key])
-            sides = {side for _, _, rows in known for side in rows}
-            for s in sorted(sides):
-                found[key].rows[s] = sum(rows if one is None else one[2].get(s, rows) for one, rows in outlines)
+            for s in sorted({side for one in known for side in one.rows}):
+                found[key].rows[s] = sum(rows if one is None else one.rows.get(s, rows) for one, rows in outlines)
     data.update({name: sum(its_data[name] for _, its_data in several) for name in data})
     ranks.add_all([t for entry in found.values() if entry.kind != "identity" for t in entry.tensors.values()])
     return found
 
 
-Outline = tuple[str, dict[str, tuple[torch.Size, torch.dtype]], dict[str, float]]  # kind, tensors, numbers of rows
+def _outline(entry: Entry) -> Entry:
+    return replace(entry, tensors={name: torch.empty_like(t, device="meta") for name, t in entry.tensors.items()})
 
 
-def _outline(entry: Entry) -> Outline:
-    return entry.kind, {n: (t.shape, t.dtype) for n, t in entry.tensors.items()}, entry.rows
-
-
-def _own(entry: Entry | None, known: Sequence[Outline], group: Group) -> Entry:
+def _own(entry: Entry | None, known: Sequence[Entry], group: Group) -> Entry:
     """What this process adds, in tensors of its own; zeros where its data never reached the group."""
-    kinds = {kind for kind, _, _ in known}
-    shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    for _, tensors, _ in known:
-        for name, (shape, dtype) in tensors.items():
-            if shapes.setdefault(name, (shape, dtype)) != (shape, dtype) or len(kinds) > 1:
+    kinds, outlines = {one.kind for one in known}, dict[str, Tensor]()
+    for one in known:
+        for name, t in one.tensors.items():
+            like = outlines.setdefault(name, t)
+            if (like.shape, like.dtype) != (t.shape, t.dtype) or len(kinds) > 1:
                 raise ValueError(
                     f"{describe(group.names)}: the data of the processes give blocks of different kinds or shapes, which do not add. "
                     "Pass rule=BlockRule(…) so that all factors are dense or all are diagonal."
                 )
     (kind,), mine, device = kinds, entry.tensors if entry is not None else {}, group.places.device
-    like = torch.ones if kind == "identity" else torch.zeros
+    make = torch.ones_like if kind == "identity" else torch.zeros_like
     # clones: a bias has its weight's outputs, and each would be summed
-    return Entry(
-        kind,
-        {
-            n: mine[n].clone() if n in mine else like(shape, dtype=dtype, device=device)
-            for n, (shape, dtype) in shapes.items()
-        },
-    )
+    return Entry(kind, {n: mine[n].clone() if n in mine else make(t, device=device) for n, t in outlines.items()})
 
 
 def assigned(costs: Sequence[float], number: int) -> list[int]:

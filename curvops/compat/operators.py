@@ -19,25 +19,20 @@ def translated(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def titled(operator: RiskOperator) -> str:
-    """The name, where there is a progress bar with the word by which scripts count products in its title."""
-    return f"{type(operator).__name__}._matmat" if operator.risk.progressbar else ""
+class _Peer(RiskOperator):
+    """An operator with the peer's arguments, and under a progress bar the title by which scripts count products."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(**translated(given, named))
+        self._name = f"{type(self).__name__}._matmat" if self.risk.progressbar else ""
 
 
-class HessianLinearOperator(hessian.HessianLinearOperator):
+class HessianLinearOperator(_Peer, hessian.HessianLinearOperator):
     """`curvops.HessianLinearOperator` with the peer's arguments."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(**translated(given, named))
-        self._name = titled(self)
 
-
-class GGNLinearOperator(ggn.GGNLinearOperator):
+class GGNLinearOperator(_Peer, ggn.GGNLinearOperator):
     """`curvops.GGNLinearOperator` with the peer's arguments."""
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(**translated(given, named))
-        self._name = titled(self)
 
 
 class FisherMCLinearOperator(GGNLinearOperator):
@@ -47,12 +42,8 @@ class FisherMCLinearOperator(GGNLinearOperator):
         super().__init__(*given, mc_samples=mc_samples, **named)
 
 
-class EFLinearOperator(ggn.EFLinearOperator):
+class EFLinearOperator(_Peer, ggn.EFLinearOperator):
     """`curvops.EFLinearOperator` with the peer's arguments."""
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(**translated(given, named))
-        self._name = titled(self)
 
 
 class JacobianLinearOperator(jacobian.JacobianLinearOperator):

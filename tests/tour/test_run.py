@@ -124,26 +124,27 @@ def test_interrupted_before_anything_is_finished(monkeypatch, tmp_path, capsys):
     assert str(Finished({Path("a/b"): ["H", "F"]}, [Path("c"), Path("d")])) == "H, F in a/b; 2 figures"
 
 
-@pytest.mark.parametrize(
-    ("mode", "setup", "reason"),
-    [
-        (0o555, "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)", "Permission denied"),
-        # the system itself refuses to write more than a megabyte, as a full disk would
-        (0o777, "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))", "File too large"),
-    ],
-)
-def test_a_closed_or_full_folder_is_refused_before_any_work(mode, setup, reason, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir(mode=mode)
-    imports = "import contextlib, os, resource, sys\nimport curvops.tour\nfrom curvops.cli import main"
-    # once before: this project may lie in a folder of which nobody else may import anything
-    first = "with contextlib.redirect_stderr(open(os.devnull, 'w')): main(['tour', '--output', os.devnull])"
-    call = f"sys.exit(main(['tour', '--output', {str(folder)!r}]))"
-    code = f"{imports}\n{first}\n{setup}\n{call}"
+def test_a_closed_or_full_folder_is_refused_before_any_work(tmp_path):
+    full, closed = tmp_path / "full", tmp_path / "closed"
+    full.mkdir()
+    closed.mkdir(mode=0o555)
+    code = f"""
+import contextlib, os, resource, sys
+from curvops.cli import main
+# once before: this project may lie in a folder of which nobody else may import anything
+with contextlib.redirect_stderr(open(os.devnull, "w")): main(["tour", "--output", os.devnull])
+# the system itself refuses to write more than a megabyte, as a full disk would
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+failed = main(["tour", "--output", {str(full)!r}])
+if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)
+sys.exit(failed and main(["tour", "--output", {str(closed)!r}]))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == "", done
-    assert re.fullmatch(rf"curvops tour: cannot write \d+ [MG]B to '{folder}': {reason}\n", done.stderr), done.stderr
-    assert list(folder.iterdir()) == []
+    reasons = {full: "File too large", closed: "Permission denied"}
+    for (folder, reason), line in zip(reasons.items(), done.stderr.splitlines(), strict=True):
+        assert re.fullmatch(rf"curvops tour: cannot write \d+ [MG]B to '{folder}': {reason}", line), done.stderr
+        assert list(folder.iterdir()) == []
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused_and_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -151,6 +152,11 @@ def _axis(stops: Sequence[Stop], max_bytes: int) -> Axis:
     return axis
 
 
+@cache  # seconds, where there are many pages
+def _plotly() -> str:
+    return packed(get_plotlyjs().encode())
+
+
 def _page(title: str, data: Mapping[str, Any], blobs: Blobs) -> str:
     """Return the page's HTML."""
     folder = files("curvops.tour.page")
@@ -161,7 +167,7 @@ def _page(title: str, data: Mapping[str, Any], blobs: Blobs) -> str:
         "style": (folder / "page.css").read_text(encoding="utf-8"),
         "data": json_for_html(data),
         "blobs": held,
-        "plotly": packed(get_plotlyjs().encode()),
+        "plotly": _plotly(),
         "script": f'"use strict";\n(() => {{\n{scripts}\n}})();',
     }
     # cut at the marks once, so that no mark within a text is replaced

@@ -62,11 +62,9 @@ class KroneckerBlock(_Block):
 
     def undecomposed(self) -> list[Tensor]:
         """The factors whose eigendecompositions are not known yet."""
-        return (
-            []
-            if self._eigen
-            else [f for f in (self._left, self._right) if all(f is not own for own, _ in self.decomposed)]
-        )
+        if self._eigen is not None:
+            return []
+        return [f for f in (self._left, self._right) if all(f is not own for own, _ in self.decomposed)]
 
     def _decompose(self, factor: Tensor, label: str) -> Decomposed:
         for known, found in self.decomposed:

@@ -130,7 +130,7 @@ class LinearOperator(Quantities):
 
     def _in_step(self) -> AbstractContextManager[None]:
         """Processes that share data or columns learn here what fails in one of them before it comes to the product."""
-        return _entered([part._in_step() for part in self._parts])
+        return _entered(part._in_step() for part in self._parts)
 
     def _scaled(self, factor: float) -> LinearOperator:
         """``factor`` times the operator; subclasses may keep their structure."""
@@ -164,9 +164,7 @@ class LinearOperator(Quantities):
             >>> with hessian.linearized():
             ...     columns = [hessian @ v for v in torch.eye(8)]
         """
-        with ExitStack() as stack:
-            for part in self._parts:
-                stack.enter_context(part.linearized())
+        with _entered(part.linearized() for part in self._parts):
             yield self
 
     def __matmul__(self, other: Any) -> Any:
@@ -371,7 +369,7 @@ class _Product(torch.autograd.Function):
 
 
 @contextmanager
-def _entered(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeGuard
 
-import torch
-
 from curvops.operators.block_diagonal import BlockDiagonalOperator
 from curvops.operators.composite import AdjointOperator, ProductOperator, SumOperator
+from curvops.operators.damping import spread
 from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.low_rank import LowRankPlusDiagonalOperator, OuterProductOperator
@@ -57,11 +56,8 @@ class StructuredAlgebra:
         """A + diag(δ), as a sum."""
         if len(shifts := set(damping.values())) == 1:
             return SumOperator((1.0, operator), (1.0, IdentityOperator(operator.domain, shifts.pop())))
-        parts = [
-            torch.full((size,), value, dtype=operator.dtype, device=operator.device)
-            for value, size in zip(damping.values(), operator.domain.sizes, strict=True)
-        ]
-        return SumOperator((1.0, operator), (1.0, DiagonalOperator(torch.cat(parts), operator.domain)))
+        added = DiagonalOperator(spread(damping, operator.domain), operator.domain)
+        return SumOperator((1.0, operator), (1.0, added))
 
     def restrict(self, operator: LinearOperator, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         """Rows and columns of A, of padded vectors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from curvops.space import TensorSpace
@@ -28,6 +29,12 @@ def by_parameter(damping: Damping, space: TensorSpace) -> dict[str, Number]:
     for name in space.names:
         _check(damping[name], f"damping of {name!r}")
     return {name: damping[name] for name in space.names}
+
+
+def spread(damping: Mapping[str, Number], space: TensorSpace) -> Tensor:
+    """The damping of each entry, ``[D]``, from that of each parameter."""
+    parts = [torch.as_tensor(value, dtype=space.dtype, device=space.device) for value in damping.values()]
+    return torch.cat([part.reshape(1).expand(size) for part, size in zip(parts, space.sizes, strict=True)])
 
 
 def number(value: Number) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvops.operators.damping import Damping, by_parameter, number
+from curvops.operators.damping import Damping, by_parameter, number, spread
 from curvops.operators.diagonal import space_of
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
@@ -199,7 +199,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         return LowRankPlusDiagonalOperator(self.columns, diagonal, weights, self.domain, psd)
 
     def _shifted(self, damping: Mapping[str, float]) -> LinearOperator:
-        diagonal = self._diagonal + _spread(damping, self.domain)
+        diagonal = self._diagonal + spread(damping, self.domain)
         psd = self.psd or None
         return LowRankPlusDiagonalOperator(self.columns, diagonal, self.weights, self.domain, psd)
 
@@ -215,7 +215,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
 
     def _capacitance(self, damping: Damping) -> _Capacitance:
         wide = torch.promote_types(self.dtype, torch.float32)  # half precisions know no decompositions
-        diagonal = (self._diagonal + _spread(by_parameter(damping, self.domain), self.domain)).to(wide)
+        diagonal = (self._diagonal + spread(by_parameter(damping, self.domain), self.domain)).to(wide)
         used = self.weights != 0
         weights = self.weights[used].to(wide)
         columns = self.columns[:, used].to(wide) * weights.abs().sqrt()
@@ -255,9 +255,3 @@ def _columns(vector: Vector, space: TensorSpace | None, what: str) -> tuple[Tens
     if space is None:
         space = space_of(vector)
     return space, space.to_columns(vector, what)[0].detach()
-
-
-def _spread(damping: Mapping[str, float | Tensor], space: TensorSpace) -> Tensor:
-    """The damping of each entry, ``[D]``."""
-    parts = [torch.as_tensor(value, dtype=space.dtype, device=space.device) for value in damping.values()]
-    return torch.cat([part.reshape(1).expand(size) for part, size in zip(parts, space.sizes, strict=True)])

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import click
 
-from curvops.cli.failures import UserError, failure_text, for_the_shell, usage_line, warning_text
+from curvops.cli.failures import failure_text, for_the_shell, usage_line, warning_text
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Session:
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stdout.fileno())
             return 1
-        except (Exception, UserError) as error:
+        except Exception as error:
             self._trace()
             # what fails within the group is told to the first process
             if processes.is_first() or not processes.joined():

@@ -46,9 +46,9 @@ class System:
         progressbar: bool = False,
     ) -> None:
         self.products = Products(matrix, title, square=square, symmetric=symmetric, progressbar=progressbar)
-        self.title, self.damping = title, _number(f"{title}: damping", damping, 0)
+        self.title, self.damping = title, _number(f"{title}: damping", damping)
         reachable = max(1e-6, 100 * torch.finfo(self.products.dtype).eps)
-        self.tolerance = _number(f"{title}: tolerance", reachable if tolerance is None else tolerance, 0)
+        self.tolerance = _number(f"{title}: tolerance", reachable if tolerance is None else tolerance)
         self.max_iterations = _limit(title, max_iterations, min(10 * max(self.products.shape), MOST_ITERATIONS))
         given = self.products.given(b, left=True)
         self._answer = given.answer
@@ -176,9 +176,9 @@ def _largest(columns: Tensor) -> Tensor:
     return columns.abs().amax(0) if len(columns) else columns.new_zeros(columns.shape[1])
 
 
-def _number(what: str, value: float, least: float) -> float:
-    if not (isinstance(value, (int, float, Tensor)) and math.isfinite(value) and value >= least):
-        raise ValueError(f"{what}: expected a finite number ≥ {least:g}, got {value!r}.")
+def _number(what: str, value: float) -> float:
+    if not (isinstance(value, (int, float, Tensor)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{what}: expected a finite number ≥ 0, got {value!r}.")
     return float(value)
 
 

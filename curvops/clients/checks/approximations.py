@@ -18,6 +18,7 @@ from curvops.losses.entries import BinaryCrossEntropyCurvature
 from curvops.matrix import seeded
 from curvops.products.account import relative_difference
 from curvops.products.ggn import GGNLinearOperator
+from curvops.space import TensorSpace
 
 SEEDS = 16  # of Monte-Carlo operators
 SAMPLES = 2**22  # entries of a Monte-Carlo factor
@@ -46,9 +47,9 @@ def diagonal(p: Problem) -> Outcome:
 
 def traces(p: Problem) -> Outcome:
     """Type-2 EKFAC keeps the GGN's trace of each parameter's block."""
-    exact, (operator, chosen, why) = p.traces(p.diagonal), _of_small(p, EKFACLinearOperator)
+    exact, (operator, chosen, why) = _by_parameter(p.diagonal, p.risk.space), _of_small(p, EKFACLinearOperator)
     g = exact[chosen]
-    error = (_traces(operator) - g).abs() / (g + 1e-9 * exact.sum()).clamp(min=1e-30)
+    error = (_by_parameter(operator.diagonal(), operator.domain) - g).abs() / (g + 1e-9 * exact.sum()).clamp(min=1e-30)
     return Outcome(float(error.max()), definition(p), why)
 
 
@@ -56,13 +57,13 @@ def scaled(cls: type[KroneckerOperator]) -> Callable[[Problem], Outcome]:
     """Each block is positive semi-definite, and its trace within a factor of the GGN's."""
 
     def judged(p: Problem) -> Outcome:
-        exact, (operator, chosen, why) = p.traces(p.diagonal), _of_small(p, cls)
+        exact, (operator, chosen, why) = _by_parameter(p.diagonal, p.risk.space), _of_small(p, cls)
         v = operator.domain.random(seeded(p.seed))
-        blocks = torch.stack([part.sum() for part in (v * (operator @ v)).double().split(operator.domain.sizes)])
-        if bool((blocks < -p.allowed * _traces(operator)).any()):
+        blocks, traces = (_by_parameter(t, operator.domain) for t in (v * (operator @ v), operator.diagonal()))
+        if bool((blocks < -p.allowed * traces).any()):
             raise RuntimeError("a block is not positive semi-definite")
         seen = exact[chosen] > 1e-9 * exact.sum()
-        ratio = _traces(operator)[seen] / exact[chosen][seen]
+        ratio = traces[seen] / exact[chosen][seen]
         return Outcome(float(torch.maximum(ratio, 1 / ratio).max()) if seen.any() else 1.0, SCALE, why)
 
     return judged
@@ -93,8 +94,9 @@ def _of_small(p: Problem, cls: type[KroneckerOperator]) -> tuple[KroneckerOperat
     return cls.of(risk, fisher_type="type-2"), places, why
 
 
-def _traces(operator: KroneckerOperator) -> Tensor:
-    return torch.stack([part.sum() for part in operator.diagonal().double().split(operator.domain.sizes)])
+def _by_parameter(flat: Tensor, space: TensorSpace) -> Tensor:
+    """Sums of a vector's entries by parameter."""
+    return torch.stack([part.sum() for part in flat.double().split(space.sizes)])
 
 
 def _expect_factor(p: Problem) -> None:

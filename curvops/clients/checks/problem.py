@@ -119,10 +119,6 @@ class Problem:
         seen = values > 1e-15 * largest
         return twin.squared_rows((vectors[:, seen] * values[seen].sqrt()).T.reshape(-1, *shape))
 
-    def traces(self, diagonal: Tensor) -> Tensor:
-        """Sums of a diagonal's entries by parameter."""
-        return torch.stack([part.sum() for part in diagonal.double().split(self.risk.space.sizes)])
-
     def small(self) -> list[str]:
         """Names of the parameters, smallest first, whose Kronecker factors can be decomposed in seconds."""
 

@@ -89,7 +89,9 @@ def eigenpairs(
         products = stack.enter_context(Products(matrix, "eigenpairs", symmetric=True, progressbar=progressbar))
         size, choice = products.shape[0], Choice(which, k, products.shape[0])
         weigh, unweigh = (
-            _same if other is None else stack.enter_context(Products(other, f"eigenpairs, {name}", symmetric=True))
+            (lambda v: v)
+            if other is None
+            else stack.enter_context(Products(other, f"eigenpairs, {name}", symmetric=True))
             for name, other in (("metric", metric), ("metric_inverse", metric_inverse))
         )
         if (metric is None) != (metric_inverse is None):
@@ -228,10 +230,6 @@ def _first(products: Products, start: Any, block: int, generator: torch.Generato
     for j in range(min(block, columns.shape[1])):
         random[:, j] = columns[:, j::block].sum(1)
     return random
-
-
-def _same(columns: Tensor) -> Tensor:
-    return columns
 
 
 def _norms(columns: Tensor, weigh: Map) -> Tensor:

@@ -17,9 +17,8 @@ from curvops.estimators.rounds import Budget
 from curvops.estimators.steps import Steps
 from curvops.matrix import Matrix, Products
 
-BOUND = (
-    8  # samples that the bound of the variance is worth; without it errors of 8 skewed samples are 1.4 times too small
-)
+# samples that the bound of the variance is worth; without it errors of 8 skewed samples are 1.4 times too small
+BOUND = 8
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import floor, log10
 from typing import Any
 
@@ -70,7 +71,7 @@ class Estimate(Tensor):
         return Estimate.of(plain, error, **self._origin())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self.as_subclass(Tensor), self.standard_error, self._origin())
+        return partial(Estimate.of, **self._origin()), (self.as_subclass(Tensor), self.standard_error)
 
     def _origin(self) -> dict[str, Any]:
         return {"products": self.products, "method": self.method, "exact": self.exact}
@@ -104,7 +105,3 @@ def with_error(value: float, error: float) -> str:
         return f"{value:.{digits}f} ± {error:.{digits}f}"
     own = max(0, digits + floor(log10(abs(value)))) if value else 0
     return f"{value:.{min(own, 15)}e} ± {error:.1e}"
-
-
-def _rebuild(value: Tensor, error: Tensor, origin: dict[str, Any]) -> Estimate:
-    return Estimate.of(value, error, **origin)

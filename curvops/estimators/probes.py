@@ -34,10 +34,12 @@ class Probes:
         if not products.shape[1]:
             raise ValueError(f"{products.title}: expected a matrix with columns, got shape {products.shape}.")
         self.products, self._generator, self._entries = products, seeded(seed), kinds[distribution]
+        self.distribution = distribution
         self.size = products.shape[1]
         self.dtype = torch.promote_types(products.dtype, torch.float32)
         self._width = self.width()
-        self.through = _taken  # what takes the products, a few columns at a time
+        #: takes the products, a few columns at a time
+        self.through: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda multiply, some: multiply(some)
 
     @property
     def random(self) -> Tensor:
@@ -97,10 +99,6 @@ class Probes:
                 "Look for NaN or infinity in parameters, data and loss, or use a wider dtype."
             )
         return found
-
-
-def _taken(multiply: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
-    return multiply(columns)
 
 
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def trace(
         raise ValueError(f"method: expected one of {', '.join(map(repr, samplers))}, got {method!r}.")
     with Products(matrix, "trace", progressbar=progressbar) as products:
         rows = resolve(groups, products)
-        sampler = samplers[method](Probes(products, seed, distribution), rows, spherical=distribution == "normal")
+        sampler = samplers[method](Probes(products, seed, distribution), rows)
         budget = Budget(num_products, tolerance, max_products)
         found = run(sampler, budget, checkpoint=checkpoint, rows=rows, seed=seed, distribution=distribution)
         return by_name(found, groups, rows)
@@ -81,8 +81,8 @@ class _Hutchinson(Sampler):
     method, cost, least, apart = "Hutchinson", 1, 2, 1
     known: tuple[str, ...] = ("samples",)
 
-    def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
-        self.probes, self.rows, self.spherical = probes, rows, spherical
+    def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
+        self.probes, self.rows = probes, rows
         self.samples = probes.empty().new_zeros(len(rows), 0)
 
     def add(self, count: int) -> None:
@@ -100,8 +100,8 @@ class _Hutchinson(Sampler):
 class _HutchPlusPlus(_Hutchinson):
     method, cost, least, known, apart = "Hutch++", 3, 2, (*SKETCH, "tests", "images"), 0
 
-    def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
-        super().__init__(probes, rows, spherical=spherical)
+    def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
+        super().__init__(probes, rows)
         self.sketch, self.tests, self.images = Sketch(probes), probes.empty(), probes.empty()
 
     def add(self, count: int) -> None:
@@ -122,8 +122,8 @@ class _HutchPlusPlus(_Hutchinson):
 class _XTrace(_Hutchinson):
     method, cost, least, known, apart = "XTrace", 2, 3, SKETCH, 0
 
-    def __init__(self, probes: Probes, rows: Mapping[str, Rows], *, spherical: bool) -> None:
-        super().__init__(probes, rows, spherical=spherical)
+    def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
+        super().__init__(probes, rows)
         self.sketch = Sketch(probes)
 
     def add(self, count: int) -> None:
@@ -150,7 +150,7 @@ class _XTrace(_Hutchinson):
 
     def _scales(self, inside: Tensor, along: Tensor, out: LeaveOut) -> tuple[Tensor, Tensor]:
         """What brings the rest of each test vector, without one or two products, to the length that is expected."""
-        if not self.spherical:
+        if self.probes.distribution != "normal":
             return torch.ones_like(along[0]), torch.ones_like(along)
         lost = out.only.square().sum(0)
         rank, norm = out.basis.shape[1] - lost, self.sketch.tests.square().sum(0) - inside.square().sum(0)

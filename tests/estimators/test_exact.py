@@ -140,7 +140,7 @@ def test_estimates_and_errors_by_definition(distribution):
     matrix, m = DENSE[:20, :20], 7
     rows = {"all": slice(0, 20), "some": torch.arange(3, 9)}
     with Products(matrix, "test") as products:
-        xtrace = _XTrace(Probes(products, 3, distribution), rows, spherical=distribution == "normal")
+        xtrace = _XTrace(Probes(products, 3, distribution), rows)
         xdiag = _XDiag(Probes(products, 3, distribution))
         for sampler in (xtrace, xdiag):
             sampler.add(3)

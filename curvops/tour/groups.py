@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain, count, groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain, count, groupby, takewhile
 from math import prod
 from typing import Any, TypeAlias
 
@@ -42,7 +42,7 @@ def module_groups(
     if depth is not None and depth < 1:
         raise ValueError(f"groups: expected a depth of at least 1, got {depth}.")
     paths = [_owner(name) for name in parameters]
-    shared = _shared(paths)
+    shared = shared_parts(paths)
     deepest = max(map(len, paths), default=1)
     depths = range(deepest, 0, -1) if depth is None else [depth]
     sizes = [prod(shape) for shape in parameters.values()]
@@ -109,6 +109,11 @@ def edges_of(sizes: Mapping[str, int]) -> list[int]:
     return list(accumulate(sizes.values(), initial=0))
 
 
+def shared_parts(paths: Iterable[Sequence[str]]) -> int:
+    """How many parts all names begin with."""
+    return len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
+
+
 def _of_model(model: Module, side: int) -> dict[str, int]:
     """Groups of all parameters of a model, or of those that are trained, whichever are as many as there are rows."""
     named = dict(model.named_parameters())
@@ -129,13 +134,6 @@ def _owner(name: str) -> tuple[str, ...]:
     if "parametrizations" in parts[1:]:
         return tuple(parts[: parts.index("parametrizations", 1)])
     return tuple(parts[:-1] or parts)
-
-
-def _shared(paths: Sequence[Sequence[str]]) -> int:
-    """How many parts all names begin with."""
-    if not paths:
-        return 0
-    return next((k for k, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
 
 
 def _untaken(name: str, taken: Mapping[str, int]) -> str:

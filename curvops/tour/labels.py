@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import pairwise
+
+from curvops.tour.groups import shared_parts
 
 LONGEST = 19  # letters of a name
 
@@ -100,8 +102,8 @@ def run_name(first: str, last: str) -> str:
         ('layer.3–12', 'h.0–5.mlp', 'conv–head')
     """
     a, b = first.split("."), last.split(".")
-    ahead = _alike(a[:-1], b[:-1])
-    behind = _alike(a[ahead + 1 :][::-1], b[ahead + 1 :][::-1])
+    ahead = shared_parts([a[:-1], b[:-1]])
+    behind = shared_parts([a[ahead + 1 :][::-1], b[ahead + 1 :][::-1]])
     middle = f"{'.'.join(a[ahead : len(a) - behind])}–{'.'.join(b[ahead : len(b) - behind])}"
     return ".".join([*a[:ahead], middle, *a[len(a) - behind :]])
 
@@ -160,8 +162,3 @@ def _joined(
 
     k = min(pairs or range(len(runs) - 1), key=cost)
     return [*runs[:k], (runs[k][0], runs[k + 1][1]), *runs[k + 2 :]]
-
-
-def _alike(parts: Sequence[str], others: Sequence[str]) -> int:
-    """With how many same parts both begin."""
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(parts, others, strict=False)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise
 from typing import Any
 
 from curvops.tour.coarse import operator_options
+from curvops.tour.groups import shared_parts
 from curvops.tour.matrices import OPERATORS
 
 _NEEDED = {"mc_samples", "seed", "width"}
@@ -53,6 +54,6 @@ def _pattern(names: list[str], known: list[str]) -> str:
     """Names as `op[…]` takes them: one, the pattern that matches these and no other, or a list."""
     if len(names) == 1:
         return repr(names[0])
-    levels = zip(*(name.split(".") for name in names), strict=False)
-    pattern = ".".join([level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)] + ["*"])
+    paths = [name.split(".") for name in names]
+    pattern = ".".join([*paths[0][: shared_parts(paths)], "*"])
     return repr(pattern if [name for name in known if fnmatchcase(name, pattern)] == names else names)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SEQUENTIAL = "magma_r"  # little ink for small values, also in grey
-BLUE, RED, GREY = "#0072b2", "#d55e00", "0.4"  # told apart by all eyes (Okabe & Ito)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe & Ito)
+BLUE, RED, GREY = *COLORS[:2], "0.4"
 STYLE: dict[str, Any] = {
     "figure.figsize": (3.25, 2.2),  # inches: a column of a page
     "figure.dpi": 150,
@@ -22,7 +23,7 @@ STYLE: dict[str, Any] = {
     "mathtext.fontset": "stix",
     "axes.labelsize": 8,
     "axes.linewidth": 0.4,
-    "axes.prop_cycle": "cycler('color', ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00'])",
+    "axes.prop_cycle": f"cycler('color', {COLORS})",
     "legend.fontsize": 7,
     "legend.frameon": False,
     "lines.linewidth": 1.0,

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from curvops.plots.axes import decades
+from curvops.plots.axes import COLORS, decades
 from curvops.tour.coarse_files import CoarseFile
-from curvops.tour.figure import explain_mark, plot_matrices
+from curvops.tour.figure import explain_mark, plot_matrices, points_of
 from curvops.tour.groups import module_groups
 from curvops.tour.labels import shortened
 from curvops.tour.panels import log_abs
@@ -25,7 +25,6 @@ from curvops.tour.style import Style, figure_style, settle_fonts
 DOUBT = 0.5  # standard error of a norm, relative to it, from which on a block is marked
 FEW = 12  # groups up to which lines are drawn between them
 DECADES = 8  # of norms that have a colour of their own, below the largest
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe & Ito)
 ROW = 0.115  # inches of an eigenvector
 ACROSS = 100  # letters that have room side by side below a panel
 MARKS = "osD^v<"  # so that they are told apart in grey as well
@@ -135,8 +134,7 @@ def _are_modules(coarse: CoarseFile) -> bool:
 
 def _cross(ax: Axes, doubt: Tensor) -> None:
     rows, columns = doubt.nonzero(as_tuple=True)
-    points = ax.get_window_extent().width * 72 / ax.figure.dpi / len(doubt)
-    size = min(max(0.4 * float(points), 1.5), 5.0)
+    size = min(max(0.4 * points_of(ax) / len(doubt), 1.5), 5.0)
     for width, color in ((1.1, "white"), (0.5, "black")):  # seen on dark and on light blocks
         ax.plot(columns.numpy(), rows.numpy(), "x", ms=size, mew=width, color=color, zorder=3)
 

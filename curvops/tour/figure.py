@@ -235,7 +235,7 @@ def _name_groups(axes: npt.NDArray[Any], sizes: Mapping[str, int]) -> tuple[list
     if not sizes:
         return [], [], False, False
     corner = axes[-1, 0]
-    scale = _points(corner) / sum(sizes.values())  # of an entry
+    scale = points_of(corner) / sum(sizes.values())  # of an entry
     letters = plt.rcParams["ytick.labelsize"]
     letters = letters if isinstance(letters, (int, float)) else plt.rcParams["font.size"]
     labels = placed_labels(list(sizes), [edge * scale for edge in edges_of(sizes)], LINE * letters)
@@ -253,7 +253,7 @@ def _name_groups(axes: npt.NDArray[Any], sizes: Mapping[str, int]) -> tuple[list
             line.remove()
     for label in labels if moved else ():
         ends = [label.centre / scale - 0.5] * 2 + [label.place / scale - 0.5] * 2
-        out = [-points / _points(corner) for points in (0, 1.5, 4.5, 5.5)]
+        out = [-points / points_of(corner) for points in (0, 1.5, 4.5, 5.5)]
         look: Style = {"color": "black", "lw": THIN, "clip_on": False, "solid_joinstyle": "round"}
         for ax in (ax for ax in axes[:, 0] if ax.axison):
             ax.plot(out, ends, transform=ax.get_yaxis_transform(), **look)
@@ -274,7 +274,7 @@ def _draw_boundaries(axes: npt.NDArray[Any], edges: Sequence[int]) -> None:
     """Draw lines between groups, dark on white, so that they are seen on dark and on light blocks."""
     if len(edges) < 2:
         return
-    scale = _points(axes[0, 0]) / edges[-1]
+    scale = points_of(axes[0, 0]) / edges[-1]
     kept = [edges[k] - 0.5 for k in spaced_edges([edge * scale for edge in edges], GAP)]
     for ax in axes.flat:
         if not ax.axison:
@@ -302,6 +302,6 @@ def _break(text: Text, along: str, room: float) -> None:
         text.set(text="\n".join(wrap(words, math.ceil(len(words) / lines), break_long_words=False)), linespacing=1.0)
 
 
-def _points(ax: Any) -> float:
+def points_of(ax: Any) -> float:
     """The side of a panel."""
     return float(ax.get_window_extent().width) * 72 / float(ax.figure.dpi)

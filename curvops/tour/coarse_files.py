@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvops.files import read_tensors, write_tensors
 from curvops.spectrum import Curve, SpectralDensity
-from curvops.tour.files import described, description
+from curvops.tour.files import MatrixFile, described, description
 from curvops.tour.meter import Cost
 
 _FORMAT = "coarse curvature"
@@ -85,6 +85,11 @@ class CoarseFile:
         """Where the scale of `curves` turns from linear to logarithmic."""
         largest = max(float(torch.cat([d.nodes.flatten(), d.outliers]).abs().max()) for d in self.densities.values())
         return 1e-5 * largest or 1.0
+
+
+def matrices_of(file: MatrixFile | CoarseFile) -> dict[str, Tensor]:
+    """The matrices `[D, D]` of a file by title, or where these are too large their blocks' Frobenius norms `[G, G]`."""
+    return file.norms if isinstance(file, CoarseFile) else file.matrices
 
 
 def save_coarse(path: str | Path, coarse: CoarseFile) -> Path:

@@ -18,7 +18,7 @@ from curvops.memory import budget, byte_size
 from curvops.risk.determinism import check_deterministic
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse import coarse_tour
-from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.coarse_files import CoarseFile, matrices_of
 from curvops.tour.facts import facts
 from curvops.tour.files import Finished, MatrixFile, load_matrices, save_matrices
 from curvops.tour.identity import differences
@@ -71,7 +71,7 @@ class Tour:
     @property
     def matrices(self) -> dict[str, Tensor]:
         """The matrices `[D, D]` by title, or where these are too large their blocks' Frobenius norms `[G, G]`."""
-        return self.file.norms if isinstance(self.file, CoarseFile) else self.file.matrices
+        return matrices_of(self.file)
 
     @property
     def groups(self) -> dict[str, int]:
@@ -225,15 +225,7 @@ class _Matrices:
                 parts[title] = parts.pop(title)
         if self._problem.risk.ranks.rank:  # the first process writes
             return
-        save_matrices(
-            self._path,
-            file.matrices,
-            parameters=file.parameters,
-            groups=file.groups,
-            settings=file.settings,
-            costs=file.costs,
-            explanations=file.explanations,
-        )
+        save_matrices(self._path, **{name: value for name, value in vars(file).items() if name != "versions"})
         self._finished.matrices[self._path] = list(file.matrices)
 
 

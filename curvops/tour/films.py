@@ -21,6 +21,7 @@ from curvops.tour.compute import Tour
 from curvops.tour.figure import make_room, pixels_of, plot_matrices
 from curvops.tour.files import MatrixFile
 from curvops.tour.groups import Groups
+from curvops.tour.outputs import common_titles
 from curvops.tour.panels import ZERO, Look, Transform, dense_matrix, log_abs, shared_look
 from curvops.tour.style import Width
 
@@ -117,8 +118,7 @@ def _file(label: str, stop: Any) -> MatrixFile:
 
 def _frames(files: Mapping[str, MatrixFile]) -> dict[str, dict[str, Tensor]]:
     """The matrices of each stop that all stops have."""
-    first, *others = files.values()
-    titles = [title for title in first.matrices if all(title in other.matrices for other in others)]
+    titles = common_titles(files)
     if not titles:
         raise ValueError(f"film: the stops {list(files)} have no matrix in common.")
     frames = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def looks(frames: Sequence[Mapping[str, Tensor]]) -> dict[str, Look]:
     }
 
 
-def common_titles(tours: Mapping[str, Tour]) -> list[str]:
-    """The titles that all tours have, in the order of the first one."""
+def common_titles(tours: Mapping[str, Tour | MatrixFile]) -> list[str]:
+    """The titles that all tours or files have, in the order of the first one."""
     first, *others = tours.values()
     return [title for title in first.matrices if all(title in tour.matrices for tour in others)]
 
@@ -126,5 +127,4 @@ def with_titles(file: MatrixFile | CoarseFile, titles: list[str]) -> MatrixFile 
     """A file with some of its matrices only; all stops of a page must have the same."""
     if isinstance(file, CoarseFile) or list(file.matrices) == titles:
         return file
-    some = {title: file.matrices[title] for title in titles}
-    return MatrixFile(some, file.parameters, file.groups, file.settings, file.versions, file.costs, file.explanations)
+    return replace(file, matrices={title: file.matrices[title] for title in titles})

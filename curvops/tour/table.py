@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from curvops.estimators.estimate import with_error
-from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.coarse_files import CoarseFile, matrices_of
 from curvops.tour.files import MatrixFile
 from curvops.tour.meter import Cost
 
@@ -31,7 +31,7 @@ def table(
     lines = [f"{'matrix':<26}{'seconds':>9}{f'peak MB ({memory})':>24}{trace}{last}"]
     if check is not None:
         lines.append(f"{'(determinism check)':<26}{_cells(check)}")
-    for title in file.norms if isinstance(file, CoarseFile) else file.matrices:
+    for title in matrices_of(file):
         cells = _of_blocks(file, title) if isinstance(file, CoarseFile) else _of_matrix(file, title)
         lines.append(f"{title:<26}{_cells(file.costs.get(title, Cost()))}{cells}")
     lines += [f"{title:<25} not computed: {reason}" for title, reason in refused.items()]

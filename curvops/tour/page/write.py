@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from plotly.offline import get_plotlyjs
-from torch import Tensor
 
 from curvops.files import replace_atomically, versions
-from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.coarse_files import CoarseFile, matrices_of
 from curvops.tour.files import MatrixFile
 from curvops.tour.page.axis import Axis, entries_axis, groups_axis
 from curvops.tour.page.blobs import Blobs, json_for_html, packed
@@ -79,7 +78,7 @@ def write_page(
         "title": heading,
         "kind": "norms" if isinstance(first, CoarseFile) else "entries" if axis.exact else "cells",
         "axis": axis.described(),
-        "titles": list(_matrices(first)),
+        "titles": list(matrices_of(first)),
         "stops": [{"label": label, **asdict(view)} for label, view in views.items()],
         "group_code": group_code(first.parameters, first.groups) if isinstance(first, CoarseFile) else [],
         "palettes": palettes(),
@@ -102,11 +101,11 @@ def _check(stops: Mapping[str, Stop]) -> None:
                 f"write_page: stop {label!r} must be a MatrixFile or a CoarseFile, got {type(stop).__name__}."
                 " load_matrices() and load_coarse() read them from files."
             )
-        if not _matrices(stop):
+        if not matrices_of(stop):
             raise ValueError(f"write_page: stop {label!r} has no matrices.")
         for what, one, other in (
             ("kind of file", type(stop).__name__, type(first).__name__),
-            ("titles", list(_matrices(stop)), list(_matrices(first))),
+            ("titles", list(matrices_of(stop)), list(matrices_of(first))),
             ("parameters", stop.parameters, first.parameters),
             ("groups", stop.groups, first.groups),
         ):
@@ -120,7 +119,7 @@ def _check(stops: Mapping[str, Stop]) -> None:
 
 def _check_matrices(label: str, stop: Stop) -> None:
     side = len(stop.groups) if isinstance(stop, CoarseFile) else len(next(iter(stop.matrices.values())))
-    for title, matrix in _matrices(stop).items():
+    for title, matrix in matrices_of(stop).items():
         where = f"write_page: {title!r} of stop {label!r}" if label else f"write_page: {title!r}"
         if tuple(matrix.shape) != (side, side) or not side:
             raise ValueError(f"{where}: expected a matrix {side} × {side}, got {tuple(matrix.shape)}.")
@@ -129,10 +128,6 @@ def _check_matrices(label: str, stop: Stop) -> None:
                 f"{where} has {int((~matrix.isfinite()).sum())} entries that are NaN or infinite, which no colour shows."
                 " Leave the matrix out, or compute it in double precision."
             )
-
-
-def _matrices(stop: Stop) -> dict[str, Tensor]:
-    return stop.norms if isinstance(stop, CoarseFile) else stop.matrices
 
 
 def _axis(stops: Sequence[Stop], max_bytes: int) -> Axis:

@@ -42,12 +42,7 @@ def find_function(target: str) -> tuple[str, Callable[[], Any]]:
 
 def _of_file(path: Path) -> ModuleType:
     if not path.is_file():
-        near = get_close_matches(path.name, [other.name for other in _siblings(path)])
-        hint = (
-            f"near: {', '.join(str(path.with_name(name)) for name in near)}"
-            if near
-            else f"'curvops new {path}' writes one"
-        )
+        hint = _near(path) or f"'curvops new {path}' writes one"
         raise Failure(f"there is no file '{path}'; {hint}")
     name = path.stem
     if not name.isidentifier() or name in sys.modules or name in sys.stdlib_module_names:
@@ -74,13 +69,7 @@ def _of_name(name: str) -> ModuleType:
         return importlib.import_module(name)
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            here = Path(*name.split("."))
-            near = get_close_matches(here.name, [path.stem for path in _siblings(here)])
-            hint = (
-                f"near: {', '.join(str(here.with_name(n)) + '.py' for n in near)}"
-                if near
-                else "is this the folder that it is in?"
-            )
+            hint = _near(Path(*name.split("."))) or "is this the folder that it is in?"
             raise Failure(f"there is no module {error.name!r}, neither here nor installed; {hint}") from None
         raise _failed(name, error) from error
 
@@ -100,8 +89,11 @@ def _importable(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _siblings(path: Path) -> list[Path]:
-    return sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+def _near(path: Path) -> str:
+    """Files beside that of a path, with or without its suffix, that have nearly its name; empty if there are none."""
+    beside = {other.name if path.suffix else other.stem: other for other in sorted(path.parent.glob("*.py"))}
+    near = get_close_matches(path.name, beside)
+    return f"near: {', '.join(str(beside[name]) for name in near)}" if near else ""
 
 
 def _functions_of(module: ModuleType, name: str) -> str:

@@ -60,15 +60,14 @@ def plot_eigenvectors_by_layer(pairs: EigenPairs, *, groups: Groups = "modules",
 
 def mass_by_group(pairs: EigenPairs, groups: Groups = "modules") -> dict[str, Tensor]:
     """The part of each eigenvector's squared length that lies in each group of rows, ``[k]`` by name."""
-    size = len(pairs.vectors)
-    if isinstance(groups, str) and not isinstance(pairs.domain, TensorSpace):
+    space = pairs.domain
+    if isinstance(groups, str) and not isinstance(space, TensorSpace):
         raise ValueError(
             f"groups: the matrix of these pairs has no named tensors (no 'domain'), so {groups!r} means nothing. "
             "Pass a dict name → slice or indices."
         )
-    space = (
-        pairs.domain if isinstance(pairs.domain, TensorSpace) else TensorSpace.flat(size, device=pairs.vectors.device)
-    )
+    if not isinstance(space, TensorSpace):
+        space = TensorSpace.flat(len(pairs.vectors), device=pairs.vectors.device)
     rows = resolve(groups, Products(IdentityOperator(space), "plot_eigenvectors_by_layer"))
     squares = pairs.vectors.square()
     return {name or "model": squares[own].sum(0) / squares.sum(0) for name, own in rows.items()}

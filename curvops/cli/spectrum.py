@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from curvops.files import replace_atomically
 from curvops.plots import plot_spectral_density
 from curvops.spectrum import EigenPairs, SpectralDensity, Which, eigenpairs
 from curvops.spectrum.choice import Choice
+from curvops.tour.coarse_files import kept_parts
 from curvops.tour.figure import save_figure
 from curvops.tour.files import prepare_output
 
@@ -123,17 +124,17 @@ class _Matrix:
             if self.exact:
                 values = self.dense.values if self.exact == FROM_MATRIX else self.operator.eigenvalues()
                 rounding = ROUNDING * torch.finfo(self.operator.dtype).eps * float(values.abs().max())
-                return _parts(replace(SpectralDensity.of(values), rounding=rounding))
+                return kept_parts(replace(SpectralDensity.of(values), rounding=rounding))
             # the places of what is deflated are taken for exact
             deflate = pairs if pairs.converged and len(pairs) < len(pairs.vectors) else None
             asked: dict[str, Any] = {"depth": depth, "num_vectors": vectors, "deflate": deflate}
-            return _parts(self.operator.spectral_density(**asked, **self._common()))
+            return kept_parts(self.operator.spectral_density(**asked, **self._common()))
 
         more: dict[str, Any] = {} if self.exact else {"depth": depth, "vectors": vectors}
         more |= {"method": self.exact or "Lanczos quadrature"}
         tensors, about = self._kept("density", more, compute)
-        facts: dict[str, Any] = {name: about[name] for name in _FACTS if name in about}
-        return SpectralDensity(tensors["nodes"], tensors["weights"], tensors["outliers"], **facts)
+        known: dict[str, Any] = {**about, **tensors}
+        return SpectralDensity(**{f.name: known[f.name] for f in fields(SpectralDensity) if f.name in known})
 
     def _common(self) -> dict[str, Any]:
         memory = self.options["memory_budget"]
@@ -142,15 +143,6 @@ class _Matrix:
     def _kept(self, what: str, more: dict[str, Any], compute: Callable[[], Found]) -> Found:
         path, settings = self.folder / f"{self.name}.{what}.safetensors", {"matrix": self.name, **self.settings, **more}
         return kept_or_computed(path, settings, compute, self.session, self.fresh, FORMATS[what])
-
-
-_FACTS = ("dim", "products", "complete", "rounding")
-
-
-def _parts(found: SpectralDensity) -> Found:
-    """A density's tensors and what is known about it, as they are kept."""
-    tensors = {name: getattr(found, name) for name in ("nodes", "weights", "outliers")}
-    return tensors, {name: getattr(found, name) for name in _FACTS}
 
 
 def _note(pairs: EigenPairs, which: Which, exact: str) -> str:

@@ -18,8 +18,6 @@ from curvops.tour.meter import Cost
 _FORMAT = "coarse curvature"
 # the fields that hold one tensor for each title, in the file under "field/title"
 _TENSORS = ("norms", "errors", "traces", "trace_errors", "eigenvalues", "residuals", "masses")
-_DENSITY = ("nodes", "weights", "outliers")
-_FACTS = ("dim", "products", "complete", "rounding")
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,11 @@ def save_coarse(path: str | Path, coarse: CoarseFile) -> Path:
         {'Hessian': tensor([[1.]])}
     """
     tensors = {f"{name}/{title}": t for name in _TENSORS for title, t in getattr(coarse, name).items()}
-    for title, density in coarse.densities.items():
-        tensors |= {f"{name}/{title}": getattr(density, name) for name in _DENSITY}
+    densities = {title: kept_parts(density) for title, density in coarse.densities.items()}
+    tensors |= {f"{name}/{title}": t for title, (parts, _) in densities.items() for name, t in parts.items()}
     about = {
         "titles": {name: list(getattr(coarse, name)) for name in _TENSORS},
-        "densities": {title: {name: getattr(d, name) for name in _FACTS} for title, d in coarse.densities.items()},
+        "densities": {title: known for title, (_, known) in densities.items()},
         "products": coarse.products,
         **described(coarse),
     }
@@ -136,6 +134,12 @@ def load_coarse(path: str | Path) -> CoarseFile:
         for title, more in about["densities"].items()
     }
     return CoarseFile(**given, products=about["products"], **description(about))
+
+
+def kept_parts(density: SpectralDensity) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A density's tensors and what else is known about it, as files keep them."""
+    tensors = {name: value for name, value in vars(density).items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in vars(density).items() if name not in tensors}
 
 
 def with_part(coarse: CoarseFile, title: str, part: Mapping[str, Any]) -> CoarseFile:

@@ -165,9 +165,8 @@ class LowRankPlusDiagonalOperator(LinearOperator):
             left, stretch, _ = torch.linalg.svd(parts.columns / root, full_matrices=False)
             columns = left / root
             values = 1 / (1 + stretch.square())
-            if len(stretch) == len(
-                root
-            ):  # the columns span the space: as much of the diagonal is left as cancels nothing
+            if len(stretch) == len(root):
+                # the columns span the space: as much of the diagonal is left as cancels nothing
                 diagonal, weights = values.min() / parts.diagonal, values - values.min()
             else:
                 self._expect_seen(stretch.square(), "inverse")

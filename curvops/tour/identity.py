@@ -158,9 +158,8 @@ class _Digest:
     def __init__(self, named: Mapping[int, str]) -> None:
         self._known = named
         self.hash = hashlib.blake2b(digest_size=16)
-        self._seen: dict[
-            tuple[int, bool], tuple[int, Any]
-        ] = {}  # with the objects, whose numbers would be given to others
+        #: with the objects, whose numbers would be given to others
+        self._seen: dict[tuple[int, bool], tuple[int, Any]] = {}
 
     def add(self, value: Any, inner: bool = False) -> None:
         """Take in a value; of an object that is ``inner`` to another one only its class."""

@@ -267,9 +267,8 @@ def test_who_reads_may_go_away(monkeypatch, tmp_path, capsys):
             patch.setattr(sys, "stdout", closed)
             assert main(["new", "read.py"]) == 1
         assert capsys.readouterr().err == ""  # it is no failure to be told
-        assert os.path.samestat(
-            os.fstat(closed.fileno()), Path(os.devnull).stat()
-        )  # where what is flushed at the end goes
+        # where what is flushed at the end goes
+        assert os.path.samestat(os.fstat(closed.fileno()), Path(os.devnull).stat())
     assert len(list(Path("/proc/self/fd").iterdir())) == open_files
 
 

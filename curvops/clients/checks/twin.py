@@ -139,9 +139,8 @@ def _standing_in(risk: EmpiricalRisk, X: Any, space: TensorSpace) -> tuple[At, C
     @contextmanager
     def at(flat: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
         leaves = {n: t.detach().requires_grad_() for n, t in zip(risk.params, space.split(flat), strict=True)}
-        with risk.model.standing_in(
-            leaves, torch.float64
-        ):  # also for what the loss reads, and the backward pass runs again
+        # also for what the loss reads, and the backward pass runs again
+        with risk.model.standing_in(leaves, torch.float64):
             yield risk.functional(leaves, X), list(leaves.values())
 
     return at, gradients

@@ -53,13 +53,9 @@ class View:
     sheets: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)  # Frobenius norms [G, G]
     pairs: list[Any] = field(default_factory=list)  # of the differences, in the order of `combinations(titles, 2)`
-    traces: dict[str, Any] = field(
-        default_factory=dict
-    )  # of diagonal blocks [G], with standard errors if there are any
+    traces: dict[str, Any] = field(default_factory=dict)  # of diagonal blocks [G], with standard errors if any
     diagonals: dict[str, Any] = field(default_factory=dict)  # [D]
-    eigenvalues: dict[str, Any] = field(
-        default_factory=dict
-    )  # [D], or the largest [k] with residuals and masses [k, G]
+    eigenvalues: dict[str, Any] = field(default_factory=dict)  # [D], or some [k] with residuals and masses [k, G]
     curves: dict[str, Any] = field(default_factory=dict)  # of the spectral density, with their errors
     threshold: float | None = None  # where the scale of `curves` turns from linear to logarithmic
     about: dict[str, Any] = field(default_factory=dict)

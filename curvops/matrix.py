@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -106,9 +105,7 @@ class Products:
             self._bar = self._stack.enter_context(bar)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def __call__(self, columns: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -76,9 +75,7 @@ class System:
                 self._stack.enter_context(products)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def __call__(self, columns: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from curvops.plots.axes import COLORS, decades
+from curvops.plots.axes import COLORS, SEQUENTIAL, decades
 from curvops.tour.coarse_files import CoarseFile
 from curvops.tour.figure import explain_mark, plot_matrices, points_of
 from curvops.tour.groups import module_groups
@@ -162,7 +162,7 @@ def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
 
 def _masses(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
     masses = torch.cat([coarse.masses[title].double().cpu() for title in titles])
-    image = ax.imshow(masses.numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="none")
+    image = ax.imshow(masses.numpy(), vmin=0, vmax=1, cmap=SEQUENTIAL, aspect="auto", interpolation="none")
     values = [float(value) for title in titles for value in coarse.eigenvalues[title]]
     ax.set_yticks(range(len(values)), [f"{value:.2g}" for value in values])
     end = -0.5

@@ -100,13 +100,10 @@ def film(
 
 def _labelled(stops: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
     """The stops by label."""
-    if isinstance(stops, Mapping):
-        found = {str(label): stop for label, stop in stops.items()}
-    else:
-        found = {str(k): stop for k, stop in enumerate(stops, 1)}
-    if not found:
+    if not stops:
         raise ValueError("film: expected at least one stop, got none.")
-    return found
+    named = stops.items() if isinstance(stops, Mapping) else enumerate(stops, 1)
+    return {str(label): stop for label, stop in named}
 
 
 def _file(label: str, stop: Any) -> MatrixFile:

@@ -228,7 +228,8 @@ def weights_kept(model: Module) -> Iterator[None]:
     """
     stores: list[Any] = [store for m in model.modules() for store in (m._parameters, m._buffers)]
     kept = [(store, name, t, t.detach().clone()) for store in stores for name, t in store.items() if t is not None]
-    extra = [(m, deepcopy(m.get_extra_state())) for m in model.modules() if _has_extra_state(m)]
+    with_state = [m for m in model.modules() if type(m).get_extra_state is not Module.get_extra_state]
+    extra = [(m, deepcopy(m.get_extra_state())) for m in with_state]
     try:
         yield
     finally:
@@ -240,10 +241,6 @@ def weights_kept(model: Module) -> Iterator[None]:
                 tensor.copy_(before)
         for module, state in extra:
             module.set_extra_state(state)
-
-
-def _has_extra_state(module: Module) -> bool:
-    return type(module).get_extra_state is not Module.get_extra_state
 
 
 def chosen(model: Module | ModelFunction, params: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:

@@ -11,7 +11,7 @@ from curvops.tour.compute import Problem, Say, Tour, compute
 from curvops.tour.files import Finished, prepare_output
 from curvops.tour.matrices import warm_up
 from curvops.tour.outputs import PAGE, draw, expected_bytes, remove_stale
-from curvops.tour.setups import SIZES, Setup, digits, tutorial
+from curvops.tour.setups import SIZES, digits, tutorial
 
 
 def run_tour(
@@ -55,7 +55,8 @@ def run_tour(
         tours: dict[str, Tour] = {}
         for setup in made:
             say(str(setup))
-            tour = compute(_problem(setup, output), seed=seed, finished=finished, say=say)
+            problem = Problem(setup.title, setup.risk(), setup.groups, output / setup.name)
+            tour = compute(problem, seed=seed, finished=finished, say=say)
             tours[Path(setup.name).name] = tour
             say(tour.table())
         page = output / Path(made[0].name).parent / PAGE
@@ -66,7 +67,3 @@ def run_tour(
         say(f"Beside the matrices: {seconds}")
         say(f"Figures and matrices: {', '.join(str(output / setup.name) for setup in made)}; page: {page}\n")
     return finished
-
-
-def _problem(setup: Setup, output: Path) -> Problem:
-    return Problem(setup.title, setup.risk(), setup.groups, output / setup.name)

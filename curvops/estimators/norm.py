@@ -10,8 +10,9 @@ from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
-from curvops.estimators.probes import Distribution, Probes, jackknife, mean_and_error, mean_of_pairs
+from curvops.estimators.probes import Distribution, Probes, jackknife, mean_of_pairs
 from curvops.estimators.rounds import Budget, Sampler, run
+from curvops.estimators.trace import Hutchinson
 from curvops.matrix import Matrix, Products
 
 
@@ -64,28 +65,15 @@ def squared_norm(
     blocks = groups is not None
     with Products(matrix, "squared norm", square=blocks, symmetric=blocks, progressbar=progressbar) as products:
         probes, rows = Probes(products, seed, distribution), resolve(groups, products)
-        sampler = DiagonalBlocks(probes, rows) if blocks else _Whole(probes)
+        sampler: Sampler = (DiagonalBlocks if blocks else _Whole)(probes, rows)
         budget = Budget(num_products, tolerance, max_products)
         found = run(sampler, budget, checkpoint=checkpoint, rows=rows, seed=seed, distribution=distribution)
         return by_name(found, groups, rows)
 
 
-class _Whole(Sampler):
-    method, cost, least, known, apart = "Hutchinson", 1, 2, ("samples",), 1
-
-    def __init__(self, probes: Probes) -> None:
-        self.probes = probes
-        self.samples = probes.empty().new_zeros(0)
-
-    def add(self, count: int) -> None:
-        new = [product.square().sum(0) for _, product in self.probes.pairs(count)]
-        self.samples = torch.cat([self.samples, *new])
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        return mean_and_error(self.samples[None])
-
-    def exact(self) -> Tensor:
-        return torch.cat([product.square().sum(0) for _, product in self.probes.identity()]).sum(0, keepdim=True)
+class _Whole(Hutchinson):
+    def sampled(self, columns: Tensor, product: Tensor) -> Tensor:
+        return product.square().sum(0, keepdim=True)
 
 
 class DiagonalBlocks(Sampler):

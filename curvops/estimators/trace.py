@@ -66,7 +66,7 @@ def trace(
         >>> trace(torch.diag(torch.arange(5.0)), groups={"first": slice(0, 2), "rest": slice(2, 5)})
         {'first': Estimate(1, exact, 5 products), 'rest': Estimate(9, exact, 5 products)}
     """
-    samplers = {"xtrace": _XTrace, "hutch++": _HutchPlusPlus, "hutchinson": _Hutchinson}
+    samplers = {"xtrace": _XTrace, "hutch++": _HutchPlusPlus, "hutchinson": Hutchinson}
     if method not in samplers:
         raise ValueError(f"method: expected one of {', '.join(map(repr, samplers))}, got {method!r}.")
     with Products(matrix, "trace", progressbar=progressbar) as products:
@@ -77,7 +77,9 @@ def trace(
         return by_name(found, groups, rows)
 
 
-class _Hutchinson(Sampler):
+class Hutchinson(Sampler):
+    """The mean of a sample for each random vector and its product."""
+
     method, cost, least, apart = "Hutchinson", 1, 2, 1
     known: tuple[str, ...] = ("samples",)
 
@@ -86,18 +88,21 @@ class _Hutchinson(Sampler):
         self.samples = probes.empty().new_zeros(len(rows), 0)
 
     def add(self, count: int) -> None:
-        new = [sums(columns, product, self.rows) for columns, product in self.probes.pairs(count)]
+        new = [self.sampled(*pair) for pair in self.probes.pairs(count)]
         self.samples = torch.cat([self.samples, *new], 1)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return mean_and_error(self.samples)
 
     def exact(self) -> Tensor:
-        parts = [sums(columns, product, self.rows).sum(1) for columns, product in self.probes.identity()]
-        return torch.stack(parts).sum(0)
+        return torch.stack([self.sampled(*pair).sum(1) for pair in self.probes.identity()]).sum(0)
+
+    def sampled(self, columns: Tensor, product: Tensor) -> Tensor:
+        """A sample ``[G]`` for each column; those of the identity's columns add up to the exact value."""
+        return sums(columns, product, self.rows)
 
 
-class _HutchPlusPlus(_Hutchinson):
+class _HutchPlusPlus(Hutchinson):
     method, cost, least, known, apart = "Hutch++", 3, 2, (*SKETCH, "tests", "images"), 0
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
@@ -119,7 +124,7 @@ class _HutchPlusPlus(_Hutchinson):
         return mean_and_error(kept + rest)
 
 
-class _XTrace(_Hutchinson):
+class _XTrace(Hutchinson):
     method, cost, least, known, apart = "XTrace", 2, 3, SKETCH, 0
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:

@@ -169,10 +169,10 @@ class _Run:
         self, risk: EmpiricalRisk, begun: CoarseFile, effort: Effort, memory: int, progressbar: bool, finished: Finished
     ) -> None:
         self.coarse, self._risk, self._effort, self._memory = begun, risk, effort, memory // 2
-        self._progressbar, self._finished = progressbar, finished
+        self._finished = finished
+        self._common: dict[str, Any] = {"seed": begun.settings["seed"], "progressbar": progressbar}
         self._path: Path | None = None
         self._checkpoint: Checkpoint | None = None  # of norms that are under way
-        self._seed = begun.settings["seed"]
         self._parts = {"norms": self._blocks}
         if effort.eigenvalues:
             self._parts["masses"] = self._eigenvectors
@@ -248,7 +248,7 @@ class _Run:
     def _blocks(self, operator: Any) -> Part:
         edges = accumulate(self.coarse.groups.values(), initial=0)
         rows = {name: slice(*ends) for name, ends in zip(self.coarse.groups, pairwise(edges), strict=True)}
-        options = {"num_products": self._effort.block_products, "seed": self._seed, "progressbar": self._progressbar}
+        options = {"num_products": self._effort.block_products, **self._common}
         try:
             found = operator.block_norms(rows, checkpoint=self._checkpoint, **options)
         except OtherComputation:  # of another matrix, whose tour was ended
@@ -267,8 +267,7 @@ class _Run:
             "largest" if operator.psd else "magnitude",
             max_products=max(self._effort.eigen_products, self._effort.eigenvalues),
             memory_budget=self._memory,
-            seed=self._seed,
-            progressbar=self._progressbar,
+            **self._common,
         )
         order = pairs.values.abs().argsort(descending=True)
         parts = pairs.vectors.split(list(self.coarse.groups.values()))
@@ -281,8 +280,7 @@ class _Run:
             depth=self._effort.density_depth,
             num_vectors=self._effort.density_vectors,
             memory_budget=self._memory,
-            seed=self._seed,
-            progressbar=self._progressbar,
+            **self._common,
         )
         return {"densities": found}, found.products
 

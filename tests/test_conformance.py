@@ -7,6 +7,7 @@ import pytest
 import torch
 from conformance import ALGEBRA, COMBINED, KRONECKER, OPERATORS, RISK, SOME, Untouched, close, conforms, draws
 from problems import LOSSES, PROBLEMS, Interrupting, N
+from scipy.sparse.linalg import eigsh
 
 CUTS = [(N,), (1, 3, 2), (1,) * N]
 
@@ -38,6 +39,14 @@ def test_all_kronecker_options_conform(operator):
 def test_combinations_conform(combined, problem):
     p = PROBLEMS[problem]()
     conforms(COMBINED[combined](*p.args(2, 4), **p.options))
+
+
+@pytest.mark.parametrize("operator", ["hessian", "kfac type-2 expand separate"])
+def test_scipy_finds_eigenvalues(operator):
+    op = make(operator, PROBLEMS["mlp"](), 2, 4)
+    largest = eigsh(op.to_scipy(), k=1, which="LM", v0=np.ones(op.shape[1]), return_eigenvectors=False)
+    expected = torch.linalg.eigvalsh(op.to_dense()).abs().max().item()
+    assert abs(abs(largest[0]) - expected) <= 1e-8 * expected
 
 
 # each operator sees the losses that differ most, the exact ones see all, and one of each other kind every mean

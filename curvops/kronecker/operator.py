@@ -313,7 +313,8 @@ class KroneckerOperator(StateOperator):
         groups = [(group, entries[key]) for key, group in sweep.grouping.groups.items() if key in entries]
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
-        state = State(kind, risk.space.gathered, groups, reduction, count, sweep.data, options.settings)
+        settings = options.settings | {"loss": risk.loss.name}
+        state = State(kind, risk.space.gathered, groups, reduction, count, sweep.data, settings)
         if not planned:
             for note in signed_note(sweep):
                 what = f"{kind}, fisher_type={options.fisher_type!r}: {note}. Exact: rule=BlockRule(most_passes=…), which takes longer."

@@ -1,5 +1,7 @@
 """`curvops.check`: right models pass, wrong ones fail where they are wrong, and what cannot be told is not judged."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from conformance import Untouched
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvops
+from curvops import EKFACLinearOperator, GGNDiagonalLinearOperator, KFACLinearOperator, KFOCLinearOperator
 from curvops.clients.checks import twin
 from curvops.clients.checks.report import Report, Row
 
+module = import_module("curvops.clients.check")
 X, Y = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 1, 0, 2])
 CE = nn.CrossEntropyLoss()
 KRONECKER = ["GGNDiagonal", "EKFAC, type-2", "KFAC, type-2", "KFOC, type-2", "KFAC, Monte Carlo"]
@@ -113,6 +117,31 @@ def test_a_wrong_second_derivative_fails():
     failed = [row for row in report.rows if row.verdict == "FAILED"]
     assert [(row.operator, row.against) for row in failed] == [("Hessian", "central differences of the gradient")]
     assert failed[0].difference > failed[0].allowed
+
+
+OFF = {
+    "noise": lambda made: torch.randn_like(made),
+    "a row": lambda made: made * (torch.arange(len(made)) > 0)[:, None],
+    "scaled": lambda made: made * 1.01,
+}
+
+
+@pytest.mark.parametrize("off", OFF.values(), ids=OFF)
+@pytest.mark.parametrize(
+    "kind", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator, GGNDiagonalLinearOperator]
+)
+def test_wrong_kronecker_products_fail(kind, off, monkeypatch):
+    own, name = kind._apply, kind.__name__.removesuffix("LinearOperator")
+    rows = tuple(row for row in module.CHECKS if row[0] in (name, f"{name}, type-2"))
+    monkeypatch.setattr(module, "CHECKS", rows)
+    model, data = mlp().double(), [(X.double(), Y)]
+    assert check(model, data=data).ok
+    monkeypatch.setattr(kind, "_apply", lambda op, columns: off(own(op, columns)))
+    report = check(model, data=data)
+    assert verdicts(report, "FAILED") == {rows[0][0]}
+    monkeypatch.setattr(kind, "_apply", own)
+    monkeypatch.setattr(kind, "to_dense", lambda op: torch.zeros(op.shape, dtype=op.dtype))
+    assert verdicts(check(model, data=data), "FAILED") == {rows[0][0]}
 
 
 @pytest.mark.parametrize(("own", "stated"), [("mean", "sum"), ("sum", "mean")])

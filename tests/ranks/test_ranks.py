@@ -119,22 +119,26 @@ def test_killed_processes_that_are_started_again_go_on(name, last, tmp_path):
         assert report["saved"] > 0 or name == "ekfac"  # whose rows had been kept in memory
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_is_gone_is_an_error_in_the_others(end, tmp_path):
-    command = [sys.executable, HERE / "lost.py", tmp_path]
-    both = [subprocess.Popen([*command, str(rank), str(int(end))], env=ENVIRONMENT) for rank in range(2)]
+def test_a_process_that_is_gone_is_an_error_in_the_others(tmp_path):
+    """Killed, or stopped for good: two groups of two, which wait at the same time."""
+    pairs, processes = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}, []
+    for name, end in pairs.items():
+        (tmp_path / name).mkdir()
+        command = [sys.executable, HERE / "lost.py", tmp_path / name]
+        processes += [subprocess.Popen([*command, str(rank), str(int(end))], env=ENVIRONMENT) for rank in range(2)]
     try:
-        assert both[0].wait(60) == 0
+        assert [process.wait(60) for process in processes[::2]] == [0, 0]
     finally:
-        for process in both:
+        for process in processes:
             process.kill()
             process.wait()
-    said, cause, seconds = (tmp_path / "said").read_text().splitlines()
-    assert re.fullmatch(
-        r"RanksError: a process of the group is gone, or did not come within .* timeout \(.+\)\. Start .*", said
-    )
-    assert cause == "RuntimeError"
-    assert float(seconds) < TIMEOUT + 20
+    for name in pairs:
+        said, cause, seconds = (tmp_path / name / "said").read_text().splitlines()
+        assert re.fullmatch(
+            r"RanksError: a process of the group is gone, or did not come within .* timeout \(.+\)\. Start .*", said
+        )
+        assert cause == "RuntimeError"
+        assert float(seconds) < TIMEOUT + 20
 
 
 def check_bytes(printed):

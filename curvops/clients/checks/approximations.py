@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvops.clients.checks.problem import Problem
-from curvops.clients.checks.products import Outcome, definition
+from curvops.clients.checks.products import DENSE, Outcome, definition, worst
 from curvops.clients.checks.twin import NotJudged
 from curvops.kronecker.diagonal import GGNDiagonalLinearOperator
 from curvops.kronecker.kfac import EKFACLinearOperator, KFACLinearOperator
@@ -41,13 +41,15 @@ def monte_carlo(p: Problem) -> Outcome:
 def diagonal(p: Problem) -> Outcome:
     """Each entry, against the rows Sᵀ J of the twin."""
     exact = p.diagonal
-    found = GGNDiagonalLinearOperator.of(p.risk).diagonal()
-    return Outcome(relative_difference(found.double(), exact), definition(p))
+    operator = GGNDiagonalLinearOperator.of(p.risk)
+    _expect_consistent(p, operator)
+    return Outcome(relative_difference(operator.diagonal().double(), exact), definition(p))
 
 
 def traces(p: Problem) -> Outcome:
     """Type-2 EKFAC keeps the GGN's trace of each parameter's block."""
     exact, (operator, chosen, why) = _by_parameter(p.diagonal, p.risk.space), _of_small(p, EKFACLinearOperator)
+    _expect_consistent(p, operator)
     g = exact[chosen]
     error = (_by_parameter(operator.diagonal(), operator.domain) - g).abs() / (g + 1e-9 * exact.sum()).clamp(min=1e-30)
     return Outcome(float(error.max()), definition(p), why)
@@ -58,6 +60,7 @@ def scaled(cls: type[KroneckerOperator]) -> Callable[[Problem], Outcome]:
 
     def judged(p: Problem) -> Outcome:
         exact, (operator, chosen, why) = _by_parameter(p.diagonal, p.risk.space), _of_small(p, cls)
+        _expect_consistent(p, operator)
         v = operator.domain.random(seeded(p.seed))
         blocks, traces = (_by_parameter(t, operator.domain) for t in (v * (operator @ v), operator.diagonal()))
         if bool((blocks < -p.allowed * traces).any()):
@@ -97,6 +100,26 @@ def _of_small(p: Problem, cls: type[KroneckerOperator]) -> tuple[KroneckerOperat
 def _by_parameter(flat: Tensor, space: TensorSpace) -> Tensor:
     """Sums of a vector's entries by parameter."""
     return torch.stack([part.sum() for part in flat.double().split(space.sizes)])
+
+
+def _expect_consistent(p: Problem, operator: KroneckerOperator) -> None:
+    """A RuntimeError where products, dense matrix and diagonal are not those of one symmetric matrix."""
+    dim, generator = operator.domain.dim, seeded(p.seed)
+    v, u = (operator.domain.random(generator) for _ in range(2))
+    few = torch.randperm(dim, generator=generator)[:4].to(v.device)
+    units = torch.zeros(dim, len(few), dtype=v.dtype, device=v.device)
+    units[few, range(len(few))] = 1.0
+    a, b = operator @ v, operator @ torch.stack([u, v], 1)
+    scale = float(torch.maximum(a.norm() * u.norm(), b[:, 0].norm() * v.norm()).clamp(min=1e-30))
+    found = {
+        "columns": relative_difference(b[:, 1], a),
+        "transpose": abs(float(torch.dot(u, a) - torch.dot(v, b[:, 0]))) / scale,
+        "diagonal()": relative_difference((operator @ units)[few, range(len(few))], operator.diagonal()[few]),
+    }
+    if dim <= DENSE:
+        found["to_dense()"] = relative_difference(operator.to_dense() @ v, a)
+    if wrong := worst(found, p.allowed):
+        raise RuntimeError(f"its products do not agree: {wrong}")
 
 
 def _expect_factor(p: Problem) -> None:

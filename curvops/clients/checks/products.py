@@ -131,7 +131,7 @@ def consistent(cls: type[RiskOperator]) -> Callable[[Problem], Outcome]:
             found["to_dense()"] = relative_difference(operator.to_dense() @ V, expected)
         scale = float(torch.maximum(a.norm() * u.norm(), b.norm() * v.norm()).clamp(min=1e-30))
         found["transpose"] = abs(float(torch.dot(u, a) - torch.dot(v, b))) / scale
-        return Outcome(max(found.values()), p.allowed, _worst(found, p.allowed))
+        return Outcome(max(found.values()), p.allowed, worst(found, p.allowed))
 
     return judged
 
@@ -165,5 +165,5 @@ def _jacobian(p: Problem) -> JacobianLinearOperator:
     return JacobianLinearOperator(model, p.risk.params, p.batches, check_deterministic=False, batch_size_fn=size)
 
 
-def _worst(found: dict[str, float], allowed: float) -> str:
+def worst(found: dict[str, float], allowed: float) -> str:
     return ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= allowed)

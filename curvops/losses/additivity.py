@@ -158,7 +158,8 @@ class LossWalk:
                 "divides by something else than their number (class weights, ignored targets, tokens), or adds "
                 "something that belongs to no datum. Pass a function that sums over the data, with reduction='sum', "
                 "and scale it yourself; or one that averages over the data, to which a regulariser may be added, with "
-                "reduction='mean' (of a module that does so whatever its attribute says: lambda z, y: loss(z, y))."
+                "reduction='mean' (of a module that does so whatever its attribute says: lambda z, y: loss(z, y)). A loss of a "
+                "whole batch (contrastive, ranking) has a Hessian if each batch is one datum: batch_size_fn=lambda X: 1."
             )
         return differ is False
 

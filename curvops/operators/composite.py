@@ -20,7 +20,8 @@ class SumOperator(LinearOperator):
         for _, other in terms[1:]:
             if (first.domain, first.codomain) != (other.domain, other.codomain):
                 raise ValueError(
-                    f"A + B: expected operators between the same spaces, got {first!r} on {first.domain} and {other!r} on {other.domain}."
+                    f"A + B: expected operators between the same spaces, got {first!r} on {first.domain} and {other!r} on {other.domain}. "
+                    "One that is made of a flat vector takes the space as an argument: DiagonalOperator(d, A.domain)."
                 )
         symmetric = all(a.symmetric for _, a in terms)
         psd = all(a.psd and scalar >= 0 for scalar, a in terms)

@@ -162,8 +162,8 @@ class Quantities(ABC):
         """Logarithm of the determinant of the matrix plus ``damping`` times the identity, an `Estimate` without axes.
 
         Exact where the structure gives it, and then −∞ for a singular matrix, as every curvature with an unused
-        parameter is without damping; else by Lanczos quadrature. Differentiable in a damping that is a tensor (where it
-        is exact, or a dict of tensors): a marginal likelihood is tuned by it.
+        parameter is without damping; else by Lanczos quadrature. Differentiable in a damping that is one tensor, and
+        where it is exact in one for each parameter: a marginal likelihood is tuned by it.
 
         Args:
             damping: δ ≥ 0, or one for each parameter by name.
@@ -222,9 +222,10 @@ class Quantities(ABC):
 
     @in_step
     def spectral_density(self, **options: Any) -> SpectralDensity:
-        """How many eigenvalues lie where: exact where the structure gives them, else with an error band.
+        """How many eigenvalues lie where: exact where the structure gives them, or few products do, else with an error band.
 
-        That is by stochastic Lanczos quadrature, from products.
+        That is by stochastic Lanczos quadrature, from ``depth`` × ``num_vectors`` products; where the matrix has no more
+        columns, these are multiplied instead, and the eigenvalues of the dense matrix are exact.
 
         Args:
             options: As of `curvops.spectrum.spectral_density`: ``depth``, ``num_vectors``, ``deflate``, ``seed``, ….
@@ -233,8 +234,12 @@ class Quantities(ABC):
             ValueError: If the operator is not symmetric.
         """
         _check_names("spectral_density", options, spectrum.spectral_density)
-        known = self._exact_eigenvalues() if options.get("deflate") is None else None
-        return spectrum.spectral_density(self, **options) if known is None else SpectralDensity.of(known)
+        if options.get("deflate") is None and (known := self._exact_eigenvalues()) is not None:
+            return SpectralDensity.of(known)
+        dim, asked = self.shape[0], {**_defaults(spectrum.spectral_density), **options}
+        if asked["deflate"] is asked["checkpoint"] is None and dim <= asked["depth"] * asked["num_vectors"]:
+            return SpectralDensity.of(spectrum.eigenpairs(self, dim, progressbar=asked["progressbar"]).values)
+        return spectrum.spectral_density(self, **options)
 
     @in_step
     def solve(self, b: Any, damping: Damping = 0.0, *, solver: str | None = None, **options: Any) -> Solution:
@@ -320,6 +325,10 @@ def _check_names(what: str, options: Mapping[str, Any], *functions: Callable[...
     known = {name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY} - {"damping"}
     if unknown := options.keys() - known:
         raise TypeError(f"{what}: unknown options {describe(sorted(unknown))}; there are {', '.join(sorted(known))}.")
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: each.default for name, each in signature(function).parameters.items()}
 
 
 def _exact(value: Tensor) -> Estimate:

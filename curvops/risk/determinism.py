@@ -86,8 +86,9 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[Runtim
         )
     elif seen.linear and all(seen.linear):
         yield (
-            "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, or a model that returns its "
-            "own loss), so the GGN and its relatives are zero. Let the model return logits and the loss be CrossEntropyLoss.",
+            "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, a model that returns its "
+            "own loss, an absolute error), so the GGN and its relatives are zero. Let a classifier return logits and the loss be "
+            "CrossEntropyLoss; for regression, HuberLoss is curved near zero.",
             RuntimeWarning,
         )
     hooked = [name for name, p in risk.params.items() if _altered(p)]
@@ -148,7 +149,10 @@ def _loader_message(first: Pass, second: Pass) -> str:
 def _model_message(risk: EmpiricalRisk) -> str:
     training = risk.model.training_modules
     dropout = [m for m in training if isinstance(m, _DropoutNd) and m.p > 0]
-    cause = "the model or the loss draws random numbers, keeps a state between calls, or uses operations that are not deterministic"
+    cause = (
+        "the model or the loss draws random numbers, keeps a state between calls, or uses operations that are not "
+        "deterministic. (Random numbers can be part of X, or be drawn with a seed in forward())"
+    )
     if dropout:
         cause = f"the model has dropout in train mode ({len(dropout)} modules, the first {dropout[0]})"
     elif any(getattr(m, "dropout", 0) for m in training if isinstance(getattr(m, "dropout", 0), float)):

@@ -243,6 +243,9 @@ def _same(tensor: Tensor, before: Tensor) -> bool:
     return tensor.is_floating_point() and torch.allclose(tensor, before, rtol=0.0, atol=0.0, equal_nan=True)
 
 
+SEVERAL = "\nWhere the loss takes several outputs, let it return them as one: torch.cat([…], 1)."
+
+
 def _tensor(output: Any) -> Tensor:
     if is_sharded(output):
         raise TypeError(
@@ -251,9 +254,9 @@ def _tensor(output: Any) -> Tensor:
         )
     if isinstance(output, Tensor):
         return output
-    kind = type(output).__name__
+    kind, several = type(output).__name__, isinstance(output, (Mapping, tuple, list)) and len(output) > 1
     part = ".logits" if hasattr(output, "logits") else "['name']" if isinstance(output, Mapping) else "[0]"
-    raise TypeError(f"model_func: expected a tensor as output, got {kind}. {_wrapper('X', part)}")
+    raise TypeError(f"model_func: expected a tensor as output, got {kind}. {_wrapper('X', part)}{SEVERAL * several}")
 
 
 def _wrapper(arguments: str, part: str = "") -> str:

@@ -39,7 +39,7 @@ class SpectralDensity:
             eigenvalues were known, these (K = 1), or the ends of bins of them (K = 2).
         outliers: Eigenvalues that were deflated, ``[p]``.
         dim: D.
-        products: Products that were taken; none where all eigenvalues were known.
+        products: Products of the quadrature; none where all eigenvalues are known.
         complete: Whether each start's Krylov space ended within its m steps, so that its nodes are all that it sees.
         rounding: How far rounding moves nodes.
     """
@@ -179,7 +179,7 @@ class SpectralDensity:
                 "took",
                 f"{self.products} products: {starts} start vectors, {depth} nodes each"
                 if self.products
-                else f"no products: all are known{f', in {depth} bins' if starts > 1 else ''}",
+                else f"all are known{f', in {depth} bins' if starts > 1 else ''}",
             ),
         ]
         return card("Spectral density", facts)

@@ -59,8 +59,12 @@ def test_eigenpairs_and_density(kind):
     values, vectors = op.eigenpairs(2, "both")
     torch.testing.assert_close(values, every[[0, 1, -2, -1]], rtol=0, atol=1e-9 * float(every[-1]))
     torch.testing.assert_close(op @ vectors, vectors * values, rtol=0, atol=1e-7 * float(every[-1]))
-    density = op.spectral_density(depth=4, num_vectors=2)
-    assert density.dim == len(every)
+    assert op.spectral_density(depth=4, num_vectors=2).dim == len(every)
+    density = op.spectral_density()  # exact: the matrix has fewer columns than products would be taken
+    assert density.dim == len(every) and not density.products
+    moments = torch.stack([(every.double() ** k).mean() for k in range(3)])
+    torch.testing.assert_close(density.moments(2).values, moments, rtol=1e-9, atol=0)
+    assert not density.moments(2).errors.any()
 
 
 @pytest.mark.parametrize("damping", [0.3, "dict"])

@@ -185,4 +185,4 @@ def test_many_known_eigenvalues_are_put_into_bins():
     assert ((shares - true).abs() <= errors + 1e-12).all() and errors.max() < 2e-3
     below, at = found.cumulative(torch.tensor([-1e-300, 0.0], dtype=torch.float64)).values
     assert float(at - below) == pytest.approx(60 / 20_060, abs=1e-12)
-    assert "no products: all are known, in" in found._repr_html_()
+    assert "all are known, in" in found._repr_html_()

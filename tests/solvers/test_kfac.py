@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from curvops import EKFACLinearOperator, GGNLinearOperator, KFACLinearOperator
 from curvops.solvers.cg import cg
@@ -10,6 +9,8 @@ from curvops.solvers.cg import cg
 
 @pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator])
 def test_at_most_a_third_of_the_products_on_softmax_regression(cls):
+    from sklearn.datasets import load_digits  # which takes long to import
+
     digits = load_digits()
     X, y = torch.tensor(digits.data[:600] / 16), torch.tensor(digits.target[:600])
     model, loss = torch.nn.Linear(64, 10).double(), torch.nn.CrossEntropyLoss()

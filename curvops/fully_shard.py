@@ -6,6 +6,7 @@ again there, so that no process holds more than one parameter whole, besides tho
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,9 +21,11 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from curvops.context import switched
 from curvops.sharding import gathered, is_sharded
-from curvops.tree import map_tensors
+from curvops.tree import map_tensors, tensors_of
 
+_IN_PLACE = re.compile(r"(?!requires_grad_|detach_)[a-z]\w*_|__(i[a-z]+|setitem)__")
 Hook = Callable[[Any], Any]
 _PACKAGE = "torch.distributed.fsdp"
 # what operations are asked that the parts know of the whole, too; to gather for them would be slow, not wrong
@@ -30,6 +33,12 @@ _KNOWN = {
     *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf"),
     *("size", "dim", "numel", "__len__", "is_floating_point", "is_complex"),
 }
+GATHERS = (
+    "a module of fully_shard gathers its parameters during a computation of curvature, in which it takes part in a way that is not "
+    "seen: by unshard() or register_fsdp_forward_method, in the data's iteration, or as a part of model_func that is not found. Pass "
+    "the module itself as model_func, and let it be called as a module."
+)
+_WATCHED: ContextVar[bool] = ContextVar("whether modules that gather by themselves are an error", default=False)
 _NOW: ContextVar[Gathering | None] = ContextVar("what gathers parameters", default=None)
 
 
@@ -49,7 +58,7 @@ def check_fully_sharded(modules: Iterable[Module]) -> bool:
     own = fully_sharded(modules)
     for module in own:
         state = module._get_fsdp_state()  # type: ignore[operator]
-        policy, groups = state._mp_policy, state._fsdp_param_groups
+        policy = state._mp_policy
         several = [p for p in module.parameters() if sum(how.is_shard() for how in getattr(p, "placements", ())) > 1]
         if policy.param_dtype is not None or policy.output_dtype is not None or several:
             what = "parameters that are cut along two axes" if several else f"{policy}"
@@ -57,12 +66,17 @@ def check_fully_sharded(modules: Iterable[Module]) -> bool:
                 f"model_func: fully_shard with {what} is not supported. Use it without, or cut the parameters as plain DTensors "
                 "(torch.distributed.tensor.distribute_module, or parallelize_module)."
             )
-        if not all(group.is_sharded for group in groups):
+    _expect_cut(own)
+    return bool(own)
+
+
+def _expect_cut(modules: list[Module]) -> None:
+    for module in modules:
+        if not all(group.is_sharded for group in module._get_fsdp_state()._fsdp_param_groups):  # type: ignore[operator]
             raise ValueError(
                 f"model_func: the parameters of {type(module).__name__} are gathered at the moment, as after a forward pass. Call "
                 "reshard() of each module to which fully_shard was applied, and then take the parameters."
             )
-    return bool(own)
 
 
 def gathering() -> AbstractContextManager[Any]:
@@ -74,11 +88,13 @@ def gathering() -> AbstractContextManager[Any]:
 @contextmanager
 def at_rest(modules: list[Module]) -> Iterator[None]:
     """The hooks of ``fully_shard`` do nothing, and `gathering` is what gathers the modules' parameters."""
-    own = fully_sharded(modules)
-    if not own or _NOW.get() is not None:
+    own, now = fully_sharded(modules), _NOW.get()
+    cut = [p for m in modules for p in m._parameters.values() if p is not None and is_sharded(p)]
+    if now is not None and all(p in now for p in cut):
         yield
         return
-    before = _NOW.set(Gathering(p for m in modules for p in m._parameters.values() if p is not None and is_sharded(p)))
+    _expect_cut(own)
+    before = _NOW.set(Gathering(cut, now))
     try:
         with ExitStack() as stack:
             for module in own:
@@ -90,6 +106,50 @@ def at_rest(modules: list[Module]) -> Iterator[None]:
             yield
     finally:
         _NOW.reset(before)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Where a module gathers its parameters by itself (it is not among the model's, or was asked to), that is an error.
+
+    PyTorch takes no derivatives in its copies, so that a matrix would be zero.
+    """
+    package = sys.modules.get(_PACKAGE)
+    if package is None or not hasattr(package, "FSDPModule"):
+        yield
+        return
+    before = _WATCHED.set(True)
+    try:
+        with switched("fully_shard", _watched):
+            yield
+    finally:
+        _WATCHED.reset(before)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    own = FSDPState._root_pre_forward, FSDPParamGroup.unshard
+
+    def begin(state: Any, *args: Any) -> Any:
+        if _WATCHED.get() and torch.is_grad_enabled():
+            state._training_state = TrainingState.IDLE  # as before this call
+            raise RuntimeError(GATHERS)
+        return own[0](state, *args)
+
+    def unshard(group: Any, *args: Any, **kwargs: Any) -> Any:
+        if _WATCHED.get() and torch.is_grad_enabled():
+            raise RuntimeError(GATHERS)
+        return own[1](group, *args, **kwargs)
+
+    FSDPState._root_pre_forward, FSDPParamGroup.unshard = begin, unshard  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        FSDPState._root_pre_forward, FSDPParamGroup.unshard = own  # type: ignore[method-assign]
 
 
 def _rest(*_: Any) -> None:
@@ -107,10 +167,14 @@ class Kept(NamedTuple):
 class Gathering(TorchFunctionMode):
     """Operations take some tensors whole that are cut over processes; no graph keeps them whole."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], others: Gathering | None = None) -> None:
         super().__init__()
-        self._cut = {id(tensor): tensor for tensor in tensors}
+        self._cut: dict[int, Tensor] = {} if others is None else dict(others._cut)
+        self._cut |= {id(tensor): tensor for tensor in tensors}
         self._gathered: Any = WeakIdKeyDictionary()  # by memory, of which tensor it is
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._cut
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -121,9 +185,22 @@ class Gathering(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _name(func) in _KNOWN or func is torch.autograd.grad:
+        name = _name(func)
+        if name in _KNOWN:
             return func(*args, **kwargs)
+        if func is torch.autograd.grad and any(tensor in self for tensor in tensors_of((args, kwargs))):
+            raise RuntimeError(
+                "the model takes a gradient in one of its own parameters, of which fully_shard has parts only. Pass the model whole."
+            )
+        if _IN_PLACE.fullmatch(name) and isinstance(args[0], Tensor) and self._is_of_cut(args[0]):
+            raise RuntimeError(
+                f"the model changes a parameter in place ({name}), of which fully_shard has parts only. Change it before, outside of forward()."
+            )
         return func(*map_tensors(self._whole, args), **map_tensors(self._whole, kwargs))
+
+    def _is_of_cut(self, tensor: Tensor) -> bool:
+        strided = tensor.layout == torch.strided and not is_sharded(tensor)
+        return tensor in self or (strided and tensor.untyped_storage() in self._gathered)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         return self._gather(tensor) if id(tensor) in self._cut else tensor
@@ -136,6 +213,8 @@ class Gathering(TorchFunctionMode):
     def _pack(self, pack: Hook, unpack: Hook, tensor: Tensor) -> Kept:
         """What a graph keeps of a tensor, by the hooks that are there besides: of one that was gathered its parts."""
         cut = self._gathered.get(tensor.untyped_storage()) if tensor.layout == torch.strided else None
+        if cut is not None and (tensor.dtype != cut.dtype or tensor.is_conj() or tensor.is_neg()):
+            cut = None  # a view that a place in the memory does not tell
         layout = None if cut is None else (tensor.shape, tensor.stride(), tensor.storage_offset())
         with torch._C.DisableTorchFunction():  # backward passes run in this mode, too
             return Kept(pack(tensor if cut is None else cut), unpack, layout)

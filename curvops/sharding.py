@@ -113,7 +113,10 @@ def _minimum(numbers: Tensor, shards: Mapping[str, Sharding]) -> Tensor:
 
 def local(tensor: Any) -> Tensor:
     """This process's part of a tensor that may be a DTensor, without its graph."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    if not is_sharded(tensor):
+        return tensor.detach()
+    with torch.inference_mode(False):
+        return tensor.detach().to_local()
 
 
 def _dtensor() -> Any:

@@ -41,7 +41,9 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def strided(tensor: Tensor) -> list[Tensor]:
-    """The tensor, or what a sparse one is made of: its entries and their places."""
+    """The tensor, or what a sparse one is made of (its entries and their places), or a nested one."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
     if tensor.layout == torch.strided:
         return [tensor]
     sparse = tensor if tensor.layout == torch.sparse_coo else tensor.to_sparse_coo()

@@ -92,7 +92,7 @@ GATHERED = "parameters are cut over processes: rows of a layer are gathered, and
 
 def signed_note(sweep: Sweep) -> list[str]:
     """What is not exact where loss terms share backward passes."""
-    return [SIGNED.format(sweep.options.rule.most_passes)] * sweep.signed
+    return [SIGNED.format(sweep.options.rule.most_passes)] if sweep.signed else []
 
 
 def notes_of(collection: Collection, further_walks: int) -> list[str]:

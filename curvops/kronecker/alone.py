@@ -75,12 +75,12 @@ def gathered(batches: Iterable[Batch], cuts: Sequence[int], most: Callable[[], i
         yield waiting
 
 
-def joinable(tape: Tape, budget: int | None, closed_form: bool, ways: dict[str, str]) -> int:
+def joinable(tape: Tape, budget: float, closed_form: bool, ways: dict[str, str]) -> int:
     """How many data may go together, by what one batch of them took."""
     if not closed_form or set(ways.values()) != {"batch"} or tape.size < 2:
         return 0
     size = sum(work_of(use)[0] for use in tape.uses) * tape.z.itemsize
-    most = min(JOINED, JOINED if budget is None else budget // 4) * tape.size // max(size, 1)
+    most = int(min(JOINED, budget / 4) * tape.size / max(size, 1))
     return most if most >= 2 * tape.size else 0
 
 

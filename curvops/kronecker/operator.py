@@ -307,14 +307,15 @@ class KroneckerOperator(StateOperator):
         collection = Collection(sweep, type(self).__name__, planned, progress)
         with risk.ranks.together(), torch.inference_mode(False), risk.evaluation():
             if not (planned or risk.ranks.alone):
-                risk.ranks.meet(f"{collection.title}, {options.settings}, seed {options.seed}", risk.state)
+                risk.ranks.meet(
+                    f"{collection.title}, {options.settings}, {options.rule}, seed {options.seed}", risk.state
+                )
                 risk.start(collection.title)
             entries = self._compute(collection)
         groups = [(group, entries[key]) for key, group in sweep.grouping.groups.items() if key in entries]
         count = 1.0 if planned else 1.0 / sweep.constant
         kind, reduction = type(self).__name__, risk.loss.reduction
-        settings = options.settings | {"loss": risk.loss.name}
-        state = State(kind, risk.space.gathered, groups, reduction, count, sweep.data, settings)
+        state = State(kind, risk.space.gathered, groups, reduction, count, sweep.data, options.settings)
         if not planned:
             for note in signed_note(sweep):
                 what = f"{kind}, fisher_type={options.fisher_type!r}: {note}. Exact: rule=BlockRule(most_passes=…), which takes longer."

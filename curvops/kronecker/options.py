@@ -32,6 +32,12 @@ class BlockRule:
     allow_diagonal: bool = True
     most_passes: int = 1_024
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.most_passes, int) or self.most_passes < 0:
+            raise ValueError(
+                f"most_passes: expected a number of backward passes, at least 0, got {self.most_passes!r}."
+            )
+
     def factor(self, size: int, names: Sequence[str]) -> bool:
         """Whether a factor of some parameters' block is dense."""
         return self._dense(size, self.largest_factor, "largest_factor", "Kronecker factor of side", names)
@@ -84,6 +90,11 @@ class Options:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}.")
         if not isinstance(self.mc_samples, int) or self.mc_samples < 1:
             raise ValueError(f"mc_samples: expected a number ≥ 1, got {self.mc_samples!r}.")
+
+    @property
+    def room(self) -> float:
+        """Bytes that the budget leaves, without bound if there is none."""
+        return float("inf") if self.memory_budget is None else self.memory_budget
 
     @property
     def settings(self) -> dict[str, object]:

@@ -87,7 +87,7 @@ class Progress:
     def budget(self) -> int:
         """Bytes that rows may take, by default of what is free when this is first asked."""
         space = self._risk.space
-        return int(least(budget(space.device, self._options.memory_budget), space.shards))
+        return int(least(budget(space.device, self._options.memory_budget), self._risk.model.shards))
 
     @property
     def keeps(self) -> bool:

@@ -104,7 +104,7 @@ class State:
     reduction: str
     count: float  # denominator of the mean, so that c = 1/count
     data: dict[str, int]  # for each parameter the number of data, of batches where the model mixes their data
-    settings: dict[str, Any] = field(default_factory=dict)  # the options, and the loss
+    settings: dict[str, Any] = field(default_factory=dict)  # the options
     averaged: bool = False  # whether the constant is inside already, after a moving average
 
     @property

@@ -28,6 +28,7 @@ from curvops.kronecker.tape import Tape, record
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch, joined_batch
 from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.sharding import least
 from curvops.tree import tensors_of
 
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
@@ -44,6 +45,7 @@ class Sweep:
 
     def __init__(self, risk: EmpiricalRisk, options: Options, proofs: Sequence[Proof] = ()) -> None:
         self.risk, self.options = risk, options
+        self._budget = least(options.room, risk.model.shards)
         self.proofs: list[Proof] = []  # that serve this sweep
         self._earlier = list(proofs)
         self.grouping = Grouping(risk.space.gathered, not options.separate_weight_and_bias)
@@ -200,7 +202,7 @@ class Sweep:
             if self.noted and (not place or len(self.proofs) > proved or self._steps.loss.progress[1] == 1):
                 self.learnt[place] = outline(tape)
             if not (place or self.most or self._streamed or self._planned or self.apart):
-                self.most = joinable(tape, self.options.memory_budget, curvature.closed_form, ways)
+                self.most = joinable(tape, self._budget, curvature.closed_form, ways)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
         for name, way in ways.items() if self._counts else ():
             self.data[name] += 1 if way == "one" else batch.size
@@ -391,7 +393,7 @@ class Sweep:
         """Some data of a batch alone; ``None`` where the model refuses, as batch norm does of a single datum."""
         try:
             X = cut(batch.X, batch.size, places, kept)
-            return record(self.risk, X, len(places)) if taped else self.risk.forward(X).detach()
+            return record(self.risk, X, len(places)) if taped else self.risk.output(X)
         except torch.OutOfMemoryError:
             raise
         except UNFIT:

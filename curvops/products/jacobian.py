@@ -237,7 +237,7 @@ class JacobianLinearOperator(AccountedOperator):
         with ranks.together():
             with self._walk() as walk:
                 for batch in self._wanted(walk):
-                    z = self.risk.forward(batch.X).detach()
+                    z = self.risk.output(batch.X)
                     if z.ndim == 0 or len(z) != batch.size:
                         raise ValueError(
                             f"{self.name}: expected an output with one row for each of {batch.size} data, got shape {tuple(z.shape)}."

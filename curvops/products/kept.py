@@ -97,7 +97,7 @@ class Kept:
                     continue
                 product, size = self._counted(batch, walk, total, rows, budget - self._size)
                 fits = size is not None and self._size + size <= budget
-                if least(fits, self._risk.space.shards):  # who keeps a graph takes no part in another forward pass
+                if least(fits, self._risk.model.shards):  # who keeps a graph takes no part in another forward pass
                     self._products[place], self._size = product, self._size + (size or 0)
             # a kept batch's loss is not asked again, so that only the first walk knows the constant
             counted = self._first or walk

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from curvops.context import Autocast, differentiable, preserved_random_state, requiring_gradients
 from curvops.digest import digest
 from curvops.extras import extra
-from curvops.fully_shard import at_rest, gathering
+from curvops.fully_shard import at_rest, gathering, unused
 from curvops.losses import OutputCurvature, output_loss
 from curvops.ranks import Ranks, RanksError
 from curvops.risk.data import EMPTY, Batch, Data
@@ -134,6 +134,7 @@ class EmpiricalRisk:
                 stack.enter_context(plain_kernels())
             stack.enter_context(differentiable())
             stack.enter_context(requiring_gradients(self.params.values()))
+            stack.enter_context(unused())
             if self.model.fully_sharded:
                 stack.enter_context(at_rest(self.model.modules()))
             yield
@@ -141,11 +142,20 @@ class EmpiricalRisk:
     def forward(self, X: Any, mode: TorchFunctionMode | None = None) -> Tensor:
         """Output of the model as it stands, under the caller's autocast state; call within `evaluation`.
 
-        ``mode`` sees its operations; by default those without right second derivatives are replaced. (Never without
-        gradients: a model may take some of its own, as of its output in X.)
+        ``mode`` sees its operations; by default those without right second derivatives are replaced.
         """
         with self._autocast().on(), gathering(), Substitutions() if mode is None else mode:
             return self.model(X)
+
+    def output(self, X: Any) -> Tensor:
+        """The same without a graph; of a model that takes gradients of its own, as of its output in X, with one for a moment."""
+        try:
+            with torch.no_grad():
+                return self.forward(X)
+        except RuntimeError as error:
+            if "grad" not in str(error):
+                raise
+        return self.forward(X).detach()
 
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """The same with other tensors in the place of the parameters: see `Model.standing_in`."""
@@ -199,15 +209,16 @@ class EmpiricalRisk:
         """The risk, a scalar, and its gradient, a flat vector ``[D]`` (zero if not asked for)."""
 
         def add(batch: Batch, walk: Walk) -> None:
-            z = self.forward(batch.X)
-            value = walk.curvature(z if gradient else z.detach(), batch).value()
+            z = self.forward(batch.X) if gradient else self.output(batch.X)
+            value = walk.curvature(z, batch).value()
             total[0] += value.detach()
             if gradient and value.requires_grad:
                 found = gradients(value, list(self.params.values()), retain_graph=True, allow_unused=True)
                 self.space.join(found, total[1:])
 
-        total = torch.zeros(1 + self.space.dim, dtype=self.space.sum_dtype, device=self.space.device)
-        both = self.sum_over_data("Risk", total, add).to(self.space.dtype)
+        with torch.inference_mode(False):
+            total = torch.zeros(1 + self.space.dim, dtype=self.space.sum_dtype, device=self.space.device)
+            both = self.sum_over_data("Risk", total, add).to(self.space.dtype)
         return both[0], both[1:]
 
     def vector(self, vector: Vector, context: str) -> Tensor:
@@ -255,7 +266,7 @@ class Walk:
         self._count: float | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches:
+        for batch in self._told(self._batches):
             self._expect_alike(batch)
             self.size, self.batches = self.size + batch.size, self.batches + 1
             yield batch
@@ -295,13 +306,22 @@ class Walk:
             raise ValueError(EMPTY)
         self._expect_number()
 
+    def _told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; where there is an error instead, the other processes that have parts of the parameters learn it."""
+        try:
+            yield from batches
+        except Exception:
+            if self._risk.model.fully_sharded:
+                alike(-1, self._risk.model.shards)
+            raise
+
     def _expect_alike(self, batch: Batch | None) -> None:
         """A RanksError in all processes that have parts of the parameters, where they have other batches, or no more."""
-        shards = self._risk.space.shards if self._risk.model.fully_sharded else {}
+        shards = self._risk.model.shards if self._risk.model.fully_sharded else {}
         tensors = tensors_of((batch.X, batch.y)) if batch is not None else []
         if shards and not alike(digest({str(k): tensor for k, tensor in enumerate(tensors)}), shards):
             raise RanksError(
-                f"{self._title}: the processes that have parts of the parameters have different batches. With fully_shard each of "
+                f"{self._title}: the processes that have parts of the parameters have different batches, or one failed as it loaded its data. With fully_shard each of "
                 "them passes the whole data, in the same order; to divide the data, use a mesh of two axes, and process_group= of the other."
             )
 

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from curvops.context import attributes_kept
 from curvops.description import described
 from curvops.fully_shard import check_fully_sharded
-from curvops.sharding import is_sharded
+from curvops.sharding import is_sharded, shardings
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 from curvops.tree import strided
@@ -199,6 +199,8 @@ class Model:
                     "Build the model outside torch.inference_mode()."
                 )
         self.fully_sharded = check_fully_sharded(self.modules())
+        # what the processes do alike: parameters that are not asked about are gathered, too
+        self.shards = shardings(self.tensors) if self.fully_sharded else self.space.shards
         self._own: list[str] = []  # of the parameters, those that the module has under some name
         if self.module is None:
             return

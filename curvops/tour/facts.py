@@ -29,7 +29,7 @@ def facts(risk: EmpiricalRisk) -> dict[str, Any]:
     terms = width = 0
     with risk.walk("Facts") as walk:
         for batch in walk:
-            curvature = walk.curvature(risk.forward(batch.X).detach(), batch)
+            curvature = walk.curvature(risk.output(batch.X), batch)
             terms, width = terms + curvature.num_terms, max(width, curvature.width)
         walk.join()
         constant, number = walk.constant, walk.size

@@ -4,6 +4,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -119,6 +120,42 @@ def two_axes(net: nn.Module, loss: nn.Module, data: Any) -> dict[str, float]:
     return found
 
 
+class Late:
+    """Batches that fail in one of the processes."""
+
+    def __init__(self, batches: Any, fails: int) -> None:
+        self.batches, self.fails = batches, fails
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.batches[0]
+        if self.fails:
+            raise OSError("the disk is gone")
+        yield self.batches[1]
+
+
+class Clamped(nn.Module):
+    """A model that changes a parameter as it runs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.net[2].weight.data.clamp_(min=0)
+        return self.net(X)
+
+
+class Complex(nn.Module):
+    """A real parameter that is used as a complex one, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.head = nn.Parameter(torch.randn(6, 2)), nn.Linear(6, 4)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.head((torch.view_as_complex(self.filter) * X * X.exp()).abs().log())
+
+
 class Checkpointed(nn.Sequential):
     """Layers one of which is run again in the backward pass."""
 
@@ -145,7 +182,9 @@ def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
     placed = {name: distribute_tensor(v[name], mesh, p.placements) for name, p in own.items()}
     found: dict[str, Any] = {}
     for kind, (make, options) in {**KINDS, **KRONECKER}.items():
-        expected, op = make(net, loss, params, data, **options) @ v, make(model, loss, own, data, **options)
+        # the processes have room for different things, and must do the same all the same
+        mine = {**options, "memory_budget": 10**7 * dist.get_rank()} if kind in KRONECKER else options
+        expected, op = make(net, loss, params, data, **options) @ v, make(model, loss, own, data, **mine)
         results = [op @ placed]
         if kind in KINDS:
             with gathers() as storages, op.linearized():
@@ -156,6 +195,13 @@ def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
         found[f"fully_shard, {kind}"] = max(
             float((whole(r[n]) - expected[n]).abs().max()) for r in results for n in own
         )
+    plain, inputs = Complex().double(), torch.randn(7, 6, dtype=torch.float64)
+    cut = fully_shard(copy.deepcopy(plain), mesh=mesh)
+    u = {name: torch.randn_like(p) for name, p in plain.named_parameters()}
+    spread = {name: distribute_tensor(u[name], mesh, p.placements) for name, p in cut.named_parameters()}
+    expected = HessianLinearOperator(plain, loss, dict(plain.named_parameters()), [(inputs, y)]) @ u
+    product = HessianLinearOperator(cut, loss, dict(cut.named_parameters()), [(inputs, y)]) @ spread
+    found["fully_shard, complex"] = max(float((whole(product[n]) - expected[n]).abs().max()) for n in u)
     assert hooks == [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     loss(model(X), y).backward()
     slopes = torch.autograd.grad(loss(net(X), y), list(params.values()))
@@ -165,7 +211,11 @@ def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
     other = [(X[:3], y[:3]), (X[3:], 3 - y[3:] if dist.get_rank() else y[3:])]
     fewer, half = data[: 2 - dist.get_rank()], copy.deepcopy(net)
     fully_shard(half, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    holder = SimpleNamespace(model=model)
     found["fully_shard, refused"] = {
+        "loader": attempt(lambda: HessianLinearOperator(model, loss, own, Late(data, dist.get_rank()))),
+        "hidden": attempt(lambda: HessianLinearOperator(lambda p, X: holder.model(X), loss, own, data)),
+        "in place": attempt(lambda: HessianLinearOperator(Clamped(model), loss, own, data)),
         "data": attempt(lambda: HessianLinearOperator(model, loss, own, other)),
         "fewer": attempt(lambda: HessianLinearOperator(model, loss, own, fewer)),
         "precision": attempt(lambda: HessianLinearOperator(half, loss, dict(half.named_parameters()), data)),

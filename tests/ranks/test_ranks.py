@@ -171,13 +171,16 @@ def test_a_group_must_be_there():
 def check_sharded(report):
     """Models that are cut over processes."""
     refused = {
+        "loader": "OSError: the disk is gone|RanksError: Determinism check: .* or one failed as it loaded its data",
+        "hidden": "RuntimeError: a module of fully_shard gathers its parameters during a computation of curvature",
+        "in place": r"RuntimeError: the model changes a parameter in place \(clamp_\), of which fully_shard has parts",
         "data": "RanksError: Determinism check: the processes that have parts of the parameters have different batches",
         "fewer": "RanksError: Determinism check: the processes that have parts of the parameters have different batches",
-        "precision": "TypeError: model_func: fully_shard with MixedPrecisionPolicy(param_dtype=torch.bfloat16",
+        "precision": r"TypeError: model_func: fully_shard with MixedPrecisionPolicy\(param_dtype=torch.bfloat16",
         "gathered": "ValueError: model_func: the parameters of FSDPCheckpointed are gathered at the moment",
     }
     found = report.pop("fully_shard, refused")
-    assert found.keys() == refused.keys() and all(refused[key] in text for key, text in found.items()), found
+    assert found.keys() == refused.keys() and all(re.match(refused[key], text) for key, text in found.items()), found
     errors = {
         "flat": "the parameters are cut over processes, and so are vectors: expected a list of 4 DTensors, or a dict",
         "plain": "expected a DTensor for '0.weight', as the parameter is, got Tensor",
@@ -195,7 +198,7 @@ def check_sharded(report):
             assert max(value) <= 0.6, name  # of parameters, of products, of what is held of a vector
         else:
             assert value < 1e-12, name
-    assert len(report) == 2 * (4 + 3) + 1 + 2 + 2 + 2 + 7
+    assert len(report) == 2 * (4 + 3) + 1 + 2 + 2 + 2 + 8
 
 
 PROBLEM = """

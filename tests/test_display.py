@@ -130,7 +130,7 @@ def test_results_are_shown(problem):
         "exact but for rounding": kfac.trace(),
         "15 entries": ggn.diagonal(num_products=6),
         "residual": ggn.solve(torch.ones(15), 0.1),
-        "start vectors": ggn.spectral_density(num_vectors=2),
+        "start vectors": ggn.spectral_density(num_vectors=2, depth=4),
         "eigenvalue": ggn.eigenpairs(2),
         "Kronecker 3 ⊗ 4": kfac.explain(),
     }

@@ -25,9 +25,11 @@ from curvops.context import switched
 from curvops.sharding import gathered, is_sharded
 from curvops.tree import map_tensors, tensors_of
 
-_IN_PLACE = re.compile(r"(?!requires_grad_|detach_)[a-z]\w*_|__(i[a-z]+|setitem)__")
 Hook = Callable[[Any], Any]
 _PACKAGE = "torch.distributed.fsdp"
+_IN_PLACE = re.compile(
+    r"(?!requires_grad_|detach_)[a-z]\w*_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__"
+)
 # what operations are asked that the parts know of the whole, too; to gather for them would be slow, not wrong
 _KNOWN = {
     *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf"),

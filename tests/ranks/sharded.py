@@ -146,14 +146,14 @@ class Clamped(nn.Module):
 
 
 class Complex(nn.Module):
-    """A real parameter that is used as a complex one, and back."""
+    """A real parameter that is used as a complex one, and row by row."""
 
     def __init__(self) -> None:
         super().__init__()
         self.filter, self.head = nn.Parameter(torch.randn(6, 2)), nn.Linear(6, 4)
 
     def forward(self, X: Tensor) -> Tensor:
-        return self.head((torch.view_as_complex(self.filter) * X * X.exp()).abs().log())
+        return self.head((torch.stack(list(torch.view_as_complex(self.filter))) * X * X.exp()).abs().log())
 
 
 class Checkpointed(nn.Sequential):

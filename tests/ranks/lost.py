@@ -12,7 +12,7 @@ from problems import PROBLEMS
 
 from curvops import KFACLinearOperator
 
-TIMEOUT = 5
+TIMEOUT = 8
 
 
 class Ending:

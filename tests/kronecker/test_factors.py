@@ -131,3 +131,9 @@ def test_forward_only_is_the_inputs_moment(approximation):
         where = op.domain.slice("weight")
         close(op.to_dense()[where, where], expected)
         close(op.to_dense()[op.domain.slice("bias"), op.domain.slice("bias")], torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("wrong", [-1, None, "a", 0.5])
+def test_a_number_of_passes_is_one(wrong):
+    with pytest.raises(ValueError, match=r"most_passes: expected a number of backward passes, at least 0, got"):
+        BlockRule(most_passes=wrong)

@@ -334,3 +334,12 @@ def test_sparse_tensors(cls, sparse, kind):
                 results[-1] += [op @ torch.ones(op.shape[1]).double() for _ in range(2)]
     for found, expected in zip(*results, strict=True):
         close(found, expected)
+
+
+def test_values_of_models_that_run_without_gradients_only(model):
+    """As one that goes through NumPy does."""
+    net = nn.Sequential(model, Net(lambda _, z: torch.from_numpy(2 * z.numpy())))
+    risk = EmpiricalRisk(net, LOSS, dict(net.named_parameters()), [(X, Y)])
+    close(risk.value(), LOSS(2 * model(X), Y).detach())
+    with torch.inference_mode():
+        close(EmpiricalRisk(model, LOSS, dict(model.named_parameters()), [(X, Y)]).value(), LOSS(model(X), Y))

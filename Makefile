@@ -4,8 +4,6 @@ PYTHON ?= python3
 ARGS ?=
 TORCH ?= 2.6.0
 BIN := .venv/bin
-# one more than there are cores, as some tests wait for processes and pages
-WORKERS = $(shell $(PYTHON) -c "import os; print(min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), 3) + 1)")
 
 .PHONY: help tour test test-torch check format docs support bench bench-minilm calibrate peer others clients memory minilm processes survive picture clean
 .NOTPARALLEL:
@@ -35,10 +33,10 @@ tour: .venv/.tour
 	$(BIN)/curvops tour $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-torch: .venv-torch-$(TORCH)/.dev
-	.venv-torch-$(TORCH)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests docs/test_readme.py docs/test_howto.py $(ARGS)
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests docs/test_readme.py docs/test_howto.py $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from problems import PROBLEMS
 
 from curvops import KFACLinearOperator
 
-TIMEOUT = 8
+TIMEOUT = 5
 
 
 class Ending:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from curvops.context import switched
-from curvops.sharding import gathered, is_sharded
+from curvops.sharding import LEAST, gathered, is_sharded
 from curvops.tree import map_tensors, tensors_of
 
 Hook = Callable[[Any], Any]
@@ -41,7 +41,7 @@ GATHERS = (
     "the module itself as model_func, and let it be called as a module."
 )
 _WATCHED: ContextVar[bool] = ContextVar("whether modules that gather by themselves are an error", default=False)
-_NOW: ContextVar[Gathering | None] = ContextVar("what gathers parameters", default=None)
+_NOW: ContextVar[WholeAtUse | None] = ContextVar("what gathers parameters", default=None)
 
 
 def fully_sharded(modules: Iterable[Module]) -> list[Module]:
@@ -54,10 +54,13 @@ def check_fully_sharded(modules: Iterable[Module]) -> bool:
     """Whether ``fully_shard`` was applied to one of the modules, in a way that is known here.
 
     Raises:
-        TypeError: If it computes in another precision than that of the parameters, or beside tensor parallelism.
+        TypeError: If it computes in another precision than that of the parameters, or beside tensor parallelism; with a
+            PyTorch that is older than what is known to be right.
         ValueError: If parameters are gathered at the moment.
     """
     own = fully_sharded(modules)
+    if own and torch.__version__ < LEAST:
+        raise TypeError(f"model_func: fully_shard needs PyTorch {LEAST} or newer, got {torch.__version__}.")
     for module in own:
         state = module._get_fsdp_state()  # type: ignore[operator]
         policy = state._mp_policy
@@ -96,13 +99,13 @@ def at_rest(modules: list[Module]) -> Iterator[None]:
         yield
         return
     _expect_cut(own)
-    before = _NOW.set(Gathering(cut, now))
+    before = _NOW.set(WholeAtUse(cut, now))
     try:
         with ExitStack() as stack:
             for module in own:
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     for key, hook in list(hooks.items()):
-                        if hook.__module__.startswith(_PACKAGE):
+                        if str(getattr(hook, "__module__", "")).startswith(_PACKAGE):
                             stack.callback(hooks.__setitem__, key, hook)
                             hooks[key] = _rest  # under the same key, so that the order stays
             yield
@@ -166,10 +169,10 @@ class Kept(NamedTuple):
     layout: tuple[Any, ...] | None
 
 
-class Gathering(TorchFunctionMode):
+class WholeAtUse(TorchFunctionMode):
     """Operations take some tensors whole that are cut over processes; no graph keeps them whole."""
 
-    def __init__(self, tensors: Iterable[Tensor], others: Gathering | None = None) -> None:
+    def __init__(self, tensors: Iterable[Tensor], others: WholeAtUse | None = None) -> None:
         super().__init__()
         self._cut: dict[int, Tensor] = {} if others is None else dict(others._cut)
         self._cut |= {id(tensor): tensor for tensor in tensors}

@@ -220,6 +220,9 @@ def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
         "fewer": attempt(lambda: HessianLinearOperator(model, loss, own, fewer)),
         "precision": attempt(lambda: HessianLinearOperator(half, loss, dict(half.named_parameters()), data)),
     }
+    # after failures, too
+    assert hooks == [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+    assert all(a is b for a, b in zip(own.values(), model.parameters(), strict=True))
     with torch.no_grad():
         model(X)
     found["fully_shard, refused"]["gathered"] = attempt(

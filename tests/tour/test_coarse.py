@@ -35,7 +35,7 @@ from curvops.tour.setups import tiny
 from curvops.tour.table import table
 
 matplotlib.use("agg")
-SEEDS = 10  # the statistics of `block_norms` have a test of their own
+SEEDS = 40
 MODELS = ["tutorial", "gpt"]
 
 

@@ -22,11 +22,11 @@ from curvops.files import replace_atomically
 from curvops.plots import plot_spectral_density
 from curvops.spectrum import EigenPairs, SpectralDensity, Which, eigenpairs
 from curvops.spectrum.choice import Choice
+from curvops.spectrum.dense import DENSE
 from curvops.tour.coarse_files import kept_parts
 from curvops.tour.figure import save_figure
 from curvops.tour.files import prepare_output
 
-DENSE = 2000  # parameters up to which the matrix is made: seconds, and 32 MB
 ROUNDING = 10  # roundoffs of the largest |eigenvalue|: what is below is zero as far as one can tell
 FROM_MATRIX, FROM_STRUCTURE = "exact, from the matrix", "exact, from the structure"
 MORE_MAY_LIE = "more eigenvalues may lie here: single vectors see one of several equal ones"

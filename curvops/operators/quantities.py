@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import signature
+from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,7 @@ from curvops.solvers import SOLVERS, Solution
 from curvops.space import TensorSpace, describe
 from curvops.spectrum import EigenPairs, SpectralDensity, Which
 from curvops.spectrum.choice import Choice
+from curvops.spectrum.dense import DENSE
 
 SomeMethod = TypeVar("SomeMethod", bound=Callable[..., Any])
 
@@ -225,7 +227,7 @@ class Quantities(ABC):
         """How many eigenvalues lie where: exact where the structure gives them, or few products do, else with an error band.
 
         That is by stochastic Lanczos quadrature, from ``depth`` × ``num_vectors`` products; where the matrix has no more
-        columns, these are multiplied instead, and the eigenvalues of the dense matrix are exact.
+        columns, and at most 2,000, these are multiplied instead, and the eigenvalues of the dense matrix are exact.
 
         Args:
             options: As of `curvops.spectrum.spectral_density`: ``depth``, ``num_vectors``, ``deflate``, ``seed``, ….
@@ -237,7 +239,9 @@ class Quantities(ABC):
         if options.get("deflate") is None and (known := self._exact_eigenvalues()) is not None:
             return SpectralDensity.of(known)
         dim, asked = self.shape[0], {**_defaults(spectrum.spectral_density), **options}
-        if asked["deflate"] is asked["checkpoint"] is None and dim <= asked["depth"] * asked["num_vectors"]:
+        counts, plain = (asked["depth"], asked["num_vectors"]), asked["deflate"] is asked["checkpoint"] is None
+        counted = all(isinstance(count, int) and count > 0 for count in counts)
+        if self.symmetric and plain and counted and dim <= min(prod(counts), DENSE):
             return SpectralDensity.of(spectrum.eigenpairs(self, dim, progressbar=asked["progressbar"]).values)
         return spectrum.spectral_density(self, **options)
 

@@ -12,6 +12,7 @@ from curvops.memory import check_fits
 from curvops.spectrum.choice import Choice
 from curvops.spectrum.pairs import CONVERGED, EigenPairs
 
+DENSE = 2000  # columns up to which a matrix is made where that is not asked for: seconds, and 32 MB
 COLUMNS = 256  # of the identity that are multiplied together
 
 

@@ -65,6 +65,10 @@ def test_eigenpairs_and_density(kind):
     moments = torch.stack([(every.double() ** k).mean() for k in range(3)])
     torch.testing.assert_close(density.moments(2).values, moments, rtol=1e-9, atol=0)
     assert not density.moments(2).errors.any()
+    if kind in RISK:
+        for name, wrong in (("num_vectors", -9), ("num_vectors", "a")):
+            with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got {wrong!r}"):
+                op.spectral_density(**{"depth": 64, name: wrong})
 
 
 @pytest.mark.parametrize("damping", [0.3, "dict"])

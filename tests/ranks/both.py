@@ -1,4 +1,4 @@
-"""Started by torchrun with two processes: all that two of them are asked, one thing after the other."""
+"""Started in two processes: all that two of them are asked, one thing after the other."""
 
 import io
 import os
@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from disagreements import attempt, disagreements
-from ending import end
-from sharded import sharded
+from ranks.disagreements import attempt, disagreements
+from ranks.sharded import sharded
 
 from curvops.cli import main as curvops
 from curvops.sharding import LEAST
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from processes import bytes_sent
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
 def printed(call: Callable[[], Any]) -> dict[str, Any]:
@@ -32,7 +30,12 @@ def printed(call: Callable[[], Any]) -> dict[str, Any]:
     return {"result": result, "out": "".join(o for o, _ in several), "err": "".join(e for _, e in several)}
 
 
-def main(folder: str, *spectrum: str) -> None:
+def main(folder: Path, *spectrum: str) -> dict[str, Any]:
+    """All of it, in a folder."""
+    warnings.simplefilter("ignore")
+    sys.path.append(BENCHMARKS)
+    from processes import bytes_sent
+
     os.chdir(folder)
     dist.init_process_group("gloo")
     cut = sharded() if torch.__version__ >= LEAST else attempt(sharded)
@@ -40,9 +43,4 @@ def main(folder: str, *spectrum: str) -> None:
     for name in ("problem", "failing"):
         command = ["spectrum", f"own.py:{name}", "--output", name, *spectrum]
         found[name] = printed(lambda command=command: curvops(command))
-    end(Path("report.json"), found)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(*sys.argv[1:])
+    return found

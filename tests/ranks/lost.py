@@ -1,8 +1,6 @@
-"""Started twice, by hand: one of the processes is killed or stops, and the other says so."""
+"""Started twice: one of the processes is killed or stops, and the other says so."""
 
 import os
-import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +26,7 @@ class Ending:
 
 
 def main(folder: Path, rank: int, end: int) -> None:
+    """One of two processes, of which the other ends with a signal."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", world_size=2, rank=rank, timeout=timedelta(seconds=TIMEOUT)
     )
@@ -41,8 +40,3 @@ def main(folder: Path, rank: int, end: int) -> None:
     except Exception as error:
         cause = type(error.__cause__).__name__
         (folder / "said").write_text(f"{type(error).__name__}: {error}\n{cause}\n{time.monotonic() - start}")
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else signal.SIGKILL)

@@ -1,18 +1,17 @@
 """Operators of several processes are those of one: the same matrices, whoever has which data."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launch import elastic, forked
 from problems import PROBLEMS
+from ranks import both, lost, survivors, worker
 from ranks.cases import BATCHES, cases, others, spread, values
-from ranks.lost import TIMEOUT
 from torch.utils.data import TensorDataset
 
 from curvops import GGNLinearOperator, share_of
@@ -23,27 +22,6 @@ from curvops.sharding import LEAST
 from curvops.tour import load_matrices
 from curvops.tour.matrices import OPERATORS as TOUR
 
-HERE = Path(__file__).parent
-
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent.parent)))}
-
-
-def torchrun(number: int, script: str, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    """As a user would start it, on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    done = subprocess.run(
-        [*command, f"--max-restarts={restarts}", script if script == "-m" else HERE / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        # else, when started again, processes may find the addresses of those that were killed
-        env=ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else ENVIRONMENT,
-    )
-    own = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
-    assert done.returncode == 0, "\n".join(own) or done.stderr
-    return done
-
 
 def test_the_matrices_are_those_of_one_process(tmp_path):
     """Of one, two and three processes."""
@@ -51,15 +29,14 @@ def test_the_matrices_are_those_of_one_process(tmp_path):
     p = PROBLEMS["mlp"]()
     expected |= {"others": others(p, p.data(*BATCHES)), "spread": spread(PROBLEMS["mlp"](), None)}
     torch.save(expected, tmp_path / "references.pt")
-    torchrun(3, "worker.py", tmp_path / "references.pt", tmp_path / "report.json")
-    found = json.loads((tmp_path / "report.json").read_text())
+    found, _, _ = elastic(3, worker.main, tmp_path / "references.pt")
     for number, report in found.items():
-        assert len(report) > (200 if number == "2" else 20)
+        assert len(report) > (200 if number == 2 else 20)
         # the steps of alternating least squares end by rounding
         least = {name: 1e-7 if "kfoc" in name else 1e-10 for name in report}
         wrong = {name: error for name, error in report.items() if isinstance(error, str) or not error < least[name]}
         assert wrong == {}, f"{number} processes"
-    assert found.keys() == {"1", "2", "3"}
+    assert found.keys() == {1, 2, 3}
 
 
 BOTH = {
@@ -112,8 +89,7 @@ def check_disagreements(first, second):
 @pytest.mark.parametrize(("name", "last"), [("swept", 13)])
 def test_killed_processes_that_are_started_again_go_on(name, last, tmp_path):
     """One process kills itself, torchrun starts both again: they go on from files of their own, to the same bits."""
-    torchrun(2, "survivors.py", tmp_path, name, last, restarts=1)
-    for report in json.loads((tmp_path / f"{name}.json").read_text()):
+    for report in elastic(2, survivors.main, tmp_path, name, last, restarts=1):
         assert report["restarted"]
         assert report["same"]
         assert report["saved"] > 0 or name == "ekfac"  # whose rows had been kept in memory
@@ -124,21 +100,24 @@ def test_a_process_that_is_gone_is_an_error_in_the_others(tmp_path):
     pairs, processes = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}, []
     for name, end in pairs.items():
         (tmp_path / name).mkdir()
-        command = [sys.executable, HERE / "lost.py", tmp_path / name]
-        processes += [subprocess.Popen([*command, str(rank), str(int(end))], env=ENVIRONMENT) for rank in range(2)]
+        processes += [forked().Process(target=lost.main, args=(tmp_path / name, rank, end)) for rank in range(2)]
     try:
-        assert [process.wait(60) for process in processes[::2]] == [0, 0]
+        for process in processes:
+            process.start()
+        for process in processes[::2]:
+            process.join(60)
+            assert process.exitcode == 0
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     for name in pairs:
         said, cause, seconds = (tmp_path / name / "said").read_text().splitlines()
         assert re.fullmatch(
             r"RanksError: a process of the group is gone, or did not come within .* timeout \(.+\)\. Start .*", said
         )
         assert cause == "RuntimeError"
-        assert float(seconds) < TIMEOUT + 20
+        assert float(seconds) < lost.TIMEOUT + 20
 
 
 def check_bytes(printed):
@@ -240,8 +219,7 @@ def check_failing(failed):
 def test_two_processes(tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text(PROBLEM)
     monkeypatch.chdir(tmp_path)
-    torchrun(2, "both.py", tmp_path, *SPECTRUM)
-    report = json.loads((tmp_path / "report.json").read_text())
+    report, _ = elastic(2, both.main, tmp_path, *SPECTRUM)
     check_disagreements(*report["disagreements"])
     if torch.__version__ >= LEAST:
         check_sharded(report["sharded"])
@@ -254,9 +232,12 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_a_tour_is_shared_by_processes(tmp_path, monkeypatch):
+    """As a user would start it, by torchrun."""
     (tmp_path / "own.py").write_text(PROBLEM)
     monkeypatch.chdir(tmp_path)
-    torchrun(2, "-m", "curvops", "tour", "own.py:problem", "--output", "shared")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "curvops"]
+    done = subprocess.run([*command, "tour", "own.py:problem", "--output", "shared"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "shared" / "tour.html").exists()
     found = load_matrices(tmp_path / "shared" / "matrices.safetensors").matrices
     problem = load_problem("own.py:problem")

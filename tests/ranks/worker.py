@@ -1,15 +1,13 @@
-"""Started by torchrun: computes each case with the data shared, and reports the differences from what one process found."""
+"""Started in three processes: computes each case with the data shared, and reports the differences from what one process found."""
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import BATCHES, SHARES, cases, others, spread, values, wanted
-from ending import end
 from problems import PROBLEMS
+from ranks.cases import BATCHES, SHARES, cases, others, spread, values, wanted
 
 from curvops import KFACLinearOperator
 
@@ -65,8 +63,9 @@ def compared(number: int, group: Any, expected: dict[str, Any]) -> dict[str, flo
     return found
 
 
-def main(references: str, report: str) -> None:
-    """Groups of one, two and all three processes, one after the other."""
+def main(references: Path) -> dict[int, dict[str, float | str]]:
+    """What groups of one, two and all three processes compute, one after the other, of those that have this one."""
+    warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     groups = {1: dist.new_group([0]), 2: dist.new_group([0, 1]), 3: dist.group.WORLD}
     expected = torch.load(references, weights_only=True)
@@ -75,9 +74,4 @@ def main(references: str, report: str) -> None:
         if dist.get_rank() < number:
             found[number] = compared(number, group, expected)
         dist.barrier()
-    end(Path(report), found)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(*sys.argv[1:])
+    return found

@@ -1,23 +1,19 @@
 """Processes that are killed with SIGKILL, and go on from their checkpoints."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
+from launch import forked
+from survive import worker
 from survive.cases import COMPUTATIONS, STOPS, differing
 
-HERE = Path(__file__).parent
-PATH = os.pathsep.join(map(str, (HERE.parent, HERE.parent.parent)))
 
-
-def started(*arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, HERE / "worker.py", *map(str, arguments)], env=os.environ | {"PYTHONPATH": PATH}
-    )
+def started(*arguments: object) -> Any:
+    process = forked().Process(target=worker.main, args=arguments)
+    process.start()
+    return process
 
 
 def test_killed_processes_go_on_to_the_same_bits(tmp_path):
@@ -26,13 +22,16 @@ def test_killed_processes_go_on_to_the_same_bits(tmp_path):
         process = started(tmp_path, name, place)
         until = time.monotonic() + 120
         while not (tmp_path / "here").exists():
-            assert process.poll() is None and time.monotonic() < until, name
+            assert process.is_alive() and time.monotonic() < until, name
             time.sleep(0.05)
         (tmp_path / "here").unlink()
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not list(tmp_path.glob(".*")), "half a file"
-    assert started(tmp_path).wait() == 0
+    last = started(tmp_path)
+    last.join()
+    assert last.exitcode == 0
     found, steps = torch.load(tmp_path / "found.pt", weights_only=True)
     for name, place in STOPS.items():
         counted: list[int] = []

@@ -1,6 +1,5 @@
 """Computes one thing after another, each from its checkpoint, and waits to be killed at a step of one of them."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -10,19 +9,16 @@ from survive.cases import COMPUTATIONS, STOPS
 from curvops import Checkpoint
 
 
-def main(folder: Path, stopped: str = "", at: str = "0") -> None:
+def main(folder: Path, stopped: str = "", at: int = 0) -> None:
+    """Everything, until it is killed at a step of what is to be stopped."""
     found, steps = {}, {}
     for name, compute in ((name, COMPUTATIONS[name]) for name in STOPS):
 
         def stop(count: int, name: str = name) -> None:
             steps[name] = count + 1
-            if name == stopped and count == int(at):
+            if name == stopped and count == at:
                 (folder / "here").touch()
                 time.sleep(600)
 
         found[name] = compute(stop, Checkpoint(folder / f"{name}.safetensors", every=3))
     torch.save((found, steps), folder / "found.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

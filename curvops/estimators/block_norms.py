@@ -78,7 +78,7 @@ def block_norms(
 
     Args:
         matrix: Square.
-        groups: Rows by name, ``"tensors"`` or ``"modules"``, see `squared_norm`.
+        groups: ``"tensors"``, ``"modules"`` or a dict of them, see `trace`.
         num_products: Products for each group (m); so many products ``[D]`` are held at a time.
         symmetric: Whether the matrix equals its transpose. Default: what the matrix says of itself, or else that it does not.
         seed: Seed of the random signs. The global random state is neither used nor changed.

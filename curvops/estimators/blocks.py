@@ -50,7 +50,7 @@ def by_group(
 
     Args:
         matrix: Symmetric.
-        groups: The blocks: ``"tensors"`` or ``"modules"`` of a `LinearOperator`, or a dict name → slice or indices.
+        groups: The blocks: ``"tensors"`` or ``"modules"`` of a `LinearOperator`, or a dict of them, see `trace`.
         num_products: Products with the matrix, however many groups there are.
         seed: Seed of the random signs. The global random state is neither used nor changed.
         checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.

@@ -42,7 +42,7 @@ def diagonal(
             until it is reached.
         max_products: Products after which a warning says that it was not.
         seed: Seed of the random signs. The global random state is neither used nor changed.
-        groups: Give the diagonal by these rows, as a dict: rows by name, ``"tensors"`` or ``"modules"``.
+        groups: Give the diagonal by these rows, as a dict: ``"tensors"``, ``"modules"`` or a dict of them, see `trace`.
         checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 

@@ -45,8 +45,8 @@ def squared_norm(
         max_products: Products after which a warning says that it was not.
         distribution: Of the random vectors' entries.
         seed: Seed of the random vectors. The global random state is neither used nor changed.
-        groups: Give the squared norms of diagonal blocks, from the same products, as a dict: rows by name,
-            ``"tensors"`` or ``"modules"``. It keeps two vectors a product.
+        groups: Give the squared norms of diagonal blocks, from the same products, as a dict:
+            ``"tensors"``, ``"modules"`` or a dict of them, see `trace`. It keeps two vectors a product.
         checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 

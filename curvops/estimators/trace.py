@@ -49,8 +49,9 @@ def trace(
             ``"normal"`` for XTrace is scaled to the sphere, which is theirs.
         seed: Seed of the random vectors. The global random state is neither used nor changed.
         groups: Give the traces of diagonal blocks in place of the whole matrix's, from the same products, as a dict:
-            rows by name, ``"tensors"`` or ``"modules"``. Those of a partition add up to the whole's estimate. The
-            other blocks of a group's rows add noise of mean zero, which its standard error includes.
+            ``"tensors"`` or ``"modules"`` of a `LinearOperator`; or a dict name → slice, tensor of indices, or names and
+            patterns of tensors, such as ``{"attention": "*.attn.*"}``. Those of a partition add up to the whole's estimate.
+            The other blocks of a group's rows add noise of mean zero, which its standard error includes.
         checkpoint: Where the state is kept, to go on from after the process was killed: see `curvops.Checkpoint`.
         progressbar: Show products as they are taken (needs ``tqdm``).
 

@@ -135,7 +135,7 @@ class Quantities(ABC):
         """Frobenius norms of all blocks, and traces of those on the diagonal: exact where the structure gives them.
 
         Args:
-            groups: ``"modules"``, ``"tensors"``, or a dict name → slice or indices.
+            groups: ``"modules"``, ``"tensors"``, or a dict of them, see `curvops.estimators.trace`.
             options: As of `curvops.estimators.block_norms`.
 
         Raises:

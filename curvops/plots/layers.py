@@ -23,7 +23,7 @@ def plot_eigenvectors_by_layer(pairs: EigenPairs, *, groups: Groups = "modules",
 
     Args:
         pairs: From ``op.eigenpairs(k)``; the largest eigenvalue is drawn on the left.
-        groups: ``"modules"``, ``"tensors"``, or rows by name (slices or indices).
+        groups: ``"modules"``, ``"tensors"``, or a dict of them, see `curvops.estimators.trace`.
         ax: Axes to draw on. Default: new ones.
 
     Returns:

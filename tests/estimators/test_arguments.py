@@ -186,14 +186,14 @@ def test_functions_are_validated():
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ("layers", "expected 'tensors', 'modules' or a dict of slices or indices, got 'layers'"),
+        ("layers", "expected 'tensors', 'modules' or a dict of slices, indices or names, got 'layers'"),
         ("tensors", "Tensor has no named tensors"),
         ({}, "expected 'tensors', 'modules' or a dict"),
         ([slice(0, 3)], "expected 'tensors', 'modules' or a dict"),
         ({"a": slice(0, 61)}, r"groups\['a'\]: expected a slice within 0 and 60"),
         ({"a": slice(3, 3)}, "that is not empty"),
         ({"a": slice(0, 6, 2)}, "expected a slice within"),
-        ({"a": [1, 2]}, "expected a slice or a tensor of indices .*, got list"),
+        ({"a": [1, 2]}, r"groups\['a'\]: expected a slice, a tensor of indices .* or names, got list"),
         ({"a": torch.ones(60, dtype=torch.bool)}, "got torch.bool"),
         ({"a": torch.tensor([0, 60])}, "expected different indices between 0 and 59"),
         ({"a": torch.tensor([1, 1])}, "expected different indices"),
@@ -212,6 +212,22 @@ def test_groups_by_name():
     for name, rows in slices.items():
         torch.testing.assert_close(plain(found[name]), block(dense, rows).trace())
         torch.testing.assert_close(plain(diagonals[name]), block(dense, rows).diagonal())
+
+
+def test_groups_by_patterns():
+    operator, dense = hessian()
+    space = operator.domain
+    groups = {"weights": "*.weight", "one": [space.names[-1]], "rows": slice(0, 2)}
+    found = trace(operator, groups=groups)
+    assert list(found) == list(groups)
+    for name, rows in {
+        "weights": space.positions(space.match("*.weight")),
+        "one": space.slice(space.names[-1]),
+    }.items():
+        torch.testing.assert_close(plain(found[name]), block(dense, rows).trace())
+    torch.testing.assert_close(plain(found["rows"]), dense[:2, :2].trace())
+    with pytest.raises(KeyError, match=r"no parameter's name matches 'weights'"):
+        trace(operator, groups={"a": ["weights"]})
 
 
 def test_modules_need_not_be_contiguous():

@@ -37,7 +37,8 @@ def diagonal(
     Args:
         matrix: Square, and for ``"xdiag"`` symmetric or with products from the left (``adjoint()``, ``mT`` or ``T``).
         method: See above.
-        num_products: Products with the matrix, one a column; with a tolerance those of the first round.
+        num_products: Products with the matrix, one a column; with a tolerance those of the first
+            round, of ten samples at least.
         tolerance: Wanted norm of the standard errors relative to that of the diagonal: rounds double the products
             until it is reached.
         max_products: Products after which a warning says that it was not.

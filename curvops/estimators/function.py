@@ -41,7 +41,7 @@ def trace_function(
         function: f, from eigenvalues to values of the same shape; the result is differentiable in what it captures.
         depth: Lanczos steps for each random vector.
         num_products: Products with the matrix; ``num_products // depth`` random vectors, at least two. With a
-            tolerance those of the first round.
+            tolerance those of the first round, of ten vectors at least.
         tolerance: Wanted standard error relative to the estimate: rounds double the products until it is reached.
         max_products: Products after which a warning says that it was not.
         distribution: Of the random vectors' entries, which are then scaled to the length √D.

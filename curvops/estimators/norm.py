@@ -39,7 +39,8 @@ def squared_norm(
 
     Args:
         matrix: Any with products; square for groups, and then taken as symmetric.
-        num_products: Products with the matrix, one a column; with a tolerance those of the first round.
+        num_products: Products with the matrix, one a column; with a tolerance those of the first
+            round, of ten samples at least.
         tolerance: Wanted standard error relative to the estimate (of every group): rounds double the products until
             it is reached.
         max_products: Products after which a warning says that it was not.

@@ -18,6 +18,9 @@ from curvops.estimators.probes import Probes
 from curvops.estimators.steps import Steps
 
 
+TRUSTED = 10  # samples from which a standard error may stop the rounds: that of a few is often small by chance
+
+
 class Sampler(ABC):
     """What an estimator gives to be run: samples that are added, and the result from those so far."""
 
@@ -63,7 +66,7 @@ class Budget(NamedTuple):
     """Products that may be spent.
 
     Args:
-        num_products: Products, or where there is a tolerance those of the first round.
+        num_products: Products, or where there is a tolerance those of the first round, of ten samples at least.
         tolerance: Wanted standard error, relative to the estimate; rounds double the products until it is reached.
         max_products: Products after which it stops anyway, with a warning.
     """
@@ -117,6 +120,8 @@ def run(
         )
     steps = Steps(checkpoint, sampler.probes, rows or {}, {"method": sampler.method, **asked, **budget._asdict()})
     sampler.resume(steps.tensors)
+    if budget.tolerance is not None:
+        wanted = max(wanted, min(sampler.cost * TRUSTED, budget.max_products))
     wanted = steps.about.get("wanted", wanted)
     if wanted >= size:
         return _exact(sampler, steps)

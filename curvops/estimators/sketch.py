@@ -73,7 +73,8 @@ class Sketch:
         kept = values > values.max() * eps * len(self.basis) ** 0.5
         left, values, right = left[:, kept], values[kept], right[kept]
         needed = 1 - right.square().sum(0) < eps**0.5  # the vector's leverage is one
-        s = torch.nn.functional.normalize(right / values[:, None], dim=0) * needed
+        # relative to the largest: the matrix may be of any scale
+        s = torch.nn.functional.normalize(right / (values / values[:1])[:, None], dim=0) * needed
         cosines = (s.mT @ s).fill_diagonal_(0)
         sines = (1 - cosines.square()).clamp(min=eps)
         return LeaveOut(self.basis @ left, self.product @ left, values[:, None] * right, s, cosines, sines)

@@ -41,7 +41,8 @@ def trace(
     Args:
         matrix: Square; a `LinearOperator`, a tensor, SciPy's, or anything with a shape and products.
         method: See above.
-        num_products: Products with the matrix, one a column; with a tolerance those of the first round.
+        num_products: Products with the matrix, one a column; with a tolerance those of the first
+            round, of ten samples at least.
         tolerance: Wanted standard error relative to the estimate (of every group): rounds double the products until
             it is reached.
         max_products: Products after which a warning says that it was not.

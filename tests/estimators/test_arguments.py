@@ -105,6 +105,28 @@ def test_a_tolerance_out_of_reach_is_exact_where_that_may_be_spent():
     assert already.products == 24
 
 
+@pytest.mark.parametrize(("method", "products"), [("xtrace", 20), ("hutch++", 30), ("hutchinson", 10)])
+def test_the_error_of_a_few_samples_stops_nothing(method, products):
+    """Where rounds stop as soon as a small error is met by chance, the stated errors are too small."""
+    found = trace(MATRIX, method=method, num_products=6, tolerance=10.0)
+    assert found.products == products
+    assert trace(MATRIX, method=method, num_products=6, tolerance=10.0, max_products=9).products in (8, 9)
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+@pytest.mark.parametrize("scale", [2.0**60, 2.0**-60])
+def test_any_scale(name, scale):
+    """Estimates of c A are c times those of A, but of functions."""
+    if name in ("function", "logdet"):
+        scaled = trace_function(scale * MATRIX, lambda x: x, depth=6, num_products=48)
+        expected = trace_function(MATRIX, lambda x: x, depth=6, num_products=48)
+    else:
+        scaled, expected = ALL[name](scale * MATRIX, num_products=48), ALL[name](MATRIX, num_products=48)
+    power = scale**2 if name.startswith("norm") else scale
+    torch.testing.assert_close(plain(scaled) / power, plain(expected), rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(scaled.standard_error / power, expected.standard_error, rtol=1e-6, atol=0.0)
+
+
 def test_columns_are_taken_a_bounded_number_at_a_time(monkeypatch):
     widths = []
 

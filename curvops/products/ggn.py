@@ -70,7 +70,7 @@ class OutputFactorOperator(RiskOperator):
 
     def _fast(self, product: BatchProduct, rows: Tensor | None) -> tuple[str, Fast] | None:
         columns = self.domain.dim if rows is None else len(rows)
-        if self._rows_pay(product, columns):
+        if self._rows_pay(product, columns, matrix=rows is None):
             name = "rows Sᵀ J by vmap over the data"
             return name, (self._matrix if rows is None else lambda products: self._by_rows(products, rows))
         if rows is None or self._columns_together([product]) < rules.TOGETHER:
@@ -79,18 +79,18 @@ class OutputFactorOperator(RiskOperator):
             return "J v and Jᵀ u by vmap", lambda products: self._columns(products, rows)
         return None
 
-    def _rows_pay(self, product: BatchProduct, columns: int) -> bool:
-        """Whether the rows Sᵀ J pay for so many columns; for 0 of them, whether they are kept for any number."""
+    def _rows_pay(self, product: BatchProduct, columns: int, matrix: bool = False) -> bool:
+        """Whether the rows Sᵀ J pay for so many columns, or all of the matrix; for 0, whether they are kept for any number."""
         curvature, data, work = product.curvature, product.batch.size, product.record.work
         rows = 0 if columns == 1 else self._rows_of(curvature, columns)
         if not rows or curvature.terms_per_datum is None:
             return False
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
-        size = max(rows * self.domain.dim, spread) * self.dtype.itemsize
+        size = (spread if matrix else max(rows * self.domain.dim, spread)) * self.dtype.itemsize
         if self._granted(size) < size:
             return False
         if columns:
-            pays = rules.rows_pay(columns, rows, self.domain.dim, data, work)
+            pays = rules.rows_pay(columns, rows, self.domain.dim, data, work, matrix)
         else:
             pays = rules.kept_rows_pay(rows, self.domain.dim, work)
         return pays and self._known_factor(product) is not None

@@ -41,19 +41,23 @@ def columns_together(entries: int, room: int | None) -> int:
     return most if room is None else min(most, room // (4 * max(entries, 1)))
 
 
-def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int) -> bool:
+def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int, matrix: bool = False) -> bool:
     """Whether the rows Sᵀ J of a batch and products with them take less than products over its graph.
 
-    A product over the graph takes about 8 · work operations, one with the rows 4 · rows · parameters, and making them
-    4 · work for each of a datum's rows, or what it takes to write them.
+    A product over the graph takes about 8 · work operations, where overhead rules as long as those of a small batch, or
+    half of them if columns go together; one with the rows 4 · rows · parameters, of the ``matrix`` itself a fourth, as it
+    is symmetric; and making the rows 4 · work for each of a datum's, or what it takes to write them. For the matrix they
+    are made and squared a part at a time.
     """
-    if columns < 2 or rows * parameters > LARGEST_ROWS:
+    if columns < 2 or (rows * parameters > LARGEST_ROWS and not matrix):
         return False
-    if work <= SMALL:
-        # overhead rules: a batched backward pass against one for each column; a Gram matrix takes next to nothing
-        return rows <= columns or (rows * parameters <= FEW_ROWS and rows <= 2 * data * columns)
+    # where overhead rules it is a batched backward pass against one for each column
+    few = rows <= columns or (rows * parameters <= FEW_ROWS and rows <= 2 * data * columns)
+    if work <= SMALL and few:
+        return True
     made = max(4 * work * (rows // data), MADE * rows * parameters)
-    return columns * 4 * rows * parameters + made < columns * 8 * work
+    one, least = (1, SMALL) if matrix else (4, SMALL // 2)
+    return columns * one * rows * parameters + made < columns * 8 * max(work, least)
 
 
 def pulls_pay(columns: int, rows: int, parameters: int, work: int) -> bool:

@@ -17,7 +17,6 @@ from curvops.estimators.groups import Rows
 from curvops.estimators.probes import Probes
 from curvops.estimators.steps import Steps
 
-
 TRUSTED = 10  # samples from which a standard error may stop the rounds: that of a few is often small by chance
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from curvops.context import UNFIT, quietly
 from curvops.losses import OutputCurvature
-from curvops.products.account import relative_difference, tolerance
+from curvops.products.movable import Movable, Run, movable
 from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -75,27 +75,24 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
     problem = _double_problem(risk)
     if isinstance(problem, Verdict):
         return problem
-    params, batch, space, v = problem
+    model, batch, space, theta, v = problem
 
-    def value(leaves: dict[str, Tensor]) -> tuple[Tensor, OutputCurvature]:
-        z = risk.functional(leaves, batch.X)
+    def value(run: Run) -> tuple[Tensor, OutputCurvature]:
+        z = run()
         return z, risk.loss.curvature(z, batch.y, batch.size)
 
     def slopes(step: float) -> Tensor:
-        leaves = _moved(params, space, v, step)
-        with risk.model.standing_in(leaves, torch.float64):  # also for what is run again in the backward pass
-            found = value(leaves)[1].value()
-            return (
-                space.join(gradients(found, list(leaves.values()), allow_unused=True)) if found.requires_grad else v * 0
-            )
+        with model.at(theta + step * v) as (leaves, run):
+            found = value(run)[1].value()
+            if not found.requires_grad:
+                return v * 0
+            return space.join(gradients(found, list(leaves.values()), allow_unused=True))
 
-    with risk.evaluation():
-        leaves = _moved(params, space, v, 0.0)
-    with risk.evaluation(), risk.model.standing_in(leaves, torch.float64):
-        linear = GradientLinearization.of_loss(*value(leaves), leaves, space)
+    with risk.evaluation(), model.at(theta) as (leaves, run):
+        linear = GradientLinearization.of_loss(*value(run), leaves, space)
         verdict = compare(space.join(linear.parts(v)), slopes)
         if verdict.wrong:
-            _warn("Hessian", verdict, lambda: risk.functional(leaves, batch.X))
+            _warn("Hessian", verdict, run)
     return verdict
 
 
@@ -104,18 +101,15 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
     problem = _double_problem(risk)
     if isinstance(problem, Verdict):
         return problem
-    params, batch, space, v = problem
+    model, _, space, theta, v = problem
 
     def both(step: float) -> Tensor:
-        moved = _moved(params, space, v, step)
-        with torch.no_grad(), risk.model.standing_in(moved, torch.float64):
-            z = risk.functional(moved, batch.X)
+        with torch.no_grad(), model.at(theta + step * v) as (_, run):
+            z = run()
         return torch.cat([z.flatten(), (u * z).sum().expand(1) * scale])
 
-    with risk.evaluation():
-        leaves = _moved(params, space, v, 0.0)
-    with risk.evaluation(), risk.model.standing_in(leaves, torch.float64):
-        jacobian = OutputLinearization(risk.functional(leaves, batch.X), leaves, space)
+    with risk.evaluation(), model.at(theta) as (leaves, run):
+        jacobian = OutputLinearization(run(), leaves, space)
         z = jacobian.z.detach()
         u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype).to(z.device)
         # ⟨Jᵀ u, v⟩ beside J v: a hook on the graph may change one and not the other
@@ -123,12 +117,15 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
         along = torch.dot(space.join(jacobian.pull(u)), v).expand(1) * scale
         verdict = compare(torch.cat([jacobian.push(v).flatten(), along]), both)
         if verdict.wrong:
-            _warn("Jacobian", verdict, lambda: risk.functional(leaves, batch.X))
+            _warn("Jacobian", verdict, run)
     return verdict
 
 
-def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, TensorSpace, Tensor] | Verdict:
-    """Parameters and a few data in double precision, their space, and a random direction; or why there is no verdict."""
+def _double_problem(risk: EmpiricalRisk) -> tuple[Movable, Batch, TensorSpace, Tensor, Tensor] | Verdict:
+    """The model at a few data in double precision, these, the parameters' space, they, and a random direction.
+
+    Or why there is no verdict.
+    """
     long = Verdict(None, "central differences would take long")
     if risk.space.shards:
         return Verdict(None, "parameters are cut over processes")
@@ -149,25 +146,27 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[dict[str, Tensor], Batch, Tens
     try:
         with risk.evaluation(), quietly():
             params = {name: p.detach().double() for name, p in risk.params.items()}
-            slope = _reached(risk, X)
-            if slope is None:
-                return Verdict(None, "the model reaches its parameters in ways that no stand-in does")
-            with torch.no_grad(), risk.model.standing_in(params, torch.float64):
-                z = risk.functional(params, small.X)
+            space = TensorSpace(params)
+            theta = space.join(params.values())
+            found = movable(risk, X, small.X, space)
+            if found is None:
+                return Verdict(
+                    None, "the model reaches its parameters in ways that neither stand-ins nor a copy of it do"
+                )
+            model, slope = found
+            with torch.no_grad(), model.at(theta) as (_, run):
+                z = run()
                 risk.loss.curvature(z, small.y, few).value()
     except torch.OutOfMemoryError:
         raise
     except UNFIT:
         return Verdict(None, "the model is tied to its own precision or batch size")
-    space = TensorSpace(params)
     with risk.evaluation():
         v = space.random(torch.Generator().manual_seed(0))
-        return params, small, space, v * ~_constants(risk, params, space, small.X, z, v * _partly_zero(slope, space))
+        return model, small, space, theta, v * ~_constants(model, theta, z, v * _partly_zero(slope, space))
 
 
-def _constants(
-    risk: EmpiricalRisk, params: dict[str, Tensor], space: TensorSpace, X: Any, z: Tensor, v: Tensor
-) -> Tensor:
+def _constants(model: Movable, theta: Tensor, z: Tensor, v: Tensor) -> Tensor:
     """Entries of v that are constants to autodiff, but not to the model: the padding's row of an embedding.
 
     Along v, which autodiff says the output does not depend on, it changes as much forwards as backwards. At a kink it
@@ -178,9 +177,8 @@ def _constants(
     ends = []
     with torch.no_grad():
         for step in (STEPS[0], -STEPS[0]):
-            moved = _moved(params, space, v, step)
-            with risk.model.standing_in(moved, torch.float64):
-                ends.append(risk.functional(moved, X))
+            with model.at(theta + step * v) as (_, run):
+                ends.append(run())
     forwards, backwards = ends[0] - z, z - ends[1]
     smooth = (forwards - backwards).norm() <= 0.1 * forwards.norm()
     return (v != 0) & (smooth & (forwards.norm() > 0))
@@ -189,29 +187,6 @@ def _constants(
 def _partly_zero(slope: Tensor, space: TensorSpace) -> Tensor:
     """Entries without a gradient, of parameters that have one elsewhere."""
     return torch.cat([((part == 0) & (part != 0).any()).flatten() for part in space.split(slope)])
-
-
-def _reached(risk: EmpiricalRisk, X: Any) -> Tensor | None:
-    """Jᵀu for a random u, if stand-ins reach whatever the parameters do: the judge moves them, not the caller's parameters."""
-    leaves = {name: p.detach().requires_grad_() for name, p in risk.params.items()}
-    found = []
-    for z, inputs in ((risk.forward(X), risk.params), (risk.functional(leaves, X), leaves)):
-        u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
-        mode = risk.model.standing_in(inputs)
-        with mode:
-            parts = (
-                gradients(z, list(inputs.values()), u, retain_graph=True, allow_unused=True)
-                if z.requires_grad
-                else [None] * len(inputs)
-            )
-        found.append(risk.space.join(parts))
-    return found[0] if relative_difference(found[1], found[0]) <= tolerance(risk.space.dtype) else None
-
-
-def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float) -> dict[str, Tensor]:
-    """Leaves at θ + step · v."""
-    flat = space.join(params.values()) + step * v
-    return {name: t.detach().requires_grad_() for name, t in zip(params, space.split(flat), strict=True)}
 
 
 def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
@@ -254,6 +229,12 @@ def suspects(run: Callable[[], Tensor]) -> list[str]:
         type(node).__name__.removesuffix("Backward") for node in nodes_of(out) if isinstance(node, BackwardCFunction)
     }
     return [name for name, call in recorder.calls.items() if _is_wrong(*call)] or sorted(own)
+
+
+def _moved(params: dict[str, Tensor], space: TensorSpace, v: Tensor, step: float) -> dict[str, Tensor]:
+    """Leaves at θ + step · v."""
+    flat = space.join(params.values()) + step * v
+    return {name: t.detach().requires_grad_() for name, t in zip(params, space.split(flat), strict=True)}
 
 
 def _is_wrong(func: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ class Pass:
     gradient: Tensor  # of this sum, ``[D]``
     linear: list[bool]  # whether the loss of each batch is linear in the output
     finite: int = 0  # batches whose loss is finite, up to the first that is not
+    graph: bool = False  # whether the loss of any batch carries a graph
 
 
 def check_deterministic(risk: EmpiricalRisk) -> None:
@@ -67,6 +68,7 @@ def _walk(risk: EmpiricalRisk) -> Pass:
                 seen.finite = len(seen.linear) + 1
             seen.linear.append(curvature.linear)
             if value.requires_grad:
+                seen.graph = True
                 # part of the graph may be the caller's, as of a cached parametrization
                 slopes = gradients(value, list(risk.params.values()), retain_graph=True, allow_unused=True)
                 risk.space.join(slopes, seen.gradient)
@@ -89,6 +91,12 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[Runtim
             "loss: it is linear in the model's output (a negative log-likelihood of log-probabilities, a model that returns its "
             "own loss, an absolute error), so the GGN and its relatives are zero. Let a classifier return logits and the loss be "
             "CrossEntropyLoss; for regression, HuberLoss is curved near zero.",
+            RuntimeWarning,
+        )
+    if seen.linear and not seen.graph:
+        yield (
+            "model: its output carries no graph to the parameters, so all curvature is zero. Does it run under torch.no_grad, or "
+            "detach what it computes or take it through NumPy? Or does it use none of these parameters?",
             RuntimeWarning,
         )
     hooked = [name for name, p in risk.params.items() if _altered(p)]

@@ -9,7 +9,14 @@ from kronecker.cases import Net
 from problems import custom
 from torch import nn
 
-from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
+from curvops import (
+    EFLinearOperator,
+    EKFACLinearOperator,
+    EmpiricalRisk,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+)
 from curvops.products import judge
 from curvops.products.judge import compare, judge_hessian, judge_jacobian, suspects
 
@@ -143,3 +150,76 @@ def test_the_paddings_row_is_not_moved_but_a_parameter_without_a_gradient_is():
             warnings.simplefilter("ignore")
             verdicts = judge_hessian(risk), judge_jacobian(risk)
         assert all(verdict.error is not None and verdict.wrong is wrong for verdict in verdicts)
+
+
+class _Fused(torch.autograd.Function):
+    """A layer by a kernel of its own: its gradient is right, and carries no graph."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return torch.tanh(x @ w.T)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        with torch.no_grad():
+            d = g * (1 - torch.tanh(x @ w.T) ** 2)
+            return d @ w, d.T @ x
+
+
+class Fused(nn.Module):
+    """A model of which no stand-in reaches a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(draws(2, 3, seed=2)), nn.Linear(2, 2).double()
+
+    def forward(self, x):
+        return self.head(_Fused.apply(x, self.w))
+
+
+class Shared(Fused):
+    def __deepcopy__(self, memo):
+        memo.update({id(p): p for p in self.parameters()})
+        return self
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [(HessianLinearOperator, "Hessian"), (GGNLinearOperator, "Jacobian"), (EFLinearOperator, "Jacobian")],
+)
+def test_parameters_that_no_stand_in_reaches_are_moved_in_a_copy(cls, what, dtype):
+    model = Fused().to(dtype)
+    versions = [p._version for p in model.parameters()]
+    with Untouched(model), pytest.warns(RuntimeWarning, match=f"^{what}: .*differs .*_Fused"):
+        cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X.to(dtype), Y.to(dtype))])
+    assert [p._version for p in model.parameters()] == versions
+
+
+def test_no_verdict_where_a_copy_shares_the_parameters():
+    model = Shared()
+    with Untouched(model):
+        verdict = judge_hessian(EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)]))
+    assert verdict.error is None and "neither stand-ins nor a copy" in verdict.why
+
+
+class Severed(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 2).double(), how
+
+    def forward(self, x):
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.layer(x)
+        return self.layer(x).detach()
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+@pytest.mark.parametrize("cls", [HessianLinearOperator, KFACLinearOperator, EKFACLinearOperator])
+def test_an_output_without_a_graph_is_told(cls, how):
+    model = Severed(how)
+    with pytest.warns(RuntimeWarning, match=r"its output carries no graph to the parameters, .* torch\.no_grad"):
+        cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from curvops.products.account import relative_difference
+from curvops.products.movable import Copied, Leaves, Movable, StandIns
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.risk.model import Model, floating_to
+from curvops.risk.model import floating_to
 from curvops.space import TensorSpace
 from curvops.substitutions import gradients
 from curvops.tree import map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
-At = Callable[[Tensor], AbstractContextManager[tuple[Tensor, list[Tensor]]]]
 Scalar = Callable[[Tensor], Tensor]
 STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # of central differences; small ones lie between the kinks of large models
 STEADY = 1e-4  # relative difference between two steps up to which they agree
@@ -38,7 +37,7 @@ class Twin:
     stand-ins for the parameters; one that has the gradient of the caller's own model and loss.
 
     Args:
-        at: Gives the output at a parameter vector with its graph, and the leaves.
+        model: The model and its parameters.
         differentiate: `torch.autograd.grad`, or what serves in its place.
         loss, y: The loss, and its targets.
         theta: The parameters, ``[D]``.
@@ -46,9 +45,9 @@ class Twin:
     """
 
     def __init__(
-        self, at: At, differentiate: Callable[..., Any], loss: Loss, y: Any, theta: Tensor, space: TensorSpace
+        self, model: Movable, differentiate: Callable[..., Any], loss: Loss, y: Any, theta: Tensor, space: TensorSpace
     ) -> None:
-        self._at, self._differentiate = at, differentiate
+        self._model, self._differentiate = model, differentiate
         self._loss, self.y, self.theta, self.space = loss, y, theta, space
 
     def loss(self, z: Tensor) -> Tensor:
@@ -57,39 +56,40 @@ class Twin:
 
     def output(self, step: Tensor | float = 0.0) -> Tensor:
         """The output at θ + ``step``."""
-        with self._at(self.theta + step) as (z, _):
-            return z.detach()
+        with self._model.at(self.theta + step) as (_, run):
+            return run().detach()
 
     def value(self, step: Tensor | float = 0.0) -> Tensor:
         """The loss at θ + ``step``, which may read parameters itself."""
-        with self._at(self.theta + step) as (z, _):
-            return self.loss(z).detach()
+        with self._model.at(self.theta + step) as (_, run):
+            return self.loss(run()).detach()
 
     def gradient(self, scalar: Scalar | None = None, step: Tensor | float = 0.0) -> Tensor:
         """The gradient of the loss, or of another function of the output, at θ + ``step``."""
-        with self._at(self.theta + step) as (z, leaves):
-            return self._pulled((scalar or self.loss)(z), leaves)
+        with self._model.at(self.theta + step) as (leaves, run):
+            return self._pulled((scalar or self.loss)(run()), leaves)
 
     def squared_rows(self, cotangents: Iterable[Tensor]) -> Tensor:
         """Σ_k (Jᵀ s_k)², entry by entry, over cotangents of the output's shape."""
         total = torch.zeros_like(self.theta)
-        with self._at(self.theta) as (z, leaves):
+        with self._model.at(self.theta) as (leaves, run):
+            z = run()
             for s in cotangents:
                 total += self._pulled((z * s).sum(), leaves).square()
         return total
 
     def output_hessian(self) -> Tensor:
         """∇² of the loss in the output, ``[n, n]`` for n outputs."""
-        with self._at(self.theta) as (z, _):
-            z = z.detach().requires_grad_()
+        with self._model.at(self.theta) as (_, run):
+            z = run().detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.loss(z), z, create_graph=True)
             rows = [torch.autograd.grad(entry, z, retain_graph=True)[0].flatten() for entry in slope.flatten()]
         return torch.stack(rows)
 
-    def _pulled(self, scalar: Tensor, leaves: list[Tensor]) -> Tensor:
+    def _pulled(self, scalar: Tensor, leaves: Leaves) -> Tensor:
         if not scalar.requires_grad:
             return torch.zeros_like(self.theta)
-        return self.space.join(self._differentiate(scalar, leaves, retain_graph=True, allow_unused=True))
+        return self.space.join(self._differentiate(scalar, list(leaves.values()), retain_graph=True, allow_unused=True))
 
 
 def twin_of(risk: EmpiricalRisk, loss_func: Loss, X: Any, y: Any, allowed: float) -> Twin:
@@ -100,11 +100,11 @@ def twin_of(risk: EmpiricalRisk, loss_func: Loss, X: Any, y: Any, allowed: float
     params = {name: p.detach().double() for name, p in risk.params.items()}
     space = TensorSpace(params)
     theta = space.join(params.values())
-    for make, double in product((_copied, _standing_in), (True, False)):
+    kinds: list[tuple[type[Copied] | type[StandIns], Any]] = [(Copied, torch.autograd.grad), (StandIns, gradients)]
+    for (kind, differentiate), double in product(kinds, (True, False)):
         try:
             loss = copy.deepcopy(loss_func).double() if double and isinstance(loss_func, nn.Module) else loss_func
-            at, differentiate = make(risk, X, space)
-            twin = Twin(at, differentiate, loss, y, theta, space)
+            twin = Twin(kind(risk, X, space), differentiate, loss, y, theta, space)
             if twin.output().dtype == torch.float64 and relative_difference(twin.gradient(), own) <= allowed:
                 return twin
         except torch.OutOfMemoryError:
@@ -112,38 +112,6 @@ def twin_of(risk: EmpiricalRisk, loss_func: Loss, X: Any, y: Any, allowed: float
         except UNFIT:
             continue
     raise NotJudged("the model cannot be run in double precision on these data, or has another gradient there")
-
-
-def _copied(risk: EmpiricalRisk, X: Any, space: TensorSpace) -> tuple[At, Callable[..., Any]]:
-    if risk.model.module is None:
-        raise TypeError("a function of the parameters is run with others")
-    memo: dict[int, Any] = {}
-    module = copy.deepcopy(risk.model.module, memo).double()
-    leaves = {name: memo[id(p)] for name, p in risk.params.items()}
-    for leaf in leaves.values():
-        leaf.data = leaf.data.double()
-        leaf.requires_grad_()
-    model = Model(module, leaves)
-
-    @contextmanager
-    def at(flat: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        with torch.no_grad():
-            for leaf, value in zip(leaves.values(), space.split(flat), strict=True):
-                leaf.copy_(value)
-        yield model(X), list(leaves.values())
-
-    return at, torch.autograd.grad
-
-
-def _standing_in(risk: EmpiricalRisk, X: Any, space: TensorSpace) -> tuple[At, Callable[..., Any]]:
-    @contextmanager
-    def at(flat: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        leaves = {n: t.detach().requires_grad_() for n, t in zip(risk.params, space.split(flat), strict=True)}
-        # also for what the loss reads, and the backward pass runs again
-        with risk.model.standing_in(leaves, torch.float64):
-            yield risk.functional(leaves, X), list(leaves.values())
-
-    return at, gradients
 
 
 def slope(at: Callable[[float], Tensor]) -> Tensor:

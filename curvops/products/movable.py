@@ -1,0 +1,147 @@
+"""The caller's model in double precision with parameters that can be moved: by stand-ins, or as a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from curvops.context import UNFIT
+from curvops.products.account import relative_difference, tolerance
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.model import Model
+from curvops.space import TensorSpace
+from curvops.substitutions import Substitutions, gradients
+
+Leaves = Mapping[str, Tensor]
+Run = Callable[[], Tensor]  # the model's output at the data
+
+
+class Movable(Protocol):
+    """The model at some data in double precision, wherever its parameters are moved to."""
+
+    def at(self, flat: Tensor) -> AbstractContextManager[tuple[Leaves, Run]]:
+        """A context for forward and backward passes at a parameter vector ``[D]``: the leaves, and what runs the model."""
+
+
+class StandIns:
+    """Other tensors, wherever an operation is given a parameter.
+
+    Args:
+        risk: The caller's.
+        X: The data, in double precision.
+        space: The parameters', in double precision.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, X: Any, space: TensorSpace) -> None:
+        self._risk, self._X, self._space = risk, X, space
+
+    @contextmanager
+    def at(self, flat: Tensor) -> Iterator[tuple[Leaves, Run]]:
+        leaves = {name: t.detach().requires_grad_() for name, t in _named(self._space, flat).items()}
+        # also for what the loss reads, and the backward pass runs again
+        with self._risk.model.standing_in(leaves, torch.float64):
+            yield leaves, lambda: self._risk.functional(leaves, self._X)
+
+
+class Copied:
+    """A copy of the module: parameters may be reached where no mode sees them, as by a `torch.autograd.Function`.
+
+    Args:
+        risk, X, space: As above.
+        mode: What the copy runs in.
+
+    Raises:
+        Exception: If there is no module to copy, it cannot be copied, or the copy shares its parameters.
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        X: Any,
+        space: TensorSpace,
+        mode: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        module, self._leaves = copied(risk)
+        module.double()
+        for leaf in self._leaves.values():
+            leaf.data = leaf.data.double()
+        self._model, self._X, self._space, self._mode = Model(module, self._leaves), X, space, mode
+
+    @contextmanager
+    def at(self, flat: Tensor) -> Iterator[tuple[Leaves, Run]]:
+        before = self._space.join(p.detach().clone() for p in self._leaves.values())
+        self._set(flat)
+        try:
+            yield self._leaves, self._run
+        finally:
+            self._set(before)
+
+    def _run(self) -> Tensor:
+        with self._mode():
+            return self._model(self._X)
+
+    def _set(self, flat: Tensor) -> None:
+        with torch.no_grad():
+            for name, value in _named(self._space, flat).items():
+                self._leaves[name].copy_(value)
+
+
+def movable(risk: EmpiricalRisk, X: Any, double: Any, space: TensorSpace) -> tuple[Movable, Tensor] | None:
+    """What reaches whatever the parameters do, and Jᵀu at a few data X for a random u; ``None`` if nothing does.
+
+    Args:
+        risk: The caller's.
+        X: The data, in the caller's precision.
+        double: The same in double precision.
+        space: The parameters', in double precision.
+    """
+    slope = _pulled(risk, risk.params, risk.forward(X))
+    leaves = {name: p.detach().requires_grad_() for name, p in risk.params.items()}
+    if _same(risk, slope, _pulled(risk, leaves, risk.functional(leaves, X))):
+        return StandIns(risk, double, space), slope
+    try:
+        module, own = copied(risk)
+    except UNFIT:
+        return None
+    with Substitutions():
+        z = Model(module, own)(X)
+    return (Copied(risk, double, space, Substitutions), slope) if _same(risk, slope, _pulled(risk, own, z)) else None
+
+
+def copied(risk: EmpiricalRisk) -> tuple[Module, dict[str, Tensor]]:
+    """A copy of the module, and its tensors in the place of the parameters."""
+    module = risk.model.module
+    if module is None:
+        raise TypeError("a function of the parameters is run with others")
+    memo: dict[int, Any] = {}
+    made = deepcopy(module, memo)
+    leaves = {name: memo[id(p)].requires_grad_() for name, p in risk.params.items()}
+    if any(leaf.data_ptr() == risk.params[name].data_ptr() for name, leaf in leaves.items() if leaf.numel()):
+        raise ValueError("the copy shares its parameters with the module")  # by a `__deepcopy__` of its own
+    return made, leaves
+
+
+def _named(space: TensorSpace, flat: Tensor) -> dict[str, Tensor]:
+    return dict(zip(space.names, space.split(flat), strict=True))
+
+
+def _pulled(risk: EmpiricalRisk, inputs: Mapping[str, Tensor], z: Tensor) -> Tensor:
+    """Jᵀu of an output for a random u."""
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
+    with risk.model.standing_in(inputs):
+        found = (
+            gradients(z, list(inputs.values()), u, retain_graph=True, allow_unused=True)
+            if z.requires_grad
+            else [None] * len(inputs)
+        )
+    return risk.space.join(found)
+
+
+def _same(risk: EmpiricalRisk, one: Tensor, other: Tensor) -> bool:
+    return relative_difference(other, one) <= tolerance(risk.space.dtype)

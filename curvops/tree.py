@@ -29,7 +29,8 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
         parts = [map_tensors(function, part) for part in tree]
         if isinstance(tree, list):
             return parts
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+        # whatever a class of named tuples makes of its arguments, as a PackedSequence does
+        return type(tree)._make(parts) if hasattr(tree, "_fields") else tuple(parts)
     return tree
 
 

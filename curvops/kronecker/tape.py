@@ -15,7 +15,7 @@ from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import Use, VectorUse, View
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.sharding import gathered
-from curvops.tree import nodes_of
+from curvops.tree import nodes_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,16 @@ class Tape:
 
 
 def record(risk: EmpiricalRisk, X: Any, size: int, conducting: bool = False) -> Tape:
-    """Run the model under the taps."""
+    """Run the model under the taps.
+
+    Raises:
+        NotImplementedError: If X has nested tensors, of which rows belong to no datum by their place.
+    """
+    if any(t.is_nested for t in tensors_of(X)):
+        raise NotImplementedError(
+            "data: Kronecker operators take no nested tensors. Pad them (X.to_padded_tensor(0.0), with the lengths as a second "
+            "tensor of X), or take HessianLinearOperator, GGNLinearOperator or EFLinearOperator."
+        )
     taps = Taps(risk.params, RULES, size, conducting)
     z = risk.forward(X, taps)
     uses, precision = taps.uses, taps.precision or z.dtype

@@ -122,6 +122,8 @@ class LossWalk:
         return count
 
     def _check_between(self, whole: _Piece, few: _Piece | None) -> None:
+        if self._reduction == "sum" and whole.size == 1 and whole.z.shape[:1] != (1,):
+            return  # a batch is one datum of several rows: with those of another it would be another datum
         self._batches += 1
         if self._batches == 1:
             # copied: it holds no batch, and a loader may overwrite its own
@@ -159,7 +161,7 @@ class LossWalk:
                 "something that belongs to no datum. Pass a function that sums over the data, with reduction='sum', "
                 "and scale it yourself; or one that averages over the data, to which a regulariser may be added, with "
                 "reduction='mean' (of a module that does so whatever its attribute says: lambda z, y: loss(z, y)). A loss of a "
-                "whole batch (contrastive, ranking) has a Hessian if each batch is one datum: batch_size_fn=lambda X: 1."
+                "whole batch (contrastive, ranking) has a Hessian if each batch is one datum: batch_size_fn=lambda X: 1, with reduction='sum'."
             )
         return differ is False
 

@@ -97,9 +97,9 @@ class OutputFactorOperator(RiskOperator):
 
     def _rows_of(self, curvature: OutputCurvature, columns: int) -> int:
         """The number of rows Sᵀ J of a batch; none where S takes more products than ``columns``, if given, or does not exist."""
-        if 0 < columns < self._factor_products(curvature):
-            return 0
         try:
+            if 0 < columns < self._factor_products(curvature):
+                return 0
             return curvature.num_terms * self._factor_columns(curvature)
         except (ValueError, NotImplementedError):
             return 0

@@ -116,4 +116,12 @@ def _pull(
     if not used:
         return [None] * len(inputs)
     outs, us = zip(*used, strict=True)
-    return list(gradients(outs, inputs, us, retain_graph=not last, allow_unused=True))
+    try:
+        return list(gradients(outs, inputs, us, retain_graph=not last, allow_unused=True))
+    except RuntimeError as error:
+        if not (str(error).startswith("derivative for") and "not implemented" in str(error)):
+            raise
+        raise NotImplementedError(
+            f"PyTorch has no second derivative of an operation of the model or the loss ({error}). Write it in plain operations, or "
+            "take what needs first derivatives only: EFLinearOperator, KFACLinearOperator(…, fisher_type='empirical')."
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from curvops.tree import map_tensors, tensors_of
 
@@ -76,6 +77,8 @@ class Data:
         """Number of data of a batch."""
         if self.batch_size_fn is not None:
             return int(self.batch_size_fn(X))
+        if isinstance(X, PackedSequence):
+            return int(X.batch_sizes[0])
         sizes = {t.shape[0] if t.ndim else -1 for t in tensors_of(X)}
         if len(sizes) != 1 or -1 in sizes:
             seen = f"first axes {sorted(sizes)}" if sizes else "it has no tensors"

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -178,7 +179,8 @@ class Model:
                 todo += value.children()
             if isinstance(value, (dict, list, tuple, set)):
                 items = value.values() if isinstance(value, dict) else value
-                todo += items if len(items) <= LARGEST else ()
+                some = list(islice(items, LARGEST + 1))  # their own length may mean something else
+                todo += some if len(some) <= LARGEST else ()
             elif isinstance(value, Module) or (value is self._searched and hasattr(value, "__dict__")):
                 own = [v for name, v in vars(value).items() if name not in STANDARD]
                 todo += [v for v in own if isinstance(v, (Module, dict, list, tuple, set, FunctionType))]

@@ -11,7 +11,7 @@ from kronecker.cases import Net
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from curvops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
 from curvops.risk.determinism import NotFiniteWarning
 from curvops.tree import tensors_of
 
@@ -282,3 +282,41 @@ def test_params_are_named_in_what_is_refused(model):
     ):
         with pytest.raises((TypeError, ValueError), match=f"params: {message}"):
             HessianLinearOperator(model, LOSS, wrong, [(X, Y)])
+
+
+class Read(torch.nn.Module):
+    """The last state of a recurrent net."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = torch.nn.GRU(2, 3, batch_first=True).double()
+
+    def forward(self, X):
+        return self.cell(X)[1][0]
+
+
+def test_packed_sequences_are_those_one_by_one():
+    model, sequences = Read(), [draws(n, 2, seed=n) for n in (2, 4, 1, 3)]
+    packed = torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+    y = torch.tensor([0, 2, 1, 1])
+    alone = [(sequence.unsqueeze(0), y[k : k + 1]) for k, sequence in enumerate(sequences)]
+    for cls in (HessianLinearOperator, GGNLinearOperator, EFLinearOperator):
+        close(op(model, [(packed, y)], cls).to_dense(), op(model, alone, cls).to_dense())
+
+
+def test_kronecker_operators_refuse_nested_tensors():
+    nested = torch.nested.nested_tensor([draws(n, 3) for n in (2, 1)], layout=torch.jagged)
+    pooled = Net(lambda own, X: own.layer(torch.stack([x.mean(0) for x in X.unbind()])))
+    pooled.layer = nn.Linear(3, 2).double()
+    with pytest.raises(NotImplementedError, match=r"Kronecker operators take no nested tensors\. Pad them"):
+        op(pooled, [(nested, Y[:2])], KFACLinearOperator)
+
+
+class Irreps(tuple):
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_attributes_may_have_lengths_of_their_own(model, expected):
+    model.irreps = Irreps((1, torch.nn.ReLU()))
+    close(op(model, [(X, Y)]) @ torch.eye(8).double(), expected)

@@ -7,7 +7,7 @@ from kronecker.cases import Net as Made
 from oracles import KINDS, Case, real
 from torch import nn
 
-from curvops import EmpiricalRisk
+from curvops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
 from trust.support import Net, labels, right_or_refused, rotate, used
 
 REFUSAL = r"(?s)reduction.*sum|sum.*reduction"
@@ -240,3 +240,53 @@ def test_a_hook_on_every_module(form, how):
         hooked.remove()
     assert not torch.equal(before, truth)
     case.check("Hessian")
+
+
+def ranked(z, y):
+    """Cox's partial likelihood of a batch (its data are coupled)."""
+    z = z[y.argsort(descending=True), 0]
+    return -(z - torch.logcumsumexp(z, 0)).sum()
+
+
+def contrasted(z, y):
+    """InfoNCE of a batch."""
+    return F.cross_entropy(F.normalize(z) @ F.normalize(z.roll(1, 1)).T, torch.arange(len(z)), reduction="sum")
+
+
+@pytest.mark.parametrize("loss", [ranked, contrasted])
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (5, 3)])
+def test_a_loss_of_whole_batches_is_summed_over_them(loss, sizes):
+    """As the error of one that couples its data advises: each batch is one datum."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    X, y = real(8, 3), real(8)
+    data = list(zip(X.split(sizes), y.split(sizes), strict=True))
+    params = dict(model.named_parameters())
+    flat = torch.nn.utils.parameters_to_vector(params.values()).detach()
+
+    def total(theta):
+        parts = dict(zip(params, theta.split([p.numel() for p in params.values()]), strict=True))
+        own = {name: part.view_as(params[name]) for name, part in parts.items()}
+        return sum(loss(torch.func.functional_call(model, own, (X,)), y) for X, y in data)
+
+    options = {"reduction": "sum", "batch_size_fn": lambda X: 1}
+    hessian = HessianLinearOperator(model, loss, params, data, **options)
+    torch.testing.assert_close(
+        hessian.to_dense(), torch.autograd.functional.hessian(total, flat), rtol=1e-9, atol=1e-11
+    )
+    ggn = GGNLinearOperator(model, loss, params, data, **options)
+    one_by_one = torch.stack([ggn @ e for e in torch.eye(len(flat)).double()], 1)
+    torch.testing.assert_close(ggn.to_dense(), one_by_one)
+    torch.testing.assert_close(ggn @ real(len(flat), 3).roll(1), one_by_one @ real(len(flat), 3).roll(1))
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+def test_a_loss_without_a_second_derivative_is_named(cls):
+    def ctc(z, y):
+        sizes = torch.full((len(z),), z.shape[1]), torch.full((len(z),), 2)
+        return F.ctc_loss(z.transpose(0, 1).log_softmax(-1), y, *sizes, reduction="sum")
+
+    model, data = nn.Linear(3, 4).double(), [(real(2, 6, 3), torch.tensor([[1, 2], [3, 1]]))]
+    with pytest.raises(
+        NotImplementedError, match=r"(no second derivative of|cannot be differentiated twice).*plain operations"
+    ):
+        cls(model, ctc, dict(model.named_parameters()), data, reduction="sum").to_dense()

@@ -30,7 +30,8 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
         if isinstance(tree, list):
             return parts
         # whatever a class of named tuples makes of its arguments, as a PackedSequence does
-        return type(tree)._make(parts) if hasattr(tree, "_fields") else tuple(parts)
+        make: Callable[[list[Any]], Any] = getattr(type(tree), "_make", tuple)
+        return make(parts)
     return tree
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from curvops.products import rules
 from curvops.space import TensorSpace, aligned
 
 
@@ -23,7 +25,7 @@ def layered_hessian(
     params = dict(params)
     hessian = torch.zeros(space.dim, space.dim, dtype=space.dtype, device=space.device)
     remaining = dict(params)
-    for names in layers(list(params)):
+    for names in layers({name: p.numel() for name, p in params.items()}, min(columns, rules.LAYERED)):
         own = {name: params[name] for name in names}
 
         def slopes(own: dict[str, Tensor], later: dict[str, Tensor] = remaining) -> dict[str, Tensor]:
@@ -38,15 +40,15 @@ def layered_hessian(
     return hessian
 
 
-def layers(names: list[str]) -> list[list[str]]:
-    """Consecutive parameters of one module; names without a module stand alone."""
+def layers(sizes: Mapping[str, int], columns: int) -> list[list[str]]:
+    """Consecutive parameters of one module; small ones together with the next, up to so many columns."""
     groups: list[list[str]] = []
-    for name in names:
-        prefix = name.rpartition(".")[0]
-        if prefix and groups and groups[-1][-1].rpartition(".")[0] == prefix:
-            groups[-1].append(name)
+    for _, several in groupby(sizes, lambda name: name.rpartition(".")[0] or name):
+        names = list(several)
+        if groups and sum(sizes[name] for name in groups[-1] + names) <= columns:
+            groups[-1] += names
         else:
-            groups.append([name])
+            groups.append(names)
     return groups
 
 

@@ -8,7 +8,7 @@ from problems import PROBLEMS, Interrupting, custom
 from torch import nn
 
 from curvops import EFLinearOperator, EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
-from curvops.products import ggn, hessian, proofs, rules
+from curvops.products import ggn, hessian, layered, proofs, rules
 from curvops.products.batch import HeldRows
 from curvops.products.record import Recorder
 from curvops.products.reference import OutputLinearization
@@ -396,3 +396,24 @@ def test_a_paddings_row_is_a_constant_in_forward_mode_too():
     assert "forward over reverse by layer (a random combination equals" in op.explain()
     close(found, torch.stack([op @ v for v in torch.eye(op.shape[1]).double()], 1))
     assert not found[:3].any()
+
+
+def test_small_layers_go_together():
+    """A deep and narrow net takes a pass for many of its layers, and not one for each."""
+    sizes = {"a.weight": 6, "a.bias": 2, "b.weight": 50, "b.bias": 4, "alone": 2, "c.weight": 70, "d.weight": 3}
+    together = layered.layers(sizes, 64)
+    assert together == [["a.weight", "a.bias", "b.weight", "b.bias", "alone"], ["c.weight"], ["d.weight"]]
+    assert layered.layers(sizes, 0) == [["a.weight", "a.bias"], ["b.weight", "b.bias"], ["alone"], ["c.weight"], ["d.weight"]]
+    layers = [layer for _ in range(12) for layer in (torch.nn.Linear(2, 2), torch.nn.Tanh())]
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), *layers).double()
+    params, X, y = dict(model.named_parameters()), draws(5, 3), draws(5, 2)
+    found = HessianLinearOperator(model, torch.nn.MSELoss(), params, [(X, y)]).to_dense()
+    shapes = {name: p.shape for name, p in params.items()}
+
+    def risk(flat):
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        own = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return torch.nn.functional.mse_loss(torch.func.functional_call(model, own, (X,)), y)
+
+    flat = torch.nn.utils.parameters_to_vector(params.values()).detach()
+    close(found, torch.autograd.functional.hessian(risk, flat))

@@ -127,18 +127,19 @@ class JacobianLinearOperator(AccountedOperator):
                     self.domain.join(one.jacobian.pull(u.reshape(one.z.shape)), row)
             return self._summed(total, columns).T.to(self.domain.dtype)
 
-    def _until_refuted(self) -> Callable[[_Outputs, bool], Tensor | None]:
-        """Gives a batch's rows by `vmap` where they are wanted, until that was refuted for one."""
+    def _until_refuted(self) -> Callable[..., Tensor | None]:
+        """Gives a batch's rows by `vmap` where they are wanted, in a place if one is given, until that was refuted for one."""
         refuted = False
 
-        def rows(one: _Outputs, wanted: bool) -> Tensor | None:
+        def rows(one: _Outputs, wanted: bool, out: Tensor | None = None) -> Tensor | None:
             nonlocal refuted
             # it runs over several data, and knows no shards
             if refuted or not wanted or self._datum is not None or one.batch.size == 1 or self.domain.shards:
                 return None
-            found = self._together(one)
-            refuted = found is None
-            return found
+            if out is None:
+                out = torch.empty(one.z.numel(), self.domain.dim, dtype=self.domain.dtype, device=self.device)
+            refuted = not self._together(one, out)
+            return None if refuted else out
 
         return rows
 
@@ -155,9 +156,7 @@ class JacobianLinearOperator(AccountedOperator):
         by_vmap = self._until_refuted()
         with self.risk.ranks.together(), closing(self._batches()) as batches:
             for one, rows in batches:
-                if (found := by_vmap(one, True)) is not None:
-                    matrix[rows] = found
-                else:
+                if by_vmap(one, True, matrix[rows]) is None:
                     self._one_by_one(one, matrix[rows])
             return self._summed(matrix).to(self.codomain.dtype)
 
@@ -171,14 +170,22 @@ class JacobianLinearOperator(AccountedOperator):
             for k, v in enumerate(torch.eye(self.domain.dim, dtype=self.dtype, device=self.device)):
                 rows[:, k] = push(v).flatten()
 
-    def _together(self, one: _Outputs) -> Tensor | None:
-        """The rows by `vmap` over a batch's data, if a random combination of them is that of its graph."""
+    def _together(self, one: _Outputs, out: Tensor) -> bool:
+        """Write the rows by `vmap` over a batch's data; whether a random combination of them is that of its graph."""
         units = torch.eye(one.z[0].numel(), dtype=one.z.dtype, device=one.z.device).reshape(-1, *one.z.shape[1:])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
         us = units.expand(one.batch.size, *units.shape)
         entries, room = one.record.entries // one.batch.size, partial(granted, self.device, self.memory_budget)
         parts = partial(pulled_rows, self.risk.functional, primals, one.batch.X, us, self.domain, entries, room)
-        found, why = attempted(lambda: torch.cat(list(parts())))
+
+        def write() -> Tensor:
+            start = 0
+            for some in parts():
+                out[start : start + len(some)] = some
+                start += len(some)
+            return out
+
+        found, why = attempted(write)
         if found is not None:
             noise = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(0)).to(one.z)
             expected = torch.zeros(self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
@@ -187,10 +194,11 @@ class JacobianLinearOperator(AccountedOperator):
             if difference <= tolerance(self.dtype):
                 why = f"a random combination equals the reference's within {difference:.1e}"
                 self.account.note("rows", "by vmap over the data", why)
-                return found
+                return True
             why = f"vmap differs from the reference by {difference:.1e}"
         self.account.note("rows", "one by one", why)
-        return None
+        out.zero_()  # another way adds to it
+        return False
 
     def _push(self, one: _Outputs) -> Push:
         """J v of a batch by forward mode where that takes less and is proved."""

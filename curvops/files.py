@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -18,17 +19,19 @@ from torch import Tensor
 
 from curvops.extras import extra
 
-KEY = "curvops"
+KEY, SUM, SUMS = "curvops", "sha256", "sha256 of tensors"  # the text, its hash, and in it those of the tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], format: str) -> None:
     """Write tensors and what is to be known about them, which JSON must hold (needs ``safetensors``).
 
-    Reading asks for the same ``format``.
+    Reading asks for the same ``format``, and sees by hashes whether anything is not what was written.
     """
     save = extra("safetensors.torch", "Saving to a file").save
-    text = json.dumps({**about, "format": format, "versions": versions()})
-    content = save(_apart(tensors), metadata={KEY: text})
+    own = _apart(tensors)
+    sums = {name: _sum(tensor) for name, tensor in own.items()}
+    text = json.dumps({**about, "format": format, "versions": versions(), SUMS: sums})
+    content = save(own, metadata={KEY: text, SUM: hashlib.sha256(text.encode()).hexdigest()})
     replace_atomically(path, lambda partial: partial.write_bytes(content))
 
 
@@ -47,31 +50,59 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of `write_tensors`: the tensors and what is known about them.
 
+    Files of earlier versions have no hashes, and are taken as they are.
+
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut, or of another format.
+        ValueError: If it is cut, damaged, or of another format.
     """
-    with _opened(path, format) as (file, about):
-        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
+    with _opened(path, format) as (file, about, sums):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if sums is not None:
+            found = {name: _sum(tensor) for name, tensor in tensors.items()}
+            if wrong := [name for name in {**sums, **found} if sums.get(name) != found.get(name)]:
+                raise _damaged(path, wrong[0])
+        return tensors, about
 
 
 def read_about(path: Path, format: str) -> dict[str, Any]:
     """What is known about the tensors, without them; errors as of `read_tensors`."""
-    with _opened(path, format) as (_, about):
+    with _opened(path, format) as (_, about, _):
         return about
 
 
+def _sum(tensor: Tensor) -> str:
+    """A hash of a contiguous tensor's type, shape and bytes, which are not copied."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return found.hexdigest()
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"'{path}' is damaged or was edited: {what!r} is not what was written. Remove the file, or write it anew."
+    )
+
+
 @contextmanager
-def _opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any], dict[str, str] | None]]:
+    """The file, what is known about its tensors, and their hashes, if it has any."""
     library = extra("safetensors", "Loading from a file")
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is not a file.")
     try:
         with library.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "null"))
+            known = file.metadata() or {}
+            text = known.get(KEY, "null")
+            if SUM in known and hashlib.sha256(text.encode()).hexdigest() != known[SUM]:
+                raise _damaged(path, "what is known about its tensors")
+            about = json.loads(text)
             if not isinstance(about, dict) or about.get("format") != format:
                 raise ValueError(f"'{path}' is a safetensors file, but not one of {format}.")
-            yield file, about
+            sums = about.pop(SUMS, None)
+            if sums is not None and SUM not in known:
+                raise _damaged(path, SUM)
+            yield file, about, sums
     except (library.SafetensorError, json.JSONDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"'{path}' is truncated or not a safetensors file ({reason}).") from None

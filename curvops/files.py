@@ -8,9 +8,11 @@ import json
 import os
 import platform
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,12 @@ from torch import Tensor
 from curvops.extras import extra
 
 KEY, SUM, SUMS = "curvops", "sha256", "sha256 of tensors"  # the text, its hash, and in it those of the tensors
+
+ABANDONED = 86_400  # seconds after the last write to a file that was not finished
+
+
+class Unreadable(ValueError):
+    """A file is cut, or not what was written."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], format: str) -> None:
@@ -78,8 +86,8 @@ def _sum(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(
+def _damaged(path: Path, what: str) -> Unreadable:
+    return Unreadable(
         f"'{path}' is damaged or was edited: {what!r} is not what was written. Remove the file, or write it anew."
     )
 
@@ -105,7 +113,7 @@ def _opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any], dict
             yield file, about, sums
     except (library.SafetensorError, json.JSONDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"'{path}' is truncated or not a safetensors file ({reason}).") from None
+        raise Unreadable(f"'{path}' is truncated or not a safetensors file ({reason}).") from None
 
 
 def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -113,12 +121,26 @@ def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        _remove_abandoned(path)
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(partial)):
+            raise
+        # the name that the caller knows; a full disk names none
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what runs that were killed have left beside a path; what was written to within a day may be another run's."""
+    for other in path.parent.glob(f".{escape(path.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > ABANDONED:
+                other.unlink()
 
 
 def digest(path: Path) -> str:

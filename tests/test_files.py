@@ -1,7 +1,10 @@
 """Files are what safetensors' own reader takes them for."""
 
+import errno
 import json
+import os
 import struct
+import time
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import curvops
-from curvops.files import read_about, read_tensors, write_tensors
+from curvops.files import read_about, read_tensors, replace_atomically, write_tensors
 from curvops.tour import load_coarse, load_matrices, save_coarse, save_matrices
 from curvops.tour.coarse_files import CoarseFile
 
@@ -116,3 +119,30 @@ def test_another_librarys_edit_is_seen(tmp_path):
     save_file({"a": torch.ones(2) * 2}, path, metadata=metadata)
     with pytest.raises(ValueError, match="'a' is not what was written"):
         read_tensors(path, "test")
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before", encoding="utf-8")
+    for given in ((errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission denied", "the partial file")):
+
+        def write(partial, given=given):
+            partial.write_bytes(b"begun")
+            raise OSError(*given[:2], *[str(partial)] * (len(given) == 3))
+
+        with pytest.raises(OSError, match=given[1]) as caught:
+            replace_atomically(path, write)
+        assert caught.value.filename == str(path) and caught.value.errno == given[0]
+    assert path.read_text(encoding="utf-8") == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path):
+    old, fresh, others = (
+        tmp_path / f".{name}.part" for name in ("[file].01234567", "[file].89abcdef", "other.01234567")
+    )
+    for path in (old, fresh, others):
+        path.write_bytes(b"begun")
+    for path in (old, others):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    replace_atomically(tmp_path / "[file]", lambda partial: partial.write_bytes(b"whole"))
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, others, tmp_path / "[file]"])

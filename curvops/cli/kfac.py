@@ -46,11 +46,14 @@ def run(
         }  # fmt: skip
         if not processes.is_first():
             return
-        beside.unlink(missing_ok=True)
-        operator.save(path)
-        document["sha256"] = digest(path)
+
+        def write(partial: Path) -> None:
+            operator.save(partial)
+            document["sha256"] = digest(partial)  # of this run's file, whatever another one puts in its place
+
+        replace_atomically(path, write)
         text = json_text(document)
-        replace_atomically(beside, lambda partial: partial.write_text(text))
+        replace_atomically(beside, lambda partial: partial.write_text(text, encoding="utf-8"))
     else:
         session.note(f"'{path}' is there, and is not computed again")
     session.kept.append(path)
@@ -63,7 +66,7 @@ def _kept(path: Path, beside: Path, settings: dict[str, Any]) -> dict[str, Any] 
     if not path.exists():
         return None
     try:
-        document = json.loads(beside.read_text())
+        document = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise Failure(
             f"'{path}' is there, but '{beside}', which says what it is, is not; --fresh computes it anew"
@@ -71,7 +74,7 @@ def _kept(path: Path, beside: Path, settings: dict[str, Any]) -> dict[str, Any] 
     expect_same(path, document.get("settings"), settings)
     if document.get("sha256") != digest(path):
         raise Failure(
-            f"'{path}' was edited or cut since it was written: it is not what '{beside}' describes; --fresh computes it anew"
+            f"'{path}' was edited or cut since it was written, or another run replaced it: it is not what '{beside}' describes; --fresh computes it anew"
         )
     found: dict[str, Any] = document
     return found

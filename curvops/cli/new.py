@@ -48,7 +48,7 @@ def run(session: Session, *, file: str, force: bool) -> None:
     if not path.parent.is_dir():
         raise Failure(f"there is no folder '{path.parent}'; make it first")
     try:
-        replace_atomically(path, lambda partial: partial.write_text(TEMPLATE.format(file=path)))
+        replace_atomically(path, lambda partial: partial.write_text(TEMPLATE.format(file=path), encoding="utf-8"))
     except OSError as error:
         raise Failure(f"cannot write '{path}': {error.strerror}") from None
     target = f"{path}:problem"

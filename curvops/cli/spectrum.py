@@ -62,7 +62,7 @@ def run(
     if not processes.is_first():
         return
     text = json_text(document)
-    replace_atomically(folder / "spectrum.json", lambda partial: partial.write_text(text))
+    replace_atomically(folder / "spectrum.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     session.answer(document)
 
 

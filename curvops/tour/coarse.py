@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint, OtherComputation
+from curvops.files import Unreadable
 from curvops.memory import budget
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tour.coarse_files import CoarseFile, load_coarse, save_coarse, with_part
@@ -251,7 +252,7 @@ class _Run:
         options = {"num_products": self._effort.block_products, **self._common}
         try:
             found = operator.block_norms(rows, checkpoint=self._checkpoint, **options)
-        except OtherComputation:  # of another matrix, whose tour was ended
+        except (OtherComputation, Unreadable):  # of another matrix, whose tour was ended, or damaged since
             assert self._checkpoint is not None
             Path(self._checkpoint.path).unlink()
             found = operator.block_norms(rows, checkpoint=self._checkpoint, **options)

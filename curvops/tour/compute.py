@@ -175,8 +175,8 @@ class _Matrices:
         """Take over the matrices of the file, or say why not."""
         try:
             there = load_matrices(self._path)
-        except (FileNotFoundError, ValueError):
-            return "it cannot be read"
+        except (FileNotFoundError, ValueError) as error:
+            return f"it cannot be read: {str(error).partition('. ')[0].rstrip('.')}"
         own = self.file
         before, now = ({**file.settings, "groups": list(file.groups.items())} for file in (there, own))
         before.pop(REFUSED, None)

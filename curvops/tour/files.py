@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from torch import Tensor
@@ -123,19 +124,15 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
     """
     folder = Path(folder)
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    trial = folder / f".space.{os.getpid()}.part"
     try:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with trial.open("wb") as file:
-                for start in range(0, expected_bytes, 2**20):
-                    file.write(bytes(min(2**20, expected_bytes - start)))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            trial.unlink(missing_ok=True)
+        with TemporaryFile(dir=folder) as file:  # goes with the process, also if that is killed
+            for start in range(0, expected_bytes, 2**20):
+                file.write(bytes(min(2**20, expected_bytes - start)))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):
             for path in missing:

@@ -53,7 +53,7 @@ def _held_by_process() -> int | None:
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the high-water mark to what is held now
     except OSError:
         return None
     return entry(STATUS, "VmRSS:")

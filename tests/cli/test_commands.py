@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import curvops
-from curvops.cli import main
+from curvops.cli import kfac, main
 from curvops.cli.commands import MATRICES
 from curvops.cli.commands import curvops as group
 from curvops.cli.matrices import OPERATORS as KNOWN
@@ -89,6 +89,13 @@ def test_the_tour_of_ones_own_problem(target, capsys, monkeypatch):
     assert file.matrices["KFAC"].shape == (9, 9) and file.settings["dtype"] == "float64"
     again, _ = document(capsys, "tour", target, "--params", "2.*", "--dtype", "float64")
     assert again["tours"] == found["tours"], "taken from the file, with the same seconds"
+    whole = Path("tour/matrices.safetensors").read_bytes()
+    Path("tour/matrices.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    _, errors = document(capsys, "tour", target, "--params", "2.*", "--dtype", "float64")
+    assert "(it cannot be read: 'tour/matrices.safetensors' is damaged or was edited" in errors
+    assert "is computed anew" in errors and torch.equal(
+        load_matrices("tour/matrices.safetensors").matrices["KFAC"], file.matrices["KFAC"]
+    )
 
 
 def test_the_tour_of_checkpoints(target, capsys, monkeypatch):
@@ -203,6 +210,10 @@ def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
     Path("mine.py").write_text(PROBLEM.replace("linspace(-1", "linspace(-2"))
     assert main(asked) == 1
     assert "(other data)" in capsys.readouterr().err
+    whole = Path("spectrum/ggn.eigenvalues.safetensors").read_bytes()
+    Path("spectrum/ggn.eigenvalues.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(asked) == 1
+    assert "is damaged or was edited" in capsys.readouterr().err
     Path("spectrum/ggn.eigenvalues.safetensors").write_bytes(b"cut")
     assert main(asked) == 1
     assert "truncated or not a safetensors file" in capsys.readouterr().err
@@ -316,6 +327,31 @@ def test_kfac_is_kept_and_loads(name, target, capsys):
     assert main(asked) == 1 and "--fresh computes it anew" in capsys.readouterr().err
     assert main([*asked, "--fresh", "--batches", "1"]) == 0
     assert f"kfac/{name}.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("moment", "status"), [("digest", 0), ("json_text", 1)])
+def test_factors_of_two_runs_at_once_are_not_taken_for_each_other(moment, status, target, capsys, monkeypatch):
+    original, others = getattr(kfac, moment), []
+
+    def late(given):
+        if not others:
+            others.append("another run, which writes in between")
+            assert main(["kfac", target, "--fisher-type", "type-2", "--fresh"]) == 0
+        return original(given)
+
+    monkeypatch.setattr(kfac, moment, late)
+    assert main(["kfac", target]) == 0
+    assert main(["kfac", target]) == status, "its own factors, or none"
+    assert ("or another run replaced it" in capsys.readouterr().err) == (status == 1)
+
+
+def test_factors_that_cannot_be_written_leave_the_file_before(target, capsys, monkeypatch):
+    assert main(["kfac", target]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert main(["kfac", target, "--fresh"]) == 1
+    assert "No space left on device: 'kfac/kfac.safetensors'" in capsys.readouterr().err
+    assert main(["kfac", target]) == 0 and "is not computed again" in capsys.readouterr().err
 
 
 def test_nothing_outlives_a_run(target, tmp_path, capsys, monkeypatch):

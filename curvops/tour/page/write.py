@@ -59,7 +59,7 @@ def write_page(
         >>> import torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = write_page(Path(folder) / "tour.html", MatrixFile({"Hessian": torch.eye(2)}))
-        ...     "Hessian" in page.read_text()
+        ...     "Hessian" in page.read_text(encoding="utf-8")
         True
     """
     given = dict(stops) if isinstance(stops, Mapping) else {"": stops}

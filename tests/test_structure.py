@@ -55,6 +55,17 @@ def test_each_file_knows_its_place(path):
         )
 
 
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_texts_are_utf_8_wherever_they_are_written(path):
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("read_text", "write_text", "open"):
+            modes = [one.value for one in call.args if isinstance(one, ast.Constant)]
+            binary = any(isinstance(mode, str) and "b" in mode for mode in modes) and call.func.attr == "open"
+            known = any(keyword.arg == "encoding" for keyword in call.keywords)
+            other = isinstance(call.func.value, ast.Name) and call.func.value.id in ("Image", "os")  # of no texts
+            assert binary or known or other, f"line {call.lineno}: {call.func.attr}(…) without encoding"
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in TOOLBOX], ids=module)
 def test_the_toolbox_knows_no_neural_network(path):
     for name in imports(path):

@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status.
 
     0 is success, 1 a failure that one line on stderr explains (after the traceback where the user's own code failed),
-    2 a mistake in the arguments, and 130 an interruption with Ctrl-C.
+    2 a mistake in the arguments, 130 an interruption with Ctrl-C, and 143 one by SIGTERM.
     """
     try:
         from curvops.cli.commands import run
@@ -19,4 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("curvops: the command line needs click: pip install 'curvops[tour]'", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("curvops: interrupted", file=sys.stderr)
+        return 130
     return run(arguments)

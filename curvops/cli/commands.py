@@ -47,9 +47,23 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # it has none before cl
             size = 0
         # a number alone that is so small was meant in another unit
         least = 1 if found and (found[2] or found[3]) else 10**6
-        if size < least:
+        if not least <= size < 2**63:
             self.fail(f"expected a size with its unit, e.g. 2GB or 500MiB, got {value!r}", param, ctx)
         return int(size)
+
+
+class Folder(click.ParamType):  # type: ignore[type-arg]  # it has none before click 8.4
+    """A folder that is there, or can be made; shells complete the names of folders."""
+
+    name = "DIR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).strip():
+            self.fail(f"expected the name of a folder, got {value!r}; the current one is '.'", param, ctx)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]  # it has none before click 8.4
@@ -80,6 +94,7 @@ def run(arguments: Sequence[str] | None) -> int:
         click.echo(usage_line(error), err=True)
         return 2
     except click.Abort:
+        click.echo("curvops: interrupted", err=True)
         return 130
 
 
@@ -100,6 +115,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 _Decorator = Callable[[Any], Any]
+_COUNT = click.IntRange(1, 2**31 - 1)
 _device = click.option(
     "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, … [default: where the model is]"
 )
@@ -128,7 +144,7 @@ _fisher_type = click.option(
 _PROBLEM = (
     click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Precision of model, loss and data. [default: as they are]"),
     click.option("--params", multiple=True, metavar="PATTERN", help="Parameters to take, such as 'layer4.*'; can be repeated. [default: those that are trained]"),
-    click.option("--batches", type=click.IntRange(1), metavar="N", help="Take the first N batches only. [default: all]"),
+    click.option("--batches", type=_COUNT, metavar="N", help="Take the first N batches only. [default: all]"),
 )  # fmt: skip
 _SHOWN = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, and everything else on stderr."),
@@ -148,7 +164,12 @@ def _target(required: bool = True) -> _Decorator:
 
 def _output(default: str) -> _Decorator:
     return click.option(
-        "--output", default=default, show_default=True, metavar="DIR", help="Folder for the files; it is made."
+        "--output",
+        type=Folder(),
+        default=default,
+        show_default=True,
+        metavar="DIR",
+        help="Folder for the files; it is made.",
     )
 
 
@@ -187,7 +208,7 @@ def curvops() -> None:
     Completion of commands and options, in a line of ~/.bashrc (zsh: zsh_source, fish: fish_source):
       eval "$(_CURVOPS_COMPLETE=bash_source curvops)"
 
-    Exit status: 0 success, 1 failure, 2 mistake in the arguments, 130 interrupted.
+    Exit status: 0 success, 1 failure, 2 mistake in the arguments, 130 interrupted, 143 terminated.
     """
 
 
@@ -236,8 +257,8 @@ def check(**given: Any) -> int:
     click.option("-k", "k", type=click.IntRange(1), metavar="N", help="Eigenvalues at each end. [default: 5, or as many as there are]"),
     click.option("--which", type=click.Choice(["both", "largest", "smallest", "magnitude"]), default="both", show_default=True, help="At which end."),
     click.option("--density/--no-density", default=True, show_default=True, help="Estimate and draw the spectral density."),
-    click.option("--depth", type=click.IntRange(1), default=64, show_default=True, help="Of the density: Lanczos steps; not used up to 2,000 parameters, where the matrix is made."),
-    click.option("--vectors", type=click.IntRange(1), default=8, show_default=True, help="Of the density: start vectors; not used up to 2,000 parameters."),
+    click.option("--depth", type=_COUNT, default=64, show_default=True, help="Of the density: Lanczos steps; not used up to 2,000 parameters, where the matrix is made."),
+    click.option("--vectors", type=_COUNT, default=8, show_default=True, help="Of the density: start vectors; not used up to 2,000 parameters."),
     _fisher_type, _output("spectrum"), _fresh, _device, *_PROBLEM, _seed, _threads, _memory, *_SHOWN,
 )  # fmt: skip
 def spectrum(**given: Any) -> int:

@@ -12,6 +12,8 @@ from types import TracebackType
 
 import click
 
+from curvops.extras import package_of
+
 _OURS = Path(__file__).resolve().parents[1]
 _LIBRARIES = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
 _CPU = "leave model and data on the CPU; --device moves them"
@@ -70,11 +72,13 @@ def failure_text(error: BaseException) -> str:
     """A line for what our code refuses and says itself, else for the user's code with its traceback, or the first line."""
     if isinstance(error, UserError) and error.__cause__ is not None:
         return _users_failure(str(error), error.__cause__)
-    if isinstance(error, ModuleNotFoundError) and not _from_user(error):
-        return f"it needs {error.name}: pip install 'curvops[tour]'"
+    if isinstance(error, SystemExit):
+        return f"your code ended the program{_users_place(error)} (SystemExit); it must return, or raise an error"
+    if isinstance(error, ModuleNotFoundError) and not from_user(error):
+        return f"it needs {package_of(error.name or '')}: pip install 'curvops[tour]'"
     if isinstance(error, (Failure, OSError)) or _raised_by_us(error):
         return _message(error)
-    if _from_user(error):
+    if from_user(error):
         return _users_failure("your code failed", error)
     return f"{type(error).__name__}: {_message(error)}{_remedy(error) or ' (--traceback shows where)'}"
 
@@ -144,7 +148,8 @@ def _raised_by_us(error: BaseException) -> bool:
     return isinstance(error, Warning) or linecache.getline(str(path), trace.tb_lineno).strip().startswith("raise ")
 
 
-def _from_user(error: BaseException) -> bool:
+def from_user(error: BaseException) -> bool:
+    """Whether code of the user's takes part in it."""
     return _first_of_user(error) is not None
 
 

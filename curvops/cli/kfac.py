@@ -29,11 +29,12 @@ def run(
     own = options(name, seed=seed, fisher_type=fisher_type, memory=memory) | {"kfac_approx": approximation}
     asked = {"matrix": name, "fisher_type": fisher_type, "approximation": approximation, "seed": seed}
     settings = {**asked, **problem_settings(problem)}
-    path = Path(output) / f"{name}.safetensors"
+    folder = session.path(output)
+    path = folder / f"{name}.safetensors"
     beside = path.with_suffix(".json")  # what the file itself does not say
     document = None if fresh else _kept(path, beside, settings)
     if document is None:
-        prepare_output(output, 0)
+        prepare_output(folder, 0)
         problem.risk.progressbar = sys.stderr.isatty()
         start = time.perf_counter()
         operator = operator_of(name, problem, **own)

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import click
 
-from curvops.cli.failures import failure_text, for_the_shell, usage_line, warning_text
+from curvops.cli.failures import failure_text, for_the_shell, from_user, usage_line, warning_text
+from curvops.cli.streams import Terminated, diverted, legible, terminable
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Session:
     together: bool = False
     kept: list[Any] = field(default_factory=list)
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
+    _document: dict[str, Any] | None = None
+    _folder: Path | None = None
 
     def say(self, text: str = "") -> None:
         """A line for a person."""
@@ -50,39 +53,52 @@ class Session:
         print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def answer(self, document: dict[str, Any]) -> None:
-        """The JSON document, if it was asked for."""
-        if self.as_json:
-            print(json_text(document), file=self.stdout, flush=True)
+        """The JSON document, which is printed at the end, if it was asked for."""
+        self._document = document
+
+    def path(self, given: str | Path) -> Path:
+        """A path as it was meant where the command began, also if the user's code has gone to another folder."""
+        return Path(given) if self._folder in (None, Path.cwd()) else self._folder / given
 
     def run(self, command: Callable[[Session], bool | None]) -> int:
         """Run a command and explain how it fails; ``False`` is a failure that it has told itself."""
-        processes = import_module("curvops.cli.processes")
-        if not (self.together or processes.is_first()):
-            return 0
-        try:
-            with self._surroundings():
-                return 1 if command(self) is False else 0
-        except click.UsageError as error:
-            self._trace()
-            print(usage_line(error, self.title), file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            self._trace()
-            self.note(f"interrupted; kept {'; '.join(map(str, self.kept)) or 'nothing'}")
-            return 130
-        except BrokenPipeError:
-            # whoever read has gone; what Python flushes at its end must not fail again
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stdout.fileno())
-            return 1
-        except Exception as error:
-            self._trace()
-            # what fails within the group is told to the first process
-            if processes.is_first() or not processes.joined():
-                self._tell(failure_text(error))
-            return 1
-        finally:
-            processes.leave()
+        processes: Any = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(legible())
+            try:
+                stack.enter_context(terminable())
+                processes = import_module("curvops.cli.processes")
+                stack.callback(processes.leave)
+                if not (self.together or processes.is_first()):
+                    return 0
+                with self._surroundings():
+                    status = 1 if command(self) is False else 0
+                if self.as_json and self._document is not None and processes.is_first():
+                    # in signs that every stream takes
+                    print(json_text(self._document, ascii_only=True), file=self.stdout, flush=True)
+                return status
+            except click.UsageError as error:
+                self._trace()
+                print(usage_line(error, self.title), file=sys.stderr)
+                return 2
+            except KeyboardInterrupt as error:
+                self._trace()
+                what, status = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+                self.note(f"{what}; kept {'; '.join(map(str, self.kept)) or 'nothing'}")
+                return status
+            except BrokenPipeError:
+                # whoever read has gone; what Python flushes at its end must not fail again
+                with Path(os.devnull).open("wb") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stdout.fileno())
+                return 1
+            except BaseException as error:
+                if not (isinstance(error, (Exception, SystemExit)) or from_user(error)):
+                    raise
+                self._trace()
+                # what fails within the group is told to the first process
+                if processes is None or processes.is_first() or not processes.joined():
+                    self._tell(failure_text(error))
+                return 1
 
     @contextlib.contextmanager
     def _surroundings(self) -> Any:
@@ -93,19 +109,22 @@ class Session:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             stack.enter_context(import_module("curvops.context").preserved_random_state())
             stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
+            with contextlib.suppress(FileNotFoundError):  # a folder that was removed
+                self._folder = Path.cwd()
+                stack.callback(os.chdir, self._folder)
             if "MPLBACKEND" not in os.environ:
                 os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window is needed
                 stack.callback(os.environ.pop, "MPLBACKEND", None)
+            if self.as_json:
+                # what the user's file prints is not the document
+                stack.enter_context(diverted(self.stdout))
             processes = import_module("curvops.cli.processes")
             if not processes.is_first():  # the first one speaks
-                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.callback(setattr, self, "stdout", self.stdout)
                 self.stdout = nowhere
-            if self.as_json:
-                # what the user's file prints is not the document
-                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             stack.enter_context(warnings.catch_warnings())
             # PyTorch 2.15's own, when it loads its rules for forward mode
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -121,9 +140,9 @@ class Session:
             traceback.print_exc()
 
 
-def json_text(document: dict[str, Any]) -> str:
+def json_text(document: dict[str, Any], ascii_only: bool = False) -> str:
     """A document as JSON, with null for what JSON has no number for, and advice for the shell."""
-    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(document), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

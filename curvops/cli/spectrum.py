@@ -42,7 +42,7 @@ def run(
     D = sum(p.numel() for p in problem.params.values())
     if k is not None and k > D:
         raise click.UsageError(f"-k: the matrix has {D:,} eigenvalues, one for each parameter; got {k:,}")
-    folder = prepare_output(output, 0)
+    folder = prepare_output(session.path(output), 0)
     settings = {"k": min(5, D) if k is None else k, "which": which, "fisher_type": fisher_type, "seed": seed}
     settings |= problem_settings(problem)
     document: dict[str, Any] = {"problem": problem.target, "output": str(folder), "settings": settings, "matrices": {}}

@@ -67,6 +67,7 @@ def _own(
     **given: Any,
 ) -> None:
     problem = load_problem(target, seed=seed, **given)
+    output = str(session.path(output))
     finished = Finished()
     session.kept.append(finished)
     options: TourOptions = {"seed": seed, "memory_budget": memory, "resume": not fresh, "finished": finished}
@@ -74,7 +75,7 @@ def _own(
     options.update(problem.options)  # type: ignore[typeddict-item]  # its names are known
     own = problem.model, problem.loss, problem.data
     if checkpoints:
-        tours = tour_checkpoints(*own, _labelled(checkpoints), problem.params, output=output, **options)
+        tours = tour_checkpoints(*own, _labelled(session, checkpoints), problem.params, output=output, **options)
     else:
         tours = {"": tour(*own, problem.params, output=output, **options)}
     document: dict[str, Any] = {"problem": problem.target, "output": output, "tours": {}}
@@ -91,9 +92,9 @@ def _facts(found: Tour) -> dict[str, Any]:
     return {"parameters": found.file.parameters, "groups": found.groups, "costs": costs, "refused": found.refused}
 
 
-def _labelled(checkpoints: tuple[str, ...]) -> dict[str, Path]:
+def _labelled(session: Session, checkpoints: tuple[str, ...]) -> dict[str, Path]:
     """Files by their names, or by their whole paths where names are the same."""
-    paths = [Path(one) for one in checkpoints]
+    paths = [session.path(one) for one in checkpoints]
     for path in paths:
         if not path.is_file():
             raise click.UsageError(f"--checkpoint: there is no file '{path}'")

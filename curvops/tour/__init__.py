@@ -8,10 +8,14 @@ from importlib.util import find_spec
 from inspect import signature
 from types import ModuleType
 
+from curvops.extras import package_of
+
 if _missing := [
-    name for name in ("matplotlib", "tueplots", "plotly", "safetensors", "tqdm") if find_spec(name) is None
+    name for name in ("PIL", "matplotlib", "tueplots", "plotly", "safetensors", "tqdm") if find_spec(name) is None
 ]:
-    raise ModuleNotFoundError(f"curvops.tour needs {_missing[0]}: pip install 'curvops[tour]'", name=_missing[0])
+    raise ModuleNotFoundError(
+        f"curvops.tour needs {package_of(_missing[0])}: pip install 'curvops[tour]'", name=_missing[0]
+    )
 
 from curvops.tour.block_figure import plot_blocks, plot_spectra
 from curvops.tour.coarse import Effort, coarse_tour

@@ -70,6 +70,15 @@ class Named(nn.Linear):
     def forward(self, x):
         return {"logits": super().forward(x)}
 
+class Leaves(nn.Linear):
+    def forward(self, x): sys.exit(0)
+
+def leaves(): return Leaves(4, 3), CE, [(X, y)]
+class Gone(nn.Linear):
+    def forward(self, x):
+        raise GeneratorExit("gone")
+
+def gone(): return Gone(4, 3), CE, [(X, y)]
 def unwrapped(): return Named(4, 3), CE, [(X, y)]
 def unwritten(): return net(), CE, torch.load("weights.pt")
 def gpu(): raise AssertionError("Torch not compiled with CUDA enabled")  # as a CPU's build says
@@ -113,6 +122,11 @@ ONE_LINE = [
     ("kfac file.py:good --memory lots", 2, "'--memory': expected a size with its unit, e.g. 2GB or 500MiB, got 'lots'"),
     ("kfac file.py:good --memory 0", 2, "2GB or 500MiB, got '0'"),
     ("kfac file.py:good --memory 2", 2, "expected a size with its unit, e.g. 2GB or 500MiB, got '2'."),
+    ("kfac file.py:good --memory 1e400GB", 2, "expected a size with its unit, e.g. 2GB or 500MiB, got '1e400GB'."),
+    ("kfac file.py:good --memory 1e999", 2, "2GB or 500MiB, got '1e999'."),
+    ("kfac file.py:good --batches 99999999999999999999999", 2, "'--batches': 99999999999999999999999 is not in the range 1<=x<="),
+    ("kfac file.py:good --output=", 2, "'--output': expected the name of a folder, got ''; the current one is '.'."),
+    ("explain file.py:leaves", 1, "your code ended the program in line 57 of file.py (SystemExit); it must return, or raise an error"),
     ("spectrum file.py:large --memory 1kB", 1, "are needed. Raise --memory, or ask for fewer pairs."),
     ("kfac file.py:dropped", 1, "dropout in train mode (1 modules, the first Dropout(p=0.5, inplace=False)). Call model.eval() in your function"),
     ("check file.py:module", 1, "the reduction of 'Own' is not known. Return a dict with the keys model, loss, data and reduction"),
@@ -132,6 +146,7 @@ ONE_LINE = [
 TRACEBACKS = [
     ("file.py:breaks", "'file.py:breaks' failed in line LINE of file.py: NameError: name 'undefined_name'", "in breaks", "NameError: name"),
     ("file.py:mine", "your code failed in line LINE of file.py: AttributeError: 'Mine' object has no attribute 'missing'", "in forward", "AttributeError"),
+    ("file.py:gone", "your code failed in line LINE of file.py: GeneratorExit: gone", "in forward", "GeneratorExit"),
     ("syntax.py:x", "importing 'syntax.py' failed in line 1 of syntax.py: SyntaxError", 'syntax.py", line 1', "SyntaxError"),
     ("imports.py:x", "importing 'imports.py' failed in line 1 of imports.py: ModuleNotFoundError: No module named 'not_there'. Try: installing it", "in <module>", "No module named 'not_there'"),
     ("file.py:unwritten", "'file.py:unwritten' failed in line LINE of file.py: FileNotFoundError: [Errno 2] No such file or directory: 'weights.pt'. Try: a path that holds", "in unwritten", "weights.pt"),
@@ -162,6 +177,7 @@ def test_a_traceback_of_the_users_own_code(target, first, where, last, capsys):
     code = {
         "breaks": "undefined_name",
         "mine": "self.missing",
+        "gone": "GeneratorExit",
         "unwritten": "torch.load(",
         "gpu": "AssertionError(",
         "others": "({})",

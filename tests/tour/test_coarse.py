@@ -178,11 +178,14 @@ def test_it_goes_on_within_a_matrix(tmp_path):
 
     plain = HessianLinearOperator._apply
     whole, total = tour(99, path=None), sum(products)
-    # the second file is of another matrix: it is replaced
-    for seed, stop in ((1, 2), (0, 4)):
+    # the second file is damaged, then of another matrix: it is replaced
+    for seed, stop in ((1, 2), (1, 2), (0, 4)):
         with pytest.raises(KeyboardInterrupt):
             tour(stop, seed=seed)
         assert [each.name for each in tmp_path.iterdir()] == ["coarse.under-way.safetensors"]
+        if seed:
+            content = (tmp_path / "coarse.under-way.safetensors").read_bytes()
+            (tmp_path / "coarse.under-way.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     found = tour(99)
     assert sum(products) < total
     assert list(tmp_path.iterdir()) == [path]

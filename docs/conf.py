@@ -116,6 +116,13 @@ def magnitudes(*event: Any) -> None:
     lines[:] = [re.sub(r"(?<!`)\|([^\s|`]+)\|(?!`)", r"\\|\1\\|", line) for line in lines]
 
 
+def tutorials(*event: Any) -> None:
+    """Links of a page to the tutorials' files, which a reader of the repository follows, are to their pages on the site."""
+    text = event[-1]
+    text[0] = re.sub(r"\]\(\.\./examples(?:/(\w+)\.py)?\)", lambda found: f"](gallery/{found[1] or 'index'})", text[0])
+
+
 def setup(app: Any) -> None:
     """Sphinx's own hook."""
+    app.connect("source-read", tutorials)
     app.connect("autodoc-process-docstring", magnitudes)

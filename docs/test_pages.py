@@ -25,3 +25,12 @@ def test_blocks_run_in_order(page, tmp_path, monkeypatch):
         for block in blocks:
             line = text[: block.start(1)].count("\n")  # an error names the line of the page
             exec(compile("\n" * line + block[1], f"docs/{page}.md", "exec"), names)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in FOLDER.glob("*.md")))
+def test_links_lead_somewhere_in_the_repository_too(page):
+    text = re.sub(r"^(```+).*?^\1", "", (FOLDER / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for said, target in re.findall(r"(?<!`)\[([^\]\n]*)\]\(([^)\s]+)\)", text):
+        assert said, f"a link to {target} without words"
+        if "://" not in target and not target.startswith("#"):
+            assert (FOLDER / target.partition("#")[0]).exists(), target

@@ -126,7 +126,7 @@ class Products:
         if isinstance(dtype := getattr(matrix, "dtype", None), torch.dtype):
             columns = columns.to(dtype)  # the adjoint may take vectors of another one
         with torch.no_grad():
-            found = matrix @ columns if self._torch else torch.as_tensor(matrix @ columns.numpy())
+            found = matrix @ columns if self._torch else torch.as_tensor(matrix @ columns.numpy(), device="cpu")
         if self._bar is not None:
             self._bar.update(columns.shape[1])
         return found.to(self.device, self.dtype)
@@ -160,12 +160,12 @@ class Products:
 
 def normal(shape: tuple[int, ...], generator: torch.Generator, like: Products) -> Tensor:
     """Standard normal numbers of a CPU generator, the same on any device and (but for rounding) in any dtype."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)
 
 
 def signs(shape: tuple[int, ...], generator: torch.Generator, like: Products) -> Tensor:
     """Independent random signs ±1 (Rademacher), the same on any device and in any dtype."""
-    return (torch.randint(2, shape, generator=generator) * 2 - 1).to(like.device, like.dtype)
+    return (torch.randint(2, shape, generator=generator, device="cpu") * 2 - 1).to(like.device, like.dtype)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -46,8 +46,8 @@ class Message:
 
     def words(self) -> Tensor:
         """As words of 64 bits."""
-        reals = torch.tensor([*self.probe, self.count], dtype=torch.float64).view(torch.int64)
-        whole = torch.tensor([self.status, self.what, self.state, self.size], dtype=torch.int64)
+        reals = torch.tensor([*self.probe, self.count], dtype=torch.float64, device="cpu").view(torch.int64)
+        whole = torch.tensor([self.status, self.what, self.state, self.size], dtype=torch.int64, device="cpu")
         return torch.cat([whole, reals])
 
     @classmethod

@@ -90,12 +90,12 @@ def shardings(tensors: Mapping[str, Tensor]) -> dict[str, Sharding]:
 
 def least(number: float, shards: Mapping[str, Sharding]) -> float:
     """The least of the numbers of all processes that have parts of some tensors, so that they choose alike."""
-    return float(_minimum(torch.tensor(number, dtype=torch.float64), shards))
+    return float(_minimum(torch.tensor(number, dtype=torch.float64, device="cpu"), shards))
 
 
 def alike(word: int, shards: Mapping[str, Sharding]) -> bool:
     """Whether all processes that have parts of some tensors have the same word of 64 bits; all of them must ask."""
-    low, high = _minimum(torch.tensor([word, ~word]), shards).tolist()
+    low, high = _minimum(torch.tensor([word, ~word], device="cpu"), shards).tolist()
     return bool(low == ~high)
 
 

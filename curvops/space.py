@@ -188,7 +188,7 @@ class TensorSpace:
     def random(self, generator: torch.Generator, columns: int | None = None) -> Tensor:
         """Standard normal vector ``[D]`` or ``[D, K]`` from a CPU generator."""
         shape = (self.dim,) if columns is None else (self.dim, columns)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.device, self.dtype)
 
     def to_columns(self, vector: Any, context: str, leading: bool = False) -> tuple[Tensor, Format]:
         """Columns ``[D, K]`` of a vector in any format, and the format; ``context`` says in errors what is computed.

@@ -49,7 +49,7 @@ class Spill:
 
     def __init__(self, folder: str | Path | None, device: torch.device) -> None:
         self.device, self.bytes, self._folder = device, 0, folder
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._chunk = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = 0
         if folder is None:
             return
@@ -95,11 +95,13 @@ class Spill:
         if address not in places:
             beyond = address % ALIGNED
             start = self._room(beyond + size) + beyond
-            self._chunk[start : start + size] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._chunk[start : start + size] = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
             places[address] = self._chunk, start
         chunk, start = places[address]
         offset = start // tensor.itemsize + tensor.storage_offset()
-        return torch.empty(0, dtype=tensor.dtype).set_(chunk.untyped_storage(), offset, tensor.shape, tensor.stride())
+        return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+            chunk.untyped_storage(), offset, tensor.shape, tensor.stride()
+        )
 
     def _room(self, size: int) -> int:
         """Where so many bytes of the chunk begin, which may be a new one."""

@@ -61,7 +61,7 @@ class _Cached:
         """A grid beyond the ends by the margin, and the density there (Papyan 2020, section D.2)."""
         padding = margin * (ends[1] - ends[0])
         low, high = ends[0] - padding, ends[1] + padding
-        grid = torch.linspace(low, high, num_points, dtype=torch.float64)
+        grid = torch.linspace(low, high, num_points, dtype=torch.float64, device="cpu")
         width = (high - low) / (self._depth - 1) / math.sqrt(8 * math.log(kappa))
         return grid, found.density(grid, width=width).values
 

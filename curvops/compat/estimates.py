@@ -104,4 +104,4 @@ def _plain(estimate: Any) -> Tensor:
 
 def new_seed() -> int:
     """A new seed from the global random state, which the peer draws from."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))

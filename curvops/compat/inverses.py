@@ -41,7 +41,11 @@ class CGInverseLinearOperator(InverseOperator):
         self, x0: Any = None, maxiter: int | None = None, M: Any = None, *ignored: Any, tol: float = 1e-5, **named: Any
     ) -> None:
         """Set SciPy's options anew: iterations, preconditioner and tolerance."""
-        known = None if M is None else Declared(self.operator, lambda columns: torch.as_tensor(M @ columns))
+
+        def precondition(columns: Tensor) -> Tensor:
+            return torch.as_tensor(M @ columns, device=columns.device)
+
+        known = None if M is None else Declared(self.operator, precondition)
         self.options = {"tolerance": tol, "max_iterations": maxiter, "preconditioner": known}
 
 

@@ -109,4 +109,4 @@ def _shifted(placed: Placed, right_shift: float, left_shift: float) -> Placed:
 
 def _plus(factor: Tensor, shift: float) -> Tensor:
     """A factor ``[groups, n, n]``, or the diagonal of one ``[groups, n]``, plus a multiple of the identity."""
-    return factor + shift * (1.0 if factor.ndim == 2 else torch.eye(factor.shape[-1]).to(factor))
+    return factor + shift * (1.0 if factor.ndim == 2 else torch.eye(factor.shape[-1], device=factor.device).to(factor))

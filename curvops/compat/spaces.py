@@ -89,9 +89,9 @@ class OuterProductLinearOperator(LowRankPlusDiagonalOperator):
     """Σ_k c_k a_k a_kᵀ, the a_k columns of a matrix ``[D, K]``."""
 
     def __init__(self, c: Any, A: Any) -> None:
-        columns = torch.as_tensor(A)
+        columns = torch.as_tensor(A, device=getattr(A, "device", "cpu"))
         space = UnnamedSpace([(len(columns),)], columns.device, columns.dtype)
-        super().__init__(columns, 0.0, torch.as_tensor(c), space)
+        super().__init__(columns, 0.0, torch.as_tensor(c, device=columns.device), space)
 
 
 class SubmatrixLinearOperator(submatrix.SubmatrixLinearOperator):

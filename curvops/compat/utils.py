@@ -27,7 +27,7 @@ def report_nonclose(first: Any, second: Any, rtol: float = 1e-5, atol: float = 1
 
 def _compared(first: Any, second: Any, rtol: float, atol: float, equal_nan: bool = False) -> tuple[bool, str]:
     """Whether two tensors or arrays are close, in double precision, and how far apart they are."""
-    a, b = (torch.as_tensor(x).double() for x in (first, second))
+    a, b = (torch.as_tensor(x, device=getattr(x, "device", "cpu")).double() for x in (first, second))
     difference = f"the largest difference is {(a - b).abs().max():.3e}, of entries up to {b.abs().max():.3e}."
     return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=equal_nan), difference
 

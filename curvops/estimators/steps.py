@@ -52,7 +52,7 @@ class Steps:
         self.keeps = checkpoint is not None
         if checkpoint is None:
             return
-        places = {n: torch.tensor([r.start, r.stop]) if isinstance(r, slice) else r for n, r in rows.items()}
+        places = {name: _places(own) for name, own in rows.items()}
         asked = {**options, "groups": digest(places)}
         self._saved = Saved(checkpoint, self._products, asked, probes.empty(), self._products)
         found = {name: tensor.to(self._products.device) for name, tensor in self._saved.tensors.items()}
@@ -90,3 +90,7 @@ class Steps:
         since = {f"since.{k}": found for k, found in enumerate(self._since)}
         about = {**self.about, "since": len(since), "begun": self._begun}
         return {**self.tensors, **since, "random": self._random}, about
+
+
+def _places(rows: Rows) -> Tensor:
+    return torch.tensor([rows.start, rows.stop], device="cpu") if isinstance(rows, slice) else rows

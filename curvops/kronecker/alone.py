@@ -105,7 +105,7 @@ def same(found: Tensor, expected: Tensor | None, tape: Tape) -> bool:
 
 def scale_of(tape: Tape) -> Tensor:
     """A number for each datum, all different."""
-    numbers = torch.rand(tape.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    numbers = torch.rand(tape.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
     return (0.5 + numbers).to(tape.z.device)
 
 

@@ -101,7 +101,7 @@ def _projected(use: Use, g: Tensor, directions: dict[tuple[int, torch.dtype], Te
     rows = rows.flatten(-2)
     size, dtype = rows.shape[-1], torch.promote_types(rows.dtype, torch.float32)
     if (size, dtype) not in directions:
-        made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0))
+        made = torch.randn(size, PROJECTIONS, generator=torch.Generator().manual_seed(0), device="cpu")
         directions[size, dtype] = made.to(rows.device, dtype)
     return (rows.to(dtype) @ directions[size, dtype]).to(rows.dtype).unsqueeze(-2)
 

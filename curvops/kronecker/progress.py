@@ -126,8 +126,9 @@ class Progress:
         self._written = self.stage, place
         found = entries()
         tensors, groups = packed((group, found.get(key)) for key, group in sweep.grouping.groups.items())
-        tensors["marks"] = torch.tensor([number for mark in sweep.marks.known for number in mark], dtype=torch.float64)
-        tensors["lengths"] = torch.tensor([len(mark) for mark in sweep.marks.known], dtype=torch.int64)
+        numbers = [number for mark in sweep.marks.known for number in mark]
+        tensors["marks"] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        tensors["lengths"] = torch.tensor([len(mark) for mark in sweep.marks.known], dtype=torch.int64, device="cpu")
         about = {
             **{name: getattr(sweep, name) for name in FIELDS},
             "stage": self.stage,

@@ -203,7 +203,7 @@ def nearest_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     gram_left, gram_right = (f.flatten(2) @ f.flatten(2).mT for f in (lefts, rights))
     # leading eigenvector x of G_R G_L gives L = Σ x_i L_i up to scale
     values, vectors = torch.linalg.eig(gram_right @ gram_left)
-    x = vectors[torch.arange(len(vectors)), :, values.real.argmax(1)].real.abs()
+    x = vectors[torch.arange(len(vectors), device=vectors.device), :, values.real.argmax(1)].real.abs()
     y = (gram_left @ x.unsqueeze(-1)).squeeze(-1)
     y = y / (x * y).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     return torch.einsum("gi,gi...->g...", x, lefts), torch.einsum("gi,gi...->g...", y, rights)
@@ -223,7 +223,7 @@ def _identity(like: Tensor) -> Tensor:
 
 def _sum(a: Tensor | None, b: Tensor | None, mine: float, its: float) -> Tensor:
     if a is None or b is None:
-        return mine * a if a is not None else its * b if b is not None else torch.empty(0)
+        return mine * a if a is not None else its * b if b is not None else torch.empty(0, device="cpu")
     if a.shape != b.shape:
         # a diagonal would be added to each row of a matrix
         raise ValueError("a factor is dense in one operator and diagonal in the other. Use the same rule=BlockRule(…).")

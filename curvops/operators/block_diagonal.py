@@ -96,7 +96,7 @@ class BlockDiagonalOperator(LinearOperator):
 
     def _exact_block_norms(self, groups: Mapping[str, Rows]) -> Tensor | None:
         """Where no block is cut: each has all or none of its parameters among a group's rows."""
-        inside = torch.zeros(len(groups), len(self.blocks), dtype=torch.bool)
+        inside = torch.zeros(len(groups), len(self.blocks), dtype=torch.bool, device="cpu")
         for i, rows in enumerate(groups.values()):
             share = {name: self._share(name, rows) for name in self.domain.names}
             for b, placed in enumerate(self.blocks):

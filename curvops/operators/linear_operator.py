@@ -338,7 +338,7 @@ class LinearOperator(Quantities):
         """
         np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
         own = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16
-        numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own).numpy().dtype)
+        numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own, device="cpu").numpy().dtype)
 
         def product(operator: LinearOperator, array: Any) -> Any:
             if np.iscomplexobj(array):

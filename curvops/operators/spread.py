@@ -55,7 +55,7 @@ class SpreadOperator(LinearOperator):
         )
         with self._ranks.together():
             # data, buffers, losses, seeds and factors show in what the operator does
-            noise = torch.randn(self.domain.dim, 1, generator=torch.Generator().manual_seed(0))
+            noise = torch.randn(self.domain.dim, 1, generator=torch.Generator().manual_seed(0), device="cpu")
             product = operator._product(noise.to(self.device, self.dtype))
             self._ranks.meet(f"{self.name}: first product", vectors=product, different=DIFFERENT)
 

@@ -92,7 +92,8 @@ def plot_loss_plane(
 
 
 def _steps(steps: Tensor | None, count: int, title: str) -> Tensor:
-    found = torch.linspace(-1, 1, count, dtype=torch.float64) if steps is None else steps.detach().double().cpu()
+    even = torch.linspace(-1, 1, count, dtype=torch.float64, device="cpu")
+    found = even if steps is None else steps.detach().double().cpu()
     if found.ndim != 1 or len(found) < 2:
         raise ValueError(f"{title}: expected at least two steps [N], got shape {tuple(found.shape)}.")
     return found

@@ -187,7 +187,7 @@ class JacobianLinearOperator(AccountedOperator):
 
         found, why = attempted(write)
         if found is not None:
-            noise = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(0)).to(one.z)
+            noise = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(one.z)
             expected = torch.zeros(self.domain.dim, dtype=self.domain.sum_dtype, device=self.device)
             self.domain.join(one.jacobian.pull(noise), expected)
             difference = relative_difference(noise.flatten().to(found.dtype) @ found, expected)

@@ -80,7 +80,7 @@ def _derivatives(risk: EmpiricalRisk, pieces: list[Batch]) -> Tensor:
     """First and second derivatives in the parameters, along random directions, of the outputs of some pieces together."""
     z = torch.cat([risk.forward(piece.X) for piece in pieces])
     generator = torch.Generator().manual_seed(0)
-    u, v = torch.randn(z.shape, generator=generator).to(z), risk.space.random(generator)
+    u, v = torch.randn(z.shape, generator=generator, device="cpu").to(z), risk.space.random(generator)
     first = OutputLinearization(z, risk.params, risk.space).pull(u)
     second = GradientLinearization(z, risk.params, risk.space, u).parts(v)
     return torch.cat([part.flatten().to(risk.space.sum_dtype) for part in (*first, *second) if part is not None])

@@ -84,7 +84,7 @@ def _prove(risk: EmpiricalRisk, batch: Batch) -> Proof:
     record = Recorder(rules.FEW)
     z = record.finish(risk.forward(few.X, record))
     v = scattered(torch.empty(risk.space.dim, dtype=risk.space.dtype, device=risk.space.device))
-    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(z)
     pushed = push_forward(risk, few, v)[1]
     pulled = OutputLinearization(z, risk.params, risk.space).pull(u, last=record.fresh)
     wide = torch.promote_types(z.dtype, torch.float32)

@@ -88,7 +88,8 @@ class GradientLinearization:
 def scattered(like: Tensor) -> Tensor:
     """A tensor of random numbers, always the same: a piece over and over, as to draw each entry of a large one takes long."""
     size = like.numel()
-    piece = torch.randn(min(size, PIECE), generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    made = torch.randn(min(size, PIECE), generator=torch.Generator().manual_seed(0), device="cpu")
+    piece = made.to(like.device, like.dtype)
     return piece.repeat(-(-size // PIECE))[:size].view(like.shape)
 
 

@@ -110,7 +110,7 @@ class SpectralDensity:
         low, high = float(seen.min()), float(seen.max())
         width = width or (high - low) / 100 or max(abs(high), 1.0) / 100
         if points is None:
-            even = torch.linspace(low - 5 * width, high + 5 * width, 1000, dtype=torch.float64)
+            even = torch.linspace(low - 5 * width, high + 5 * width, 1000, dtype=torch.float64, device="cpu")
             points = turn * even.sinh() if scale == "symlog" else even
         at = place(points.double().cpu())
 
@@ -165,7 +165,7 @@ class SpectralDensity:
 
     def moments(self, degree: int) -> Curve:
         """tr(Aᵖ) / D for p = 0, …, degree."""
-        powers = torch.arange(degree + 1, dtype=torch.float64)
+        powers = torch.arange(degree + 1, dtype=torch.float64, device="cpu")
         by_start = (self.weights.unsqueeze(-1) * self.nodes.unsqueeze(-1) ** powers).sum(1)
         return self._curve(powers, by_start, (self.outliers.unsqueeze(-1) ** powers).sum(0))
 
@@ -191,7 +191,8 @@ class SpectralDensity:
         """
         count, bulk = len(by_start), self.dim - len(self.outliers)
         share = bulk / self.dim
-        values = share * by_start.mean(0) + torch.as_tensor(outliers, dtype=by_start.dtype) / self.dim
+        known = torch.as_tensor(outliers, dtype=by_start.dtype, device=by_start.device)
+        values = share * by_start.mean(0) + known / self.dim
         if not self.products:
             return Curve(points, values, (by_start.amax(0) - by_start.amin(0)) / 2)
         spread = by_start.std(0) if count > 1 else torch.full_like(by_start[0], torch.nan)
@@ -258,10 +259,8 @@ def spectral_density(
             raise ValueError(f"deflate: expected fewer than {size} vectors of this length, got {tuple(vectors.shape)}.")
         if vectors is not None:
             gram, single = vectors.T @ vectors, torch.finfo(torch.float32).eps  # as of a basis of low precision
-            if (
-                not (gram - torch.eye(len(gram)).to(gram)).abs().max()
-                <= max(torch.finfo(products.dtype).eps, single) ** 0.5
-            ):
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            if not (gram - identity).abs().max() <= max(torch.finfo(products.dtype).eps, single) ** 0.5:
                 raise ValueError(
                     "deflate: expected orthonormal vectors. Those of A v = λ B v are not: leave the metric out."
                 )
@@ -285,7 +284,7 @@ def spectral_density(
         saved = Saved(checkpoint, products, asked, starts, image)
         rules = _rules(image, starts.split(saved.about.get("together", together), dim=1), depth, device, dtype, saved)
         nodes, weights, ended = (torch.cat(parts) for parts in zip(*rules, strict=True))
-        outliers = torch.zeros(0) if deflate is None else deflate.values
+        outliers = torch.zeros(0, device="cpu") if deflate is None else deflate.values
         complete = bool(ended.all()) or depth >= bulk
         rounding = (
             SPENT

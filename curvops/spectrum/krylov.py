@@ -58,8 +58,8 @@ class Krylov:
         self._spent, self._largest = spent, 0.0
         self.dim, self._width = start.shape
         self._rows = torch.empty(room + self._width, self.dim, device=device, dtype=dtype)
-        self._overlaps = torch.zeros(room, room, dtype=torch.float64)  # H
-        self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
+        self._overlaps = torch.zeros(room, room, dtype=torch.float64, device="cpu")  # H
+        self._coupling = torch.zeros(0, 0, dtype=torch.float64, device="cpu")  # C
         self.room, self.size, self.block = room, 0, 0  # vectors of V at most, of V, of X
         self.ended = False  # whether the last product found the space invariant
         self._advance(start)
@@ -125,7 +125,7 @@ class Krylov:
     def _advance(self, columns: Tensor) -> Tensor:
         """Make the next block of some columns' part outside the space; returns their overlaps with the space."""
         self.block, width, self.ended = 0, min(self._width, self.dim - self.size), False
-        coordinates = torch.zeros(self.size + width, columns.shape[1], dtype=torch.float64)
+        coordinates = torch.zeros(self.size + width, columns.shape[1], dtype=torch.float64, device="cpu")
         for j, column in enumerate(columns.T):
             found, inside = self._outside(column)
             coordinates[: len(inside), j] = inside
@@ -144,14 +144,14 @@ class Krylov:
                     raise ValueError(f"{self._products.title}: the metric is not positive definite. Damp it.")
             self._rows[self.size + self.block] = (found / norm).to(self._rows)
             self.block += 1
-        before = torch.zeros(self.block, max(0, self.size - columns.shape[1]), dtype=torch.float64)
+        before = torch.zeros(self.block, max(0, self.size - columns.shape[1]), dtype=torch.float64, device="cpu")
         self._coupling = torch.cat([before, coordinates[self.size :]], 1)[:, : self.size].contiguous()
         return coordinates[: self.size]
 
     def _outside(self, column: Tensor) -> tuple[Tensor, Tensor]:
         """A vector without its part within the space and the block, and that part's coordinates."""
         rows = self._rows[: self.size + self.block]
-        inside = torch.zeros(len(rows), dtype=torch.float64)
+        inside = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         for _ in range(2):
             found = rows @ self._metric(column.unsqueeze(1)).squeeze(1).to(rows)
             column = column - (found @ rows).to(column)

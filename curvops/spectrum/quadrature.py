@@ -56,8 +56,8 @@ def quadrature(
         raise ValueError(f"depth: expected a positive number of steps, got {depth}.")
     depth = min(depth, size)
     bases = torch.zeros(count, depth, size, device=basis_device or starts.device, dtype=basis_dtype or starts.dtype)
-    diagonal, beside = (torch.zeros(count, depth, dtype=torch.float64) for _ in range(2))
-    going = torch.arange(count)
+    diagonal, beside = (torch.zeros(count, depth, dtype=torch.float64, device="cpu") for _ in range(2))
+    going = torch.arange(count, device="cpu")
     previous, current, norms = torch.zeros_like(starts), starts, starts.new_zeros(count)
     first = 0
     if state is not None:
@@ -101,7 +101,7 @@ def _projected(bases: Tensor, columns: Tensor) -> Tensor:
 def _rule(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues of tridiagonal matrices and the squares of their eigenvectors' first entries."""
     taken = (beside != 0).sum(1, keepdim=True) + 1
-    steps = torch.arange(diagonal.shape[1])
+    steps = torch.arange(diagonal.shape[1], device="cpu")
     diagonal = torch.where(steps < taken, diagonal, diagonal[:, :1])
     matrices = torch.diag_embed(diagonal)
     if len(steps) > 1:

@@ -58,8 +58,8 @@ def plot_blocks(coarse: CoarseFile, *, per_entry: bool = False, **options: Any) 
     """
     if not coarse.norms:
         raise ValueError("plot_blocks: the coarse tour has no norms of blocks yet.")
-    sizes = torch.tensor([float(size) for size in coarse.groups.values()], dtype=torch.float64)
-    entries = torch.outer(sizes, sizes).sqrt() if per_entry else torch.ones(())
+    sizes = torch.tensor([float(size) for size in coarse.groups.values()], dtype=torch.float64, device="cpu")
+    entries = torch.outer(sizes, sizes).sqrt() if per_entry else torch.ones((), device="cpu")
     shown = {title: norms.double().cpu() / entries for title, norms in coarse.norms.items()}
     largest = max(float(norms.max()) for norms in shown.values())
     what = "Root mean square entry of a block" if per_entry else "Frobenius norm of a block"
@@ -140,7 +140,7 @@ def _cross(ax: Axes, doubt: Tensor) -> None:
 
 
 def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
-    places = torch.arange(len(coarse.groups), dtype=torch.float64)
+    places = torch.arange(len(coarse.groups), dtype=torch.float64, device="cpu")
     every = torch.cat([coarse.traces[title].double().cpu() for title in titles])
     for k, title in enumerate(titles):
         aside = (k - (len(titles) - 1) / 2) * 0.8 / len(titles)

@@ -70,7 +70,7 @@ class CoarseFile:
         turn = self.threshold
         low, high = ((value / turn).asinh() for value in (seen.min(), seen.max()))
         width = float(high - low) / 75 or 1.0
-        even = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, count, dtype=torch.float64)
+        even = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, count, dtype=torch.float64, device="cpu")
         points = turn * even.sinh()
 
         def curve(density: SpectralDensity) -> Curve:

@@ -135,7 +135,7 @@ def compute(
         with measured(problem.risk.space.device) as cost:
             check_deterministic(problem.risk)
     known = facts(problem.risk)
-    if not torch.tensor([known["risk"], known["gradient_norm"]]).isfinite().all():
+    if not torch.tensor([known["risk"], known["gradient_norm"]], device="cpu").isfinite().all():
         raise ValueError(
             f"loss: over the data it is {known['risk']:g}, and the norm of its gradient {known['gradient_norm']:g}, so that no curvature "
             "is finite. Look for NaN, infinite or huge entries in the data and the parameters, as after a training that diverged."

@@ -140,7 +140,8 @@ def _in_colors(picture: Image.Image, look: Look) -> Image.Image:
     palette = (255 * np.concatenate([colors, [to_rgb(ZERO)], grays])).round().astype(np.uint8)
     # not Pillow's own choice, which takes white for the gray beside it
     seen, places = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_inverse=True)
-    nearest = torch.cdist(torch.tensor(seen).double(), torch.tensor(palette).double()).argmin(1).numpy()
+    own, known = (torch.tensor(colors, dtype=torch.float64, device="cpu") for colors in (seen, palette))
+    nearest = torch.cdist(own, known).argmin(1).numpy()
     found = Image.fromarray(nearest[places].reshape(picture.height, picture.width).astype(np.uint8))
     found.putpalette(palette.tobytes())
     return found

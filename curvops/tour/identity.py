@@ -54,7 +54,7 @@ def identity(risk: EmpiricalRisk) -> dict[str, Any]:
         ([], ['other model'])
     """
     value, gradient = risk.value_and_gradient()
-    probe = torch.randn(risk.space.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    probe = torch.randn(risk.space.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     probe = (probe / probe.norm()).to(gradient)
     found: dict[str, Any] = {
         "device": str(risk.space.device),

@@ -106,7 +106,7 @@ def _expect_consistent(p: Problem, operator: KroneckerOperator) -> None:
     """A RuntimeError where products, dense matrix and diagonal are not those of one symmetric matrix."""
     dim, generator = operator.domain.dim, seeded(p.seed)
     v, u = (operator.domain.random(generator) for _ in range(2))
-    few = torch.randperm(dim, generator=generator)[:4].to(v.device)
+    few = torch.randperm(dim, generator=generator, device="cpu")[:4].to(v.device)
     units = torch.zeros(dim, len(few), dtype=v.dtype, device=v.device)
     units[few, range(len(few))] = 1.0
     a, b = operator @ v, operator @ torch.stack([u, v], 1)

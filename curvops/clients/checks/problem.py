@@ -65,7 +65,7 @@ class Problem:
         """
         dtypes = {self.z.dtype, *self.risk.space.dtypes.values()}
         usual = 3 * max(map(tolerance, dtypes))
-        u, products = torch.randn(self.z.shape, generator=seeded(self.seed)).to(self.z), []
+        u, products = torch.randn(self.z.shape, generator=seeded(self.seed), device="cpu").to(self.z), []
         for dtype in (torch.promote_types(self.z.dtype, torch.float32), torch.float64):
             z, y, loss = self.z.to(dtype).requires_grad_(), self.y, self.loss_func
             if dtype == torch.float64:

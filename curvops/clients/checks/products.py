@@ -118,7 +118,7 @@ def consistent(cls: type[RiskOperator]) -> Callable[[Problem], Outcome]:
     def judged(p: Problem) -> Outcome:
         operator, (v, u) = cls.of(p.risk), p.vectors
         a, b = operator @ v, operator @ u
-        weights = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, -1.0]]).to(a)
+        weights = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, -1.0]], device="cpu").to(a)
         if p.risk.space.dim > MANY:
             weights = weights[:, 2:]  # each column takes its time
         V, expected = torch.stack([v, u], 1) @ weights, torch.stack([a, b], 1) @ weights

@@ -17,7 +17,7 @@ from curvops.matrix import Matrix, Products
 
 
 class Block(NamedTuple):
-    """A diagonal block B: its trace, squared Frobenius norm and diagonal ``[n]``."""
+    """A diagonal block B: its trace, squared Frobenius norm (in double precision) and diagonal ``[n]``."""
 
     trace: Estimate
     squared_norm: Estimate
@@ -70,12 +70,13 @@ def by_group(
     """
     with Products(matrix, "by group", symmetric=True, progressbar=progressbar) as products:
         rows = resolve(groups, products)
-        sampler = _Blocks(Probes(products, seed), rows)
+        probes = Probes(products, seed)
+        sampler = _Blocks(probes, rows)
         found = run(sampler, Budget(num_products), checkpoint=checkpoint, rows=rows, seed=seed)
     count = len(rows)
-    diagonal = found.part(slice(2 * count, None))
+    traces, diagonal = (found.part(part).to_dtype(probes.dtype) for part in (slice(count), slice(2 * count, None)))
     return {
-        name: Block(found.part(i), found.part(count + i), diagonal.part(index))
+        name: Block(traces.part(i), found.part(count + i), diagonal.part(index))
         for i, (name, index) in enumerate(rows.items())
     }
 

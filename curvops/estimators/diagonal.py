@@ -12,6 +12,7 @@ from curvops.estimators.groups import Groups, resolve
 from curvops.estimators.probes import Probes, error_of_leave_one_out
 from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.estimators.sketch import SKETCH, LeaveOut, Sketch
+from curvops.lengths import power_of_two
 from curvops.matrix import Matrix, Products
 
 
@@ -77,7 +78,8 @@ class _Hutchinson(Sampler):
 
     def __init__(self, probes: Probes) -> None:
         self.probes = probes
-        self.mean = self.spread = probes.empty().new_zeros(probes.size)
+        self.mean = probes.empty().new_zeros(probes.size)
+        self.spread = self.mean.double()  # squares
 
     @property
     def count(self) -> int:
@@ -91,11 +93,11 @@ class _Hutchinson(Sampler):
             new, mean = samples.shape[1], samples.mean(1)
             step, old = mean - self.mean, self.count - new
             self.mean = self.mean + step * (new / self.count)
-            spread = (samples - mean[:, None]).square().sum(1)
-            self.spread = self.spread + spread + step.square() * (old * new / self.count)
+            spread = (samples - mean[:, None]).double().square().sum(1)
+            self.spread = self.spread + spread + step.double().square() * (old * new / self.count)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.mean, (self.spread / (self.count * (self.count - 1))).sqrt()
+        return self.mean, (self.spread / (self.count * (self.count - 1))).sqrt().to(self.mean.dtype)
 
     def exact(self) -> Tensor:
         return torch.cat([(columns * product).sum(0) for columns, product in self.probes.identity()])
@@ -113,10 +115,13 @@ class _XDiag(_Hutchinson):
 
     def result(self) -> tuple[Tensor, Tensor]:
         tests, out = self.sketch.tests, self.sketch.leave_out()
+        scale = power_of_two(out.product)  # the covariance takes its squares
+        out = out._replace(product=out.product / scale, images=out.images / scale)
         Qs, AtQs = out.basis @ out.only, out.product @ out.only
         less = AtQs - tests * (out.only * out.images).sum(0)  # without what the others' range lacks of each product
         samples = (out.basis * out.product).sum(1, keepdim=True) - Qs * less
-        return samples.mean(1), error_of_leave_one_out(samples, _covariance(out, Qs, AtQs, less), pooled=True)
+        error = error_of_leave_one_out(samples, _covariance(out, Qs, AtQs, less), pooled=True)
+        return samples.mean(1) * scale, error * scale
 
 
 def _covariance(out: LeaveOut, q: Tensor, z: Tensor, y: Tensor) -> Tensor:

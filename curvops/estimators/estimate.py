@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvops.display import card
+from curvops.lengths import size_of
 
 
 class Estimate(Tensor):
@@ -44,7 +45,15 @@ class Estimate(Tensor):
 
     def part(self, index: Any) -> Estimate:
         """The estimate of some of the entries, from the same products."""
-        return Estimate.of(self[index], self.standard_error[index], **self._origin())
+        return self.like(self[index], self.standard_error[index])
+
+    def like(self, value: Tensor, error: Tensor) -> Estimate:
+        """Another estimate from the same products."""
+        return Estimate.of(value, error, **self._origin())
+
+    def to_dtype(self, dtype: torch.dtype) -> Estimate:
+        """The estimate in another precision."""
+        return self.like(self.as_subclass(Tensor).to(dtype), self.standard_error.to(dtype))
 
     @classmethod
     def __torch_function__(
@@ -68,7 +77,7 @@ class Estimate(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Estimate:
         plain, error = copy.deepcopy((self.as_subclass(Tensor), self.standard_error), memo)
-        return Estimate.of(plain, error, **self._origin())
+        return self.like(plain, error)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return partial(Estimate.of, **self._origin()), (self.as_subclass(Tensor), self.standard_error)
@@ -92,8 +101,8 @@ class Estimate(Tensor):
 
 def relative_norm(value: Tensor, error: Tensor) -> float:
     """Norm of the standard errors relative to that of the values; 0 where there is no error at all."""
-    norm = torch.linalg.vector_norm(error).item()
-    return norm and norm / max(torch.linalg.vector_norm(value.detach()).item(), torch.finfo(value.dtype).tiny)
+    norm = size_of(error).item()
+    return norm and norm / max(size_of(value.detach()).item(), torch.finfo(value.dtype).tiny)
 
 
 def with_error(value: float, error: float) -> str:

@@ -11,6 +11,7 @@ from curvops.checkpoint import Checkpoint
 from curvops.estimators.estimate import Estimate
 from curvops.estimators.probes import Distribution, Probes, mean_and_error
 from curvops.estimators.rounds import Budget, Sampler, run
+from curvops.lengths import size_of
 from curvops.matrix import Matrix, Products
 from curvops.memory import check_fits
 from curvops.spectrum.quadrature import quadrature
@@ -155,7 +156,7 @@ class _Quadrature(Sampler):
         products, probes = self.probes.products, self.probes
         check_fits(*products.shape, probes.dtype, products.device, products.title)
         dense = torch.cat([product for _, product in probes.identity()], 1)
-        if (dense - dense.mT).norm() > 10 * torch.finfo(products.dtype).eps ** 0.5 * dense.norm():
+        if size_of(dense - dense.mT) > 10 * torch.finfo(products.dtype).eps ** 0.5 * size_of(dense):
             raise ValueError(f"{products.title}: products with {products.name} are not symmetric.")
         return self._values(torch.linalg.eigvalsh((dense + dense.mT) / 2)).sum(0, keepdim=True)
 

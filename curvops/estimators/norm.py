@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
+from curvops.estimators.estimate import Estimate
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
 from curvops.estimators.probes import Distribution, Probes, jackknife, mean_of_pairs
 from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.estimators.trace import Hutchinson
+from curvops.lengths import dots
 from curvops.matrix import Matrix, Products
 
 
@@ -63,18 +65,56 @@ def squared_norm(
         >>> squared_norm(torch.ones(3, 3)), squared_norm(torch.ones(3, 3), groups={"last": slice(1, 3)})
         (Estimate(9, exact, 3 products), {'last': Estimate(4, exact, 3 products)})
     """
+    budget = Budget(num_products, tolerance, max_products)
+    found, rows, dtype = _squares(matrix, budget, groups, progressbar, checkpoint, seed, distribution)
+    return by_name(found.to_dtype(dtype), groups, rows)
+
+
+def frobenius_norm(
+    matrix: Matrix,
+    *,
+    num_products: int = 60,
+    tolerance: float | None = None,
+    max_products: int = 1000,
+    distribution: Distribution = "rademacher",
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    progressbar: bool = False,
+) -> Estimate:
+    """The root of `squared_norm`, also where the square is none of the matrix's dtype; its arguments are the same."""
+    budget = Budget(num_products, tolerance, max_products)
+    squares, _, dtype = _squares(matrix, budget, None, progressbar, checkpoint, seed, distribution)
+    squared = squares.part(0)
+    root = squared.clamp(min=0).sqrt()
+    error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
+    return squared.like(root, error).to_dtype(dtype)
+
+
+def _squares(
+    matrix: Matrix,
+    budget: Budget,
+    groups: Groups,
+    progressbar: bool,
+    checkpoint: Checkpoint | None,
+    seed: int,
+    distribution: Distribution,
+) -> tuple[Estimate, Mapping[str, Rows], torch.dtype]:
+    """Squared norms ``[G]`` in double precision, the groups, and the dtype of their roots."""
     blocks = groups is not None
     with Products(matrix, "squared norm", square=blocks, symmetric=blocks, progressbar=progressbar) as products:
         probes, rows = Probes(products, seed, distribution), resolve(groups, products)
         sampler: Sampler = (DiagonalBlocks if blocks else _Whole)(probes, rows)
-        budget = Budget(num_products, tolerance, max_products)
         found = run(sampler, budget, checkpoint=checkpoint, rows=rows, seed=seed, distribution=distribution)
-        return by_name(found, groups, rows)
+        return found, rows, probes.dtype
 
 
 class _Whole(Hutchinson):
+    def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
+        super().__init__(probes, rows)
+        self.samples = self.samples.double()
+
     def sampled(self, columns: Tensor, product: Tensor) -> Tensor:
-        return product.square().sum(0, keepdim=True)
+        return dots(product, product).unsqueeze(0)
 
 
 class DiagonalBlocks(Sampler):
@@ -92,7 +132,7 @@ class DiagonalBlocks(Sampler):
         self.images = torch.cat([self.images, self.probes.times(tests)], 1)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        found = [_pairs(self.tests[rows].mT @ self.images[rows]) for rows in self.rows.values()]
+        found = [_pairs((self.tests[rows].mT @ self.images[rows]).double()) for rows in self.rows.values()]
         values, errors = zip(*found, strict=True)
         return torch.stack(values), torch.stack(errors)
 
@@ -101,7 +141,7 @@ class DiagonalBlocks(Sampler):
 
     def inside(self, columns: Tensor, product: Tensor) -> Tensor:
         """The part ``[G]`` of the squared norms that is in some of the matrix's columns, those of the identity given."""
-        parts = [(product[rows].square().sum(0) * columns[rows].sum(0)).sum() for rows in self.rows.values()]
+        parts = [(dots(product[r], product[r]) * columns[r].sum(0)).sum() for r in self.rows.values()]
         return torch.stack(parts)
 
 

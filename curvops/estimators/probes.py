@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvops.lengths import PART
 from curvops.matrix import Products, normal, seeded, signs
 
 Distribution = Literal["rademacher", "normal"]
@@ -103,7 +104,10 @@ class Probes:
 
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of samples along the last axis, and its standard error."""
-    return samples.mean(-1), samples.detach().std(-1) / samples.shape[-1] ** 0.5
+    # squares in double precision, a part at a time
+    parts = samples.detach().split(max(1, PART // samples.shape[-1])) if samples.ndim > 1 else [samples.detach()]
+    spread = torch.cat([part.double().std(-1).reshape(-1) for part in parts]).reshape(samples.shape[:-1])
+    return samples.mean(-1), spread.to(samples.dtype) / samples.shape[-1] ** 0.5
 
 
 def error_of_leave_one_out(samples: Tensor, covariance: Tensor, *, pooled: bool = False) -> Tensor:

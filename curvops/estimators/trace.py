@@ -151,9 +151,10 @@ class _XTrace(Hutchinson):
             samples.append((Q * AQ).sum() - form.diagonal() + one * hutchinson)
             square, crossed = out.of_second_squared(form), out.of_second(Qs.mT @ A_rest + AQs.mT @ rest)
             change = square * (1 - two * along.square()) - two * along * crossed + (one - two) * hutchinson
-            covariances.append(mean_of_pairs(change))
+            covariances.append(mean_of_pairs(change.double()))
         found = torch.stack(samples)
-        return found.mean(1), error_of_leave_one_out(found, torch.stack(covariances))
+        error = error_of_leave_one_out(found.double(), torch.stack(covariances))
+        return found.mean(1), error.to(found.dtype)
 
     def _scales(self, inside: Tensor, along: Tensor, out: LeaveOut) -> tuple[Tensor, Tensor]:
         """What brings the rest of each test vector, without one or two products, to the length that is expected."""

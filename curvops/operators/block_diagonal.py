@@ -92,7 +92,8 @@ class BlockDiagonalOperator(LinearOperator):
         return self._placed(lambda p: p.block.diagonal())
 
     def _exact_norm(self) -> Tensor:
-        return self._total(placed.block.frobenius_norm().square() for placed in self.blocks).sqrt()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        return sum((p.block.frobenius_norm().square() for p in self.blocks), total).sqrt().to(self.dtype)
 
     def _exact_block_norms(self, groups: Mapping[str, Rows]) -> Tensor | None:
         """Where no block is cut: each has all or none of its parameters among a group's rows."""
@@ -104,7 +105,7 @@ class BlockDiagonalOperator(LinearOperator):
                 if shares not in ({0.0}, {1.0}):
                     return None
                 inside[i, b] = shares == {1.0}
-        norms = [placed.block.frobenius_norm().double().cpu() for placed in self.blocks]
+        norms = [placed.block.frobenius_norm().cpu() for placed in self.blocks]
         both = inside.double()
         return ((both * torch.stack(norms).square()) @ both.T).to(self.device)
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from curvops.lengths import lengths, size_of
 from curvops.operators.eigen import check_finite, eigh, within_rounding
 
 Decomposed = tuple[Tensor, Tensor | None]  # eigenvalues and eigenvectors of a factor
@@ -111,6 +112,7 @@ class KroneckerBlock(_Block):
         return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left.contiguous(), right.contiguous(), strict=True)))
 
     def frobenius_norm(self) -> Tensor:
+        """In double precision."""
         left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
         return torch.linalg.vector_norm(left * right)
 
@@ -178,7 +180,7 @@ class EigenBlock(_Block):
         return self.matmul(torch.eye(self.size, dtype=self.dtype, device=self.values.device))
 
     def frobenius_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.values)
+        return size_of(self.values)
 
 
 class AffineBlock(_Block):
@@ -220,9 +222,9 @@ class AffineBlock(_Block):
 
     def frobenius_norm(self) -> Tensor:
         if self.is_diagonal:
-            return torch.linalg.vector_norm(self.diagonal())
+            return size_of(self.diagonal())
         square = (self._factor * self._block.frobenius_norm()).square()
-        mixed = 2 * self._factor * self.shift * self._block.diagonal().sum()
+        mixed = 2 * self._factor * self.shift * self._block.diagonal().sum(dtype=torch.float64)
         return (square + mixed + self.size * self.shift**2).sqrt()
 
 
@@ -254,7 +256,7 @@ def _diagonal(factor: Tensor) -> Tensor:
 
 
 def _norm(factor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(factor, dim=tuple(range(1, factor.ndim)))
+    return lengths(factor.flatten(1).mT)
 
 
 def _inverse(factor: Tensor, scale: float, shifts: list[float], label: str) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.lengths import dots, gram, size_of
 from curvops.operators.damping import Damping, by_parameter, number, spread
 from curvops.operators.diagonal import space_of
 from curvops.operators.linear_operator import LinearOperator
@@ -64,7 +65,7 @@ class OuterProductOperator(LinearOperator):
         return self.right @ (self.left.T @ columns)
 
     def _exact_norm(self) -> Tensor:
-        return ((self.left.T @ self.left) * (self.right.T @ self.right)).sum().clamp(min=0).sqrt()
+        return (gram(self.left) * gram(self.right)).sum().clamp(min=0).sqrt().to(self.dtype)
 
     def _exact_diagonal(self) -> Tensor:
         if self.shape[0] != self.shape[1]:
@@ -127,10 +128,9 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         return self.columns.square() @ self.weights + self._diagonal
 
     def _exact_norm(self) -> Tensor:
-        gram = self.columns.T @ self.columns
-        low = (gram.square() * self.weights[:, None] * self.weights).sum()
-        mixed = 2 * (self.columns.square() @ self.weights) @ self._diagonal
-        return (low + mixed + self._diagonal.square().sum()).clamp(min=0).sqrt()
+        low = (gram(self.columns).square() * self.weights.double()[:, None] * self.weights).sum()
+        mixed = 2 * dots(self.columns.square() @ self.weights, self._diagonal)
+        return (low + mixed + size_of(self._diagonal).square()).clamp(min=0).sqrt().to(self.dtype)
 
     def _exact_logdet(self, damping: Damping) -> Tensor:
         parts = self._capacitance(damping)

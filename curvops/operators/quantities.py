@@ -16,6 +16,8 @@ from torch import Tensor
 from curvops import estimators, spectrum
 from curvops.estimators import BlockNorms, Estimate
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
+from curvops.estimators.norm import frobenius_norm
+from curvops.lengths import lengths
 from curvops.matrix import Products
 from curvops.operators.damping import Damping, by_parameter, number
 from curvops.solvers import SOLVERS, Solution
@@ -125,10 +127,7 @@ class Quantities(ABC):
         known = self._exact_norm()
         if known is not None:
             return _exact(known)
-        squared = estimators.squared_norm(self, **options)
-        root = squared.clamp(min=0).sqrt()
-        error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
-        return Estimate.of(root, error, products=squared.products, method=squared.method, exact=squared.exact)
+        return frobenius_norm(self, **options)
 
     @in_step
     def block_norms(self, groups: Groups = "modules", **options: Any) -> BlockNorms:
@@ -218,7 +217,7 @@ class Quantities(ABC):
         if "metric" not in options and (values := self._exact_eigenvalues()) is not None:
             chosen = Choice(which, k, len(values)).of(values)
             values, vectors = values[chosen], self._exact_eigenvectors(chosen)
-            residuals = (self @ vectors - vectors * values).norm(dim=0)  # what rounding leaves
+            residuals = lengths(self @ vectors - vectors * values).to(values)  # what rounding leaves
             return EigenPairs(values, vectors, residuals, 0, True, "structure", self.domain)
         return spectrum.eigenpairs(self, k, which, **options)
 
@@ -282,9 +281,8 @@ class Quantities(ABC):
                     "solve: expected a finite right-hand side, got entries that are infinite or no numbers."
                 )
             x = inverse @ given.columns
-            scale = torch.linalg.vector_norm(given.columns, dim=0)
-            size = torch.linalg.vector_norm(given.columns - damped @ x, dim=0)
-            residual = torch.where(scale > 0, size / scale, size)
+            scale, size = lengths(given.columns), lengths(given.columns - damped @ x)
+            residual = torch.where(scale > 0, size / scale, size).to(x.dtype)
             return Solution(given.answer(x), residual, 0, 0, True, "the structure gives the inverse")
         if solver is None:
             solver = "cg" if self.psd else "minres" if self.symmetric else "lsmr"

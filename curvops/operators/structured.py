@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from curvops.lengths import size_of
 from curvops.operators.block_diagonal import Placed, StructuredOperator
 from curvops.operators.blocks import KroneckerBlock
 from curvops.operators.places import Places
@@ -88,7 +89,7 @@ def _pair(matrices: Matrices, what: str) -> tuple[Tensor, Tensor]:
                 f"{what}: expected a real floating-point matrix [n, n] or a diagonal [n], got {factor.dtype} of shape "
                 f"{tuple(factor.shape)}."
             )
-        bound = torch.finfo(factor.dtype).eps ** 0.5 * torch.linalg.vector_norm(factor)
+        bound = torch.finfo(factor.dtype).eps ** 0.5 * float(size_of(factor))
         if factor.ndim == 2 and not ((factor - factor.T).abs() <= bound).all():
             raise ValueError(f"{what}: expected a symmetric matrix, got one that differs from its transpose.")
     return left.detach(), right.detach()

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.lengths import lengths
 from curvops.solvers.descent import solved
 from curvops.solvers.solution import Solution
-from curvops.solvers.system import System, lengths
+from curvops.solvers.system import System
 
 
 def cg(
@@ -76,7 +77,7 @@ def cg(
 
 def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[int, str]:
     """The residuals are Q S, with QᵀMQ = I; the directions P are conjugate from one iteration to the next."""
-    q, s = residual, torch.diag(lengths(residual)).sign()  # a column that is solved stays as it is
+    q, s = residual, torch.diag(lengths(residual)).sign().to(x.dtype)  # a column that is solved stays as it is
     p = None
     for iteration in range(1, limit + 1):
         z = system.preconditioned(q)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from curvops.lengths import lengths
 from curvops.solvers.solution import Solution
-from curvops.solvers.system import System, lengths
+from curvops.solvers.system import System
 
 #: Improves x in place from its residual by at most so many iterations; how many it took, and why it cannot go on.
 Descent = Callable[[System, Tensor, Tensor, int], tuple[int, str]]
@@ -48,4 +50,5 @@ def _exhausted(system: System, x: Tensor, residual: Tensor, iterations: int, bef
 
 
 def _worst(residual: Tensor) -> float:
-    return float(lengths(residual).max()) if residual.shape[1] else 0.0
+    # in its own precision, beside b of length one: from where that overflows there is no way back
+    return float(torch.linalg.vector_norm(residual, dim=0).max()) if residual.shape[1] else 0.0

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.lengths import lengths
 from curvops.solvers.solution import Solution
-from curvops.solvers.system import System, lengths
+from curvops.solvers.system import System
 
 
 def lsmr(
@@ -91,7 +92,7 @@ class _State(NamedTuple):
     c_bar: Tensor
     s_bar: Tensor
     ratio: Tensor  # θ / ρ, by which the last h enters the next
-    norm: Tensor  # ‖A‖² so far, in the Frobenius norm of the bidiagonal matrix
+    norm: Tensor  # ‖A‖ so far, in the Frobenius norm of the bidiagonal matrix
 
 
 def _first(system: System, residual: Tensor) -> _State:
@@ -101,13 +102,13 @@ def _first(system: System, residual: Tensor) -> _State:
     live, none, image = torch.arange(len(beta), device=beta.device), torch.zeros_like(v), torch.zeros_like(u)
     vectors = residual, u, v, none, none, image, image
     rotations = alpha, alpha * beta, one, one, one, zero, zero
-    return _State(live, *vectors, alpha, *rotations, alpha**2 + system.damping)
+    return _State(live, *vectors, alpha, *rotations, torch.hypot(alpha, torch.full_like(alpha, system.damping**0.5)))
 
 
 def _solved(system: System, x: Tensor, t: _State) -> Tensor:
-    residual = lengths(t.residual)
-    value = torch.hypot(residual, system.damping**0.5 * lengths(x[:, t.live]))
-    return (residual <= system.tolerance) | (t.zeta_bar.abs() <= system.tolerance * t.norm.sqrt() * value)
+    residual = lengths(t.residual).to(x.dtype)
+    value = torch.hypot(residual, system.damping**0.5 * lengths(x[:, t.live]).to(x.dtype))
+    return (residual <= system.tolerance) | (t.zeta_bar.abs() <= system.tolerance * t.norm * value)
 
 
 def _step(system: System, x: Tensor, t: _State) -> _State:
@@ -122,17 +123,17 @@ def _step(system: System, x: Tensor, t: _State) -> _State:
     rho_bar = torch.hypot(t.c_bar * rho, theta)
     c_bar, s_bar = t.c_bar * rho / rho_bar, theta / rho_bar
     zeta = c_bar * t.zeta_bar
-    back = t.s_bar * rho**2 / (t.rho * t.rho_bar)
+    back = t.s_bar * (rho / t.rho) * (rho / t.rho_bar)
     h_bar, image_bar = h - back * t.h_bar, image - back * t.image_bar
-    length = zeta / (rho * rho_bar)
+    length = zeta / rho / rho_bar
     x[:, t.live] += length * h_bar
     residual = t.residual - length * image_bar
-    norm = t.norm + alpha**2 + beta**2
+    norm = torch.hypot(t.norm, torch.hypot(alpha, beta))
     rotations = c * alpha, -s_bar * t.zeta_bar, rho, rho_bar, c_bar, s_bar, theta / rho
     return _State(t.live, residual, u, v, h, h_bar, image, image_bar, alpha, *rotations, norm)
 
 
 def _unit(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Lengths, and the columns of length one; of a zero column zero."""
-    found = lengths(columns)
+    found = lengths(columns).to(columns.dtype)
     return found, columns / torch.where(found > 0, found, 1.0)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.lengths import dots, lengths
 from curvops.solvers.descent import solved
 from curvops.solvers.solution import Solution
-from curvops.solvers.system import System, dots, lengths
+from curvops.solvers.system import System
 
 _INDEFINITE = "the preconditioner is not positive definite (rᵀMr ≤ 0): damp it more"
 _SINGULAR = "the matrix is singular, but for rounding, where b is not zero: x minimises the residual{norm}; add damping"
@@ -92,7 +93,7 @@ def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[i
     square, none, one = dots(residual, z), torch.zeros_like(residual), torch.ones_like(residual[0])
     if ((square < 0) | (square == 0) & (lengths(residual) > system.within_reach(x))).any():
         return 0, _INDEFINITE
-    gamma, zero = square.sqrt(), torch.zeros_like(one)
+    gamma, zero = square.sqrt().to(x.dtype), torch.zeros_like(one)
     unit, live = _inverse(gamma), torch.arange(x.shape[1], device=x.device)
     vectors = residual, residual * unit, none, z * unit, none, none
     state = _State(live, *vectors, gamma, gamma, one, one, zero, zero, zero > 0)
@@ -113,13 +114,13 @@ def _descent(system: System, x: Tensor, residual: Tensor, limit: int) -> tuple[i
 
 def _step(system: System, x: Tensor, t: _State) -> _State | None:
     product = system(t.z)
-    delta = dots(t.z, product)
+    delta = dots(t.z, product).to(x.dtype)
     v = product - delta * t.v - t.gamma * t.v_old
     z = system.preconditioned(v)
     square = dots(v, z)
     if (square < 0).any():
         return None
-    gamma = square.sqrt()
+    gamma = square.sqrt().to(x.dtype)
     v, z = v * _inverse(gamma), z * _inverse(gamma)
     # the tridiagonal matrix's new column under the two rotations before, and the one that clears γ
     first, second, third = (

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from curvops.lengths import lengths
 from curvops.solvers.solution import Solution
-from curvops.solvers.system import System, lengths
+from curvops.solvers.system import System
 
 GROWTH = 10.0  # of the residual over its least so far, from which on the series is given up
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.lengths import lengths
 from curvops.matrix import Products
 from curvops.solvers.solution import Solution
 
@@ -54,7 +55,7 @@ class System:
         self.dtype = torch.promote_types(self.products.dtype, torch.float32)
         self.eps = torch.finfo(self.products.dtype).eps
         columns = given.columns.to(self.dtype)
-        self.largest = columns.new_zeros(())
+        self.largest = torch.zeros((), dtype=torch.float64, device=columns.device)
         if not torch.isfinite(columns).all():
             raise ValueError(
                 f"{title}: expected a finite right-hand side, got entries that are infinite or no numbers."
@@ -62,7 +63,7 @@ class System:
         # by the largest entry first, whose square may be no number of this dtype
         entries = _largest(columns)
         columns = columns / torch.where(entries > 0, entries, 1.0)
-        norms = torch.where(entries > 0, lengths(columns), 1.0)
+        norms = torch.where(entries > 0, lengths(columns), 1.0).to(self.dtype)
         self.b, self._scales = columns / norms, (norms, torch.where(entries > 0, entries, 1.0))
         self._x0 = None if x0 is None else self._start_from(x0, entries > 0)
         self.preconditioner = preconditioner
@@ -82,7 +83,7 @@ class System:
         """(A + δI) times columns."""
         found = self.undamped(columns)
         found = found + self.damping * columns if self.damping else found
-        stretch = lengths(found) / lengths(columns).clamp(min=torch.finfo(self.dtype).tiny)
+        stretch = lengths(found) / lengths(columns).clamp(min=torch.finfo(torch.float64).tiny)
         self.largest = torch.maximum(self.largest, stretch.max()) if len(stretch) else self.largest
         return found
 
@@ -124,7 +125,9 @@ class System:
         lost = _largest(given.to(self.dtype) / entries / norms - x)
         if converged and not (lost <= 10 * self.eps * _largest(x)).all():
             converged, reason = False, f"x has entries that {self.products.dtype} does not hold: scale the right side"
-        return Solution(self._answer(given), lengths(residual), self.products.count, iterations, converged, reason)
+        return Solution(
+            self._answer(given), lengths(residual).to(self.dtype), self.products.count, iterations, converged, reason
+        )
 
     def _finite(self, found: Tensor, what: str = "a product with the matrix") -> Tensor:
         if not torch.isfinite(found).all():
@@ -156,16 +159,6 @@ class System:
         if products.shape[0] != size:
             raise ValueError(f"{what}: expected shape {self.products.shape}, got {products.shape}.")
         return None, products
-
-
-def lengths(columns: Tensor) -> Tensor:
-    """The norm of each column, ``[K]``."""
-    return torch.linalg.vector_norm(columns, dim=0)
-
-
-def dots(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of each pair of columns, ``[K]``."""
-    return (left * right).sum(0)
 
 
 def _largest(columns: Tensor) -> Tensor:

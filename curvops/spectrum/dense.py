@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvops.lengths import lengths, size_of
 from curvops.matrix import Products
 from curvops.memory import check_fits
 from curvops.spectrum.choice import Choice
@@ -38,8 +39,7 @@ def dense_pairs(products: Products, metric: Callable[[Tensor], Tensor] | None, c
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     chosen = choice.of(values)
     values, vectors = values[chosen], vectors[:, chosen]
-    # in double precision: squares of large numbers overflow
-    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * values, dim=0, dtype=torch.float64)
+    residuals = lengths(matrix @ vectors - vectors * values)
     if factor is not None:
         vectors = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
     kind = (products.device, products.dtype)
@@ -62,7 +62,7 @@ def _dense(products: Products, product: Callable[[Tensor], Tensor]) -> Tensor:
 def _symmetric(matrix: Tensor, name: str) -> Tensor:
     if not matrix.isfinite().all():
         raise ValueError(f"eigenpairs: a product with {name} is not finite.")
-    if (matrix - matrix.T).norm() > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * matrix.norm():
+    if size_of(matrix - matrix.T) > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * size_of(matrix):
         raise ValueError(f"eigenpairs: products with {name} are not symmetric. For singular values use AᵀA.")
     return (matrix + matrix.T) / 2
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.lengths import dots
 from curvops.matrix import Products, normal
 
 ROUNDING = 10  # precisions of the largest image: what is left of an image below this is no direction
@@ -159,4 +160,4 @@ class Krylov:
         return column, inside
 
     def _norm(self, column: Tensor) -> float:
-        return float((column @ self._metric(column.unsqueeze(1)).squeeze(1)).clamp(min=0).sqrt())
+        return float(dots(column, self._metric(column.unsqueeze(1)).squeeze(1)).clamp(min=0).sqrt())

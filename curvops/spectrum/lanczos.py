@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
+from curvops.lengths import dots
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
 from curvops.spectrum.choice import Choice, Which
@@ -233,4 +234,4 @@ def _first(products: Products, start: Any, block: int, generator: torch.Generato
 
 
 def _norms(columns: Tensor, weigh: Map) -> Tensor:
-    return (columns * weigh(columns)).sum(0).clamp(min=0).sqrt()
+    return dots(columns, weigh(columns)).clamp(min=0).sqrt().to(columns)

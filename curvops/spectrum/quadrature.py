@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from curvops.lengths import lengths
+
 SPENT = 10  # roundoffs: what orthogonalisation leaves below this share of an image is rounding, so the space has ended
 
 
@@ -70,14 +72,14 @@ def quadrature(
         image = products(current)
         if not image.isfinite().all():
             raise ValueError("Lanczos: a product with the matrix is not finite. Look for overflow in the model.")
-        before = image.norm(dim=0)
+        before = lengths(image)
         overlap = (current * image).sum(0)
         diagonal[going, step] = overlap.double().cpu()
         # the recurrence in full precision, so that a basis in a lower one corrects only what rounding left
         image = image - current * overlap - previous * norms
         for _ in range(2):
             image = image - _projected(bases[:, : step + 1], image)
-        norms = image.norm(dim=0)
+        norms = lengths(image).to(image.dtype)
         kept = norms > SPENT * torch.finfo(image.dtype).eps * before
         if not kept.all():
             bases, going, norms = bases[kept.to(bases.device)], going[kept.cpu()], norms[kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import RLock
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -49,6 +50,7 @@ class Kept:
     ) -> None:
         self._risk, self._title, self._by_place, self._linearize, self._hold = risk, title, by_place, linearize, hold
         self._budget, self._account = budget, account
+        self._turn = RLock()  # threads that share an operator take products one after the other
         self._products: dict[int, BatchProduct] = {}
         self._size = 0
         self._number: int | None = None  # of batches, once they were counted
@@ -63,7 +65,7 @@ class Kept:
         Raises:
             RuntimeError: If a parameter, a buffer or a mode has changed since the first product.
         """
-        with self._risk.ranks.together():
+        with self._turn, self._risk.ranks.together():
             state = self._check() if self._number is not None else {}
             if self._first is not None and len(self._products) == self._number:
                 with self._risk.evaluation():

@@ -164,15 +164,16 @@ class RiskOperator(AccountedOperator):
         return product
 
     def _apply(self, columns: Tensor) -> Tensor:
-        if self._kept is None and not self.domain.shards and rules.matrix_pays(columns.shape[1], self.domain.dim):
+        kept = self._kept  # which another thread may end
+        if kept is None and not self.domain.shards and rules.matrix_pays(columns.shape[1], self.domain.dim):
             dense = self._dense()
             # the identity is what many ask with; to multiply with it would take longer than some matrices
             eye = torch.eye(len(columns), dtype=self.dtype, device=self.device)
             return dense if torch.equal(columns, eye) else dense @ columns
         rows = columns.T.contiguous()
-        if self._kept is not None:
+        if kept is not None:
             total = torch.zeros(rows.shape, dtype=self.domain.sum_dtype, device=self.device)
-            return self._kept.add_to(total, rows).T.to(self.dtype)
+            return kept.add_to(total, rows).T.to(self.dtype)
         return self._sum(rows).T.to(self.dtype)
 
     def _dense(self) -> Tensor:
@@ -263,8 +264,9 @@ class RiskOperator(AccountedOperator):
 
     def _granted(self, wanted: int) -> int:
         """How many of the bytes that are wanted there is room for, beside what `linearized` keeps."""
-        kept = 0 if self._kept is None else self._kept.size
-        left = None if self.memory_budget is None else max(0, self.memory_budget - kept)
+        kept = self._kept
+        size = 0 if kept is None else kept.size
+        left = None if self.memory_budget is None else max(0, self.memory_budget - size)
         return granted(self.device, left, wanted)
 
     def _columns_together(self, products: Sequence[BatchProduct]) -> int:

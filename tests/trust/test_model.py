@@ -310,6 +310,28 @@ def test_eight_threads(frozen, kind):
     assert all(p.requires_grad != frozen for p in case.params.values())
 
 
+@pytest.mark.parametrize("budget", [None, 0], ids=["kept", "computed anew"])
+@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
+def test_threads_that_share_what_is_kept(kind, budget):
+    """Each opens and closes the context for itself, at times that overlap, and `eigenpairs` one of its own."""
+    case = Case(Net(), CE, data())
+    op, truth, together = case.make(kind, memory_budget=budget), case.truth(kind), threading.Barrier(4)
+    largest = torch.linalg.eigvalsh(truth)[-1:]
+
+    def work(seed):
+        v = real(op.shape[1], seed=seed)
+        together.wait(60)
+        for _ in range(4):
+            with op.linearized():
+                close(op @ v, truth @ v)
+                close((op @ op) @ v, truth @ (truth @ v))
+        close(op.eigenpairs(1).values, largest)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert op._kept is None and not op._open
+
+
 def test_training_in_another_thread_feels_nothing():
     case, other, stop = Case(Net(), CE, data()), Net(), threading.Event()
     calls, plain = [], other.b.forward

@@ -262,6 +262,7 @@ class KroneckerOperator(StateOperator):
             RuntimeError: If this is a copy, which holds neither.
         """
         risk = self._data_of("layers")
+        risk.model.check_current()
         rows = layer_rows(Sweep(risk, self.options).streamed(f"{self.name} layers"))
         while True:
             # the caller's code between two rows runs in the caller's context

@@ -56,6 +56,7 @@ class Model:
         except (TypeError, ValueError) as error:
             raise type(error)(f"params: {error}") from None
         self.params = dict(params)
+        self._kinds = {name: _kind(tensor) for name, tensor in self.params.items()}
         while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
             model_func = getattr(model_func, attribute)
         self.module = model_func if isinstance(model_func, Module) else None
@@ -122,12 +123,20 @@ class Model:
         return model
 
     def check_current(self) -> None:
-        """A ValueError if the module has lost one of the tensors since this was made; the message names it."""
+        """A ValueError if the module has lost or converted one of the tensors since this was made; the message names it."""
         own = {id(p) for p in self.module.parameters()} if self.module is not None and self._own else set()
         if names := [name for name in self._own if id(self.params[name]) not in own]:
             raise ValueError(
                 f"params: {describe(names)} are no longer tensors of the module {type(self.module).__name__}: they were replaced "
                 "by others. Make the operator anew, with dict(model.named_parameters())."
+            )
+        # `module.double()` and `.to(device)` keep the tensors and change what they are
+        kinds = ((name, self._kinds[name], _kind(tensor)) for name, tensor in self.params.items())
+        if changed := [(name, before, now) for name, before, now in kinds if before != now]:
+            before, now = next((a, b) for a, b in zip(*changed[0][1:], strict=True) if a != b)
+            raise ValueError(
+                f"params: {describe([name for name, *_ in changed])}: converted from {before} to {now} since the operator was made. "
+                "Make it anew, with data to match."
             )
 
     def _called(self, X: Any) -> Any:
@@ -223,6 +232,10 @@ class Model:
                 f"params: the module {type(self.module).__name__} has no parameter {describe(unknown)}; "
                 f"it has {describe(list(own))}. Pass a subset of dict(model.named_parameters())."
             )
+
+
+def _kind(tensor: Tensor) -> tuple[str, ...]:
+    return str(tensor.dtype).removeprefix("torch."), str(tensor.device), f"shape {tuple(tensor.shape)}"
 
 
 def _held(function: Any) -> list[Any]:

@@ -193,6 +193,32 @@ def test_a_parameter_that_is_replaced(code, kind):
         close(found, c.truth(kind) @ v)
 
 
+CONVERTED = {
+    "m.float()": "float64 to float32",
+    "m.a.weight.data = torch.ones(5, 3).double()": r"shape \(4, 3\) to shape \(5, 3\)",
+}
+
+
+@pytest.mark.parametrize("code, kind", rotate([*CONVERTED, *CONVERTED], *IMPLICIT, "KFAC"))
+def test_a_parameter_that_is_converted(code, kind):
+    c = case()
+    op = used(c, kind)
+    cross = op["a.*", "b.*"]
+    with op.linearized():
+        op @ real(op.shape[1])
+        change(c, code)
+        asks = [lambda: op @ real(op.shape[1]), lambda: cross @ real(cross.shape[1])]
+        if kind == "KFAC":  # a snapshot, which goes on from data
+            asks = [op.refresh, lambda: next(op.layers())]
+        for ask in asks:
+            with pytest.raises(
+                ValueError, match=f"'a.weight'.*: converted from {CONVERTED[code]} since the operator was"
+            ):
+                ask()
+    change(c, "m.double(); m.a.weight.data = torch.ones(4, 3).double()")
+    op @ real(op.shape[1])
+
+
 INSIDE = [
     "p['a.weight'].mul_(-1)",
     "m.load_state_dict(Net().state_dict())",

@@ -86,6 +86,7 @@ class AdjointOperator(LinearOperator):
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.codomain, operator.domain)
         self.operator, self._parts, self._name = operator, (operator,), f"{operator.name}.T"
+        self._source, self._transposed = operator._source, not operator._transposed
 
     def _apply(self, columns: Tensor) -> Tensor:
         return self.operator._apply_adjoint(columns)
@@ -100,7 +101,9 @@ class AdjointOperator(LinearOperator):
         return self.operator._dense().T
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
-        return self.operator._restricted(columns, rows).adjoint()
+        part = self.operator._restricted(columns, rows)
+        part._source, part._transposed = self._source, not self._transposed
+        return part.adjoint()
 
 
 def _factors(operator: LinearOperator) -> list[LinearOperator]:
@@ -111,4 +114,7 @@ def _factors(operator: LinearOperator) -> list[LinearOperator]:
 
 
 def _adjoint_to_each_other(first: LinearOperator, second: LinearOperator) -> bool:
-    return first.adjoint() is second or second.adjoint() is first
+    if first.adjoint() is second or second.adjoint() is first:
+        return True
+    same = first._source is second._source and (first.codomain, first.domain) == (second.domain, second.codomain)
+    return same and (first._source.symmetric or first._transposed != second._transposed)

@@ -17,6 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 from curvops.display import card, heat_map
 from curvops.extras import extra
 from curvops.memory import check_fits
+from curvops.operators.autograd import Product
 from curvops.operators.damping import Damping, by_parameter, number
 from curvops.operators.quantities import Quantities
 from curvops.space import TensorSpace, describe
@@ -47,6 +48,13 @@ class Algebra(Protocol):
         """Rows and columns of A, where A has no way of its own."""
 
 
+class Source:
+    """One for each matrix, by which operators know that they are parts of the same one."""
+
+    def __init__(self, symmetric: bool) -> None:
+        self.symmetric = symmetric
+
+
 class LinearOperator(Quantities):
     """A real linear map between two spaces of named tensors, known by its products.
 
@@ -72,6 +80,7 @@ class LinearOperator(Quantities):
     __array_ufunc__ = None  # a NumPy array on the left must not try to multiply entry by entry
     _parts: tuple[LinearOperator, ...] = ()  # what this one is made of
     _name = ""  # what it is called, if not after its class
+    _transposed = False  # whether it is part of its source's transpose
 
     def __init__(
         self, domain: TensorSpace, codomain: TensorSpace | None = None, *, symmetric: bool = False, psd: bool = False
@@ -79,6 +88,7 @@ class LinearOperator(Quantities):
         self.domain, self.codomain = domain, domain if codomain is None else codomain
         self.symmetric, self.psd = symmetric or psd, psd
         self.shape, self.dtype, self.device = (self.codomain.dim, domain.dim), domain.dtype, domain.device
+        self._source = Source(self.symmetric)  # of which this has the rows and columns of its spaces
 
     @property
     def name(self) -> str:
@@ -192,7 +202,7 @@ class LinearOperator(Quantities):
                     "op.linearized():'; in place of grad, use torch.autograd.grad; a product's tangent is op @ tangent."
                 )
         if columns.requires_grad and torch.is_grad_enabled():
-            return self.codomain.from_columns(_Product.apply(columns, self), form)  # type: ignore[no-untyped-call]
+            return self.codomain.from_columns(Product.apply(columns, self), form)  # type: ignore[no-untyped-call]
         return self.codomain.from_columns(self._product(columns), form)
 
     def _product(self, columns: Tensor) -> Tensor:
@@ -233,7 +243,9 @@ class LinearOperator(Quantities):
         if [] in pair:
             raise ValueError(f"{self.name}[…]: expected at least one name or pattern, got an empty list.")
         rows, columns = (s.subspace(s.match(k)) for s, k in zip((self.codomain, self.domain), pair, strict=True))
-        return self._restricted(rows, columns)
+        part = self._restricted(rows, columns)
+        part._source, part._transposed = self._source, self._transposed
+        return part
 
     __iter__ = None  # there is nothing to walk over
 
@@ -297,7 +309,8 @@ class LinearOperator(Quantities):
             )
         return NotImplemented
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> LinearOperator:
+        return self if isinstance(other, Real) and other == 0 else self + other  # where `sum` begins
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
@@ -350,22 +363,6 @@ class LinearOperator(Quantities):
         return linalg.LinearOperator(
             self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=numpy_dtype
         )
-
-
-class _Product(torch.autograd.Function):
-    """A product whose derivative is a product with the adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, operator: LinearOperator) -> Tensor:
-        ctx.operator = operator
-        # so that autograd refuses a backward pass once one of them has changed: it would take another matrix
-        ctx.save_for_backward(*(tensor for tensor in operator._leaves() if not tensor.is_inference()))
-        return operator._product(columns)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, None]:
-        _ = ctx.saved_tensors
-        return ctx.operator.adjoint() @ gradient, None
 
 
 @contextmanager

@@ -90,6 +90,32 @@ class Forward(LinearOperator):
         return draws(3, 3) @ columns
 
 
+def test_parts_of_one_operator_know_each_other(symmetric):
+    """Equal slices are other objects of the same matrix."""
+    S, A = Matrix(symmetric.dense, space(1, 2), None, psd=True), Matrix(draws(5, 5), space(2, 2, 1), None)
+    for op in (S, A, 2.0 * S + S, A.T):
+        names = op.domain.names
+        one, two = [names[0]], names[1:]
+        for product in (op[one, two].T @ op[one, two], op[two, one] @ op[two, one].T, op[two].T @ op[two]):
+            assert product.psd
+            close(product.to_dense(), product.to_dense().T)
+        nested = op[two][two].T @ op[two]
+        assert nested.psd and (op[one, two].T @ op[one] @ op[one, two]).symmetric == op.symmetric
+        mirrored = op[one, two] @ op[two, one]
+        assert mirrored.psd == mirrored.symmetric == (op[two] @ op[two]).psd == op.symmetric
+        assert (op[one, two] @ op.T[two, one]).psd
+        assert not (op[one, two].T @ Matrix(op.to_dense(), op.domain, None)[one, two]).symmetric
+
+
+def test_sums_begin_at_zero(symmetric):
+    total = sum([symmetric, 2 * symmetric, symmetric])
+    close(total.to_dense(), 4 * symmetric.dense)
+    assert sum([symmetric]) is symmetric and 0.0 + symmetric is symmetric and total.psd
+    for call in (lambda: symmetric + 0, lambda: 1 + symmetric, lambda: sum([symmetric], 0.5)):
+        with pytest.raises(TypeError, match="a number is no operator"):
+            call()
+
+
 def test_what_does_not_fit(rectangular, symmetric):
     other, nested = Matrix(symmetric.dense, space(2, 1), None), 2.5 * (symmetric + symmetric @ symmetric)
     huge = Matrix(torch.zeros(0), TensorSpace({"p": torch.zeros((), dtype=torch.float64).expand(10_000_000)}), None)

@@ -181,13 +181,13 @@ def expression(draw: Draw, space: co.TensorSpace, depth: int) -> Made:
         shift, way = float(norm(a.dense)) + 1, draw.pick(["own", "minres", "lsmr"])
         inverse = torch.linalg.inv(a.dense + shift * eye)
         op = a.op.damped(shift)
-        if way == "own" and hasattr(op, "inverse"):
+        if way == "own" and not isinstance(op.inverse(), co.InverseOperator):
             return Made(op.inverse(), inverse, (a.scale + shift) * 4)
         tight = max(torch.finfo(space.dtype).eps * 50, 1e-12)
         options = {"tolerance": tight, "strict": space.dtype != torch.bfloat16}
-        return Made(
-            co.InverseOperator(op, "minres" if op.symmetric else "lsmr", **options), inverse, (a.scale + shift) * 50
-        )
+        solver = "minres" if op.symmetric else "lsmr"
+        solved = op.inverse(**options) if way == "own" else co.InverseOperator(op, solver, **options)
+        return Made(solved, inverse, (a.scale + shift) * 50)
     if kind == "slice":
         return a if len(space.names) == 1 else Made(*padded(draw, a, space))
     order = list(range(space.dim))

@@ -334,9 +334,25 @@ class Untouched:
         ]
 
 
+def check_inverse(op: LinearOperator, dense: Tensor) -> None:
+    if op.psd and op.domain == op.codomain:
+        v, damping = draws(op.shape[0], seed=9), float(dense.diagonal().amax()) or 1.0
+        x = op.inverse(damping) @ v
+        close(dense @ x + damping * x, v, 1e-5)
+
+
 def conforms(op: LinearOperator) -> None:
     check_shape(op)
     dense = check_dense(op)
-    for check in (check_linear, check_adjoint, check_left, check_formats, check_numpy, check_any_memory, check_scipy):
+    for check in (
+        check_linear,
+        check_adjoint,
+        check_left,
+        check_formats,
+        check_numpy,
+        check_any_memory,
+        check_scipy,
+        check_inverse,
+    ):
         check(op, dense)
     check_errors(op)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from curvops.operators.block_diagonal import BlockDiagonalOperator
 from curvops.operators.composite import AdjointOperator, ProductOperator, SumOperator
-from curvops.operators.damping import spread
+from curvops.operators.damping import Damping, spread
 from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
+from curvops.operators.inverse import InverseOperator
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.low_rank import LowRankPlusDiagonalOperator, OuterProductOperator
 from curvops.operators.submatrix import SubmatrixLinearOperator
@@ -58,6 +59,16 @@ class StructuredAlgebra:
             return SumOperator((1.0, operator), (1.0, IdentityOperator(operator.domain, shifts.pop())))
         added = DiagonalOperator(spread(damping, operator.domain), operator.domain)
         return SumOperator((1.0, operator), (1.0, added))
+
+    def invert(self, operator: LinearOperator, damping: Damping, options: Mapping[str, Any]) -> LinearOperator:
+        """(A + δI)⁻¹, by solving."""
+        if operator.domain != operator.codomain:
+            raise ValueError(
+                f"{operator.name}.inverse(): expected a square operator, got {operator!r}. Its pseudo-inverse is InverseOperator(op, 'lsmr')."
+            )
+        given = dict(options)
+        matrix, solver, shift = operator._to_solve(damping, given.pop("solver", None))
+        return InverseOperator(matrix, solver, **shift, **given)
 
     def restrict(self, operator: LinearOperator, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         """Rows and columns of A, of padded vectors."""

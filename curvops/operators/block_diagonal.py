@@ -157,7 +157,9 @@ class BlockDiagonalOperator(LinearOperator):
         blocks = [placed.powered(exponent, number(shift)) for placed, shift in self._damped(damping)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}", self.psd)
 
-    def inverse(self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0) -> StructuredOperator:
+    def inverse(  # type: ignore[override]  # its options are its own
+        self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0
+    ) -> StructuredOperator:
         """The inverse of the damped matrix.
 
         Without damping, and with the heuristic one, a Kronecker product takes a Cholesky factorisation and an inverse

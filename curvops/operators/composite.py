@@ -34,6 +34,11 @@ class SumOperator(LinearOperator):
         terms = zip(self._scalars, products, strict=True)
         return reduce(torch.add, (product if scalar == 1 else scalar * product for scalar, product in terms))
 
+    def _scaled(self, factor: float) -> LinearOperator:
+        if len(self._parts) > 1:
+            return super()._scaled(factor)
+        return self._parts[0]._scaled(factor * self._scalars[0])  # which may have structure of its own
+
     def _apply(self, columns: Tensor) -> Tensor:
         return self._summed(part._apply(columns) for part in self._parts)
 

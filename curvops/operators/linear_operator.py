@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -15,11 +14,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.autograd.forward_ad import unpack_dual
 
 from curvops.display import card, heat_map
-from curvops.extras import extra
 from curvops.memory import check_fits
 from curvops.operators.autograd import Product
 from curvops.operators.damping import Damping, by_parameter, number
 from curvops.operators.quantities import Quantities
+from curvops.operators.views import as_scalar, scipy_view
 from curvops.space import TensorSpace, describe
 
 SomeOperator = TypeVar("SomeOperator", bound="LinearOperator")
@@ -43,6 +42,9 @@ class Algebra(Protocol):
 
     def shift(self, operator: LinearOperator, damping: Mapping[str, float]) -> LinearOperator:
         """A + diag(δ), where A has no way of its own."""
+
+    def invert(self, operator: LinearOperator, damping: Damping, options: Mapping[str, Any]) -> LinearOperator:
+        """(A + δI)⁻¹, where A has no way of its own."""
 
     def restrict(self, operator: LinearOperator, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         """Rows and columns of A, where A has no way of its own."""
@@ -288,6 +290,28 @@ class LinearOperator(Quantities):
             )
         return self._shifted({name: number(value) for name, value in given.items()})
 
+    def inverse(self, damping: Damping = 0.0, **options: Any) -> LinearOperator:
+        """(A + δI)⁻¹ of the square operator A, as an operator.
+
+        What has structure gives a matrix of the same structure, and may have kinds of damping (see there). Else this is an
+        `InverseOperator`, each of whose products is a solution as of `solve`, by the solver that it would take.
+
+        Args:
+            damping: δ ≥ 0, or one for each parameter by name.
+            options: Without structure ``solver``, ``strict`` and the solver's: see `InverseOperator`.
+
+        Raises:
+            TypeError, ValueError: If the operator is not square, or an argument is not as described.
+
+        Example:
+            >>> import torch
+            >>> from curvops import OuterProductOperator
+            >>> both = OuterProductOperator(torch.ones(2)) + OuterProductOperator(torch.tensor([1.0, -1.0]))
+            >>> both.inverse(2.0) @ torch.ones(2)  # both is 2 I
+            tensor([0.2500, 0.2500])
+        """
+        return self.algebra.invert(self, damping, options)
+
     def adjoint(self) -> LinearOperator:
         """The adjoint operator; for a symmetric one itself."""
         return self if self.symmetric else self.algebra.transpose(self)
@@ -316,13 +340,13 @@ class LinearOperator(Quantities):
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scalar: Any) -> LinearOperator:
-        factor = _as_scalar(scalar)
+        factor = as_scalar(scalar)
         return NotImplemented if factor is None else self._scaled(factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
-        factor = _as_scalar(scalar)
+        factor = as_scalar(scalar)
         return NotImplemented if factor is None else self * (1.0 / factor)
 
     def __neg__(self) -> LinearOperator:
@@ -349,20 +373,7 @@ class LinearOperator(Quantities):
         A solver takes many products: call it within ``with op.linearized():``. Given the operator itself, SciPy's solvers
         are told to take this view, but for `eigsh` and `tfqmr`: they begin with "Cannot interpret 'torch.float32' as a data type".
         """
-        np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
-        own = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16
-        numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own, device="cpu").numpy().dtype)
-
-        def product(operator: LinearOperator, array: Any) -> Any:
-            if np.iscomplexobj(array):
-                return product(operator, array.real) + 1j * product(operator, array.imag)
-            vector = torch.from_numpy(np.array(array)).to(operator.device, operator.dtype)
-            return (operator @ vector).to("cpu", own).numpy().astype(numpy_dtype)
-
-        forward, backward = partial(product, self), partial(product, self.adjoint())
-        return linalg.LinearOperator(
-            self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=numpy_dtype
-        )
+        return scipy_view(self, dtype)
 
 
 @contextmanager
@@ -371,18 +382,6 @@ def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-def _as_scalar(value: Any) -> float | None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        if value.requires_grad:
-            raise TypeError(
-                "s * A: the operator's multiple is a number without a gradient. Take s * (A @ v), or s.detach()."
-            )
-        return float(value)
-    # an array without axes is a number, too
-    array = not isinstance(value, Tensor) and getattr(value, "shape", None) == () and value.dtype.kind in "fiu"
-    return float(value) if array or isinstance(value, Real) else None
 
 
 def _are_patterns(key: Any) -> bool:

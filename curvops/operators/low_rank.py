@@ -152,7 +152,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         whole = parts.diagonal.abs().log().sum() + 2 * scales.log().sum()
         return (whole + torch.linalg.slogdet(inner)[1]).to(self.dtype)
 
-    def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:
+    def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:  # type: ignore[override]  # it has no options
         """The inverse of the matrix plus ``damping`` times the identity, of the same rank.
 
         Raises:

@@ -272,7 +272,7 @@ class Quantities(ABC):
             (True, True)
         """
         _check_names("solve", options, *([SOLVERS[solver]] if solver in SOLVERS else SOLVERS.values()))
-        damped = self.damped(damping) if any(map(number, by_parameter(damping, self.domain).values())) else self
+        damped = self._damped_by(damping)
         inverse = self._exact_inverse(damping) if solver is None else None
         if inverse is not None:
             given = Products(self, "solve").given(b, left=True)
@@ -284,13 +284,22 @@ class Quantities(ABC):
             scale, size = lengths(given.columns), lengths(given.columns - damped @ x)
             residual = torch.where(scale > 0, size / scale, size).to(x.dtype)
             return Solution(given.answer(x), residual, 0, 0, True, "the structure gives the inverse")
+        matrix, solver, shift = self._to_solve(damping, solver)
+        return SOLVERS[solver](matrix, b, **shift, **options)
+
+    def _damped_by(self, damping: Damping) -> Any:
+        return self.damped(damping) if any(map(number, by_parameter(damping, self.domain).values())) else self
+
+    def _to_solve(self, damping: Damping, solver: str | None) -> tuple[Any, str, dict[str, Any]]:
+        """What is to be solved, by which solver, and the damping where that takes it."""
+        damped = self._damped_by(damping)
         if solver is None:
             solver = "cg" if self.psd else "minres" if self.symmetric else "lsmr"
         if solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}.")
         if solver in ("cg", "minres") and not isinstance(damping, Mapping):
-            return SOLVERS[solver](self, b, damping=float(damping), **options)
-        return SOLVERS[solver](damped, b, **options)
+            return self, solver, {"damping": float(damping)}
+        return damped, solver, {}
 
     def _exact_trace(self) -> Tensor | None:
         diagonal = self._exact_diagonal()

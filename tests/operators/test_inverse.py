@@ -5,6 +5,8 @@ import torch
 from conformance import close, draws
 from operators.test_algebra import Matrix, space
 
+from curvops import kronecker_product
+from curvops.operators.block_diagonal import StructuredOperator
 from curvops.operators.inverse import InverseOperator
 
 
@@ -72,3 +74,51 @@ def test_refusals():
         InverseOperator(matrix, num_terms=3)
     with pytest.raises(ValueError, match="cg: expected a symmetric matrix, got Matrix"):
         InverseOperator(matrix) @ draws(6)
+
+
+def test_every_square_operator_has_one():
+    """By the solver that `solve` would take, of A + δI."""
+    dense, shift, v = spd(), 0.5 * torch.eye(6), draws(6)
+    indefinite, other = dense - 1.5 * torch.eye(6), torch.eye(6) + 0.1 * draws(6, 6)
+    matrices = operator(dense, psd=True), operator(indefinite, symmetric=True), operator(other)
+    for matrix, solver in zip(matrices, ("cg", "minres", "lsmr"), strict=True):
+        for damping in (0.0, 0.5, dict.fromkeys(matrix.domain.names, 0.5)):
+            inverse = matrix.inverse(damping, tolerance=1e-13)
+            assert inverse.solver == solver and inverse.psd == matrix.psd and inverse.symmetric == matrix.symmetric
+            expected = torch.linalg.inv(matrix.dense + (shift if damping else 0.0))
+            close(inverse @ v, expected @ v, 1e-8)
+            close(v @ inverse, v @ expected, 1e-8)
+    close((matrices[0] + matrices[0]).inverse(1.0) @ v, torch.linalg.solve(2 * dense + 2 * shift, v), 1e-5)
+
+
+def test_what_has_structure_keeps_it():
+    kfac = kronecker_product(spd(2), spd(3))
+    v = draws(6)
+    for op in (-1 * (-kfac), 0.5 * (-2 * (-kfac))):
+        assert isinstance(op.inverse(0.1), StructuredOperator)
+        close(op.inverse(0.1) @ v, kfac.inverse(0.1) @ v)
+    negative = (-kfac).damped(100.0)
+    close(negative.inverse() @ v, torch.linalg.solve(100 * torch.eye(6) - kfac.to_dense(), v), 1e-5)
+
+
+def test_what_has_no_inverse():
+    matrix = operator(spd(), psd=True)
+    for call, error, message in (
+        (
+            lambda: operator(draws(7, 4)).inverse(),
+            ValueError,
+            r"expected a square operator, .*InverseOperator\(op, 'lsmr'\)",
+        ),
+        (lambda: matrix.inverse(-1.0), ValueError, "damping: expected a number ≥ 0"),
+        (lambda: matrix.inverse(1.0, solver="lu"), ValueError, "solver: expected one of"),
+        (lambda: matrix.inverse(1.0, kind="exact"), TypeError, "cg: unknown options kind"),
+        (
+            lambda: operator(draws(6, 6)).inverse(1.0, solver="cg") @ draws(6),
+            ValueError,
+            "cg: expected a symmetric matrix",
+        ),
+        (lambda: (-matrix).inverse(solver="cg") @ draws(6), ValueError, "expected a positive semi-definite matrix"),
+        (lambda: (0 * matrix + 0 * matrix).inverse() @ draws(6), RuntimeError, "add damping"),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -45,13 +45,16 @@ class LossWalk:
         # whether a loss of one's own couples the positions of a datum, once that was asked
         self._coupled: bool | None = None
 
-    def curvature(self, z: Tensor, y: Any, batch_size: int) -> OutputCurvature:
-        """See `OutputLoss.curvature`; a ValueError too if the data's loss is seen not to be the sum of their losses."""
+    def curvature(self, z: Tensor, y: Any, batch_size: int, whole: bool = False) -> OutputCurvature:
+        """See `OutputLoss.curvature`; a ValueError too if the data's loss is seen not to be the sum of their losses.
+
+        A batch is one datum as a ``whole`` where the caller says so of one with several rows.
+        """
         found = self._curvature(z, y, batch_size)
         if isinstance(found, AutodiffCurvature):
             found.noted = self._note
         if not isinstance(found, ClosedForm):
-            self.count += self._share(_piece(z.detach().to(found.dtype), y, batch_size))
+            self.count += self._share(_piece(z.detach().to(found.dtype), y, batch_size), whole)
         elif self._reduction == "mean":
             self.count += found.count
         return found
@@ -102,14 +105,16 @@ class LossWalk:
             )
         return 1.0 / count
 
-    def _share(self, whole: _Piece) -> float:
+    def _share(self, whole: _Piece, alone: bool) -> float:
         """Check a batch, and compute its share of what "mean" divides by."""
         few = whole if whole.size == 1 else None
         if not self._loss.known:
             if parts := _split(whole, min(FEW, whole.size // 2)):
                 few = parts[0]
                 self._expect_sum(whole, *parts)
-            self._check_between(whole, few)
+            # a sum over batches that are data as a whole: with rows of another one it would be another datum
+            if not (alone and self._reduction == "sum"):
+                self._check_between(whole, few)
         if not self._counts:
             return float(whole.size)
         if not self._loss.known:
@@ -122,8 +127,6 @@ class LossWalk:
         return count
 
     def _check_between(self, whole: _Piece, few: _Piece | None) -> None:
-        if self._reduction == "sum" and whole.size == 1 and whole.z.shape[:1] != (1,):
-            return  # a batch is one datum of several rows: with those of another it would be another datum
         self._batches += 1
         if self._batches == 1:
             # copied: it holds no batch, and a loader may overwrite its own

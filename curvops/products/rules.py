@@ -54,9 +54,11 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int, mat
     """
     if columns < 2 or (rows * parameters > LARGEST_ROWS and not matrix):
         return False
-    # where overhead rules it is a batched backward pass against one for each column
-    few = rows <= columns or (rows * parameters <= FEW_ROWS and rows <= 2 * data * columns)
-    if work <= SMALL and few:
+    if work <= SMALL and rows <= columns:
+        return True
+    if work <= SMALL and rows > 2 * data * columns:
+        return False  # where overhead rules it is a batched backward pass for all rows of a datum against one for each column
+    if work <= SMALL and rows * parameters <= FEW_ROWS:
         return True
     made = max(4 * work * (rows // data), MADE * rows * parameters)
     one, least = (1, SMALL) if matrix else (4, SMALL // 2)

@@ -340,7 +340,10 @@ class Walk:
                 "how it weighs the data is not seen: let it return what the loss takes (logits), and pass the loss as loss_func. (With "
                 "batch_size_fn=lambda X: 1 each batch is one datum, and a Hessian of their mean or sum.)"
             )
-        return self.loss.curvature(z, batch.y, batch.size)
+        # what `batch_size_fn` says of data whose first axis says something else
+        tensors = tensors_of(batch.X) if batch.size == 1 else []
+        whole = bool(tensors) and all(t.shape[:1] != (1,) for t in tensors)
+        return self.loss.curvature(z, batch.y, batch.size, whole)
 
     @property
     def constant(self) -> float:

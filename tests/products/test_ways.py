@@ -403,7 +403,13 @@ def test_small_layers_go_together():
     sizes = {"a.weight": 6, "a.bias": 2, "b.weight": 50, "b.bias": 4, "alone": 2, "c.weight": 70, "d.weight": 3}
     together = layered.layers(sizes, 64)
     assert together == [["a.weight", "a.bias", "b.weight", "b.bias", "alone"], ["c.weight"], ["d.weight"]]
-    assert layered.layers(sizes, 0) == [["a.weight", "a.bias"], ["b.weight", "b.bias"], ["alone"], ["c.weight"], ["d.weight"]]
+    assert layered.layers(sizes, 0) == [
+        ["a.weight", "a.bias"],
+        ["b.weight", "b.bias"],
+        ["alone"],
+        ["c.weight"],
+        ["d.weight"],
+    ]
     layers = [layer for _ in range(12) for layer in (torch.nn.Linear(2, 2), torch.nn.Tanh())]
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), *layers).double()
     params, X, y = dict(model.named_parameters()), draws(5, 3), draws(5, 2)

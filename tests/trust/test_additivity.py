@@ -279,6 +279,20 @@ def test_a_loss_of_whole_batches_is_summed_over_them(loss, sizes):
     torch.testing.assert_close(ggn @ real(len(flat), 3).roll(1), one_by_one @ real(len(flat), 3).roll(1))
 
 
+def test_batches_of_one_datum_with_flat_outputs_are_compared_all_the_same():
+    """That each batch is one datum is nobody's word there."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(0, 1)).double()
+    params, X, y = dict(model.named_parameters()), real(4, 5, 3), torch.arange(20).view(4, 5) % 4
+    data = [(X[k : k + 1], y[k : k + 1]) for k in range(4)]
+
+    def regularised(z, y):
+        return F.cross_entropy(z, y.flatten(), reduction="sum") + sum(p.square().sum() for p in params.values())
+
+    for loss in (regularised, lambda z, y: F.cross_entropy(z, y.flatten())):
+        with pytest.raises(ValueError, match="the loss of two batches joined is not the sum"):
+            HessianLinearOperator(model, loss, params, data, reduction="sum")
+
+
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
 def test_a_loss_without_a_second_derivative_is_named(cls):
     def ctc(z, y):

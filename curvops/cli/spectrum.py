@@ -174,7 +174,7 @@ def _drawn(found: SpectralDensity, stem: Path, session: Session, exact: str) -> 
     plt.close(figure)
     # where all eigenvalues are known, those that rounding leaves of zeros count as zeros
     edge = 2 * found.rounding if exact else 0.0
-    shares = found.cumulative(torch.tensor([edge, -edge], dtype=torch.float64))
+    shares = found.cumulative(torch.tensor([edge, -edge], dtype=torch.float64, device="cpu"))
     share, error = float(shares.values[0]), float(shares.errors[0])
     zeros = share - float(shares.values[1]) if exact else None
     if exact:

@@ -6,6 +6,7 @@ steps agree with each other (at kinks such as ReLU's they do not).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -62,7 +63,7 @@ def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
     for step in STEPS:
         slopes.append(((at(step) - at(-step)) / (2 * step)).detach())
         scale = max(float(slope.norm()) for slope in slopes)
-        if not torch.isfinite(torch.tensor(scale)):
+        if not math.isfinite(scale):
             return Verdict(None)
         if len(slopes) > 1 and float((slopes[-1] - slopes[-2]).norm()) <= STEADY * scale:
             error = min(float((product - slope).norm()) for slope in slopes[-2:])
@@ -111,7 +112,7 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
     with risk.evaluation(), model.at(theta) as (leaves, run):
         jacobian = OutputLinearization(run(), leaves, space)
         z = jacobian.z.detach()
-        u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype).to(z.device)
+        u = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype, device="cpu").to(z.device)
         # ⟨Jᵀ u, v⟩ beside J v: a hook on the graph may change one and not the other
         scale = z.norm() / u.norm()
         along = torch.dot(space.join(jacobian.pull(u)), v).expand(1) * scale

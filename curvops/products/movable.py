@@ -133,7 +133,7 @@ def _named(space: TensorSpace, flat: Tensor) -> dict[str, Tensor]:
 
 def _pulled(risk: EmpiricalRisk, inputs: Mapping[str, Tensor], z: Tensor) -> Tensor:
     """Jᵀu of an output for a random u."""
-    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
+    u = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), device="cpu").to(z)
     with risk.model.standing_in(inputs):
         found = (
             gradients(z, list(inputs.values()), u, retain_graph=True, allow_unused=True)

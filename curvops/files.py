@@ -21,7 +21,7 @@ from torch import Tensor
 
 from curvops.extras import extra
 
-KEY, SUM, SUMS = "curvops", "sha256", "sha256 of tensors"  # the text, its hash, and in it those of the tensors
+KEY, SUM, SUMS = "curvops", "sha256", "sha256 of tensors"  # the text, and in it its own hash and those of the tensors
 
 ABANDONED = 86_400  # seconds after the last write to a file that was not finished
 
@@ -38,8 +38,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     save = extra("safetensors.torch", "Saving to a file").save
     own = _apart(tensors)
     sums = {name: _sum(tensor) for name, tensor in own.items()}
-    text = json.dumps({**about, "format": format, "versions": versions(), SUMS: sums})
-    content = save(own, metadata={KEY: text, SUM: hashlib.sha256(text.encode()).hexdigest()})
+    known = {**about, "format": format, "versions": versions(), SUMS: sums}
+    # one entry, for the library writes several in any order
+    content = save(own, metadata={KEY: json.dumps(known | {SUM: _sum_of_text(known)})})
     replace_atomically(path, lambda partial: partial.write_bytes(content))
 
 
@@ -86,6 +87,10 @@ def _sum(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
+def _sum_of_text(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
 def _damaged(path: Path, what: str) -> Unreadable:
     return Unreadable(
         f"'{path}' is damaged or was edited: {what!r} is not what was written. Remove the file, or write it anew."
@@ -100,16 +105,13 @@ def _opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any], dict
         raise FileNotFoundError(f"'{path}' is not a file.")
     try:
         with library.safe_open(path, framework="pt") as file:
-            known = file.metadata() or {}
-            text = known.get(KEY, "null")
-            if SUM in known and hashlib.sha256(text.encode()).hexdigest() != known[SUM]:
-                raise _damaged(path, "what is known about its tensors")
-            about = json.loads(text)
+            about = json.loads((file.metadata() or {}).get(KEY, "null"))
             if not isinstance(about, dict) or about.get("format") != format:
                 raise ValueError(f"'{path}' is a safetensors file, but not one of {format}.")
+            own = about.pop(SUM, None)
+            if (own is not None or SUMS in about) and own != _sum_of_text(about):
+                raise _damaged(path, "what is known about its tensors")
             sums = about.pop(SUMS, None)
-            if sums is not None and SUM not in known:
-                raise _damaged(path, SUM)
             yield file, about, sums
     except (library.SafetensorError, json.JSONDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -91,7 +91,8 @@ def test_a_flipped_bit_is_seen_in_what_is_known_about_tensors(tmp_path):
     whole = path.read_bytes()
     for written, other in (
         (b'count\\": 12', b'count\\": 13'),
-        (b'"sha256"', b'"sha257"'),
+        (b'\\"sha256\\"', b'\\"sha257\\"'),
+        (b'\\"sha256 of tensors\\"', b'\\"sha256 of tensort\\"'),
         (b'"b":{', b'"c":{'),
         (b'"F32"', b'"I32"'),
     ):

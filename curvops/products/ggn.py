@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -86,7 +87,11 @@ class OutputFactorOperator(RiskOperator):
         if not rows or curvature.terms_per_datum is None:
             return False
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
-        size = (spread if matrix else max(rows * self.domain.dim, spread)) * self.dtype.itemsize
+        # of the matrix a datum's rows at a time, at least
+        held = (
+            rows // data * (4 * self.domain.dim + product.record.entries // data) if matrix else rows * self.domain.dim
+        )
+        size = max(held, spread) * self.dtype.itemsize
         if self._granted(size) < size:
             return False
         if columns:
@@ -178,16 +183,20 @@ class OutputFactorOperator(RiskOperator):
         ]
         return torch.cat(found)
 
-    def _rows(self, products: Sequence[BatchProduct], us: Tensor) -> Iterator[Tensor]:
-        """Rows Sᵀ J of some batches for their cotangents, datum by datum."""
+    def _rows(self, products: Sequence[BatchProduct], us: Tensor, most: int = sys.maxsize) -> Iterator[Tensor]:
+        """Rows Sᵀ J of some batches for their cotangents, datum by datum, of which so many bytes at most are made together."""
         batch = joined_batch([p.batch for p in products])
         primals = {name: p.detach() for name, p in self.risk.params.items()}
         entries = sum(p.record.entries for p in products) // batch.size
-        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, entries, self._granted)
+
+        def granted(wanted: int) -> int:
+            return self._granted(min(wanted, most))
+
+        return pulled_rows(self.risk.functional, primals, batch.X, us, self.domain, entries, granted)
 
     def _matrix(self, products: Sequence[BatchProduct]) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.domain.sum_dtype, device=self.device)
-        for some in self._rows(products, self._cotangents(products)):
+        for some in self._rows(products, self._cotangents(products), rules.PART * self.dtype.itemsize):
             add_gram(total, some.to(total.dtype))
         return mirrored(total.unsqueeze(0))[0]
 

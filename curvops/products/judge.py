@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from curvops.context import UNFIT, quietly
 from curvops.losses import OutputCurvature
-from curvops.products.movable import Movable, Run, movable
+from curvops.products.account import attempted
+from curvops.products.movable import Leaves, Movable, Run, movable
 from curvops.products.reference import GradientLinearization, OutputLinearization
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -89,9 +90,12 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
                 return v * 0
             return space.join(gradients(found, list(leaves.values()), allow_unused=True))
 
+    def product(leaves: Leaves, run: Run) -> Tensor:
+        return space.join(GradientLinearization.of_loss(*value(run), leaves, space).parts(v))
+
     with risk.evaluation(), model.at(theta) as (leaves, run):
-        linear = GradientLinearization.of_loss(*value(run), leaves, space)
-        verdict = compare(space.join(linear.parts(v)), slopes)
+        found, why = attempted(lambda: product(leaves, run))
+        verdict = compare(found, slopes) if found is not None else Verdict(None, f"it is an error here: {why}")
         if verdict.wrong:
             _warn("Hessian", verdict, run)
     return verdict
@@ -116,7 +120,9 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
         # ⟨Jᵀ u, v⟩ beside J v: a hook on the graph may change one and not the other
         scale = z.norm() / u.norm()
         along = torch.dot(space.join(jacobian.pull(u)), v).expand(1) * scale
-        verdict = compare(torch.cat([jacobian.push(v).flatten(), along]), both)
+        pushed, why = attempted(lambda: jacobian.push(v).flatten())
+        found = None if pushed is None else torch.cat([pushed, along])
+        verdict = compare(found, both) if found is not None else Verdict(None, f"it is an error here: {why}")
         if verdict.wrong:
             _warn("Jacobian", verdict, run)
     return verdict

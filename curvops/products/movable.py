@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from curvops.context import UNFIT
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import Model
@@ -107,7 +106,7 @@ def movable(risk: EmpiricalRisk, X: Any, double: Any, space: TensorSpace) -> tup
         return StandIns(risk, double, space), slope
     try:
         module, own = copied(risk)
-    except UNFIT:
+    except Exception:  # whatever the module's own code raises where it cannot be copied
         return None
     with Substitutions():
         z = Model(module, own)(X)

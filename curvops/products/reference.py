@@ -41,8 +41,9 @@ class OutputLinearization:
             return torch.zeros_like(self.z)
         if self._dummy is None:
             # any u gives the same derivative, but at zero some backward passes have none, as that of `logcumsumexp`, which takes logs
-            self._dummy = scattered(self.z).requires_grad_()
-            self._pulled = list(gradients(self.z, self._params, self._dummy, create_graph=True, allow_unused=True))
+            dummy = scattered(self.z).requires_grad_()
+            self._pulled = list(gradients(self.z, self._params, dummy, create_graph=True, allow_unused=True))
+            self._dummy = dummy
         (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
         return torch.zeros_like(self.z) if product is None else product.detach()
 

@@ -16,6 +16,7 @@ SMALL = 4_000_000  # multiplications and additions of a batch below which the op
 LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many columns
 LARGEST_ROWS = 2**25  # entries that the rows Sᵀ J of some data may have
 TRACED = 4  # times the memory of a batch's graph that it takes to make a program of its tangents
+PART = 2**24  # entries, of rows and of what they are made with, that are squared together
 FEW_ROWS = 2**20  # entries of rows that are read in no time
 MADE = 200  # multiplications and additions that take as long as to write, arrange and read an entry of many rows
 

@@ -223,3 +223,70 @@ def test_an_output_without_a_graph_is_told(cls, how):
     model = Severed(how)
     with pytest.warns(RuntimeWarning, match=r"its output carries no graph to the parameters, .* torch\.no_grad"):
         cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+
+
+class Uncopied(Fused):
+    def __deepcopy__(self, memo):
+        raise OSError("a handle that cannot be copied")
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return torch.tanh(x @ w.T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        d = g * (1 - torch.tanh(x @ w.T) ** 2)
+        return d @ w, d.T @ x
+
+
+class Once(Fused):
+    def forward(self, x):
+        return self.head(_Once.apply(x, self.w))
+
+
+class _Refused(_Once):
+    @staticmethod
+    def backward(ctx, g):
+        if g.requires_grad:
+            raise RuntimeError("no second derivative")
+        return _Once.backward(ctx, g)
+
+
+class Refused(Fused):
+    def forward(self, x):
+        return self.head(_Refused.apply(x, self.w))
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+def test_functions_that_are_marked_as_once_differentiable_are_told(cls):
+    """PyTorch's own error comes only where gradients of all leaves are asked for."""
+    model = Once()
+    with pytest.warns(RuntimeWarning, match="differs .*_Once"):
+        cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+def test_no_verdict_where_the_module_cannot_be_copied(cls):
+    model = Uncopied()
+    op = cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+    assert "neither stand-ins nor a copy" in op.explain()
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+def test_no_verdict_where_second_derivatives_are_an_error(cls):
+    """The operator is made, and each product says what its backward pass says."""
+    model = Refused()
+    op = cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+    assert "it is an error here" in op.explain()
+    for work in (
+        lambda: op @ torch.ones(12).double(),
+        lambda: op.trace(num_products=6),
+        lambda: op.trace(num_products=6),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            work()

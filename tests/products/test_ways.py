@@ -423,3 +423,29 @@ def test_small_layers_go_together():
 
     flat = torch.nn.utils.parameters_to_vector(params.values()).detach()
     close(found, torch.autograd.functional.hessian(risk, flat))
+
+
+def test_rows_of_many_loss_terms_are_not_made_for_few_columns():
+    """Backward passes for all rows of a datum take longer than one for each column."""
+    segmentation = {"columns": 16, "rows": 2 * 768, "parameters": 151, "data": 2, "work": 80_000}
+    assert not rules.rows_pay(**segmentation)
+    assert rules.rows_pay(**segmentation | {"rows": 2 * 3})
+    many = {"columns": 283, "rows": 6000, "parameters": 283, "data": 2000, "work": 520_000}
+    assert rules.rows_pay(**many, matrix=True)
+    assert not rules.rows_pay(**many | {"columns": 4})
+
+
+def test_a_dense_ggn_within_a_budget(monkeypatch):
+    """Rows are made a part at a time, of one datum at least; where these have no room, not at all."""
+    p, asked = PROBLEMS["mlp"](), []
+    plain = ggn.pulled_rows
+    monkeypatch.setattr(ggn, "pulled_rows", lambda *a: (asked.append(len(rows)) or rows for rows in plain(*a)))
+    expected = GGNLinearOperator(*p.args()).to_dense()
+    assert asked == [asked[0]]
+    monkeypatch.setattr(rules, "PART", 1)
+    asked.clear()
+    close(GGNLinearOperator(*p.args()).to_dense(), expected)
+    assert len(asked) > 1
+    asked.clear()
+    close(GGNLinearOperator(*p.args(), memory_budget=1).to_dense(), expected)
+    assert asked == []

@@ -87,10 +87,9 @@ class OutputFactorOperator(RiskOperator):
         if not rows or curvature.terms_per_datum is None:
             return False
         spread = rows * curvature.terms_per_datum * curvature.width  # entries of the cotangents
-        # of the matrix a datum's rows at a time, at least
-        held = (
-            rows // data * (4 * self.domain.dim + product.record.entries // data) if matrix else rows * self.domain.dim
-        )
+        held = rows * self.domain.dim
+        if matrix:  # a datum's at a time, at least
+            held = rows // data * (4 * self.domain.dim + product.record.entries // data)
         size = max(held, spread) * self.dtype.itemsize
         if self._granted(size) < size:
             return False

@@ -9,7 +9,7 @@ JOINED = 128  # data up to which small batches go together, after a proof
 TOGETHER = 4  # columns from which it is asked whether they go together
 CHUNK = 96  # columns that go together at most
 LAYERED = (
-    64  # columns of the dense Hessian up to which small layers go together: late ones' would pass through early ones
+    64  # columns of the dense Hessian up to which small layers go together: more pass through early layers in vain
 )
 LARGEST_TANGENTS = 2**25  # entries that the results of all operations may have for the columns that go together
 SMALL = 4_000_000  # multiplications and additions of a batch below which the operations' overhead rules
@@ -55,12 +55,12 @@ def rows_pay(columns: int, rows: int, parameters: int, data: int, work: int, mat
     """
     if columns < 2 or (rows * parameters > LARGEST_ROWS and not matrix):
         return False
-    if work <= SMALL and rows <= columns:
-        return True
-    if work <= SMALL and rows > 2 * data * columns:
-        return False  # where overhead rules it is a batched backward pass for all rows of a datum against one for each column
-    if work <= SMALL and rows * parameters <= FEW_ROWS:
-        return True
+    if work <= SMALL:
+        # overhead rules: a batched backward pass for the rows of a datum against one for each column
+        if rows <= columns or rows > 2 * data * columns:
+            return rows <= columns
+        if rows * parameters <= FEW_ROWS:
+            return True
     made = max(4 * work * (rows // data), MADE * rows * parameters)
     one, least = (1, SMALL) if matrix else (4, SMALL // 2)
     return columns * one * rows * parameters + made < columns * 8 * max(work, least)

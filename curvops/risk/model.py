@@ -133,7 +133,8 @@ class Model:
         # `module.double()` and `.to(device)` keep the tensors and change what they are
         kinds = ((name, self._kinds[name], _kind(tensor)) for name, tensor in self.params.items())
         if changed := [(name, before, now) for name, before, now in kinds if before != now]:
-            before, now = next((a, b) for a, b in zip(*changed[0][1:], strict=True) if a != b)
+            pairs = zip(*changed[0][1:], strict=True)
+            before, now = (_told(kind) for kind in next(pair for pair in pairs if pair[0] != pair[1]))
             raise ValueError(
                 f"params: {describe([name for name, *_ in changed])}: converted from {before} to {now} since the operator was made. "
                 "Make it anew, with data to match."
@@ -234,8 +235,12 @@ class Model:
             )
 
 
-def _kind(tensor: Tensor) -> tuple[str, ...]:
-    return str(tensor.dtype).removeprefix("torch."), str(tensor.device), f"shape {tuple(tensor.shape)}"
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    return tensor.dtype, tensor.device, tensor.shape
+
+
+def _told(kind: torch.dtype | torch.device | torch.Size) -> str:
+    return f"shape {tuple(kind)}" if isinstance(kind, torch.Size) else str(kind).removeprefix("torch.")
 
 
 def _held(function: Any) -> list[Any]:

@@ -239,7 +239,7 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
     return tensor.dtype, tensor.device, tensor.shape
 
 
-def _told(kind: torch.dtype | torch.device | torch.Size) -> str:
+def _told(kind: object) -> str:
     return f"shape {tuple(kind)}" if isinstance(kind, torch.Size) else str(kind).removeprefix("torch.")
 
 

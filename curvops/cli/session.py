@@ -60,6 +60,15 @@ class Session:
         """A path as it was meant where the command began, also if the user's code has gone to another folder."""
         return Path(given) if self._folder in (None, Path.cwd()) else self._folder / given
 
+    def _return(self) -> None:
+        """Go back to the folder where the command began, if the user's code has left it."""
+        try:
+            left = Path.cwd() != self._folder
+        except FileNotFoundError:  # it is gone
+            left = True
+        if left and self._folder is not None:
+            os.chdir(self._folder)
+
     def run(self, command: Callable[[Session], bool | None]) -> int:
         """Run a command and explain how it fails; ``False`` is a failure that it has told itself."""
         processes: Any = None
@@ -111,7 +120,7 @@ class Session:
             stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
             with contextlib.suppress(FileNotFoundError):  # a folder that was removed
                 self._folder = Path.cwd()
-                stack.callback(os.chdir, self._folder)
+                stack.callback(self._return)
             if "MPLBACKEND" not in os.environ:
                 os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window is needed
                 stack.callback(os.environ.pop, "MPLBACKEND", None)

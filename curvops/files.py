@@ -8,11 +8,9 @@ import json
 import os
 import platform
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from torch import Tensor
 from curvops.extras import extra
 
 KEY, SUM, SUMS = "curvops", "sha256", "sha256 of tensors"  # the text, and in it its own hash and those of the tensors
-
-ABANDONED = 86_400  # seconds after the last write to a file that was not finished
 
 
 class Unreadable(ValueError):
@@ -123,7 +119,6 @@ def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        _remove_abandoned(path)
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -135,14 +130,6 @@ def replace_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what runs that were killed have left beside a path; what was written to within a day may be another run's."""
-    for other in path.parent.glob(f".{escape(path.name)}.*.part"):
-        with suppress(OSError):
-            if time.time() - other.stat().st_mtime > ABANDONED:
-                other.unlink()
 
 
 def digest(path: Path) -> str:

@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import struct
-import time
 
 import pytest
 import torch
@@ -135,15 +133,3 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path):
             replace_atomically(path, write)
         assert caught.value.filename == str(path) and caught.value.errno == given[0]
     assert path.read_text(encoding="utf-8") == "before" and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path):
-    old, fresh, others = (
-        tmp_path / f".{name}.part" for name in ("[file].01234567", "[file].89abcdef", "other.01234567")
-    )
-    for path in (old, fresh, others):
-        path.write_bytes(b"begun")
-    for path in (old, others):
-        os.utime(path, (time.time() - 90_000,) * 2)
-    replace_atomically(tmp_path / "[file]", lambda partial: partial.write_bytes(b"whole"))
-    assert sorted(tmp_path.iterdir()) == sorted([fresh, others, tmp_path / "[file]"])

@@ -58,15 +58,17 @@ class Session:
 
     def path(self, given: str | Path) -> Path:
         """A path as it was meant where the command began, also if the user's code has gone to another folder."""
-        return Path(given) if self._folder in (None, Path.cwd()) else self._folder / given
+        return Path(given) if self._folder is None or not self._has_moved() else self._folder / given
+
+    def _has_moved(self) -> bool:
+        """Whether the user's code has left the folder where the command began."""
+        try:
+            return Path.cwd() != self._folder
+        except FileNotFoundError:  # where it went is gone
+            return True
 
     def _return(self) -> None:
-        """Go back to the folder where the command began, if the user's code has left it."""
-        try:
-            left = Path.cwd() != self._folder
-        except FileNotFoundError:  # it is gone
-            left = True
-        if left and self._folder is not None:
+        if self._folder is not None and self._has_moved():
             os.chdir(self._folder)
 
     def run(self, command: Callable[[Session], bool | None]) -> int:

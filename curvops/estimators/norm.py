@@ -70,20 +70,11 @@ def squared_norm(
     return by_name(found.to_dtype(dtype), groups, rows)
 
 
-def frobenius_norm(
-    matrix: Matrix,
-    *,
-    num_products: int = 60,
-    tolerance: float | None = None,
-    max_products: int = 1000,
-    distribution: Distribution = "rademacher",
-    seed: int = 0,
-    checkpoint: Checkpoint | None = None,
-    progressbar: bool = False,
-) -> Estimate:
-    """The root of `squared_norm`, also where the square is none of the matrix's dtype; its arguments are the same."""
-    budget = Budget(num_products, tolerance, max_products)
-    squares, _, dtype = _squares(matrix, budget, None, progressbar, checkpoint, seed, distribution)
+def frobenius_norm(matrix: Matrix, **options: Any) -> Estimate:
+    """The root of `squared_norm`, also where the square is none of the matrix's dtype; its options but the groups."""
+    given = {**(squared_norm.__kwdefaults__ or {}), **options}
+    budget = Budget(*(given.pop(name) for name in Budget._fields))
+    squares, _, dtype = _squares(matrix, budget, **given)
     squared = squares.part(0)
     root = squared.clamp(min=0).sqrt()
     error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))

@@ -25,7 +25,7 @@ def layered_hessian(
     params = dict(params)
     hessian = torch.zeros(space.dim, space.dim, dtype=space.dtype, device=space.device)
     remaining = dict(params)
-    for names in layers({name: p.numel() for name, p in params.items()}, min(columns, rules.LAYERED)):
+    for names in layers({name: p.numel() for name, p in params.items() if p.numel()}, min(columns, rules.LAYERED)):
         own = {name: params[name] for name in names}
 
         def slopes(own: dict[str, Tensor], later: dict[str, Tensor] = remaining) -> dict[str, Tensor]:
@@ -41,7 +41,10 @@ def layered_hessian(
 
 
 def layers(sizes: Mapping[str, int], columns: int) -> list[list[str]]:
-    """Consecutive parameters of one module; small ones together with the next, up to so many columns."""
+    """Consecutive parameters of one module; small ones together with the next, up to so many columns.
+
+    With more, columns of late layers would pass through early ones in vain.
+    """
     groups: list[list[str]] = []
     for _, several in groupby(sizes, lambda name: name.rpartition(".")[0] or name):
         names = list(several)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from curvops.context import UNFIT
 from curvops.products.account import relative_difference, tolerance
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import Model
@@ -52,25 +53,19 @@ class Copied:
     """A copy of the module: parameters may be reached where no mode sees them, as by a `torch.autograd.Function`.
 
     Args:
-        risk, X, space: As above.
+        model: A copy, of `copied`, which is brought to double precision.
+        X, space: As above.
         mode: What the copy runs in.
-
-    Raises:
-        Exception: If there is no module to copy, it cannot be copied, or the copy shares its parameters.
     """
 
     def __init__(
-        self,
-        risk: EmpiricalRisk,
-        X: Any,
-        space: TensorSpace,
-        mode: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        self, model: Model, X: Any, space: TensorSpace, mode: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> None:
-        module, self._leaves = copied(risk)
-        module.double()
-        for leaf in self._leaves.values():
+        assert model.module is not None
+        model.module.double()
+        for leaf in model.params.values():
             leaf.data = leaf.data.double()
-        self._model, self._X, self._space, self._mode = Model(module, self._leaves), X, space, mode
+        self._model, self._leaves, self._X, self._space, self._mode = model, model.params, X, space, mode
 
     @contextmanager
     def at(self, flat: Tensor) -> Iterator[tuple[Leaves, Run]]:
@@ -105,25 +100,55 @@ def movable(risk: EmpiricalRisk, X: Any, double: Any, space: TensorSpace) -> tup
     if _same(risk, slope, _pulled(risk, leaves, risk.functional(leaves, X))):
         return StandIns(risk, double, space), slope
     try:
-        module, own = copied(risk)
-    except Exception:  # whatever the module's own code raises where it cannot be copied
+        model = copied(risk)
+    except UNFIT:
         return None
     with Substitutions():
-        z = Model(module, own)(X)
-    return (Copied(risk, double, space, Substitutions), slope) if _same(risk, slope, _pulled(risk, own, z)) else None
+        z = model(X)
+    same = _same(risk, slope, _pulled(risk, model.params, z))
+    return (Copied(model, double, space, Substitutions), slope) if same else None
 
 
-def copied(risk: EmpiricalRisk) -> tuple[Module, dict[str, Tensor]]:
-    """A copy of the module, and its tensors in the place of the parameters."""
-    module = risk.model.module
-    if module is None:
+def copied(risk: EmpiricalRisk) -> Model:
+    """A copy of the module, with its own tensors in the place of the parameters.
+
+    Raises:
+        TypeError, ValueError, LookupError: If there is no module to copy, or as of `apart`.
+    """
+    if risk.model.module is None:
         raise TypeError("a function of the parameters is run with others")
     memo: dict[int, Any] = {}
-    made = deepcopy(module, memo)
-    leaves = {name: memo[id(p)].requires_grad_() for name, p in risk.params.items()}
-    if any(leaf.data_ptr() == risk.params[name].data_ptr() for name, leaf in leaves.items() if leaf.numel()):
-        raise ValueError("the copy shares its parameters with the module")  # by a `__deepcopy__` of its own
-    return made, leaves
+    made = apart(risk.model.module, memo)
+    leaves = {name: memo[id(p)] for name, p in risk.params.items()}
+    _expect_apart(leaves.values(), risk.params.values())  # also those that are no module's
+    return Model(made, {name: leaf.requires_grad_() for name, leaf in leaves.items()})
+
+
+def apart(module: Module, memo: dict[int, Any]) -> Module:
+    """A deep copy of a module, which can be converted and moved: it shares no tensor with it.
+
+    Raises:
+        TypeError: If it cannot be copied.
+        ValueError: If the copy shares a tensor, by a `__deepcopy__` of its own or of a part of it.
+    """
+    try:
+        made = deepcopy(module, memo)
+    except Exception as error:  # of the module's own code
+        raise TypeError(f"the module cannot be copied: {error}") from error
+    _expect_apart(*([*one.parameters(), *one.buffers()] for one in (made, module)))
+    return made
+
+
+def _expect_apart(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    """Neither a tensor nor its memory is shared."""
+
+    def held(tensors: Iterable[Tensor]) -> set[tuple[str, int]]:
+        known = list(tensors)
+        places = {t.untyped_storage().data_ptr() for t in known if t.layout == torch.strided} - {0}
+        return {("tensor", id(t)) for t in known} | {("memory", place) for place in places}
+
+    if held(ours) & held(theirs):
+        raise ValueError("the copy shares tensors with the module")
 
 
 def _named(space: TensorSpace, flat: Tensor) -> dict[str, Tensor]:

@@ -125,5 +125,5 @@ def _pull(
             raise
         raise NotImplementedError(
             f"PyTorch has no second derivative of an operation of the model or the loss ({error}). Write it in plain operations, or "
-            "take what needs first derivatives only: EFLinearOperator, KFACLinearOperator(…, fisher_type='empirical')."
+            "take KFACLinearOperator(…, fisher_type='empirical'), which needs first derivatives only."
         ) from error

@@ -8,9 +8,7 @@ FEW = 2  # data that a proof looks at
 JOINED = 128  # data up to which small batches go together, after a proof
 TOGETHER = 4  # columns from which it is asked whether they go together
 CHUNK = 96  # columns that go together at most
-LAYERED = (
-    64  # columns of the dense Hessian up to which small layers go together: more pass through early layers in vain
-)
+LAYERED = 64  # columns of the dense Hessian up to which small layers go together
 LARGEST_TANGENTS = 2**25  # entries that the results of all operations may have for the columns that go together
 SMALL = 4_000_000  # multiplications and additions of a batch below which the operations' overhead rules
 LARGEST_MATRIX = 4096  # parameters up to which a dense matrix may serve many columns

@@ -148,7 +148,7 @@ def save_figure(fig: Figure, path: str | Path, *, dpi: int = 300) -> Path:
         image.set_interpolation("none" if kind in {"pdf", "svg", "eps", "ps"} else "antialiased")
     extra: dict[str, Any] = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
     if kind == "png":
-        extra = {"pil_kwargs": {"compress_level": 4}}  # half the time of the usual 6, for files 3 % larger
+        extra = {"pil_kwargs": {"compress_level": 4}}  # quicker than the usual 6, for files hardly larger
     with plt.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}):
         replace_atomically(path, lambda partial: fig.savefig(partial, format=kind, dpi=dpi, bbox_inches=None, **extra))
     return path

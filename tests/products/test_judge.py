@@ -17,6 +17,7 @@ from curvops import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
+from curvops.clients.check import check
 from curvops.products import judge
 from curvops.products.judge import compare, judge_hessian, judge_jacobian, suspects
 
@@ -171,18 +172,26 @@ class _Fused(torch.autograd.Function):
 class Fused(nn.Module):
     """A model of which no stand-in reaches a parameter."""
 
-    def __init__(self):
+    def __init__(self, function=_Fused):
         super().__init__()
-        self.w, self.head = nn.Parameter(draws(2, 3, seed=2)), nn.Linear(2, 2).double()
+        self.w, self.head, self.function = nn.Parameter(draws(2, 3, seed=2)), nn.Linear(2, 2).double(), function
 
     def forward(self, x):
-        return self.head(_Fused.apply(x, self.w))
+        return self.head(self.function.apply(x, self.w))
 
 
-class Shared(Fused):
+class Shared(nn.Module):
+    """A part that stays the same in copies, as one that several models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2).double(), requires_grad=False)
+
+    def forward(self, z):
+        return self.scale * z
+
     def __deepcopy__(self, memo):
-        memo.update({id(p): p for p in self.parameters()})
-        return self
+        return memo.setdefault(id(self), self)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -198,11 +207,17 @@ def test_parameters_that_no_stand_in_reaches_are_moved_in_a_copy(cls, what, dtyp
     assert [p._version for p in model.parameters()] == versions
 
 
-def test_no_verdict_where_a_copy_shares_the_parameters():
-    model = Shared()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_verdict_where_a_copy_shares_tensors(dtype):
+    """To bring it to double precision would convert the caller's own."""
+    model = nn.Sequential(Fused(), Shared()).to(dtype)
+    own, tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}, list(model.parameters())
+    data = [(X.to(dtype), Y.to(dtype))]
     with Untouched(model):
-        verdict = judge_hessian(EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)]))
+        verdict = judge_hessian(EmpiricalRisk(model, nn.MSELoss(), own, data))
+        check(model, nn.MSELoss(), own, data)
     assert verdict.error is None and "neither stand-ins nor a copy" in verdict.why
+    assert all(p is q and q.dtype is dtype for p, q in zip(tensors, model.parameters(), strict=True))
 
 
 class Severed(nn.Module):
@@ -230,42 +245,22 @@ class Uncopied(Fused):
         raise OSError("a handle that cannot be copied")
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return torch.tanh(x @ w.T)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        d = g * (1 - torch.tanh(x @ w.T) ** 2)
-        return d @ w, d.T @ x
+class _Once(_Fused):
+    backward = staticmethod(torch.autograd.function.once_differentiable(_Fused.backward))
 
 
-class Once(Fused):
-    def forward(self, x):
-        return self.head(_Once.apply(x, self.w))
-
-
-class _Refused(_Once):
+class _Refused(_Fused):
     @staticmethod
     def backward(ctx, g):
         if g.requires_grad:
             raise RuntimeError("no second derivative")
-        return _Once.backward(ctx, g)
-
-
-class Refused(Fused):
-    def forward(self, x):
-        return self.head(_Refused.apply(x, self.w))
+        return _Fused.backward(ctx, g)
 
 
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
 def test_functions_that_are_marked_as_once_differentiable_are_told(cls):
     """PyTorch's own error comes only where gradients of all leaves are asked for."""
-    model = Once()
+    model = Fused(_Once)
     with pytest.warns(RuntimeWarning, match="differs .*_Once"):
         cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
 
@@ -280,7 +275,7 @@ def test_no_verdict_where_the_module_cannot_be_copied(cls):
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
 def test_no_verdict_where_second_derivatives_are_an_error(cls):
     """The operator is made, and each product says what its backward pass says."""
-    model = Refused()
+    model = Fused(_Refused)
     op = cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
     assert "it is an error here" in op.explain()
     for work in (

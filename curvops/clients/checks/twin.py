@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvops.products.account import relative_difference
-from curvops.products.movable import Copied, Leaves, Movable, StandIns
+from curvops.products.movable import Copied, Leaves, Movable, StandIns, apart, copied
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import floating_to
 from curvops.space import TensorSpace
@@ -100,11 +99,14 @@ def twin_of(risk: EmpiricalRisk, loss_func: Loss, X: Any, y: Any, allowed: float
     params = {name: p.detach().double() for name, p in risk.params.items()}
     space = TensorSpace(params)
     theta = space.join(params.values())
-    kinds: list[tuple[type[Copied] | type[StandIns], Any]] = [(Copied, torch.autograd.grad), (StandIns, gradients)]
-    for (kind, differentiate), double in product(kinds, (True, False)):
+    kinds: list[tuple[Callable[[], Movable], Any]] = [
+        (lambda: Copied(copied(risk), X, space), torch.autograd.grad),
+        (lambda: StandIns(risk, X, space), gradients),
+    ]
+    for (make, differentiate), double in product(kinds, (True, False)):
         try:
-            loss = copy.deepcopy(loss_func).double() if double and isinstance(loss_func, nn.Module) else loss_func
-            twin = Twin(kind(risk, X, space), differentiate, loss, y, theta, space)
+            loss = apart(loss_func, {}).double() if double and isinstance(loss_func, nn.Module) else loss_func
+            twin = Twin(make(), differentiate, loss, y, theta, space)
             if twin.output().dtype == torch.float64 and relative_difference(twin.gradient(), own) <= allowed:
                 return twin
         except torch.OutOfMemoryError:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from curvops import JacobianLinearOperator
 from curvops.products import rules
+from curvops.products.layered import layers
 from curvops.products.record import Recorder
 
 Case = tuple[str, Problem, bool, Callable[[], Any]]
@@ -33,6 +34,12 @@ MANY = 64  # products that whoever opens `linearized` may want
 def mlp(inputs: int, width: int, size: int, classes: int = 10) -> Problem:
     model = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, classes))
     return Problem("linear layers", model, [(torch.rand(size, inputs), torch.randint(classes, (size,)))])
+
+
+def deep(depth: int, width: int) -> Problem:
+    inner = (layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh()))
+    model = nn.Sequential(nn.Linear(3, width), *inner, nn.Linear(width, 2))
+    return Problem(f"{depth} layers of width {width}", model, [(torch.rand(20, 3), torch.randint(2, (20,)))])
 
 
 def convolutions(width: int) -> Problem:
@@ -64,6 +71,10 @@ def columns_of(problem: Problem, kind: str, number: int) -> Callable[[], Tensor]
 
 def identity(problem: Problem, kind: str) -> Callable[[], Tensor]:
     return lambda: problem.ours(kind) @ torch.eye(problem.size)
+
+
+def dense(problem: Problem, kind: str) -> Callable[[], Tensor]:
+    return lambda: problem.ours(kind).to_dense()
 
 
 def many(problem: Problem) -> None:
@@ -117,6 +128,23 @@ def rows_pay() -> Iterator[Case]:
         for number in (4, 16, MANY):
             chosen = rules.rows_pay(number, data, problem.size, data, work)
             yield f"EF, {number} columns, {title}", problem, chosen, columns_of(problem, "EF", number)
+    for inputs, width, size, classes in ((10, 20, 2000, 3), (20, 40, 2000, 5), (64, 32, 1000, 10), (30, 60, 3000, 2)):
+        problem = mlp(inputs, width, size, classes)
+        work = recorded(problem).work
+        for kind, rows in (("GGN", size * classes), ("EF", size)):
+            title = f"{kind}, {{}}, {size} data, {rows} rows, {problem.size:,} parameters"
+            chosen = rules.rows_pay(problem.size, rows, problem.size, size, work, True)
+            yield title.format("the matrix"), problem, chosen, dense(problem, kind)
+            chosen = rules.rows_pay(MANY, rows, problem.size, size, work)
+            yield title.format(f"{MANY} columns"), problem, chosen, columns_of(problem, kind, MANY)
+
+
+def layered() -> Iterator[Case]:
+    for problem in (*(deep(*sizes) for sizes in ((60, 1), (30, 3), (12, 6))), convolutions(4)):
+        sizes = {name: p.numel() for name, p in problem.params.items()}
+        passes = [len(layers(sizes, columns)) for columns in (rules.LAYERED, 0)]
+        title = f"dense Hessian, {problem.name}, {passes[0]} passes for {passes[1]} layers"
+        yield title, problem, True, dense(problem, "Hessian")
 
 
 def pulls_pay() -> Iterator[Case]:
@@ -152,6 +180,7 @@ RULES: dict[str, tuple[Callable[[], Iterator[Case]], str, str, tuple[str, ...]]]
     "pulls_pay": (pulls_pay, "rows by a backward pass each", "products", ("matrix_pays", "rows_pay", "together_pays")),
     "kept_rows_pay": (kept_rows_pay, "rows Sᵀ J", "graph", ()),
     "jacobian_pays": (jacobian_pays, "rows of J", "products", ()),
+    "LAYERED": (layered, "small layers together", "each alone", ()),
     "forward_mode_pays": (forward_mode_pays, "forward mode", "reverse over reverse", ()),
 }
 
@@ -163,7 +192,8 @@ def forced(work: Callable[[], Any], answers: dict[str, bool]) -> Callable[[], No
         before = {name: getattr(rules, name) for name in answers}
         try:
             for name, answer in answers.items():
-                setattr(rules, name, lambda *_, answer=answer: answer)
+                way = before[name]
+                setattr(rules, name, (lambda *_, answer=answer: answer) if callable(way) else way * answer)
             work()
         finally:
             for name, rule in before.items():
@@ -184,7 +214,8 @@ def main() -> None:
     for rule in options.only.split(","):
         torch.manual_seed(0)
         cases, *ways, off = RULES[rule]
-        section.say("", f"### {rule}", "", (getattr(rules, rule).__doc__ or "").split("\n")[0])
+        way = getattr(rules, rule)
+        section.say("", f"### {rule}", "", (way.__doc__ or "").split("\n")[0] if callable(way) else f"{way:,}")
         section.table(["work", *ways, "the rule takes", "right"])
         for title, problem, chosen, work in cases():
             works = [forced(work, dict.fromkeys(off, False) | {rule: answer}) for answer in (True, False)]

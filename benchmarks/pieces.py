@@ -1,9 +1,12 @@
-"""Peak memory of a product whose batch is cut into pieces, for the rule in `curvops/products/pieces.py`.
+"""Peak memory of products, and of KFAC, whose batch is cut into pieces.
+
+For the rules in `curvops/products/pieces.py` and `curvops/kronecker/batches.py`.
 
     python benchmarks/pieces.py
 
 For each model and matrix the growth of the peak with the data of a piece, as a multiple of what a forward pass saves of a
-datum: `pieces.COPIES` must not be less. Each peak is that of a process of its own (Linux), above one without a product.
+datum: each `COPIES` must not be less. Each peak is that of a process of its own (Linux), above one without a product, and
+without the proof that pieces give what the whole gives, for which the whole goes through the model once without a graph.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from curvops import GGNLinearOperator, HessianLinearOperator
+from curvops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops.kronecker import batches
 from curvops.products import pieces
+from curvops.products.account import Account
+from curvops.risk.data import cut_batch
 
-KINDS = {"Hessian": HessianLinearOperator, "GGN": GGNLinearOperator}
+KINDS = {"Hessian": HessianLinearOperator, "GGN": GGNLinearOperator, "KFAC": KFACLinearOperator}
 BUDGETS = (50_000_000, 200_000_000)
 
 
@@ -49,25 +55,26 @@ def peak(name: str, kind: str, budget: int) -> None:
     """Print the data of a piece, the bytes that a forward pass saves of a datum, and the growth of the peak."""
     model, X = problem(name)
     y = torch.randint(10, (len(X),))
-    op = KINDS[kind](
-        model,
-        nn.CrossEntropyLoss(),
-        dict(model.named_parameters()),
-        [(X, y)],
-        check_deterministic=False,
-        memory_budget=budget,
-    )
-    with op.risk.evaluation():
-        batch = next(op.risk.data.walk())
-        saved = pieces._saved(op.risk, pieces._cut(batch, 0, pieces.FEW)) / pieces.FEW
-        size = op._pieces(batch)[0].size
+    pieces._mixing = lambda *_: ""
+    risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X, y)])
+    with risk.evaluation():
+        batch = next(risk.data.walk())
+        saved = pieces._saved(risk, cut_batch(batch, slice(pieces.FEW))) / pieces.FEW
+        size = pieces.piece_size(risk, batch, budget, Account(), copies(kind))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    op @ torch.ones(op.shape[1])
+    op = KINDS[kind].of(risk, memory_budget=budget)
+    if kind != "KFAC":
+        op @ torch.ones(op.shape[1])
     print(size, saved, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
+def copies(kind: str) -> int:
+    """The rule's number."""
+    return batches.COPIES if kind == "KFAC" else pieces.COPIES
+
+
 def main() -> None:
-    print(f"{'':16}{'data of a piece':>18}{'peak, MB':>16}{'copies':>8}   (COPIES = {pieces.COPIES})")
+    print(f"{'':16}{'data of a piece':>18}{'peak, MB':>16}{'copies':>8}{'COPIES':>8}")
     for name in ("cnn", "mlp", "encoder"):
         for kind in KINDS:
             found = []
@@ -76,9 +83,9 @@ def main() -> None:
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 found.append([float(number) for number in out.split()])
             (small, saved, low), (large, _, high) = found
-            copies = (high - low) / (large - small) / saved
+            seen = (high - low) / (large - small) / saved
             sizes, peaks = f"{small:.0f}, {large:.0f}", f"{low / 1e6:.0f}, {high / 1e6:.0f}"
-            print(f"{name + ', ' + kind:16}{sizes:>18}{peaks:>16}{copies:8.1f}")
+            print(f"{name + ', ' + kind:16}{sizes:>18}{peaks:>16}{seen:8.1f}{copies(kind):8}")
 
 
 if __name__ == "__main__":

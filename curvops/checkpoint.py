@@ -45,8 +45,8 @@ class Checkpoint:
     the computation goes on, and the file keeps the state before.
 
     Args:
-        path: The file, in a folder that is there. With ``process_group=`` each process of a Kronecker operator has files of
-            its own beside it.
+        path: The file, in a folder that is there. With ``process_group=``, or where parameters are cut over processes, each
+            process of a Kronecker operator has files of its own beside it.
         every: Steps from one state to the next: batches of a Kronecker operator (small ones that go together count as
             one), products of estimates, `eigenpairs` and `spectral_density` (up to 64 that are taken together, fewer of
             long vectors, have no state between them). To write a state takes what it takes to write its tensors: of

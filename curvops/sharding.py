@@ -99,16 +99,35 @@ def alike(word: int, shards: Mapping[str, Sharding]) -> bool:
     return bool(low == ~high)
 
 
+def world() -> tuple[int, int]:
+    """This process's number among all, and how many they are."""
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def common(values: set[Any] | None, shards: Mapping[str, Sharding]) -> set[Any] | None:
+    """The small objects that all processes have that have parts of some tensors; ``None`` where one of them has ``None``."""
+    for group, _ in _groups(shards):
+        several: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(several, values, group=group)
+        values = None if None in several else set.intersection(*several)
+    return values
+
+
 def _minimum(numbers: Tensor, shards: Mapping[str, Sharding]) -> Tensor:
+    for group, device in _groups(shards):
+        numbers = numbers.to(device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN, group)
+    return numbers
+
+
+def _groups(shards: Mapping[str, Sharding]) -> list[tuple[Any, str]]:
+    """The groups of processes that have parts of some tensors, one for each axis of a mesh, and where they send from."""
     groups: dict[int, tuple[Any, str]] = {}
     for how in shards.values():
         for axis in range(len(how.placements)):
             group = how.mesh.get_group(axis)
             groups[id(group)] = group, how.mesh.device_type
-    for group, device in groups.values():
-        numbers = numbers.to(device)
-        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN, group)
-    return numbers
+    return list(groups.values())
 
 
 def local(tensor: Any) -> Tensor:

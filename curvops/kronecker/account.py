@@ -99,6 +99,7 @@ def notes_of(collection: Collection, further_walks: int) -> list[str]:
     """Remarks on what was done."""
     sweep = collection.sweep
     notes = [f"{sweep.backward_passes:,} backward passes to the layers' outputs", *signed_note(sweep)]
+    notes += [f"batches {choice}: {why}" for choice, why in sweep.division.account.rows.values()]
     notes += [MINGLED] * sweep.mingled + [GATHERED] * bool(sweep.risk.space.shards)
     notes += [f"rows kept for the second look: {byte_size(collection.kept_bytes)}"] * (further_walks > 0)
     return notes + [f"taken in files of spill=: {byte_size(collection.spill.bytes)}"] * collection.spill.active

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -14,12 +14,9 @@ from curvops.kronecker.rows import Slopes
 from curvops.kronecker.tape import Tape
 from curvops.kronecker.uses import LinearUse, Use
 from curvops.products.account import relative_difference, tolerance
-from curvops.risk.data import Batch, joins
 from curvops.tree import map_tensors
 
 SOME = 4  # data that stand for a batch
-# bytes of the layers' outputs up to which batches go together, within a quarter of the memory budget
-JOINED = 8 * 2**20
 
 
 class Joint(NamedTuple):
@@ -53,35 +50,6 @@ def cut(X: Any, size: int, places: Sequence[int], kept: Collection[int] = ()) ->
         return t if whole else t[torch.tensor(places, device=t.device)]
 
     return map_tensors(some, X)
-
-
-def gathered(batches: Iterable[Batch], cuts: Sequence[int], most: Callable[[], int]) -> Iterator[list[Batch]]:
-    """The batches that go together, the first one alone, up to so many data; or those that did in an earlier walk."""
-    waiting: list[Batch] = []
-    numbers, first = iter(cuts), 0
-    number = next(numbers, 1)
-    for batch in batches:
-        first = first or batch.size
-        # of one size, which the first one had: a model may do something else with other numbers of data
-        alike = {one.size for one in (*waiting, batch)} == {first}
-        if waiting and not (alike and joins(waiting, batch, most())):
-            yield waiting
-            waiting = []
-        waiting = [*waiting, batch]
-        if len(waiting) == number or not most():
-            yield waiting
-            waiting, number = [], next(numbers, 0)
-    if waiting:
-        yield waiting
-
-
-def joinable(tape: Tape, budget: float, closed_form: bool, ways: dict[str, str]) -> int:
-    """How many data may go together, by what one batch of them took."""
-    if not closed_form or set(ways.values()) != {"batch"} or tape.size < 2:
-        return 0
-    size = sum(work_of(use)[0] for use in tape.uses) * tape.z.itemsize
-    most = int(min(JOINED, budget / 4) * tape.size / max(size, 1))
-    return most if most >= 2 * tape.size else 0
 
 
 def ends(size: int) -> list[int]:

@@ -42,10 +42,7 @@ class Collection:
     def __init__(self, sweep: Sweep, title: str, planned: bool, progress: Progress) -> None:
         self.sweep, self.title, self.planned, self.progress = sweep, title, planned, progress
         self.dtype = torch.promote_types(sweep.risk.space.dtype, torch.float32)
-        risk, folder = sweep.risk, sweep.options.spill
-        if folder is not None and not risk.ranks.alone:
-            raise ValueError("spill: expected one process, for sums over several are kept in memory. Leave it out.")
-        spill = Spill(folder, risk.space.device)  # where large tensors go
+        spill = Spill(sweep.options.spill, sweep.risk.space.device)  # where large tensors go
         self.spill = Spill(None, torch.device("meta")) if planned else spill
         self.kept_bytes = 0  # in memory
         self._kept: list[list[tuple[Key, Sequence[Rows]]]] = []
@@ -102,7 +99,8 @@ class Collection:
                 done(len(sweep.cuts), due=True)
             if self.planned or sweep.agree():
                 groups, data, reduces = sweep.grouping.groups, sweep.data, sweep.options.kfac_approx == "reduce"
-                return summed(sweep.risk.ranks, groups, consumer.entries(groups, data) | wholes.parts, data, reduces)
+                own = consumer.entries(groups, data) | wholes.parts
+                return summed(sweep.risk.ranks, groups, own, data, reduces, self.spill)
             progress.next()
 
     def second(self, first: Callable[[], dict[Key, Entry]]) -> dict[Key, Entry]:
@@ -162,7 +160,7 @@ class Collection:
         """Eigenvectors of factors with labels, ``None`` for a diagonal one; the factors are given up one by one."""
         if self.planned:
             return [factor if has_basis(factor.shape) else None for factor, _ in factors]
-        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors, self.spill.put)]
+        return [vectors for _, vectors in decompositions(self.sweep.risk.ranks, factors, self.spill)]
 
     def _keep(self, group: Group, uses: list[Rows], found: Pass) -> None:
         """Keep rows, if there is room for all of their batch."""

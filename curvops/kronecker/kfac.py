@@ -46,9 +46,10 @@ class KFACLinearOperator(KroneckerOperator):
         num_per_example_loss_terms: Loss terms of a datum; inferred, and compared if given.
         seed: Seed of the samples.
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it themselves.
-        memory_budget: Bytes that intermediate results may take; a quarter of the free memory if not given.
+        memory_budget: Bytes that rows which are kept may take, and as many a pass; a quarter of the free memory if not given.
+            Where it is given, a batch whose pass takes more is cut into pieces, if the model does not mix its data.
         spill: A folder on a disk, for what is larger than memory: factors, eigenvectors and the rows beyond the budget lie
-            in files there, which are mapped and have no names. Of parameters on the CPU, in one process.
+            in files there, which are mapped and have no names. Of parameters on the CPU.
         rule: When blocks and factors are kept as diagonals, and when loss terms share backward passes.
         checkpoint: Where the state of the computation is kept, to go on from after it was killed: see `Checkpoint`.
 

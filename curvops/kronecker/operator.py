@@ -37,6 +37,7 @@ from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.risk.model import ModelFunction
 from curvops.space import describe
+from curvops.spill import Spill
 
 SomeOperator = TypeVar("SomeOperator", bound="KroneckerOperator")
 
@@ -230,7 +231,8 @@ class KroneckerOperator(StateOperator):
             blocks = [(p.block, p.label) for p in self.blocks if isinstance(p.block, KroneckerBlock)]
             missing = {id(factor): (factor, label) for block, label in blocks for factor in block.undecomposed()}
             factors = list(missing.values())
-            found = list(zip([f for f, _ in factors], decompositions(ranks, factors), strict=True))
+            in_memory = Spill(None, self.device)  # as what else is made of an operator; the folder may be gone
+            found = list(zip([f for f, _ in factors], decompositions(ranks, factors, in_memory), strict=True))
             for block, _ in blocks:
                 block.decomposed = [*block.decomposed, *found]
         return self

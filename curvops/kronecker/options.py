@@ -91,6 +91,14 @@ class Options:
         if not isinstance(self.mc_samples, int) or self.mc_samples < 1:
             raise ValueError(f"mc_samples: expected a number ≥ 1, got {self.mc_samples!r}.")
 
+    def expect_terms(self, seen: int | None) -> None:
+        """A ValueError where the loss terms of a datum are others than the caller said."""
+        if self.num_per_example_loss_terms not in (None, seen):
+            raise ValueError(
+                f"num_per_example_loss_terms: expected {self.num_per_example_loss_terms}, the model's output has {seen}. "
+                "Leave it out: it is inferred."
+            )
+
     @property
     def room(self) -> float:
         """Bytes that the budget leaves, without bound if there is none."""

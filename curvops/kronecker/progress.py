@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -19,8 +20,9 @@ from curvops.kronecker.options import Options
 from curvops.kronecker.state import Entry
 from curvops.kronecker.sweep import Sweep
 from curvops.memory import budget
+from curvops.ranks import RanksError
 from curvops.risk.empirical_risk import EmpiricalRisk
-from curvops.sharding import least
+from curvops.sharding import common, least, world
 
 # of a sweep, as they are
 FIELDS = (
@@ -44,7 +46,8 @@ class Progress:
     Stages lie between meetings of all processes, places are batches of a stage. A process writes its stages to two files
     in turn. It writes each stage when it begins, and comes to the next meeting after that; so whenever the processes are
     killed, there is a stage of which all have a state. What each of them has added in this stage is its own, so that they
-    may go on from different places.
+    may go on from different places; but those that have parts of one model must go on from one. They wait for each other
+    when they have written, and write the places of a stage to two files in turn, too.
 
     Raises:
         ValueError: If a file is of another computation.
@@ -54,15 +57,12 @@ class Progress:
         self.stage = self.place = 0  # where to go on
         self.checked = False  # whether the data were found deterministic
         self._risk, self._options, self._written = risk, options, (-1, -1)
-        self._files: list[Checkpoint] = []
+        self._files: list[list[Checkpoint]] = []  # for stages in turn, of each for places in turn
+        self._turn = 0  # of the places of a stage
         self._found: dict[str, Any] | None = None
         if checkpoint is None:
             return
-        if risk.space.shards:
-            raise ValueError(
-                "checkpoint: parameters are cut over processes (DTensors), which would have to go on from one place. Leave it out."
-            )
-        ranks = risk.ranks
+        ranks, shards = risk.ranks, risk.model.shards
         tensors = {name: digest({name: tensor}) for name, tensor in risk.state.items()}
         self._every = checkpoint.every
         self._witness = {
@@ -72,15 +72,25 @@ class Progress:
             "device": risk.space.device.type,
             "tensors": tensors,
         }
-        self._files = [checkpoint]
-        if not ranks.alone:
-            self._files = [checkpoint.beside(f"{ranks.rank}-of-{ranks.number}.{turn}") for turn in range(2)]
-        known = {one["stage"]: one for file in self._files if (one := file.about(self._witness)) is not None}
+        self._files = [[checkpoint]]
+        if shards or not ranks.alone:
+            own = [f"{stage}.{place}" for stage in range(2) for place in range(2)] if shards else ["0", "1"]
+            rank, number = world() if shards else (ranks.rank, ranks.number)
+            files = [checkpoint.beside(f"{rank}-of-{number}.{turn}") for turn in own]
+            self._files = [files[: len(files) // 2], files[len(files) // 2 :]]
+        found: dict[tuple[int, int], tuple[int, dict[str, Any]]] = {}
+        with self._together():
+            for files in self._files:
+                for turn, file in enumerate(files):
+                    if (one := file.about(self._witness)) is not None:
+                        found[one["stage"], one["place"]] = turn, one
+        known = dict(sorted(self._common(set(found))))  # of each stage the last place
         ranks.meet(f"{title}: checkpoint")
-        several = ranks.gather({stage: one["checked"] for stage, one in known.items()})
-        if common := set.intersection(*map(set, several)):
-            self.stage = max(common)
-            self._found, self.checked = known[self.stage], all(one[self.stage] for one in several)
+        several = ranks.gather({stage: found[stage, place][1]["checked"] for stage, place in known.items()})
+        if stages := set.intersection(*map(set, several)):
+            self.stage = max(stages)
+            self._turn, self._found = found[self.stage, known[self.stage]]
+            self.checked = all(one[self.stage] for one in several)
             self.budget = self._found["budget"]  # some sums are cut by it
 
     @cached_property
@@ -93,6 +103,10 @@ class Progress:
     def keeps(self) -> bool:
         """Whether there is a checkpoint."""
         return bool(self._files)
+
+    @property
+    def _file(self) -> Checkpoint:
+        return self._files[self.stage % len(self._files)][self._turn]
 
     def resume(self, sweep: Sweep) -> tuple[int, dict[Key, Entry]]:
         """The batch that a first walk goes on from, and what was added before, if a state of it was found, else 0."""
@@ -122,8 +136,9 @@ class Progress:
         """Write the state after some batches, if it is their turn or it is ``due``, unless it is there already."""
         if not self._files or (self.stage, place) == self._written or not (due or place % self._every == 0):
             return
-        begins = self._written == (-1, -1)
+        begins, shards = self._written == (-1, -1), self._risk.model.shards
         self._written = self.stage, place
+        self._turn = 1 - self._turn if shards else 0
         found = entries()
         tensors, groups = packed((group, found.get(key)) for key, group in sweep.grouping.groups.items())
         numbers = [number for mark in sweep.marks.known for number in mark]
@@ -141,9 +156,29 @@ class Progress:
             "partners": list(sweep.grouping.partners.items()),
             "learnt": list(sweep.learnt.items()),
             "progress": sweep.progress,
+            "pieces": sweep.division.sizes,
             "constant": sweep.constant if second else None,
         }
-        self._files[self.stage % len(self._files)].write(self._witness, tensors, about, begins)
+        with self._together():
+            self._file.write(self._witness, tensors, about, begins)
+        self._common(set())  # no process writes another place before all have written this one
+
+    def _common(self, values: set[Any]) -> set[Any]:
+        """Those that all processes have that have parts of the model; they wait for each other."""
+        if (found := common(values, self._risk.model.shards)) is None:
+            raise RanksError(
+                "checkpoint: another process, which has parts of the same parameters, failed with its file."
+            )
+        return found
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What is followed by `_common`; where it fails, the other processes learn it there."""
+        try:
+            yield
+        except Exception:
+            common(None, self._risk.model.shards)
+            raise
 
     def _restored(self, sweep: Sweep) -> dict[Key, Entry]:
         """Bring a sweep to the state that was found, once; what is known of groups."""
@@ -151,7 +186,7 @@ class Progress:
             return {}
         about, self._found = self._found, None
         device = self._risk.space.device
-        tensors: dict[str, Tensor] = self._files[self.stage % len(self._files)].tensors(device)
+        tensors: dict[str, Tensor] = self._file.tensors(device)
         self.place, self._written = about["place"], (self.stage, about["place"])
         for name in FIELDS:
             setattr(sweep, name, about[name])
@@ -166,6 +201,7 @@ class Progress:
         sweep.learnt = dict(frozen(about["learnt"]))
         sweep.forgotten = dict(sweep.learnt)
         sweep.progress = frozen(about["progress"])
+        sweep.division.sizes = about["pieces"]
         if about["second"]:
             sweep.constant = about["constant"]
         return {group.key: entry for group, entry in known if entry is not None}

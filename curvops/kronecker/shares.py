@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from curvops.kronecker.state import Entry
 from curvops.operators.eigen import eigh, has_basis
 from curvops.ranks import Ranks
 from curvops.space import describe
+from curvops.spill import Spill
 
 
 def agree(ranks: Ranks, grouping: Grouping, whole: dict[str, str]) -> bool:
@@ -45,7 +46,12 @@ def agree(ranks: Ranks, grouping: Grouping, whole: dict[str, str]) -> bool:
 
 
 def summed(
-    ranks: Ranks, groups: Mapping[Key, Group], entries: Mapping[Key, Entry], data: dict[str, int], reduces: bool
+    ranks: Ranks,
+    groups: Mapping[Key, Group],
+    entries: Mapping[Key, Entry],
+    data: dict[str, int],
+    reduces: bool,
+    spill: Spill,
 ) -> dict[Key, Entry]:
     """Entries of the groups, each the sum of what the processes have, of which some may have none.
 
@@ -55,6 +61,7 @@ def summed(
         entries: What this process has.
         data: For each parameter its number of data, which becomes that of all processes.
         reduces: Whether A is divided by the number of data, those included that never reached the layer.
+        spill: Where the sums lie.
     """
     if ranks.alone:
         return dict(entries)
@@ -64,7 +71,7 @@ def summed(
         # of each process, and how many rows it has where none was seen
         outlines = [(own.get(key), its_data[groups[key].names[0]] if reduces else 0) for own, its_data in several]
         if known := [outline for outline, _ in outlines if outline is not None]:
-            found[key] = _own(entries.get(key), known, groups[key])
+            found[key] = _own(entries.get(key), known, groups[key], spill)
             for s in sorted({side for one in known for side in one.rows}):
                 found[key].rows[s] = sum(rows if one is None else one.rows.get(s, rows) for one, rows in outlines)
     data.update({name: sum(its_data[name] for _, its_data in several) for name in data})
@@ -76,7 +83,7 @@ def _outline(entry: Entry) -> Entry:
     return replace(entry, tensors={name: torch.empty_like(t, device="meta") for name, t in entry.tensors.items()})
 
 
-def _own(entry: Entry | None, known: Sequence[Entry], group: Group) -> Entry:
+def _own(entry: Entry | None, known: Sequence[Entry], group: Group, spill: Spill) -> Entry:
     """What this process adds, in tensors of its own; zeros where its data never reached the group."""
     kinds, outlines = {one.kind for one in known}, dict[str, Tensor]()
     for one in known:
@@ -87,10 +94,15 @@ def _own(entry: Entry | None, known: Sequence[Entry], group: Group) -> Entry:
                     f"{describe(group.names)}: the data of the processes give blocks of different kinds or shapes, which do not add. "
                     "Pass rule=BlockRule(…) so that all factors are dense or all are diagonal."
                 )
-    (kind,), mine, device = kinds, entry.tensors if entry is not None else {}, group.places.device
-    make = torch.ones_like if kind == "identity" else torch.zeros_like
-    # clones: a bias has its weight's outputs, and each would be summed
-    return Entry(kind, {n: mine[n].clone() if n in mine else make(t, device=device) for n, t in outlines.items()})
+    (kind,), mine = kinds, entry.tensors if entry is not None else {}
+    # copies: a bias has its weight's outputs, and each would be summed
+    own = {name: spill.zeros(tuple(t.shape), t.dtype) for name, t in outlines.items()}
+    for name, tensor in own.items():
+        if name in mine:
+            tensor.copy_(mine[name])
+        elif kind == "identity":
+            tensor.fill_(1)
+    return Entry(kind, own)
 
 
 def assigned(costs: Sequence[float], number: int) -> list[int]:
@@ -107,17 +119,17 @@ def assigned(costs: Sequence[float], number: int) -> list[int]:
     return owners
 
 
-def decompositions(
-    ranks: Ranks, factors: list[tuple[Tensor, str]], put: Callable[[Tensor], Tensor] = lambda vectors: vectors
-) -> list[tuple[Tensor, Tensor | None]]:
+def decompositions(ranks: Ranks, factors: list[tuple[Tensor, str]], spill: Spill) -> list[tuple[Tensor, Tensor | None]]:
     """Eigenvalues and eigenvectors of factors with labels (see `eigh`), which are given up one by one.
 
-    Processes divide dense ones among them by their numbers of operations. A process alone may ``put`` eigenvectors elsewhere.
+    Processes divide dense ones among them by their numbers of operations.
     """
 
     def decomposed(factor: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
         values, vectors = eigh(factor, label)
-        return values, None if vectors is None else put(vectors)
+        if vectors is not None:
+            vectors = spill.put(vectors if ranks.alone else vectors.contiguous())
+        return values, vectors
 
     owners = assigned(
         [len(f) * float(f.shape[-1]) ** 3 if has_basis(f.shape) else 0.0 for f, _ in factors], ranks.number
@@ -136,9 +148,9 @@ def decompositions(
     for owner, one, (shape, dtype, device) in zip(owners, found, shapes, strict=True):
         values, vectors = one or (
             torch.empty(shape[:-1], dtype=dtype, device=device),
-            torch.empty(shape, dtype=dtype, device=device),
+            spill.zeros(tuple(shape), dtype),
         )
         if vectors is not None:
-            values, vectors = ranks.send(values.contiguous(), owner), ranks.send(vectors.contiguous(), owner)
+            values, vectors = ranks.send(values.contiguous(), owner), ranks.send(vectors, owner)
         results.append((values, vectors))
     return results

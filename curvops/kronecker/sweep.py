@@ -15,7 +15,8 @@ from torch import Tensor
 from curvops.checkpoint import REMOVE
 from curvops.context import UNFIT
 from curvops.digest import close
-from curvops.kronecker.alone import SOME, Joint, agrees, cut, ends, gathered, joinable, same, scale_of, work_of
+from curvops.kronecker.alone import SOME, Joint, agrees, cut, ends, same, scale_of, work_of
+from curvops.kronecker.batches import Division, gathered, joinable
 from curvops.kronecker.certify import certify
 from curvops.kronecker.cotangents import Cotangents
 from curvops.kronecker.groups import Grouping
@@ -58,7 +59,8 @@ class Sweep:
         self.progress: tuple[float, int, bool | None] = (0.0, 0, None)  # what the loss has learnt of the batches so far
         self.size = self.forward_passes = self.backward_passes = 0
         self.signed = self.mingled = self._planned = self._streamed = self.apart = False
-        self.cuts: list[int] = []  # how many batches went together in each forward pass of a first walk
+        self.division = Division(risk, options.memory_budget or 0)
+        self.cuts: list[int] = []  # how many batches, or pieces, went together in each forward pass of a first walk
         self.most = 0  # data up to which batches go together
         self._reset()
 
@@ -73,7 +75,7 @@ class Sweep:
         """
         if not start:
             self._reset()
-            self.marks = Marks()
+            self.marks, self.division.sizes = Marks(), []
         # what is skipped goes together as it did: batches that came since are further passes
         self.cuts, self.most = self.cuts[:start], self.most if start else 0
         return self._passes(title, together, start, more, tuple(self.cuts), done)
@@ -133,6 +135,7 @@ class Sweep:
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
             self._steps = Walk(self.risk, batches, title, "samples" if self.options.fisher_type == "mc" else "")
             met = self.marks.through(self._steps, self._counts, title) if more else iter(self._steps)
+            met = met if self._streamed or self._planned else self.division.through(met)
             for place, several in enumerate(gathered(met, cuts, lambda: self.most)):
                 if place == len(self.cuts):
                     self.cuts.append(len(several))
@@ -191,17 +194,14 @@ class Sweep:
         """Record, certify and pull one batch."""
         tape = record(self.risk, batch.X, batch.size) if joint is None else joint.tape
         curvature = self._steps.curvature(tape.z.detach(), batch)
-        expected, seen = self.options.num_per_example_loss_terms, curvature.terms_per_datum
-        if expected is not None and seen != expected:
-            what = f"num_per_example_loss_terms: expected {expected}, the model's output has {seen}."
-            raise ValueError(f"{what} Leave it out: it is inferred.")
+        self.options.expect_terms(seen := curvature.terms_per_datum)
         ways, kept = dict.fromkeys(self.risk.space.names, "batch"), tuple[int, ...]()
         if joint is None:
             proved = len(self.proofs)
             ways, kept = self._certify(batch, tape, curvature)
             if self.noted and (not place or len(self.proofs) > proved or self._steps.loss.progress[1] == 1):
                 self.learnt[place] = outline(tape)
-            if not (place or self.most or self._streamed or self._planned or self.apart):
+            if not (place or self.most or self._streamed or self._planned or self.apart or self.division.sizes[0]):
                 self.most = joinable(tape, self._budget, curvature.closed_form, ways)
         self.size, self.forward_passes = batch.start + batch.size, self.forward_passes + 1
         for name, way in ways.items() if self._counts else ():

@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from curvops.lengths import size_of
+from curvops.memory import byte_size
 from curvops.products.account import Account, attempted, relative_difference, tolerance
 from curvops.products.proofs import push_forward
-from curvops.products.reference import GradientLinearization, OutputLinearization
-from curvops.risk.data import Batch
+from curvops.products.reference import GradientLinearization, OutputLinearization, scattered
+from curvops.risk.data import Batch, cut_batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.sharding import local
-from curvops.tree import select, tensors_of
+from curvops.tree import tensors_of
 
 FEW = 4  # data by which it is seen what one datum takes
-COPIES = 9  # of what a forward pass saves, with what a product needs besides: `python benchmarks/pieces.py`
+COPIES = 13  # of what a forward pass saves, with what a product needs besides: `python benchmarks/pieces.py`
 
 
-def pieces_of(risk: EmpiricalRisk, batch: Batch, budget: int, account: Account) -> list[Batch]:
-    """A batch as it is, or in pieces that each take a product of at most so many bytes.
+def piece_size(
+    risk: EmpiricalRisk, batch: Batch, budget: int, account: Account, copies: int = COPIES, second: bool = True
+) -> int:
+    """How many data of a batch go in a piece, so that a pass over it takes at most so many bytes; 0 for all of them.
 
-    As it is, too, where its tensors cannot be cut along their first axis, or where it is not proved that the model keeps the
-    data apart: where outputs and J v of the pieces are not those of the whole, or the second derivatives of a few data cut
-    in two not those of these data together. Call within the risk's `evaluation`.
+    All of them, too, where its tensors cannot be cut along their first axis, or where it is not proved that the model keeps the
+    data apart: where outputs and J v of the pieces are not those of the whole, or the derivatives of a few data cut in two
+    not those of these data together: the ``second`` ones, too, where they matter. Call within the risk's `evaluation`.
+
+    Args:
+        copies: Of what a forward pass saves of a datum, those that a pass takes.
 
     Raises:
         ValueError: If the loss of the whole is seen not to be the sum of its data's losses.
     """
     if risk.space.shards:
         account.note("batches", "whole", "parameters are cut over processes, which would cut batches differently")
-        return [batch]
+        return 0
     if batch.size <= FEW or any(t.ndim == 0 or t.shape[0] != batch.size for t in tensors_of((batch.X, batch.y))):
-        return [batch]
-    saved, _ = attempted(lambda: _saved(risk, _cut(batch, 0, FEW)))
-    needed = COPIES * (saved or 0) // FEW
+        return 0
+    saved, _ = attempted(lambda: _saved(risk, cut_batch(batch, slice(FEW))))
+    needed = copies * (saved or 0) // FEW
     most = max(1, budget // max(1, needed))
     if most >= batch.size:
-        return [batch]
-    pieces = [_cut(batch, first, min(first + most, batch.size)) for first in range(0, batch.size, most)]
-    size = f"{needed / 1e6:,.2f} MB a datum, memory_budget={budget / 1e6:,.2f} MB"
-    if why := _mixing(risk, batch, pieces):
+        return 0
+    most = -(-batch.size // -(-batch.size // most))  # as many pieces, of about one size
+    size = f"{byte_size(needed)} a datum, memory_budget={byte_size(budget)}"
+    if why := _mixing(risk, batch, in_pieces(batch, most), second):
         account.note("batches", "whole", f"{size}; {why}")
-        return [batch]
+        return 0
     account.note("batches", f"in pieces of {most} data", f"{size}; outputs and J v are those of the whole")
-    return pieces
+    return most
 
 
-def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch]) -> str:
+def in_pieces(batch: Batch, most: int) -> list[Batch]:
+    """A batch in pieces of at most so many data, or, for 0, as it is."""
+    return [cut_batch(batch, slice(first, first + most)) for first in range(0, batch.size, most)] if most else [batch]
+
+
+def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch], second: bool) -> str:
     """Why it is not proved that pieces give what the whole gives; nothing if it is."""
-    v = risk.space.random(torch.Generator().manual_seed(0))
+    v = _direction(risk)
     pushed, why = attempted(lambda: [_pushed(risk, some, v) for some in ([batch], pieces)])
     mixed = "the model mixes the gradients of a batch"
     if pushed is None or not _same(pushed[1][0], pushed[0][0]):
@@ -59,9 +73,11 @@ def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch]) -> str:
     # a model may mix gradients alone, or detach a datum by its place, or by what others are
     if not _same(images, image):
         return f"J v of pieces is not that of the whole: {mixed}"
-    few, halves = _cut(batch, 0, FEW), [_cut(batch, 0, FEW // 2), _cut(batch, FEW // 2, FEW)]
-    derived, why = attempted(lambda: [_derivatives(risk, some) for some in ([few], halves)])
-    if derived is None or not _same(*derived):
+    del v
+    few = cut_batch(batch, slice(FEW))
+    halves = in_pieces(few, FEW // 2)
+    derived, why = attempted(lambda: [_derivatives(risk, some, second) for some in ([few], halves)])
+    if derived is None or not _all_same(derived[0], derived[1], risk.space.dtype):
         return f"derivatives of {FEW} data are not those of two pieces: {why or mixed}"
     return ""
 
@@ -76,19 +92,28 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and relative_difference(found, expected) <= tolerance(expected.dtype)
 
 
-def _derivatives(risk: EmpiricalRisk, pieces: list[Batch]) -> Tensor:
-    """First and second derivatives in the parameters, along random directions, of the outputs of some pieces together."""
+def _all_same(found: list[Tensor | None], expected: list[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether the parts of two vectors, ``None`` for zeros, are the same but for rounding beside the whole vectors."""
+    zero = torch.zeros((), dtype=dtype, device="cpu")
+    pairs = [(zero if a is None else a, zero if b is None else b) for a, b in zip(found, expected, strict=True)]
+    difference, scale = (
+        math.hypot(*(float(size_of(t)) for t in ts)) for ts in ((a - b for a, b in pairs), (b for _, b in pairs))
+    )
+    return difference <= tolerance(dtype) * (scale or 1.0)
+
+
+def _derivatives(risk: EmpiricalRisk, pieces: list[Batch], second: bool) -> list[Tensor | None]:
+    """First and maybe second derivatives in the parameters, along random directions, of the outputs of some pieces together."""
     z = torch.cat([risk.forward(piece.X) for piece in pieces])
-    generator = torch.Generator().manual_seed(0)
-    u, v = torch.randn(z.shape, generator=generator, device="cpu").to(z), risk.space.random(generator)
-    first = OutputLinearization(z, risk.params, risk.space).pull(u)
-    second = GradientLinearization(z, risk.params, risk.space, u).parts(v)
-    return torch.cat([part.flatten().to(risk.space.sum_dtype) for part in (*first, *second) if part is not None])
+    u = scattered(z)
+    found = OutputLinearization(z, risk.params, risk.space).pull(u)
+    if not second:
+        return found
+    return [*found, *GradientLinearization(z, risk.params, risk.space, u).parts(_direction(risk))]
 
 
-def _cut(batch: Batch, first: int, end: int) -> Batch:
-    X, y = (select(part, batch.size, slice(first, end)) for part in (batch.X, batch.y))
-    return Batch(X, y, end - first, batch.start + first)
+def _direction(risk: EmpiricalRisk) -> Tensor:
+    return scattered(torch.empty(risk.space.dim, dtype=risk.space.dtype, device=risk.space.device))
 
 
 def _saved(risk: EmpiricalRisk, few: Batch) -> int:

@@ -22,7 +22,7 @@ from curvops.products import rules
 from curvops.products.account import Account, AccountedOperator, attempted, relative_difference, tolerance
 from curvops.products.batch import BatchProduct
 from curvops.products.kept import Kept
-from curvops.products.pieces import pieces_of
+from curvops.products.pieces import in_pieces, piece_size
 from curvops.products.record import Recorder
 from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
@@ -183,7 +183,8 @@ class RiskOperator(AccountedOperator):
 
     def _pieces(self, batch: Batch) -> list[Batch]:
         """A batch, in pieces where the user's memory budget asks for it."""
-        return pieces_of(self.risk, batch, self.memory_budget, self.account) if self.memory_budget else [batch]
+        budget = self.memory_budget
+        return in_pieces(batch, piece_size(self.risk, batch, budget, self.account) if budget else 0)
 
     def _begin(self, batch: Batch, walk: Walk | None = None) -> BatchProduct:
         """The products of a batch; without the walk of one that was begun before on it, and whose graph was let go."""

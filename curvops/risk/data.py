@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from curvops.tree import map_tensors, tensors_of
+from curvops.tree import map_tensors, select, tensors_of
 
 EMPTY = "data: the loader is empty. Pass at least one batch (X, y) with one datum."
 _SEVERAL = "curvature needs several passes. Pass a list of its batches or a DataLoader."
@@ -97,6 +97,13 @@ class Data:
     def _move(self, tensor: Tensor) -> Tensor:
         # a copy: a loader may write the next batch over this one, and autograd keeps no inference tensors
         return tensor.to(self.device, copy=True)
+
+
+def cut_batch(batch: Batch, data: slice) -> Batch:
+    """Consecutive data of a batch that has them along the first axis of its tensors."""
+    X, y = (select(part, batch.size, data) for part in (batch.X, batch.y))
+    places = range(batch.size)[data]
+    return Batch(X, y, len(places), batch.start + (places[0] if places else 0))
 
 
 def joins(waiting: Sequence[Batch], batch: Batch, most: int) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvops import EKFACLinearOperator, EmpiricalRisk, GGNDiagonalLinearOperator, KFACLinearOperator
-from curvops.kronecker import alone as joining
+from curvops.kronecker import batches as joining
 from curvops.kronecker import uses
 from kronecker.cases import (
     APPROXIMATIONS,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import RISK, close, draws
+from conformance import KRONECKER, RISK, close, draws
 from problems import Problem, real
 from torch import Tensor, nn
 
-from curvops import HessianLinearOperator
+from curvops import EKFACLinearOperator, HessianLinearOperator
 
 
 class Counting(nn.Module):
@@ -130,3 +130,31 @@ def test_batches_that_cannot_be_cut_stay_whole():
     op = HessianLinearOperator(*args, check_deterministic=False, memory_budget=10_000)
     close(op @ draws(p.dim), HessianLinearOperator(*args, check_deterministic=False) @ draws(p.dim), 1e-12)
     assert "pieces" not in op.explain()
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_pieces_give_the_same_kronecker_operator(name):
+    """Walks of both kinds: the rows of pieces kept, and computed again."""
+    p = problem()
+    whole = KRONECKER[name](*p.args(20, 17), check_deterministic=False)
+    p.model.sizes.clear()
+    cut = KRONECKER[name](*p.args(20, 17), check_deterministic=False, memory_budget=20_000)
+    assert max(p.model.sizes) < 10
+    close(cut.to_dense(), whole.to_dense(), 1e-7 if "kfoc" in name else 1e-10)
+    assert any(note.startswith("batches in pieces of 6 data: ") for note in cut.explain().notes)
+
+
+@pytest.mark.parametrize("way", [*GRADIENTS_ONLY, "norm"])
+def test_kronecker_operators_of_models_that_mix_the_data_stay_whole(way):
+    """Second derivatives do not enter."""
+
+    class Mixing(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return GRADIENTS_ONLY[way](h)
+
+    p = problem(nn.BatchNorm1d(50) if way == "norm" else Mixing())
+    cut = EKFACLinearOperator(*p.args(37), check_deterministic=False, memory_budget=20_000, fisher_type="empirical")
+    whole = EKFACLinearOperator(*p.args(37), check_deterministic=False, fisher_type="empirical")
+    close(cut.to_dense(), whole.to_dense(), 1e-10)
+    choice = "in pieces" if way == "second derivatives" else "whole: "
+    assert any(note.startswith(f"batches {choice}") for note in cut.explain().notes)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks.resumed import attempt, resumed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -18,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 import curvops.fully_shard
 from curvops import (
-    Checkpoint,
     EFLinearOperator,
     EKFACLinearOperator,
     GGNLinearOperator,
@@ -202,6 +202,8 @@ def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
     expected = HessianLinearOperator(plain, loss, dict(plain.named_parameters()), [(inputs, y)]) @ u
     product = HessianLinearOperator(cut, loss, dict(cut.named_parameters()), [(inputs, y)]) @ spread
     found["fully_shard, complex"] = max(float((whole(product[n]) - expected[n]).abs().max()) for n in u)
+    many = [(torch.randint(5, (6, 3)), torch.randint(4, (6,))) for _ in range(6)]
+    found |= {f"fully_shard, resumed after {key}": error for key, error in resumed(model, loss, own, many).items()}
     assert hooks == [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     loss(model(X), y).backward()
     slopes = torch.autograd.grad(loss(net(X), y), list(params.values()))
@@ -252,13 +254,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def attempt(call: Any) -> str:
-    try:
-        return f"no error: {call()}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
 def refused(op: Any, v: Any, problem: tuple[Any, ...]) -> dict[str, str]:
     return {
         "flat": attempt(lambda: op @ torch.ones(op.shape[1], dtype=torch.float64)),
@@ -267,7 +262,6 @@ def refused(op: Any, v: Any, problem: tuple[Any, ...]) -> dict[str, str]:
         "trace": attempt(op.trace),
         "group": attempt(lambda: EFLinearOperator(*problem, process_group=dist.group.WORLD)),
         "spread": attempt(lambda: SpreadOperator(op, dist.group.WORLD)),
-        "checkpoint": attempt(lambda: KFACLinearOperator(*problem, checkpoint=Checkpoint("none", 1))),
     }
 
 
@@ -339,6 +333,8 @@ def sharded() -> dict[str, Any]:
         found[f"{title}, errors"] = refused(op, v, (model, loss, own, data))
         assert all(torch.equal(p.detach().to_local(), before[name]) for name, p in own.items())
     found |= repeated(net, loss, data, mesh) | two_axes(net, loss, data)
+    many = [(torch.randn(6, 6, dtype=torch.float64), torch.randint(4, (6,))) for _ in range(6)]
+    found |= {f"cut, resumed after {key}": error for key, error in resumed(model, loss, own, many).items()}
     net, X = Tokens().double(), torch.randint(5, (7, 3))
     cut, data = Cut(copy.deepcopy(net), mesh), [(X[:3], y[:3]), (X[3:], y[3:])]
     found |= {f"tokens, {kind}": error for kind, error in kronecker(net, cut, loss, data, "ekfac").items()}

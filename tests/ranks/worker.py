@@ -1,5 +1,6 @@
 """Started in three processes: computes each case with the data shared, and reports the differences from what one process found."""
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from problems import PROBLEMS
 from ranks.cases import BATCHES, SHARES, cases, others, spread, values, wanted
 
-from curvops import KFACLinearOperator
+from curvops import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 
 
 def difference(found: Any, expected: Any, group: Any) -> float | str:
@@ -44,6 +45,21 @@ def share(group: Any) -> float | str:
     return float((mine.to_dense() - whole[list(mine.domain.names)].to_dense()).abs().max())
 
 
+def spilled(group: Any) -> float | str:
+    """Sums and eigenvectors in files have the bits of those in memory."""
+    p = PROBLEMS["mlp"]()
+    data = p.data() if dist.get_rank() == 0 else []
+    found = []
+    for files in ({}, {"spill": tempfile.gettempdir()}):
+        options: Any = {"process_group": group, "memory_budget": 0, **files}
+        ops = [make(p.model, p.loss, p.params, data, **options) for make in (EKFACLinearOperator, KFOCLinearOperator)]
+        found.append(torch.cat([op.to_dense() for op in ops]))
+        notes = [note for op in ops for note in op.explain().notes if note.startswith("taken in files of spill=")]
+        if len(notes) != 2 * bool(files):
+            return f"notes {notes}"
+    return 0.0 if torch.equal(*found) else "other bits in files"
+
+
 def compared(number: int, group: Any, expected: dict[str, Any]) -> dict[str, float | str]:
     """What so many processes compute."""
     found: dict[str, float | str] = {}
@@ -60,6 +76,7 @@ def compared(number: int, group: Any, expected: dict[str, Any]) -> dict[str, flo
         found[f"{how}: others"] = difference(others(p, data, process_group=group), expected["others"], group)
     found["spread"] = difference(spread(PROBLEMS["mlp"](), group), expected["spread"], group)
     found["share"] = share(group)
+    found["spill"] = spilled(group)
     return found
 
 

@@ -136,6 +136,7 @@ COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
     "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
     "ekfac in files": kronecker(EKFACLinearOperator, memory_budget=3000, spill=tempfile.gettempdir()),
+    "ekfac in pieces": kronecker(EKFACLinearOperator, fisher_type="type-2", memory_budget=30_000),
     "kfoc": kronecker(KFOCLinearOperator, memory_budget=0),
     "diagonal": kronecker(GGNDiagonalLinearOperator),
     "eigenpairs": spectral(eigenpairs, k=2, which="both"),

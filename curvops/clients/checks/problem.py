@@ -18,10 +18,10 @@ from curvops.context import preserved_random_state
 from curvops.losses import OutputCurvature
 from curvops.matrix import seeded
 from curvops.products.account import relative_difference, tolerance
-from curvops.risk.data import Batch
+from curvops.risk.data import Batch, cut_batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import floating_to
-from curvops.tree import map_tensors, select, tensors_of
+from curvops.tree import map_tensors, tensors_of
 
 FEW = 4  # data that are looked at, half as many where there are more than ``MANY`` parameters
 MANY = 1_000_000
@@ -189,13 +189,13 @@ def _few(risk: EmpiricalRisk) -> tuple[Batch, list[Batch]]:
         if not _plain(first):
             return first, [first]
         if first.size >= wanted:
-            return first, [_cut(first, slice(0, wanted - 1)), _cut(first, slice(wanted - 1, wanted))]
+            return first, [cut_batch(first, slice(0, wanted - 1)), cut_batch(first, slice(wanted - 1, wanted))]
         pieces = [first]
         for more in walk:
             missing = wanted - sum(piece.size for piece in pieces)
             if not missing or not _plain(more) or _shapes(more) != _shapes(first):
                 break
-            pieces.append(_cut(more, slice(0, missing)))
+            pieces.append(cut_batch(more, slice(0, missing)))
         return first, pieces
 
 
@@ -207,11 +207,6 @@ def _plain(batch: Batch) -> bool:
 
 def _shapes(batch: Batch) -> list[Any]:
     return [(t.shape[1:], t.dtype) for t in tensors_of((batch.X, batch.y))]
-
-
-def _cut(batch: Batch, data: slice) -> Batch:
-    X, y = (select(part, batch.size, data) for part in (batch.X, batch.y))
-    return Batch(X, y, len(range(batch.size)[data]), batch.start)
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

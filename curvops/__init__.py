@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from curvops.kronecker.operator import load
     from curvops.kronecker.options import BlockRule
     from curvops.operators.diagonal import DiagonalOperator, IdentityOperator
+    from curvops.operators.gathered import GatheredOperator
     from curvops.operators.inverse import InverseOperator
     from curvops.operators.linear_operator import LinearOperator
     from curvops.operators.low_rank import LowRankPlusDiagonalOperator, OuterProductOperator
@@ -42,6 +43,7 @@ _HOMES = {
     "Estimate": "curvops.estimators.estimate",
     "GGNDiagonalLinearOperator": "curvops.kronecker.diagonal",
     "GGNLinearOperator": "curvops.products.ggn",
+    "GatheredOperator": "curvops.operators.gathered",
     "HessianLinearOperator": "curvops.products.hessian",
     "IdentityOperator": "curvops.operators.diagonal",
     "InverseOperator": "curvops.operators.inverse",
@@ -72,6 +74,7 @@ __all__ = [
     "Estimate",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
+    "GatheredOperator",
     "HessianLinearOperator",
     "IdentityOperator",
     "InverseOperator",

@@ -202,7 +202,7 @@ class TensorSpace:
         if self.shards and not isinstance(vector, (Mapping, list, tuple)):
             raise TypeError(
                 f"{context}: the parameters are cut over processes, and so are vectors: expected a list of {len(self.names)} DTensors, or a "
-                f"dict with these names, got {type(vector).__name__}. Whatever needs flat vectors needs the parameters whole."
+                f"dict with these names, got {type(vector).__name__}. What needs flat vectors can be had of GatheredOperator(op)."
             )
         if isinstance(vector, Tensor):
             if is_sharded(vector):

@@ -360,7 +360,8 @@ class LinearOperator(Quantities):
         """
         if self.domain.shards or self.codomain.shards:
             raise TypeError(
-                f"{self.name}.to_dense(): the parameters are cut over processes, and so is what is multiplied."
+                f"{self.name}.to_dense(): the parameters are cut over processes, and so is what is multiplied. Take GatheredOperator(op), whose "
+                "vectors each process has whole."
             )
         with self._in_step():
             check_fits(*self.shape, self.dtype, self.device, f"{self.name}.to_dense()")

@@ -63,8 +63,7 @@ def in_pieces(batch: Batch, most: int) -> list[Batch]:
 
 def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch], second: bool) -> str:
     """Why it is not proved that pieces give what the whole gives; nothing if it is."""
-    v = _direction(risk)
-    pushed, why = attempted(lambda: [_pushed(risk, some, v) for some in ([batch], pieces)])
+    pushed, why = attempted(lambda: [_pushed(risk, some) for some in ([batch], pieces)])
     mixed = "the model mixes the gradients of a batch"
     if pushed is None or not _same(pushed[1][0], pushed[0][0]):
         return f"outputs of pieces are not those of the whole: {why or 'the model mixes the data of a batch'}"
@@ -73,7 +72,6 @@ def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch], second: bool
     # a model may mix gradients alone, or detach a datum by its place, or by what others are
     if not _same(images, image):
         return f"J v of pieces is not that of the whole: {mixed}"
-    del v
     few = cut_batch(batch, slice(FEW))
     halves = in_pieces(few, FEW // 2)
     derived, why = attempted(lambda: [_derivatives(risk, some, second) for some in ([few], halves)])
@@ -82,8 +80,9 @@ def _mixing(risk: EmpiricalRisk, batch: Batch, pieces: list[Batch], second: bool
     return ""
 
 
-def _pushed(risk: EmpiricalRisk, pieces: list[Batch], v: Tensor) -> tuple[Tensor, Tensor]:
+def _pushed(risk: EmpiricalRisk, pieces: list[Batch]) -> tuple[Tensor, Tensor]:
     """Outputs and J v of some pieces, one below the other."""
+    v = _direction(risk)
     outputs, images = zip(*(push_forward(risk, piece, v) for piece in pieces), strict=True)
     return torch.cat(outputs), torch.cat(images)
 

@@ -21,6 +21,7 @@ import curvops.fully_shard
 from curvops import (
     EFLinearOperator,
     EKFACLinearOperator,
+    GatheredOperator,
     GGNLinearOperator,
     HessianLinearOperator,
     KFACLinearOperator,
@@ -287,6 +288,38 @@ def kronecker(net: nn.Module, model: nn.Module, loss: nn.Module, data: Any, *kin
     return found
 
 
+def gathered(net: nn.Module, model: nn.Module, loss: nn.Module, data: Any) -> dict[str, float]:
+    """What needs flat vectors, of matrices that stay cut."""
+    params, own = dict(net.named_parameters()), {n.removeprefix("net."): p for n, p in model.named_parameters()}
+    found = {}
+    for kind, (make, options) in KINDS.items():
+        expected, op = (
+            make(net, loss, params, data, **options),
+            GatheredOperator(make(model, loss, own, data, **options)),
+        )
+        assert (op.shape, op.psd, op.symmetric) == (expected.shape, expected.psd, expected.symmetric)
+        v = {name: torch.randn(*p.shape, 2, dtype=p.dtype) for name, p in params.items()}
+        placed = {name: distribute_tensor(v[name], p.device_mesh, p.placements) for name, p in own.items()}
+        products, wanted = (op @ v, op @ placed), expected @ v
+        assert all(isinstance(t, DTensor) and t.placements == own[n].placements for n, t in products[1].items()), kind
+        errors = [float((whole(r[n]) - wanted[n]).abs().max()) for r in products for n in own]
+        for of in (
+            lambda some: some.to_dense(),
+            lambda some: some["0.*", "2.*"].to_dense(),
+            lambda some: some.trace(),
+            lambda some: some.diagonal(),
+            lambda some: some.eigenpairs(2).values,
+            lambda some: some.solve(torch.ones(some.shape[0], dtype=torch.float64), damping=2.0).x,
+        ):
+            errors.append(float((of(op) - of(expected)).abs().max()))
+        with op.linearized():
+            errors.append(float((op @ torch.eye(op.shape[1], dtype=op.dtype) - expected.to_dense()).abs().max()))
+        said = attempt(lambda op=op: op @ torch.full((op.shape[1],), 1.0 + dist.get_rank(), dtype=op.dtype))
+        assert said.startswith("RanksError") and "the processes multiply different vectors. Give all" in said, said
+        found[f"gathered, {kind}"] = max(errors)
+    return found
+
+
 def sharded() -> dict[str, Any]:
     """Differences from the whole model's products, shares, and errors."""
     mesh = init_device_mesh("cpu", (2,))
@@ -332,6 +365,7 @@ def sharded() -> dict[str, Any]:
         )
         found[f"{title}, errors"] = refused(op, v, (model, loss, own, data))
         assert all(torch.equal(p.detach().to_local(), before[name]) for name, p in own.items())
+    found |= gathered(net, model, loss, data)
     found |= repeated(net, loss, data, mesh) | two_axes(net, loss, data)
     many = [(torch.randn(6, 6, dtype=torch.float64), torch.randint(4, (6,))) for _ in range(6)]
     found |= {f"cut, resumed after {key}": error for key, error in resumed(model, loss, own, many).items()}

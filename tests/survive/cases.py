@@ -135,7 +135,7 @@ COMPUTATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "ekfac of joined batches": kronecker(EKFACLinearOperator, alike=True, memory_budget=JOINED),
     "ekfac": kronecker(EKFACLinearOperator, fisher_type="type-2"),
     "ekfac swept": kronecker(EKFACLinearOperator, memory_budget=0),
-    "ekfac in files": kronecker(EKFACLinearOperator, memory_budget=3000, spill=tempfile.gettempdir()),
+    "ekfac in files": kronecker(EKFACLinearOperator, memory_budget=34_000, spill=tempfile.gettempdir()),
     "ekfac in pieces": kronecker(EKFACLinearOperator, fisher_type="type-2", memory_budget=30_000),
     "kfoc": kronecker(KFOCLinearOperator, memory_budget=0),
     "diagonal": kronecker(GGNDiagonalLinearOperator),

@@ -11,19 +11,10 @@ from torch import Tensor
 from curvops.losses import OutputCurvature
 from curvops.products.account import tolerance
 from curvops.products.record import Recorder
-from curvops.products.reference import GradientLinearization, OutputLinearization, drained
+from curvops.products.reference import GradientLinearization, OutputLinearization, drained, inner_product
 from curvops.risk.data import Batch
 
 Push = Callable[[Tensor], Tensor]
-
-
-def inner_product(parts: list[Tensor | None], v: Tensor, sizes: list[int]) -> Tensor:
-    """⟨parts, v⟩ of a vector by parameter, ``None`` for zeros, and a flat one."""
-    total = v.new_zeros(())
-    for part, piece in zip(parts, v.split(sizes), strict=True):
-        if part is not None:
-            total += torch.dot(part.flatten().to(v.dtype), piece)
-    return total
 
 
 class BatchProduct(ABC):

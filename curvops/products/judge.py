@@ -1,7 +1,7 @@
 """A judge that knows no rule of second order: central differences of first-order autodiff.
 
 It looks at a few data in double precision, and gives a verdict only where the differences at several
-steps agree with each other (at kinks such as ReLU's they do not).
+steps agree with each other (near kinks such as ReLU's they do not), and from both sides.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Verdict:
     """Relative error of a product against central differences; ``None``, and why, where there is no verdict."""
 
     error: float | None
-    why: str = "central differences disagree, as they do near a kink such as ReLU's"
+    why: str = "central differences disagree, as they do at a kink such as ReLU's, and near one"
 
     @property
     def wrong(self) -> bool:
@@ -60,16 +60,36 @@ class Verdict:
 
 def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
     """Verdict on a directional derivative at 0 of ``at``, a function of the step: as few steps as agree."""
-    product, slopes = product.detach(), list[Tensor]()
+    product, slopes, sums = product.detach(), list[Tensor](), list[Tensor]()
     for step in STEPS:
-        slopes.append(((at(step) - at(-step)) / (2 * step)).detach())
+        right, left = at(step).detach(), at(-step).detach()
+        slopes.append((right - left) / (2 * step))
+        sums.append(right + left)
         scale = max(float(slope.norm()) for slope in slopes)
         if not math.isfinite(scale):
             return Verdict(None)
         if len(slopes) > 1 and float((slopes[-1] - slopes[-2]).norm()) <= STEADY * scale:
             error = min(float((product - slope).norm()) for slope in slopes[-2:])
-            return Verdict(error / scale if scale > 1e-12 else error)
+            verdict = Verdict(error / scale if scale > 1e-12 else error)
+            steps = STEPS[len(slopes) - 2], step
+            kink = verdict.wrong and at_kink(at(0.0).detach(), (sums[-2], sums[-1]), steps, STEADY * scale)
+            return Verdict(None) if kink else verdict
     return Verdict(None)
+
+
+def at_kink(middle: Tensor, sums: tuple[Tensor, Tensor], steps: tuple[float, float], least: float) -> bool:
+    """Whether the derivatives from both sides differ, and by as much for the narrower one of two steps.
+
+    Exactly at a kink, as of ReLU where biases and inputs are zero, central differences agree: they are the mean of both.
+
+    Args:
+        middle: The function's value.
+        sums: Of its values at plus and minus each step.
+        steps: The wider and the narrower one.
+        least: A difference that counts.
+    """
+    far, near = (float((both - 2 * middle).norm()) / step for both, step in zip(sums, steps, strict=True))
+    return near > max(0.5 * far, least)
 
 
 def judge_hessian(risk: EmpiricalRisk) -> Verdict:
@@ -201,7 +221,8 @@ def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
     where = f"The operations to blame: {', '.join(names)}." if names else "No single operation could be named."
     warnings.warn(
         f"{what}: PyTorch's second-order derivative differs from central differences by {verdict.error:.1e} (relative) on "
-        f"this model. {where} Replace these operations by plain ones, or expect wrong products.",
+        f"this model. {where} Replace these operations by plain ones, or expect wrong products. (Parts that are detached on purpose are "
+        "constants to autodiff; the differences move them.)",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -10,9 +10,9 @@ from torch.func import jvp, linearize
 
 from curvops.products import rules
 from curvops.products.account import attempted, relative_difference, tolerance
-from curvops.products.batch import Push, inner_product
+from curvops.products.batch import Push
 from curvops.products.record import Recorder
-from curvops.products.reference import OutputLinearization, scattered, tangents
+from curvops.products.reference import OutputLinearization, inner_product, scattered, tangents
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.tree import select, tensors_of

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from curvops.losses import OutputCurvature
-from curvops.space import TensorSpace, aligned
+from curvops.products.account import tolerance
+from curvops.space import TensorSpace, aligned, describe
 from curvops.substitutions import gradients
+from curvops.tree import nodes_of
 
+ERROR = "torch::autograd::Error"  # what `once_differentiable` leaves in the graph
+_FIRST = "take KFACLinearOperator(…, fisher_type='empirical'), which needs first derivatives only"
+_NO_GRAPH = (
+    "the backward pass of {}, a torch.autograd.Function of the model, is not differentiated (once_differentiable, a detached tensor, "
+    f"NumPy). Write it in operations that are, or {_FIRST}."
+)
+
+MOST_ROWS = 4096  # outputs of a batch up to which J v is taken row by row, where nothing else gives it
 PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
 
 
@@ -28,6 +40,8 @@ class OutputLinearization:
         self._params = list(params.values())
         self._dummy: Tensor | None = None
         self._pulled: list[Tensor | None] = []
+        self._own: list[str] = []  # the model's own functions, whose backward passes may carry no graph
+        self._by_rows = ""  # why
 
     def pull(self, u: Tensor, last: bool = False) -> list[Tensor | None]:
         """Jᵀ u by parameter, for u of the output's shape; ``None`` for zeros. The ``last`` one frees the graphs."""
@@ -36,16 +50,55 @@ class OutputLinearization:
         return self.space.parts(_pull([self.z], self._params, [u.to(self.z.dtype)], last))
 
     def push(self, v: Tensor) -> Tensor:
-        """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩."""
+        """J v, of the output's shape, for a flat vector ``[D]``: the derivative of u ↦ ⟨Jᵀu, v⟩.
+
+        Where a backward pass of the model's own has none, row by row of J.
+
+        Raises:
+            NotImplementedError: If these are too many.
+        """
         if not self.z.requires_grad:
             return torch.zeros_like(self.z)
+        if self._by_rows:
+            return self._pushed_by_rows(v)
         if self._dummy is None:
             # any u gives the same derivative, but at zero some backward passes have none, as that of `logcumsumexp`, which takes logs
             dummy = scattered(self.z).requires_grad_()
             self._pulled = list(gradients(self.z, self._params, dummy, create_graph=True, allow_unused=True))
-            self._dummy = dummy
-        (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
-        return torch.zeros_like(self.z) if product is None else product.detach()
+            self._dummy, self._own = dummy, own_functions([self.z])
+        try:
+            expect_graph(self._own, self._pulled)
+            (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
+        except NotImplementedError as error:
+            return self._pushed_by_rows(v, str(error))
+        found = torch.zeros_like(self.z) if product is None else product.detach()
+        if self._own and not self.space.shards and not self._fits(found, v):
+            return self._pushed_by_rows(v, _NO_GRAPH.format(describe(self._own)))
+        return found
+
+    def _fits(self, image: Tensor, v: Tensor) -> bool:
+        """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩, which it is not where a backward pass computes with what is not differentiated."""
+        assert self._dummy is not None
+        u = self._dummy.detach().flatten().to(v.dtype)
+        own = image.flatten().to(v.dtype)
+        along, inner = float(inner_product(self._pulled, v, self.space.sizes)), float(torch.dot(u, own))
+        scale = max(abs(along), abs(inner), float(own.norm()))  # entries of u are about one
+        return abs(along - inner) <= tolerance(image.dtype) * scale
+
+    def _pushed_by_rows(self, v: Tensor, why: str = "") -> Tensor:
+        if why and (self.space.shards or self.z.numel() > MOST_ROWS):
+            raise NotImplementedError(why)
+        if why and not self._by_rows:
+            self._by_rows, self._dummy, self._pulled = why, None, []
+            what = f"J v takes a backward pass for each of the {self.z.numel()} outputs of a batch"
+            warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
+        found, u = torch.zeros_like(self.z), torch.zeros_like(self.z)
+        entries, units = found.view(-1), u.view(-1)
+        for k in range(u.numel()):
+            units[k] = 1
+            entries[k] = inner_product(self.pull(u), v, self.space.sizes)
+            units[k] = 0
+        return found
 
 
 class GradientLinearization:
@@ -66,6 +119,7 @@ class GradientLinearization:
         self._slopes: list[Tensor | None] = [None] * len(self._params)
         if output.requires_grad:
             self._slopes = list(gradients(output, self._params, slope, create_graph=True, allow_unused=True))
+            expect_graph(own_functions([output]), self._slopes)
 
     @classmethod
     def of_loss(
@@ -84,6 +138,30 @@ class GradientLinearization:
         inputs = self._params if params is None else list(params.values())
         found = _pull(self._slopes, inputs, tangents(v, self.space), last)
         return self.space.parts(found) if params is None else found
+
+
+def own_functions(outputs: Iterable[Tensor | None]) -> list[str]:
+    """Names of the `torch.autograd.Function`s in Python that some tensors' graphs hold."""
+    found = (type(node) for output in outputs if output is not None for node in nodes_of(output))
+    return sorted({kind.__name__.removesuffix("Backward") for kind in found if issubclass(kind, BackwardCFunction)})
+
+
+def expect_graph(own: list[str], pulled: list[Tensor | None]) -> None:
+    """A NotImplementedError where a function's backward pass says that it may be differentiated ``once`` only.
+
+    PyTorch puts an error into the graph there; but what leads to no input that is asked for is not visited.
+    """
+    if own and any(node.name() == ERROR for out in pulled if out is not None for node in nodes_of(out)):
+        raise NotImplementedError(_NO_GRAPH.format(describe(own)))
+
+
+def inner_product(parts: list[Tensor | None], v: Tensor, sizes: list[int]) -> Tensor:
+    """⟨parts, v⟩ of a vector by parameter, ``None`` for zeros, and a flat one."""
+    total = v.new_zeros(())
+    for part, piece in zip(parts, v.split(sizes), strict=True):
+        if part is not None:
+            total += torch.dot(part.detach().flatten().to(v.dtype), piece)
+    return total
 
 
 def scattered(like: Tensor) -> Tensor:
@@ -125,5 +203,5 @@ def _pull(
             raise
         raise NotImplementedError(
             f"PyTorch has no second derivative of an operation of the model or the loss ({error}). Write it in plain operations, or "
-            "take KFACLinearOperator(…, fisher_type='empirical'), which needs first derivatives only."
+            f"{_FIRST}."
         ) from error

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conformance import Untouched, draws
+from conformance import Untouched, close, draws
 from kronecker.cases import Net
 from problems import custom
 from torch import nn
@@ -15,6 +15,7 @@ from curvops import (
     EmpiricalRisk,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
     KFACLinearOperator,
 )
 from curvops.clients.check import check
@@ -195,15 +196,11 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("cls", "what"),
-    [(HessianLinearOperator, "Hessian"), (GGNLinearOperator, "Jacobian"), (EFLinearOperator, "Jacobian")],
-)
-def test_parameters_that_no_stand_in_reaches_are_moved_in_a_copy(cls, what, dtype):
+def test_parameters_that_no_stand_in_reaches_are_moved_in_a_copy(dtype):
     model = Fused().to(dtype)
     versions = [p._version for p in model.parameters()]
-    with Untouched(model), pytest.warns(RuntimeWarning, match=f"^{what}: .*differs .*_Fused"):
-        cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X.to(dtype), Y.to(dtype))])
+    with Untouched(model), pytest.warns(RuntimeWarning, match="^Hessian: .*differs .*_Fused"):
+        HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X.to(dtype), Y.to(dtype))])
     assert [p._version for p in model.parameters()] == versions
 
 
@@ -257,12 +254,53 @@ class _Refused(_Fused):
         return _Fused.backward(ctx, g)
 
 
-@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
-def test_functions_that_are_marked_as_once_differentiable_are_told(cls):
+class _Sometimes(_Fused):
+    """Its backward pass carries a graph to some of what it takes."""
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        d = g * (1 - torch.tanh(x @ w.T) ** 2)
+        return d @ w, d.detach().T @ x
+
+
+def test_functions_that_are_marked_as_once_differentiable_have_no_hessian():
     """PyTorch's own error comes only where gradients of all leaves are asked for."""
     model = Fused(_Once)
-    with pytest.warns(RuntimeWarning, match="differs .*_Once"):
-        cls(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+    op = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+    assert "it is an error here" in op.explain()
+    for work in (lambda: op @ draws(12), op.to_dense):
+        with pytest.raises(NotImplementedError, match="the backward pass of '_Once', a torch.autograd.Function of"):
+            work()
+
+
+@pytest.mark.parametrize("function", [_Fused, _Once, _Sometimes])
+@pytest.mark.parametrize("check_deterministic", [True, False])
+def test_j_v_is_taken_by_rows_where_a_backward_pass_carries_no_graph(function, check_deterministic, monkeypatch):
+    model, v, columns = Fused(function), draws(12, seed=4), draws(12, 3, seed=5)
+    rows = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(X).flatten()]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    slopes = (2 / Y.numel()) * (model(X) - Y).detach()
+    errors = torch.einsum("nc,ncd->nd", slopes, J.view(*Y.shape, 12))
+    problem = model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)]
+    with pytest.warns(
+        RuntimeWarning, match=f"^J v takes a backward pass for each of the 12 outputs .*'{function.__name__}'"
+    ):
+        for cls, expected in (
+            (GGNLinearOperator, 2 / Y.numel() * J.T @ J),
+            (EFLinearOperator, Y.numel() * errors.T @ errors),
+        ):
+            op = cls(*problem, check_deterministic=check_deterministic)
+            assert "wrong" not in op.explain()
+            close(op @ v, expected @ v)
+            close(op @ columns, expected @ columns)
+            close(op.to_dense(), expected)
+            with op.linearized():
+                close(op @ v, expected @ v)
+        close(JacobianLinearOperator(*problem[::2], [(X, Y)]) @ v, J @ v)
+    monkeypatch.setattr("curvops.products.reference.MOST_ROWS", 11)
+    with pytest.raises(NotImplementedError, match="is not differentiated"):
+        op @ v
 
 
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvops.products.account import relative_difference
+from curvops.products.judge import at_kink
 from curvops.products.movable import Copied, Leaves, Movable, StandIns, apart, copied
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import floating_to
@@ -123,10 +124,7 @@ def slope(at: Callable[[float], Tensor]) -> Tensor:
         right, left = at(step), at(-step)
         found = (right - left) / (2 * step)
         if wide is not None and float((found - wide[1]).norm()) <= STEADY * float(wide[1].norm()):
-            # at a kink the derivatives from both sides differ, and by as much for a narrower step
-            middle = 2 * at(0.0)
-            near, far = float((right + left - middle).norm()) / step, float((wide[2] - middle).norm()) / wide[0]
-            if near > max(0.5 * far, STEADY * float(found.norm())):
+            if at_kink(at(0.0), (wide[2], right + left), (wide[0], step), STEADY * float(found.norm())):
                 break
             return found
         wide = step, found, right + left

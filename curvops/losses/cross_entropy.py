@@ -72,7 +72,8 @@ class CrossEntropyCurvature(ClosedForm):
         return scaled.sub_(self._weighted_targets)
 
     def hessian_rows(self, rows: Tensor) -> Tensor:
-        scaled = self._probabilities * rows
+        # the same for all classes is mapped to zero; without it nothing cancels where a class is sure, as in single precision
+        scaled = (rows - rows.gather(1, self._surest)).mul_(self._probabilities)
         return self.weights * (scaled - self._probabilities * scaled.sum(-1, keepdim=True))
 
     def hessian_root(self, k: int) -> Tensor:
@@ -123,6 +124,11 @@ class CrossEntropyCurvature(ClosedForm):
     @cached_property
     def _probabilities(self) -> Tensor:
         return self.layout.rows(self._constant).softmax(-1)
+
+    @cached_property
+    def _surest(self) -> Tensor:
+        """The class of each term with the largest probability, `[T, 1]`."""
+        return self._probabilities.argmax(-1, keepdim=True)
 
     @cached_property
     def _seen(self) -> Tensor:

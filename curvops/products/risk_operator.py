@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -173,13 +175,28 @@ class RiskOperator(AccountedOperator):
         rows = columns.T.contiguous()
         if kept is not None:
             total = torch.zeros(rows.shape, dtype=self.domain.sum_dtype, device=self.device)
-            return kept.add_to(total, rows).T.to(self.dtype)
-        return self._sum(rows).T.to(self.dtype)
+            found = kept.add_to(total, rows).T.to(self.dtype)
+        else:
+            found = self._sum(rows).T.to(self.dtype)
+        return self._told(found, columns)
 
     def _dense(self) -> Tensor:
         if self.domain.dim > rules.LARGEST_MATRIX or self._kept is not None:
             return super()._dense()
-        return self._sum(None).to(self.dtype)
+        found = self._sum(None).to(self.dtype)
+        return self._told(found, found.new_zeros(()))
+
+    def _told(self, product: Tensor, columns: Tensor) -> Tensor:
+        """The product with some columns; a warning where it is not finite, though these are."""
+        # a sum is finite only of finite numbers; where it is not, it may have overflowed
+        if not math.isfinite(float(product.sum())) and not product.isfinite().all() and columns.isfinite().all():
+            warnings.warn(
+                f"{self.name}: the product has entries that are not finite. Likely causes: a derivative that is not there at these values, "
+                "which PyTorch gives as 0/0, as of a root or a norm of zero; overflow; a loss that is not finite.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return product
 
     def _pieces(self, batch: Batch) -> list[Batch]:
         """A batch, in pieces where the user's memory budget asks for it."""

@@ -171,6 +171,18 @@ def test_masked_logits_have_finite_curvature():
         assert smoothing or curvature.value().isfinite()
 
 
+@pytest.mark.parametrize("gap", [10.0, 17.0, 25.0])
+def test_a_class_that_is_sure_keeps_its_curvature_in_single_precision(gap):
+    """There 1 - p and p (1 - p) cancel to nothing; the entries beside the diagonal do not, and each row adds up to zero."""
+    z, y = torch.tensor([[gap, 0.5, 0.0]] * 3), torch.tensor([0, 1, 2])
+    found = output_loss(nn.CrossEntropyLoss()).curvature(z, y, 3)
+    p = z[0].double().softmax(0)
+    expected = -torch.outer(p, p).fill_diagonal_(0)
+    expected.diagonal().copy_(-expected.sum(1))
+    columns = torch.stack([found.hessian_product(unit.expand(3, 3))[0] for unit in torch.eye(3)], 1)
+    assert float((columns.double() - expected).norm() / expected.norm()) < 1e-6
+
+
 def test_extreme_logits_keep_their_curvature():
     z = torch.tensor([[-60.0, 60.0]], dtype=torch.float64)
     curvature = output_loss(nn.BCEWithLogitsLoss()).curvature(z, torch.tensor([[1.0, 0.0]]), 1)

@@ -217,6 +217,32 @@ def test_no_verdict_where_a_copy_shares_tensors(dtype):
     assert all(p is q and q.dtype is dtype for p, q in zip(tensors, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
+def test_exactly_at_a_kink_there_is_no_verdict(cls):
+    """Central differences agree there: they are the mean of both sides' derivatives. Zero biases and black borders do it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    nn.init.zeros_(model[0].bias)
+    data = [(torch.cat([torch.zeros(3, 3).double(), X]), torch.cat([Y[:3], Y]))]
+    op = cls(model, nn.MSELoss(), dict(model.named_parameters()), data)  # warnings are errors in the tests
+    assert "no verdict (central differences disagree, as they do at a kink" in op.explain()
+
+
+def test_products_that_are_not_finite_are_told():
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=False), Net(lambda _, x: x.square().sum(1, keepdim=True).sqrt())
+    ).double()
+    data = [(torch.cat([X, torch.zeros(1, 3).double()]), torch.ones(7, 1).double())]
+    op = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data, check_deterministic=False)
+    for work in (lambda: op @ draws(12), op.to_dense):
+        with pytest.warns(
+            RuntimeWarning, match=r"^HessianLinearOperator: the product has entries that are not finite\."
+        ):
+            work()
+    assert not (op @ torch.full((12,), torch.nan, dtype=torch.float64)).isfinite().any()
+
+
 class Severed(nn.Module):
     def __init__(self, how):
         super().__init__()
@@ -270,7 +296,7 @@ def test_functions_that_are_marked_as_once_differentiable_have_no_hessian():
     op = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
     assert "it is an error here" in op.explain()
     for work in (lambda: op @ draws(12), op.to_dense):
-        with pytest.raises(NotImplementedError, match="the backward pass of '_Once', a torch.autograd.Function of"):
+        with pytest.raises(NotImplementedError, match=r"the backward pass of '_Once', a torch\.autograd\.Function of"):
             work()
 
 

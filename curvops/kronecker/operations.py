@@ -45,7 +45,8 @@ ATTRIBUTES = {
 }
 QUERIES = named(
     "size dim numel stride is_contiguous __len__ __hash__ is_floating_point is_complex is_tensor storage_offset "
-    "untyped_storage data_ptr element_size get_device detach is_autocast_enabled ndimension"
+    "untyped_storage data_ptr element_size get_device detach is_autocast_enabled ndimension "
+    "_has_compatible_shallow_copy_type"  # asked by a module's `to` and its like, which routers call as they run
 )
 # arrange rows by the data's values: their layout must be proved for each batch
 DATA_DEPENDENT = {F.one_hot} | named(

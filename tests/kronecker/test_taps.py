@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from curvops.kronecker.rules import RULES
 from curvops.kronecker.taps import Taps
-from kronecker.cases import Net, build, close, integers, real, seeded
+from kronecker.cases import Net, build, check, close, dense_ggn, integers, real, seeded
 
 # what a model of two layers, a norm and a table may do
 WAYS: dict[str, Callable[[Net, Tensor], Tensor]] = {
@@ -110,6 +110,20 @@ def test_checkpointed_and_compiled_modules(kind: str) -> None:
         found = build(kind, (model, *rest), 3, 2)
         close(found.to_dense(), expected.to_dense())
         assert [row.why for row in found.explain().rows] == [row.why for row in expected.explain().rows]
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_a_layer_that_is_converted_as_it_runs_keeps_its_blocks(kind: str) -> None:
+    """As the routers of mixtures of experts do; where the precision is the same, nothing is changed."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.router.to(torch.float64)(x).tanh())
+
+    model = seeded(lambda: Net(run, router=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+    case = model, nn.CrossEntropyLoss(), real(5, 3), integers(2, 5)
+    op = build(kind, case, 3, 2)
+    assert {row.why for row in op.explain().rows} == {"tapped"}
+    check(kind, op, dense_ggn(case, 3, 2))
 
 
 def test_a_dispatch_mode_around_it_changes_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -24,6 +25,12 @@ _NO_GRAPH = (
 
 MOST_ROWS = 4096  # outputs of a batch up to which J v is taken row by row, where nothing else gives it
 PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
+# how PyTorch, and libraries with operations of their own, say that there is no second derivative
+MISSING = re.compile(
+    r"derivative for .*not implemented|double[ -]?backwards?\b.* not (yet )?(supported|implemented)"
+    r"|not (yet )?(support|implement)(ed)? (for )?double[ -]?backwards?",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class OutputLinearization:
@@ -199,7 +206,7 @@ def _pull(
     try:
         return list(gradients(outs, inputs, us, retain_graph=not last, allow_unused=True))
     except RuntimeError as error:
-        if not (str(error).startswith("derivative for") and "not implemented" in str(error)):
+        if not MISSING.search(str(error)):
             raise
         raise NotImplementedError(
             f"PyTorch has no second derivative of an operation of the model or the loss ({error}). Write it in plain operations, or "

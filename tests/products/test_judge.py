@@ -349,3 +349,46 @@ def test_no_verdict_where_second_derivatives_are_an_error(cls):
     ):
         with pytest.raises(RuntimeError, match="no second derivative"):
             work()
+
+
+class _OnceOnly(torch.autograd.Function):
+    """The backward pass of an operation, which says in a library's own words that it is the last one."""
+
+    @staticmethod
+    def forward(ctx, g, slope):
+        return g * slope
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError(_OnceOnly.words)
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return _OnceOnly.apply(g @ w, torch.ones_like(x)), g.T @ _OnceOnly.apply(x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "double backwards on roi_align not supported",
+        "Double backward is not yet implemented for this operation",
+        "deform_conv2d does not support double backward",
+    ],
+)
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+def test_a_librarys_own_words_for_no_second_derivative_are_explained(cls, words, monkeypatch):
+    monkeypatch.setattr(_OnceOnly, "words", words, raising=False)
+    model = Net(lambda m, x: m.head(_Pooled.apply(m.first(x), m.w).tanh()), first=nn.Linear(3, 3), head=nn.Linear(2, 2))
+    model.w = nn.Parameter(draws(2, 3, seed=2))
+    op = cls(model.double(), nn.MSELoss(), dict(model.named_parameters()), [(X, Y)])
+    for work in (lambda: op @ torch.ones(op.shape[1]).double(), op.to_dense):
+        with pytest.raises(NotImplementedError, match=f"{words}.*first derivatives only"):
+            work()

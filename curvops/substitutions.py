@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from curvops.context import switched
 from curvops.fully_shard import gathering
+from curvops.norms import NORMS, vector_norm
 
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
@@ -115,7 +116,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def norm_except_dim(v: Tensor, pow: int = 2, dim: int = 0) -> Tensor:
     axes = None if dim == -1 else [axis for axis in range(v.ndim) if axis != dim % v.ndim]
-    return torch.linalg.vector_norm(v, pow, dim=axes, keepdim=axes is not None)
+    return vector_norm(v, pow, dim=axes, keepdim=axes is not None)
 
 
 def batch_norm(
@@ -222,18 +223,12 @@ def embedding_bag(
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
     """Distances of all pairs of rows, by their differences."""
-    return _distance(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+    return vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
-    return _distance(input[first] - input[second], p)
-
-
-def _distance(difference: Tensor, p: float) -> Tensor:
-    same = (difference == 0).all(-1, keepdim=True)  # where the gradient is taken for zero, and so are its derivatives
-    found = torch.linalg.vector_norm(torch.where(same, 1.0, difference), p, dim=-1)
-    return torch.where(same.squeeze(-1), 0.0, found)
+    return vector_norm(input[first] - input[second], p, dim=-1)
 
 
 def grouped_mm(
@@ -305,6 +300,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     torch.pdist: pdist,
     F.multi_margin_loss: multi_margin_loss,
     F.multilabel_margin_loss: multilabel_margin_loss,
+    **NORMS,
 }
 for _owner, _name, _function in (  # not every version of PyTorch has them
     (F, "grouped_mm", grouped_mm),

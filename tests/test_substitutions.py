@@ -18,6 +18,7 @@ from curvops.products.reference import GradientLinearization
 from curvops.space import TensorSpace
 from curvops.substitutions import TABLE
 
+ROWS = torch.tensor([[[1.0], [0.0], [1.0]], [[0.0], [0.0], [0.0]]]).double()  # zero where there is padding
 LISTS = torch.tensor([[2, 0, -1], [1, -1, 0], [0, 1, 2]])
 LABELS = torch.tensor([0, 2, 1, 1])
 BAGS = torch.tensor([[0, 3, 3], [1, 2, 4]])
@@ -110,6 +111,36 @@ CASES = {
         for causal in (False, True)
     },
 }
+# of rows of which some are zero, whatever the input is
+NORMS = {
+    "method": lambda x: x.norm(dim=-1),
+    "method, all": lambda x: (x[1] + 0.0).norm() + x.norm(),
+    "method, axes": lambda x: x.norm(2, (0, 2), True),
+    "method, p = 3": lambda x: x.norm(p=3, dim=2),
+    "function": lambda x: torch.norm(x, dim=1),
+    "function, p = none": lambda x: torch.norm(x, None, -1),
+    "function, fro": lambda x: torch.norm(x, "fro", (1, 2), keepdim=True),
+    "function, nuc": lambda x: torch.norm(x[0, ::2], "nuc"),
+    "of vectors": lambda x: torch.linalg.vector_norm(x, dim=-1),
+    "of vectors, several axes": lambda x: torch.linalg.vector_norm(x, 2, dim=(-1, 1), keepdim=True),
+    "of vectors, whole": lambda x: torch.linalg.vector_norm(x[1]),
+    "of one number": lambda x: torch.linalg.vector_norm(x[0, 1, 0]) + torch.linalg.vector_norm(x[0, 0, 0]),
+    "linalg": lambda x: torch.linalg.norm(x, dim=-1),
+    "linalg, all": lambda x: torch.linalg.norm(x[1]) + torch.linalg.norm(x),
+    "linalg, ord = 2": lambda x: torch.linalg.norm(x, 2, dim=-1, keepdim=True),
+    "linalg, fro": lambda x: torch.linalg.norm(x, "fro", dim=(1, 2)),
+    "linalg, nuc": lambda x: torch.linalg.norm(x[0, ::2], "nuc"),
+    "of matrices": lambda x: torch.linalg.matrix_norm(x),
+    "of matrices, nuc": lambda x: torch.linalg.matrix_norm(x[0, ::2], "nuc"),
+    "normalised": lambda x: F.normalize(x, dim=-1),
+    "normalised, p = 3": lambda x: F.normalize(x, 3.0, dim=1),
+    "normalised to the bound": lambda x: F.normalize(x, dim=2, eps=1.0),
+    "cosines": lambda x: F.cosine_similarity(x, x.flip(1).cos(), dim=-1),
+    "cosines of matrices": lambda x: F.cosine_similarity(x, x[0].cos(), dim=1, eps=0.5),
+    "distances of the same": lambda x: torch.cdist(x, x),
+    "weight norms of the same": lambda x: torch.norm_except_dim(x, 2, 0),
+}
+CASES |= {f"norm, {name}": (lambda x, f=f: f(x * ROWS), (real(2, 3, 2),)) for name, f in NORMS.items()}
 if hasattr(F, "linear_cross_entropy"):
     CASES |= {
         f"linear cross-entropy {sorted(options)}": (
@@ -174,6 +205,28 @@ def test_second_derivative(name):
             second = space.join(GradientLinearization(value(*leaves.values()), leaves, space).parts(v))
             verdict = compare(second, gradient)
         assert verdict.error is not None and verdict.error < 1e-6
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_have_the_same_bits_and_no_branch_that_a_transform_refuses(name):
+    function, (x,) = CASES[f"norm, {name}"]
+    many = torch.stack([x, 2 * x])
+    values = torch.stack([function(each) for each in many])
+
+    def scalar(x):
+        return (function(x) * weights(function(x))).tanh().sum()
+
+    def slope(x):
+        return torch.autograd.grad(scalar(x.requires_grad_()), x)[0]
+
+    steps = 1e-5 * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
+    columns = torch.stack([(slope(x + step) - slope(x - step)) / 2e-5 for step in steps]).view(len(steps), -1)
+    with substitutions():
+        found = torch.func.vmap(function)(many)
+        second = torch.func.jacfwd(torch.func.grad(scalar))(x).reshape(columns.shape)
+    exact = "cosines" not in name and "distances" not in name
+    torch.testing.assert_close(found, values, rtol=0, atol=0 if exact else 1e-14)
+    torch.testing.assert_close(second, columns, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ONE_DATUM)

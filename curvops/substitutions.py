@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from curvops.aten import overloads
 from curvops.context import switched
 from curvops.fully_shard import gathering
 from curvops.norms import NORMS, vector_norm
@@ -312,6 +313,7 @@ for _owner, _name, _function in (  # not every version of PyTorch has them
 # cuDNN's recurrent layers have no second derivative, the native ones have
 for _layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
     TABLE[_layer] = switched("cuDNN", lambda: torch.backends.cudnn.flags(enabled=False))(_layer)
+TABLE |= overloads(TABLE)
 
 
 @cache

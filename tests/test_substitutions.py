@@ -11,6 +11,7 @@ from conformance import substitutions
 from oracles import real
 from problems import WEIGHT
 from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.functional import hessian
 
 from curvops.products.judge import compare
@@ -140,6 +141,75 @@ NORMS = {
     "distances of the same": lambda x: torch.cdist(x, x),
     "weight norms of the same": lambda x: torch.norm_except_dim(x, 2, 0),
 }
+aten = torch.ops.aten
+STATISTICS = torch.zeros(3).double(), torch.ones(3).double()
+STATE = torch.zeros(1, 2, 2).double()
+FLAT_BAGS = BAGS.flatten(), torch.tensor([0, 3])
+# as exported programs call them
+OVERLOADS = {
+    "hardsigmoid": (aten.hardsigmoid.default, (real(7) * 2,)),
+    "hardsigmoid in place": (lambda x: aten.hardsigmoid_.default(x * 2), (real(7),)),
+    "weight norm": (aten._weight_norm.default, (real(2, 3, 2), real(2, 1, 1))),
+    "weight norm, any": (lambda v, g: aten._weight_norm(v, g, 2), (real(2, 3, 2), real(1, 1, 2))),
+    "norm except": (lambda v: aten.norm_except_dim.default(v, 2, 1), (real(2, 3, 2),)),
+    "batch norm": (
+        lambda x, w, b: aten.batch_norm.default(x, w, b, *STATISTICS, False, 0.1, 1e-5, False),
+        (real(1, 3, 2), real(3), real(3)),
+    ),
+    "batch norm, function": (
+        lambda x, w: torch.batch_norm(x, w, None, *STATISTICS, False, 0.1, 1e-5, False),
+        (real(1, 3, 2), real(3)),
+    ),
+    "batch norm, decomposed": (
+        lambda x, w, b: aten._native_batch_norm_legit_no_training.default(x, w, b, *STATISTICS, 0.1, 1e-5)[0],
+        (real(1, 3, 2), real(3), real(3)),
+    ),
+    "instance norm": (
+        lambda x: aten.instance_norm.default(x, None, None, None, None, True, 0.1, 1e-5, False),
+        (real(1, 3, 4),),
+    ),
+    "instance norm, function": (
+        lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+        (real(1, 3, 4),),
+    ),
+    "attention": (lambda *x: aten.scaled_dot_product_attention.default(*x, is_causal=True), tuple(real(3, 1, 2, 3, 2))),
+    "embedding": (lambda w: aten.embedding.default(w, BAGS), (real(5, 3),)),
+    "embedding, padding": (lambda w: aten.embedding.default(w, BAGS, 3), (real(5, 3),)),
+    "bags": (lambda w: aten.embedding_bag.default(w, *FLAT_BAGS)[0], (real(5, 3),)),
+    "bags, padding": (
+        lambda w, s: aten.embedding_bag.padding_idx(w, *FLAT_BAGS, False, 0, False, s, False, 3)[0],
+        (real(5, 3), real(6)),
+    ),
+    "bags, decomposed": (lambda w: aten._embedding_bag.default(w, *FLAT_BAGS, False, 1)[0], (real(5, 3),)),
+    "distances": (lambda x, y: aten.cdist.default(x, y, 3.0), (real(3, 4), real(2, 4, seed=1))),
+    "distances, decomposed": (
+        lambda x, y: aten._cdist_forward.default(x, y, 2.0, None),
+        (real(3, 4), real(2, 4, seed=1)),
+    ),
+    "pairs": (aten.pdist.default, (real(4, 3),)),
+    "pairs, decomposed": (aten._pdist_forward.default, (real(4, 3),)),
+    "margin loss": (lambda z: aten.multi_margin_loss.default(z, LABELS, 2, 0.8, WEIGHT, 2), (real(4, 3),)),
+    "multilabel margin loss": (lambda z: aten.multilabel_margin_loss.default(z, LISTS, 0), (real(3, 3),)),
+    "norm of vectors": (lambda x: aten.linalg_vector_norm.default(x * ROWS, 2, [-1], True), (real(2, 3, 2),)),
+    "linalg norm": (lambda x: aten.linalg_norm.default(x * ROWS, None, [-1]), (real(2, 3, 2),)),
+    "linalg norm, fro": (lambda x: aten.linalg_norm.ord_str(x * ROWS, "fro", [1, 2]), (real(2, 3, 2),)),
+    "norm of matrices": (lambda x: aten.linalg_matrix_norm.str_ord(x * ROWS, "fro", [1, 2]), (real(2, 3, 2),)),
+    "norm": (lambda x: aten.norm.ScalarOpt_dim(x * ROWS, None, [-1], True), (real(2, 3, 2),)),
+    "norm, all": (lambda x: aten.norm.Scalar((x * ROWS)[1]) + aten.norm.Scalar(x, 3), (real(2, 3, 2),)),
+    "lstm": (
+        lambda x, *ps: aten.lstm.input(x, [STATE, STATE], ps, True, 1, 0.0, False, False, False)[0],
+        (real(3, 2, 2), real(8, 2), real(8, 2, seed=1), real(8), real(8, seed=1)),
+    ),
+    **{
+        kind: (
+            lambda x, *ps, kind=kind: getattr(aten, kind).input(x, STATE, ps, True, 1, 0.0, False, False, False)[0],
+            (real(3, 2, 2), real(size, 2), real(size, 2, seed=1), real(size), real(size, seed=1)),
+        )
+        for kind, size in (("gru", 6), ("rnn_tanh", 2), ("rnn_relu", 2))
+    },
+    "cosines": (lambda x: aten.cosine_similarity.default(x * ROWS, x.cos(), -1), (real(2, 3, 2),)),
+}
+CASES |= {f"overload, {name}": case for name, case in OVERLOADS.items()}
 CASES |= {f"norm, {name}": (lambda x, f=f: f(x * ROWS), (real(2, 3, 2),)) for name, f in NORMS.items()}
 if hasattr(F, "linear_cross_entropy"):
     CASES |= {
@@ -154,8 +224,13 @@ if hasattr(F, "grouped_mm"):
         lambda a, b: F.grouped_mm(a, b, offs=torch.tensor([1, 4], dtype=torch.int32)),
         (real(4, 2), real(2, 2, 3, seed=1)),
     )
+if hasattr(torch, "_grouped_mm"):
+    CASES["overload, grouped product"] = (
+        lambda a, b: aten._grouped_mm.default(a, b, torch.tensor([1, 4], dtype=torch.int32)),
+        (real(4, 2), real(2, 2, 3, seed=1)),
+    )
 # the originals have no kernel, or refuse, in double precision
-WITHOUT_ORIGINAL = {"grouped product"}
+WITHOUT_ORIGINAL = {"grouped product", "overload, grouped product"}
 ONE_DATUM = {
     "batch norm": (batch_norm, (real(1, 3, 2, 2), real(3), real(3))),
     "batch norm, train": (partial(batch_norm, training=True), (real(1, 3, 2, 2), real(3), real(3))),
@@ -250,8 +325,12 @@ def test_every_entry_is_tried():
     for name, (function, inputs) in (CASES | ONE_DATUM).items():
         with substitutions() if name in WITHOUT_ORIGINAL else nullcontext(), Watch():
             function(*inputs)
+    operators = {f for f in TABLE if isinstance(f, (OpOverload, OpOverloadPacket))}
     # what torch.compile's own functions call is the same function under another name
-    assert {f.__name__.strip("_") for f in TABLE} <= {getattr(f, "__name__", "").strip("_") for f in tried}
+    names = {getattr(f, "__name__", "").strip("_") for f in tried}
+    assert {f.__name__.strip("_") for f in TABLE.keys() - operators} <= names
+    # all overloads of an operator have one substitute, which takes their arguments
+    assert {str(f).split(".")[1] for f in operators} <= {str(f).split(".")[1] for f in tried & operators}
 
 
 def test_legacy_reduction_of_the_margin_loss():

@@ -15,6 +15,7 @@ from torch.nn import Module
 
 REDUCTIONS = "none", "mean", "sum"
 MODES = "sum", "mean", "max"
+NORMS_OF_BATCHES = {"batch_norm", "instance_norm"}  # of one datum PyTorch's own derivatives may be wrong on the CPU
 Function = Callable[..., Any]
 
 
@@ -134,9 +135,7 @@ def overloads(table: Mapping[Any, Function]) -> dict[Any, Function]:
             own = [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
             found.update(dict.fromkeys([packet, *own], partial(adapted, table[function])))
     # these are functions as well as operators
-    return found | {
-        getattr(torch, name): found[getattr(torch.ops.aten, name)] for name in ("batch_norm", "instance_norm")
-    }
+    return found | {getattr(torch, name): found[getattr(torch.ops.aten, name)] for name in NORMS_OF_BATCHES}
 
 
 def scripted(modules: Iterable[Module]) -> set[str]:

@@ -26,6 +26,7 @@ from curvops.norms import NORMS, vector_norm
 
 _PLAIN = ContextVar("whether this thread computes without kernels that have no second derivative", default=False)
 _checkpoint: Any = CheckpointFunction.apply
+_optimized: Any = vars(torch.jit)["optimized_execution"]
 Maybe = Tensor | None
 
 
@@ -39,6 +40,8 @@ def plain_kernels() -> Iterator[None]:
             # a model may compile parts of itself as it runs
             switched("compiler", lambda: torch.compiler.set_stance("force_eager")),
             switched("checkpoints", _keeping_checkpoints),
+            # TorchScript's own derivatives of what it has optimised are wrong; the setting is each thread's
+            _optimized(False),
         ):
             yield
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from curvops.aten import NORMS_OF_BATCHES, scripted
 from curvops.context import UNFIT, quietly
 from curvops.losses import OutputCurvature
 from curvops.products.account import attempted
@@ -96,7 +97,7 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
     """Judge the Hessian's product on a random vector; warn if it is wrong."""
     problem = _double_problem(risk)
     if isinstance(problem, Verdict):
-        return problem
+        return _without(problem, risk)
     model, batch, space, theta, v = problem
 
     def value(run: Run) -> tuple[Tensor, OutputCurvature]:
@@ -117,8 +118,8 @@ def judge_hessian(risk: EmpiricalRisk) -> Verdict:
         found, why = attempted(lambda: product(leaves, run))
         verdict = compare(found, slopes) if found is not None else Verdict(None, f"it is an error here: {why}")
         if verdict.wrong:
-            _warn("Hessian", verdict, run)
-    return verdict
+            _warn("Hessian", verdict, run, risk)
+    return _without(verdict, risk)
 
 
 def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
@@ -144,7 +145,7 @@ def judge_jacobian(risk: EmpiricalRisk) -> Verdict:
         found = None if pushed is None else torch.cat([pushed, along])
         verdict = compare(found, both) if found is not None else Verdict(None, f"it is an error here: {why}")
         if verdict.wrong:
-            _warn("Jacobian", verdict, run)
+            _warn("Jacobian", verdict, run, risk)
     return verdict
 
 
@@ -162,9 +163,10 @@ def _double_problem(risk: EmpiricalRisk) -> tuple[Movable, Batch, TensorSpace, T
         batch = next(batches, None)
     if batch is None:
         return Verdict(None, "this process has no data")
-    # about a gradient of the whole batch, where it has many data
+    # about a gradient of the whole batch, where it has many data; one datum says nothing of several to a norm in TorchScript
     cut = all(t.ndim and t.shape[0] == batch.size for t in tensors_of((batch.X, batch.y)))
-    few = max(1, min(DATA, batch.size // 8)) if cut else batch.size
+    least = min(batch.size, 2 if scripted(risk.model.modules()) & NORMS_OF_BATCHES else 1)
+    few = max(least, min(DATA, batch.size // 8)) if cut else batch.size
     if risk.space.dim > SMALL and 4 * few > batch.size:
         return long
     X, y = (select(part, batch.size, slice(0, few)) for part in (batch.X, batch.y))
@@ -216,9 +218,11 @@ def _partly_zero(slope: Tensor, space: TensorSpace) -> Tensor:
     return torch.cat([((part == 0) & (part != 0).any()).flatten() for part in space.split(slope)])
 
 
-def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
-    names = suspects(run)
+def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor], risk: EmpiricalRisk) -> None:
+    names, unseen = suspects(run), sorted(scripted(risk.model.modules()))
     where = f"The operations to blame: {', '.join(names)}." if names else "No single operation could be named."
+    if unseen and not names:
+        where = f"TorchScript runs {', '.join(unseen)}, and they are only replaced in the module as it was before torch.jit."
     warnings.warn(
         f"{what}: PyTorch's second-order derivative differs from central differences by {verdict.error:.1e} (relative) on "
         f"this model. {where} Replace these operations by plain ones, or expect wrong products. (Parts that are detached on purpose are "
@@ -226,6 +230,18 @@ def _warn(what: str, verdict: Verdict, run: Callable[[], Tensor]) -> None:
         RuntimeWarning,
         stacklevel=5,
     )
+
+
+def _without(verdict: Verdict, risk: EmpiricalRisk) -> Verdict:
+    """The verdict; where there is none, warn of what is known to be wrong and cannot be replaced."""
+    if verdict.error is None and "_weight_norm" in scripted(risk.model.modules()):
+        warnings.warn(
+            "Hessian: TorchScript runs _weight_norm, whose second derivative in PyTorch is wrong, and which is only replaced in the "
+            "module as it was before torch.jit. Pass that one, or expect wrong products.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return verdict
 
 
 class _Recorder(TorchFunctionMode):

@@ -119,7 +119,10 @@ def copied(risk: EmpiricalRisk) -> Model:
         raise TypeError("a function of the parameters is run with others")
     memo: dict[int, Any] = {}
     made = apart(risk.model.module, memo)
-    leaves = {name: memo[id(p)] for name, p in risk.params.items()}
+    names = {id(p): name for name, p in risk.model.module.named_parameters(remove_duplicate=False)}
+    theirs = dict(made.named_parameters(remove_duplicate=False))
+    # TorchScript copies its modules by itself, and tells nobody what became of a tensor
+    leaves = {name: memo[id(p)] if id(p) in memo else theirs[names[id(p)]] for name, p in risk.params.items()}
     _expect_apart(leaves.values(), risk.params.values())  # also those that are no module's
     return Model(made, {name: leaf.requires_grad_() for name, leaf in leaves.items()})
 
@@ -135,6 +138,9 @@ def apart(module: Module, memo: dict[int, Any]) -> Module:
         made = deepcopy(module, memo)
     except Exception as error:  # of the module's own code
         raise TypeError(f"the module cannot be copied: {error}") from error
+    for p in made.parameters():
+        if not p.is_leaf:  # TorchScript's copies hang on the originals by a graph, in their precision
+            p.detach_().requires_grad_()
     _expect_apart(*([*one.parameters(), *one.buffers()] for one in (made, module)))
     return made
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from curvops.aten import NORMS_OF_BATCHES, scripted
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import describe
@@ -104,6 +105,15 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[Runtim
         yield (
             f"params: gradient hooks of {describe(hooked)} alter gradients, so products with curvature are altered too, and may not "
             "be symmetric. Remove them, or leave these parameters out.",
+            RuntimeWarning,
+        )
+    single = sum(size == 1 for size, *_ in seen.fingerprints)
+    unseen = scripted(risk.model.modules()) & NORMS_OF_BATCHES if single and risk.space.device.type == "cpu" else ()
+    if unseen:
+        yield (
+            f"model: {single} batches have one datum, of which PyTorch's own derivatives of {', '.join(sorted(unseen))} may be wrong on "
+            "the CPU, and what TorchScript runs is not replaced. Pass batches of two data or more, or the module as it was before "
+            "torch.jit.",
             RuntimeWarning,
         )
     norms = [m for m in risk.model.training_modules if isinstance(m, _NormBase) and not isinstance(m, _InstanceNorm)]

@@ -392,3 +392,48 @@ def test_a_librarys_own_words_for_no_second_derivative_are_explained(cls, words,
     for work in (lambda: op @ torch.ones(op.shape[1]).double(), op.to_dense):
         with pytest.raises(NotImplementedError, match=f"{words}.*first derivatives only"):
             work()
+
+
+def normed(dtype):
+    """A traced model with weight norm: second derivatives are wrong in its directions."""
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.copy_(draws(*p.shape, seed=k))
+    return torch.jit.trace(model, X.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_torchscript_runs_without_its_substitute_is_told(dtype):
+    """By a copy, in which parameters are moved: of first derivatives it says that they are right."""
+    model = normed(dtype)
+    args = nn.MSELoss(), dict(model.named_parameters()), [(X.to(dtype), Y.to(dtype))]
+    message = r"^Hessian: .*differs from .*TorchScript runs _weight_norm.* before torch\.jit"
+    with Untouched(model), pytest.warns(RuntimeWarning, match=message) as caught:
+        HessianLinearOperator(model, *args)
+    assert caught[0].filename == __file__
+    assert judge_jacobian(EmpiricalRisk(model, *args)).error < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_torchscript_runs_without_its_substitute_is_told_where_there_is_no_verdict(monkeypatch):
+    monkeypatch.setattr(judge, "LARGEST", 3)
+    model = normed(torch.float64)
+    args = nn.MSELoss(), dict(model.named_parameters()), [(X, Y)]
+    with pytest.warns(RuntimeWarning, match=r"^Hessian: TorchScript runs _weight_norm.* is wrong") as caught:
+        op = HessianLinearOperator(model, *args)
+        GGNLinearOperator(model, *args)  # of which nothing is wrong
+    assert [each.filename for each in caught] == [__file__] and "no verdict" in op.explain()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_script_modules_and_parts_that_are_such_are_judged(dtype):
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2)).to(dtype)
+    traced = torch.jit.trace(plain, X.to(dtype))
+    for model in (traced, torch.jit.script(plain), nn.Sequential(nn.Linear(3, 3), traced).to(dtype)):
+        risk = EmpiricalRisk(model, nn.MSELoss(), dict(model.named_parameters()), [(X.to(dtype), Y.to(dtype))])
+        for judged in (judge_hessian, judge_jacobian):
+            assert judged(risk).error < 1e-6

@@ -300,6 +300,41 @@ def test_script_modules_with_buffers(cls, compiled):
         close(found, make(cls, net).to_dense())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 5)])
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "GGNDiagonal", "EKFAC"])
+@pytest.mark.filterwarnings("ignore:model. 1 batches have one datum")
+def test_torchscripts_own_derivatives_are_not_asked_for(kind, sizes, before):
+    """What it has optimised, as after some calls, it differentiates by formulas of its own, of which some are wrong."""
+    net, data = Images().double().eval(), list(zip(real(6, 2, 3, 3).split(sizes), Y.split(sizes), strict=True))
+    net.norm.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    scripted = torch.jit.script(net)
+    for _ in range(before):
+        LOSS(scripted(data[-1][0]), data[-1][1]).backward()
+    Case(scripted, LOSS, data).check(kind, truth=Case(net, LOSS, data).truth("Hessian" if kind == "Hessian" else "GGN"))
+    assert torch._C._get_graph_executor_optimize()
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)).tanh().mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, real(2, 2, 3, 3))])
+def test_norms_of_one_datum_in_torchscript_are_told(compiled):
+    scripted, x = compiled(Images().double().eval()), real(6, 2, 3, 3)
+    for cls in OPERATORS:
+        with pytest.warns(RuntimeWarning, match=r"^model: 2 batches have one datum, .*batch_norm.* before torch\.jit"):
+            make(cls, scripted, data=[(x[k : k + 1], Y[k : k + 1]) for k in range(2)])
+        make(cls, scripted, data=[(x, Y)])
+
+
 class Graph(nn.Module):
     """A graph convolution: whose neighbours are added up is a buffer, an attribute or a part of X."""
 

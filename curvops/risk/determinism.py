@@ -111,7 +111,7 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[Runtim
     unseen = scripted(risk.model.modules()) & NORMS_OF_BATCHES if single and risk.space.device.type == "cpu" else ()
     if unseen:
         yield (
-            f"model: {single} batches have one datum, of which PyTorch's own derivatives of {', '.join(sorted(unseen))} may be wrong on "
+            f"model: there are batches of one datum ({single}), of which PyTorch's own derivatives of {', '.join(sorted(unseen))} may be wrong on "
             "the CPU, and what TorchScript runs is not replaced. Pass batches of two data or more, or the module as it was before "
             "torch.jit.",
             RuntimeWarning,

@@ -304,7 +304,7 @@ def test_script_modules_with_buffers(cls, compiled):
 @pytest.mark.parametrize("before", [0, 4])
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 5)])
 @pytest.mark.parametrize("kind", ["Hessian", "GGN", "GGNDiagonal", "EKFAC"])
-@pytest.mark.filterwarnings("ignore:model. 1 batches have one datum")
+@pytest.mark.filterwarnings("ignore:model. there are batches of one datum")
 def test_torchscripts_own_derivatives_are_not_asked_for(kind, sizes, before):
     """What it has optimised, as after some calls, it differentiates by formulas of its own, of which some are wrong."""
     net, data = Images().double().eval(), list(zip(real(6, 2, 3, 3).split(sizes), Y.split(sizes), strict=True))
@@ -330,7 +330,9 @@ class Images(nn.Module):
 def test_norms_of_one_datum_in_torchscript_are_told(compiled):
     scripted, x = compiled(Images().double().eval()), real(6, 2, 3, 3)
     for cls in OPERATORS:
-        with pytest.warns(RuntimeWarning, match=r"^model: 2 batches have one datum, .*batch_norm.* before torch\.jit"):
+        with pytest.warns(
+            RuntimeWarning, match=r"^model: there are batches of one datum \(2\), .*batch_norm.* before torch\.jit"
+        ):
             make(cls, scripted, data=[(x[k : k + 1], Y[k : k + 1]) for k in range(2)])
         make(cls, scripted, data=[(x, Y)])
 

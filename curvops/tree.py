@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ def strided(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     sparse = tensor if tensor.layout == torch.sparse_coo else tensor.to_sparse_coo()
     return [sparse._values(), sparse._indices()]
+
+
+def shape_of(tensor: Tensor) -> Sequence[int]:
+    """Its shape; of a nested one, which has none, the number of its parts and of their entries."""
+    if not tensor.is_nested:
+        return tensor.shape
+    whole: Any = tensor
+    return tensor.size(0), (whole._values if tensor.layout == torch.jagged else whole).numel()
 
 
 def select(tree: Any, size: int, index: Any) -> Any:

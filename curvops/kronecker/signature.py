@@ -20,6 +20,14 @@ PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device}
 Known = tuple[ref[Tensor], str, bool, bool]
 
 
+def of_nested(what: str) -> NotImplementedError:
+    """The error where there are nested tensors, of which rows belong to no datum by their place."""
+    return NotImplementedError(
+        f"{what} Pad them (X.to_padded_tensor(0.0), with the lengths as a second tensor of X), or take HessianLinearOperator, "
+        "GGNLinearOperator or EFLinearOperator."
+    )
+
+
 @dataclass(frozen=True)
 class Signature:
     """The operations of a forward pass: functions, which tensors they take and give, settings, and shapes."""
@@ -148,6 +156,8 @@ class Recording:
 
     def _remember(self, tensor: Tensor, of_data: bool | None = None) -> Known:
         """Number a tensor; one that nothing is known of depends on the data if it may have an axis for them."""
+        if tensor.is_nested:
+            raise of_nested("model: it makes nested tensors, and Kronecker operators take none.")
         self._count += 1
         has_axis = any(length % self.size == 0 for length in tensor.shape)
         known = ref(tensor), f"tensor {self._count}", has_axis if of_data is None else of_data, has_axis

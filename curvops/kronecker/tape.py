@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.kronecker.rules import RULES
-from curvops.kronecker.signature import LEAF, Signature
+from curvops.kronecker.signature import LEAF, Signature, of_nested
 from curvops.kronecker.taps import Taps
 from curvops.kronecker.uses import Use, VectorUse, View
 from curvops.risk.empirical_risk import EmpiricalRisk
@@ -110,13 +110,10 @@ def record(risk: EmpiricalRisk, X: Any, size: int, conducting: bool = False) -> 
     """Run the model under the taps.
 
     Raises:
-        NotImplementedError: If X has nested tensors, of which rows belong to no datum by their place.
+        NotImplementedError: If X has nested tensors, or the model makes some: rows belong to no datum by their place.
     """
     if any(t.is_nested for t in tensors_of(X)):
-        raise NotImplementedError(
-            "data: Kronecker operators take no nested tensors. Pad them (X.to_padded_tensor(0.0), with the lengths as a second "
-            "tensor of X), or take HessianLinearOperator, GGNLinearOperator or EFLinearOperator."
-        )
+        raise of_nested("data: Kronecker operators take no nested tensors.")
     taps = Taps(risk.params, RULES, size, conducting)
     z = risk.forward(X, taps)
     uses, precision = taps.uses, taps.precision or z.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from curvops.substitutions import Substitutions
-from curvops.tree import nodes_of
+from curvops.tree import nodes_of, shape_of
 
 CONVOLUTIONS = {
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -43,7 +45,7 @@ class Recorder(Substitutions):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size, self.work, self.entries, self.convolves, self.dear = size, 0, 0, False, False
-        self._steps: list[tuple[Any, torch.Size]] = []
+        self._steps: list[tuple[Any, Sequence[int]]] = []
         self._nodes: list[str] = []
         self._begun = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         # whether the graph belongs to this pass alone, so that its memory may go as soon as it is used
@@ -52,16 +54,18 @@ class Recorder(Substitutions):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
         if isinstance(out, Tensor):
-            self._steps.append((func, out.shape))
-            self.entries += out.numel()
+            shape = shape_of(out)
+            entries = math.prod(shape[1:] if out.is_nested else shape)
+            self._steps.append((func, shape))
+            self.entries += entries
             named = kwargs or {}
             if func in CONVOLUTIONS:
                 self.convolves = True
                 weight = args[1] if len(args) > 1 else named["weight"]
-                self.work += out.numel() * weight[0].numel()
+                self.work += entries * weight[0].numel()
             elif func in PRODUCTS:
                 first = args[0] if args else next(t for t in named.values() if isinstance(t, Tensor))
-                self.work += out.numel() * first.shape[-1]
+                self.work += entries * first.size(-1)
         self.dear = self.dear or func in DEAR_IN_FORWARD_MODE
         return out
 

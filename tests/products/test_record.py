@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conformance import close, draws
 from kronecker.cases import Net
+from oracles import Case, real
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,3 +44,41 @@ def test_calls_by_keyword_and_kernels_of_the_models_own(way, kind):
         kind(net, nn.CrossEntropyLoss(), dict(model.named_parameters()), data).to_dense() for net in (model, other)
     )
     close(found, expected)
+
+
+def ragged(rows, layout):
+    """Rows of several lengths, from 1 to 3."""
+    return torch.nested.as_nested_tensor([row[: k % 3 + 1] for k, row in enumerate(rows)], layout=layout)
+
+
+def padded(parts):
+    return torch.stack([F.pad(part, (0, 0, 0, 3 - len(part))) for part in parts])
+
+
+NESTED = {
+    "strided": lambda n, X: torch.nested.to_padded_tensor(ragged(n.first(X).sin(), torch.strided), 0.0, (len(X), 3, 3)),
+    "strided, in parts": lambda n, X: padded(ragged(n.first(X), torch.strided).unbind()).sin(),
+    "jagged": lambda n, X: padded(
+        n.first(ragged(X, torch.jagged)).tanh().values().split([k % 3 + 1 for k in range(len(X))])
+    ),
+    "jagged, other axes": lambda n, X: padded(
+        torch.sin(n.first(ragged(X, torch.jagged)).transpose(1, 2))
+        .transpose(1, 2)
+        .values()
+        .split([k % 3 + 1 for k in range(len(X))])
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("way", NESTED)
+def test_nested_tensors_that_a_model_makes(way):
+    net = Net(lambda n, X: n.head(NESTED[way](n, X).tanh().sum(1)), first=nn.Linear(2, 3), head=nn.Linear(3, 2))
+    data = [(real(5, 3, 2), torch.tensor([0, 1, 1, 0, 1])), (real(2, 3, 2, seed=1), torch.tensor([1, 0]))]
+    case = Case(net.double(), nn.CrossEntropyLoss(), data)
+    case.check("Hessian", "GGN", "EF")
+    for kind in ("KFAC", "EKFAC"):
+        with pytest.raises(
+            NotImplementedError, match=r"model: it makes nested tensors, and Kronecker .* none\. Pad them"
+        ):
+            case.make(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,6 +49,7 @@ class OutputLinearization:
         self._dummy: Tensor | None = None
         self._pulled: list[Tensor | None] = []
         self._own: list[str] = []  # the model's own functions, whose backward passes may carry no graph
+        self._precision = z.dtype  # the coarsest of a pass that has such
         self._by_rows = ""  # why
 
     def pull(self, u: Tensor, last: bool = False) -> list[Tensor | None]:
@@ -73,6 +75,7 @@ class OutputLinearization:
             dummy = scattered(self.z).requires_grad_()
             self._pulled = list(gradients(self.z, self._params, dummy, create_graph=True, allow_unused=True))
             self._dummy, self._own = dummy, own_functions([self.z])
+            self._precision = coarsest(self.z) if self._own else self.z.dtype
         try:
             expect_graph(self._own, self._pulled)
             (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
@@ -86,11 +89,15 @@ class OutputLinearization:
     def _fits(self, image: Tensor, v: Tensor) -> bool:
         """Whether ⟨u, J v⟩ = ⟨Jᵀ u, v⟩, which it is not where a backward pass computes with what is not differentiated."""
         assert self._dummy is not None
-        u = self._dummy.detach().flatten().to(v.dtype)
-        own = image.flatten().to(v.dtype)
+        u, own = self._dummy.detach().flatten().to(v.dtype), image.flatten().to(v.dtype)
         along, inner = float(inner_product(self._pulled, v, self.space.sizes)), float(torch.dot(u, own))
-        scale = max(abs(along), abs(inner), float(own.norm()))  # entries of u are about one
-        return abs(along - inner) <= tolerance(image.dtype) * scale
+        # what rounds: entries of u are about one, and what is multiplied with v may cancel
+        pulled = math.hypot(
+            *(float(torch.linalg.vector_norm(part.detach())) for part in self._pulled if part is not None)
+        )
+        scale = max(abs(along), abs(inner), float(own.norm()), pulled * float(v.norm()) / math.sqrt(len(v)))
+        # of what is not finite nothing is said
+        return not abs(along - inner) > tolerance(self._precision) * scale + torch.finfo(image.dtype).tiny
 
     def _pushed_by_rows(self, v: Tensor, why: str = "") -> Tensor:
         if why and (self.space.shards or self.z.numel() > MOST_ROWS):
@@ -151,6 +158,12 @@ def own_functions(outputs: Iterable[Tensor | None]) -> list[str]:
     """Names of the `torch.autograd.Function`s in Python that some tensors' graphs hold."""
     found = (type(node) for output in outputs if output is not None for node in nodes_of(output))
     return sorted({kind.__name__.removesuffix("Backward") for kind in found if issubclass(kind, BackwardCFunction)})
+
+
+def coarsest(output: Tensor) -> torch.dtype:
+    """The coarsest floating-point precision in a tensor's graph, as of what autocast runs."""
+    kinds = {output.dtype} | {one.dtype for node in nodes_of(output) for one in getattr(node, "_input_metadata", ())}
+    return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
 
 def expect_graph(own: list[str], pulled: list[Tensor | None]) -> None:

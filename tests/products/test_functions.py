@@ -218,3 +218,51 @@ def test_a_librarys_own_words_for_no_second_derivative_are_explained(words, monk
     with pytest.warns(RuntimeWarning, match=f"backward pass for each of the 12 outputs of a batch: .*{words}"):
         close(ggn @ v, 2 / Y.numel() * J.T @ (J @ v))
         close(ggn.to_dense(), 2 / Y.numel() * J.T @ J)
+
+
+class _Right(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return torch.tanh(x @ w.T)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        d = g * (1 - torch.tanh(x @ w.T) ** 2)
+        return d @ w.to(d.dtype), d.T @ x.to(d.dtype)
+
+
+class Half(Fused):
+    """Its layers run in half precision, and it gives its output in single."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+RIGHT = {
+    "in the null space of J": (Fused, torch.float64, lambda v: torch.cat([v[:6] * 0, v[6:10] * 0, v[10:] * 0 + 1])),
+    "zero": (Fused, torch.float64, lambda v: v * 0),
+    "no number": (Fused, torch.float32, lambda v: v * torch.nan),
+    "beyond single precision": (Fused, torch.float32, lambda v: v * 1e38),
+    "below it": (Fused, torch.float32, lambda v: v * 1e-42),
+    "in single precision": (Fused, torch.float32, lambda v: v),
+    "autocast": (Half, torch.float32, lambda v: v),
+}
+
+
+@pytest.mark.filterwarnings("ignore:GGNLinearOperator. the product has entries that are not finite")
+@pytest.mark.parametrize("what", RIGHT)
+def test_right_functions_are_not_taken_by_rows(what, monkeypatch):
+    """Where rounding, or what is not finite, is all that there is to compare."""
+    monkeypatch.setattr("curvops.products.reference.MOST_ROWS", 0)
+    kind, dtype, change = RIGHT[what]
+    model = nn.Sequential(kind(_Right).to(dtype), nn.LogSoftmax(-1))
+    problem = model, nn.MSELoss(), dict(model.named_parameters()), [(X.to(dtype), Y.to(dtype))]
+    op, v = GGNLinearOperator(*problem, check_deterministic=False), change(draws(12)).to(dtype)
+    with op.linearized():
+        found = op @ v, op @ v
+    assert all(torch.equal(each, op @ v) or not each.isfinite().all() for each in found)

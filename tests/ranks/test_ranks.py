@@ -85,8 +85,8 @@ def check_disagreements(first, second):
             assert re.search(expected, found, re.DOTALL), (name, found)
 
 
-# steps of process 1, which has five batches, after which it kills itself: one walk counts them, and a further one is made
-@pytest.mark.parametrize(("name", "last"), [("swept", 13), *[("cut", 17)] * (torch.__version__ >= LEAST)])
+# steps of process 1 (its five batches, of which one walk counts them; products) after which it kills itself
+@pytest.mark.parametrize(("name", "last"), [("swept", 13), ("eigenpairs", 7), *[("cut", 17)] * (torch.__version__ >= LEAST)])
 def test_killed_processes_that_are_started_again_go_on(name, last, tmp_path):
     """One process kills itself, torchrun starts both again: they go on from files of their own, to the same bits."""
     for report in elastic(2, survivors.main, tmp_path, name, last, restarts=1):

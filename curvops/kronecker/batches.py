@@ -37,6 +37,14 @@ class Division:
                 self.sizes.append(self._size(batch))
             yield from in_pieces(batch, self.sizes[place])
 
+    def undone(self) -> bool:
+        """Whether there were pieces; from now on there are none."""
+        cut = any(self.sizes)
+        if cut:
+            self._budget = 0
+            self.account.note("batches", "whole", "the model mixes the data of a batch, by small groups")
+        return cut
+
     def _size(self, batch: Batch) -> int:
         if not self._budget:
             return 0

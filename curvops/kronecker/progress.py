@@ -156,7 +156,7 @@ class Progress:
             "partners": list(sweep.grouping.partners.items()),
             "learnt": list(sweep.learnt.items()),
             "progress": sweep.progress,
-            "pieces": sweep.division.sizes,
+            "pieces": (sweep.division.sizes, sweep.division.account.rows),
             "constant": sweep.constant if second else None,
         }
         with self._together():
@@ -201,7 +201,7 @@ class Progress:
         sweep.learnt = dict(frozen(about["learnt"]))
         sweep.forgotten = dict(sweep.learnt)
         sweep.progress = frozen(about["progress"])
-        sweep.division.sizes = about["pieces"]
+        sweep.division.sizes, sweep.division.account.rows = about["pieces"]
         if about["second"]:
             sweep.constant = about["constant"]
         return {group.key: entry for group, entry in known if entry is not None}

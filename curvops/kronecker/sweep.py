@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from curvops.risk.empirical_risk import EmpiricalRisk, Walk
 from curvops.sharding import least
 from curvops.tree import tensors_of
 
+Done: TypeAlias = "Callable[[int], None] | None"  # is told how many passes are through
 SMALL = 2**22  # multiplications in the layers up to which a batch itself is certified: cheaper than another pass
 
 
@@ -64,9 +65,7 @@ class Sweep:
         self.most = 0  # data up to which batches go together
         self._reset()
 
-    def walk(
-        self, title: str, together: int, more: bool = False, start: int = 0, done: Callable[[int], None] | None = None
-    ) -> Iterator[Pass]:
+    def walk(self, title: str, together: int, more: bool = False, start: int = 0, done: Done = None) -> Iterator[Pass]:
         """The passes of all batches; it ends where a batch sets `Grouping.again`, and then a new walk is due.
 
         Backward passes of one forward pass come together up to so many bytes of output gradients. If there may be
@@ -94,9 +93,7 @@ class Sweep:
             self.constant = self._steps.constant
         return agreed
 
-    def further(
-        self, title: str, skip: int, together: int, done: Callable[[int], None] | None = None
-    ) -> Iterator[Pass]:
+    def further(self, title: str, skip: int, together: int, done: Done = None) -> Iterator[Pass]:
         """The same passes once more, without some at the beginning."""
         self._counts, self.most = False, sys.maxsize
         yield from self._passes(title, together, skip, True, self.cuts, done)
@@ -123,13 +120,7 @@ class Sweep:
         self.reasons: dict[str, list[str]] = {name: [] for name in self.data}
 
     def _passes(
-        self,
-        title: str,
-        together: int,
-        skip: int = 0,
-        more: bool = False,
-        cuts: Sequence[int] = (),
-        done: Callable[[int], None] | None = None,
+        self, title: str, together: int, skip: int = 0, more: bool = False, cuts: Sequence[int] = (), done: Done = None
     ) -> Iterator[Pass]:
         # what is done between two batches runs in the caller's context, so no context is entered here
         with closing(self.risk.data.walk(self.risk.ranks.start)) as batches:
@@ -213,6 +204,9 @@ class Sweep:
         self.signed = self.signed or columns.signed
         # lists: the order of the groups must not depend on how strings are hashed
         batched, mixed, alone = ([n for n, w in ways.items() if w == way] for way in ("batch", "one", "datum"))
+        if mixed and self.division.undone():  # they see a batch as one datum, and would a piece
+            self.grouping.again = True
+            return
         if batched:
             yield from self._pull(tape, batched, columns, (place, 0), together, not mixed, joint)
         if mixed:

@@ -20,10 +20,11 @@ class GatheredOperator(LinearOperator):
     as the basis of `eigenpairs`. All of them make the same calls, with the same vectors.
 
     Args:
-        operator: The operator; of parameters that are not cut it is given as it is.
+        operator: The operator.
 
     Raises:
         TypeError: If it is none.
+        ValueError: If its vectors are whole already, as those of Kronecker operators are.
         RanksError: If the processes multiply different vectors.
 
     Example:
@@ -36,6 +37,10 @@ class GatheredOperator(LinearOperator):
     def __init__(self, operator: LinearOperator) -> None:
         if not isinstance(operator, LinearOperator):
             raise TypeError(f"GatheredOperator: expected a LinearOperator, got {type(operator).__name__}.")
+        if not (operator.domain.shards or operator.codomain.shards):
+            raise ValueError(
+                f"GatheredOperator: {operator.name} takes and gives whole vectors, for nothing of it is cut over processes. Take it as it is."
+            )
         super().__init__(
             operator.domain.gathered, operator.codomain.gathered, symmetric=operator.symmetric, psd=operator.psd
         )

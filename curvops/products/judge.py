@@ -73,7 +73,8 @@ def compare(product: Tensor, at: Callable[[float], Tensor]) -> Verdict:
             error = min(float((product - slope).norm()) for slope in slopes[-2:])
             verdict = Verdict(error / scale if scale > 1e-12 else error)
             steps = STEPS[len(slopes) - 2], step
-            kink = verdict.wrong and at_kink(at(0.0).detach(), (sums[-2], sums[-1]), steps, STEADY * scale)
+            # a derivative that lies between those of both sides is no farther from their mean than they are from each other
+            kink = verdict.wrong and at_kink(at(0.0).detach(), (sums[-2], sums[-1]), steps, error)
             return Verdict(None) if kink else verdict
     return Verdict(None)
 

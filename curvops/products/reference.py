@@ -25,6 +25,7 @@ _NO_GRAPH = (
 )
 
 MOST_ROWS = 4096  # outputs of a batch up to which J v is taken row by row, where nothing else gives it
+MOST_BYTES = 2**26  # of such a matrix, up to which it is kept for other columns
 PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
 # how PyTorch, and libraries with operations of their own, say that there is no second derivative
 MISSING = re.compile(
@@ -51,6 +52,7 @@ class OutputLinearization:
         self._own: list[str] = []  # the model's own functions, whose backward passes may carry no graph
         self._precision = z.dtype  # the coarsest of a pass that has such
         self._by_rows = ""  # why
+        self._matrix: Tensor | None = None  # J, if it is small and was taken by rows
 
     def pull(self, u: Tensor, last: bool = False) -> list[Tensor | None]:
         """Jᵀ u by parameter, for u of the output's shape; ``None`` for zeros. The ``last`` one frees the graphs."""
@@ -106,12 +108,18 @@ class OutputLinearization:
             self._by_rows, self._dummy, self._pulled = why, None, []
             what = f"J v takes a backward pass for each of the {self.z.numel()} outputs of a batch"
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
+        if self._matrix is not None:
+            return (self._matrix @ v.to(self._matrix.dtype)).view(self.z.shape).to(self.z.dtype)
         found, u = torch.zeros_like(self.z), torch.zeros_like(self.z)
-        entries, units = found.view(-1), u.view(-1)
+        entries, units, rows = found.view(-1), u.view(-1), list[Tensor]()
+        small = len(units) * len(v) * v.itemsize <= MOST_BYTES
         for k in range(u.numel()):
             units[k] = 1
-            entries[k] = inner_product(self.pull(u), v, self.space.sizes)
+            parts = self.pull(u)
+            entries[k] = inner_product(parts, v, self.space.sizes)
+            rows += [self.space.join(parts)] if small else []
             units[k] = 0
+        self._matrix = torch.stack(rows) if small else None  # for other columns
         return found
 
 

@@ -6,6 +6,7 @@ from conformance import close, conforms, draws
 
 from curvops import (
     DiagonalOperator,
+    GatheredOperator,
     IdentityOperator,
     LowRankPlusDiagonalOperator,
     OuterProductOperator,
@@ -251,3 +252,10 @@ def test_what_does_not_fit():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_what_is_whole_is_not_gathered():
+    with pytest.raises(TypeError, match="GatheredOperator: expected a LinearOperator, got Tensor"):
+        GatheredOperator(torch.eye(2))
+    with pytest.raises(ValueError, match=r"GatheredOperator: I takes and gives whole vectors.* Take it as it is\."):
+        GatheredOperator(IdentityOperator(TensorSpace.flat(2)))

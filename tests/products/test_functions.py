@@ -266,3 +266,13 @@ def test_right_functions_are_not_taken_by_rows(what, monkeypatch):
     with op.linearized():
         found = op @ v, op @ v
     assert all(torch.equal(each, op @ v) or not each.isfinite().all() for each in found)
+
+
+def test_rows_are_taken_once_for_several_columns(monkeypatch):
+    passes = []
+    monkeypatch.setattr(_Once, "backward", staticmethod(lambda ctx, g: passes.append(0) or _Fused.backward(ctx, g)))
+    model = Fused(_Once)
+    op = JacobianLinearOperator(model, dict(model.named_parameters()), [(X, Y)])
+    with pytest.warns(RuntimeWarning, match="J v takes a backward pass for each of the 12 outputs"):
+        op @ draws(12, 3)
+    assert 12 <= len(passes) < 20

@@ -7,7 +7,7 @@ from conformance import KRONECKER, RISK, close, draws
 from problems import Problem, real
 from torch import Tensor, nn
 
-from curvops import EKFACLinearOperator, HessianLinearOperator
+from curvops import EKFACLinearOperator, GGNDiagonalLinearOperator, HessianLinearOperator, KFACLinearOperator
 
 
 class Counting(nn.Module):
@@ -158,3 +158,23 @@ def test_kronecker_operators_of_models_that_mix_the_data_stay_whole(way):
     close(cut.to_dense(), whole.to_dense(), 1e-10)
     choice = "in pieces" if way == "second derivatives" else "whole: "
     assert any(note.startswith(f"batches {choice}") for note in cut.explain().notes)
+
+
+@pytest.mark.parametrize("name", ["kfac type-2 reduce", "ekfac mc", "diagonal mc"])
+def test_models_that_mix_small_groups_stay_whole_in_kronecker_operators(name):
+    """Pairs of data: pieces of even sizes give the same outputs and J v, but each would be seen as one datum."""
+
+    class Paired(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return (
+                torch.tanh(h).unflatten(0, (-1, 2)).mul(torch.tensor([[1.0], [0.5]]).double()).cumsum(1).flatten(0, 1)
+            )
+
+    p = problem(Paired())
+    kind, fisher, *rest = name.split()
+    make = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator, "diagonal": GGNDiagonalLinearOperator}[kind]
+    options = {"fisher_type": fisher, "check_deterministic": False, **({"kfac_approx": "reduce"} if rest else {})}
+    problem_of_pairs = p.model, p.loss, p.params, [(p.X[:20], p.y[:20])]
+    whole, cut = (make(*problem_of_pairs, **options, **more) for more in ({}, {"memory_budget": 30_000}))
+    close(cut.to_dense(), whole.to_dense(), 1e-10)
+    assert "batches whole: the model mixes the data of a batch, by small groups" in cut.explain().notes

@@ -86,7 +86,9 @@ def check_disagreements(first, second):
 
 
 # steps of process 1 (its five batches, of which one walk counts them; products) after which it kills itself
-@pytest.mark.parametrize(("name", "last"), [("swept", 13), ("eigenpairs", 7), *[("cut", 17)] * (torch.__version__ >= LEAST)])
+@pytest.mark.parametrize(
+    ("name", "last"), [("swept", 13), ("eigenpairs", 7), *[("cut", 17)] * (torch.__version__ >= LEAST)]
+)
 def test_killed_processes_that_are_started_again_go_on(name, last, tmp_path):
     """One process kills itself, torchrun starts both again: they go on from files of their own, to the same bits."""
     for report in elastic(2, survivors.main, tmp_path, name, last, restarts=1):

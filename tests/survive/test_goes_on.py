@@ -56,6 +56,17 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(name, tmp_path, monkeypat
         assert differing(compute(never, checkpoint), expected) == [], place
 
 
+def test_what_was_said_of_pieces_is_said_again(tmp_path):
+    *problem, data = convolutional()
+    options = {"memory_budget": 30_000, "check_deterministic": False}
+    with pytest.raises(Interrupted):
+        checkpoint = Checkpoint(tmp_path / "kfac.safetensors", every=1)
+        KFACLinearOperator(*problem, Loader(data, at(5)), checkpoint=checkpoint, **options)
+    notes = KFACLinearOperator(*problem, data, **options).explain().notes
+    assert any("in pieces of 4 data" in note for note in notes)
+    assert KFACLinearOperator(*problem, data, checkpoint=checkpoint, **options).explain().notes == notes
+
+
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "ekfac swept", "eigenpairs", "density in parts"])
 def test_it_may_be_interrupted_any_number_of_times(name, tmp_path):
     compute, checkpoint, interruptions = COMPUTATIONS[name], Checkpoint(tmp_path / "state", every=1), 0

@@ -303,17 +303,19 @@ def gathered(net: nn.Module, model: nn.Module, loss: nn.Module, data: Any) -> di
         products, wanted = (op @ v, op @ placed), expected @ v
         assert all(isinstance(t, DTensor) and t.placements == own[n].placements for n, t in products[1].items()), kind
         errors = [float((whole(r[n]) - wanted[n]).abs().max()) for r in products for n in own]
+        # of the last layer, and for one kind all: each product sends messages
+        last, its = op["2.*"], expected["2.*"]
         for of in (
-            lambda some: some.to_dense(),
-            lambda some: some["0.*", "2.*"].to_dense(),
-            lambda some: some.trace(),
-            lambda some: some.diagonal(),
-            lambda some: some.eigenpairs(2).values,
-            lambda some: some.solve(torch.ones(some.shape[0], dtype=torch.float64), damping=2.0).x,
-        ):
-            errors.append(float((of(op) - of(expected)).abs().max()))
-        with op.linearized():
-            errors.append(float((op @ torch.eye(op.shape[1], dtype=op.dtype) - expected.to_dense()).abs().max()))
+            lambda some: some @ torch.eye(some.shape[1], dtype=some.dtype),
+            lambda some: some.trace(num_products=6),
+            lambda some: some.diagonal(num_products=6),
+            lambda some: some.eigenpairs(1).values,
+            lambda some: some.solve(torch.ones(some.shape[0], dtype=some.dtype), damping=2.0).x,
+        )[: 5 if kind == "hessian" else 1]:
+            with last.linearized(), its.linearized():
+                errors.append(float((of(last) - of(its)).abs().max()))
+        block = torch.ones(its.shape[1], dtype=its.dtype)
+        errors.append(float((op["0.*", "2.*"] @ block - expected["0.*", "2.*"] @ block).abs().max()))
         said = attempt(lambda op=op: op @ torch.full((op.shape[1],), 1.0 + dist.get_rank(), dtype=op.dtype))
         assert said.startswith("RanksError") and "the processes multiply different vectors. Give all" in said, said
         found[f"gathered, {kind}"] = max(errors)

@@ -25,7 +25,7 @@ _NO_GRAPH = (
 )
 
 MOST_ROWS = 4096  # outputs of a batch up to which J v is taken row by row, where nothing else gives it
-MOST_BYTES = 2**26  # of such a matrix, up to which it is kept for other columns
+MOST_BYTES = 2**22  # of such a matrix, up to which it is kept for other columns: beside the memory budget, so little
 PIECE = 65_521  # a prime number, so that no two rows of a weight look alike
 # how PyTorch, and libraries with operations of their own, say that there is no second derivative
 MISSING = re.compile(

@@ -50,7 +50,7 @@ class OutputLinearization:
         self._dummy: Tensor | None = None
         self._pulled: list[Tensor | None] = []
         self._own: list[str] = []  # the model's own functions, whose backward passes may carry no graph
-        self._precision = z.dtype  # the coarsest of a pass that has such
+        self._precision, self._length = z.dtype, 0.0  # of a pass that has such: the coarsest, and of what is pulled
         self._by_rows = ""  # why
         self._matrix: Tensor | None = None  # J, if it is small and was taken by rows
 
@@ -77,7 +77,10 @@ class OutputLinearization:
             dummy = scattered(self.z).requires_grad_()
             self._pulled = list(gradients(self.z, self._params, dummy, create_graph=True, allow_unused=True))
             self._dummy, self._own = dummy, own_functions([self.z])
-            self._precision = coarsest(self.z) if self._own else self.z.dtype
+            if self._own:
+                parts = [part.detach() for part in self._pulled if part is not None]
+                self._precision = coarsest(self.z)
+                self._length = math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
         try:
             expect_graph(self._own, self._pulled)
             (product,) = _pull(self._pulled, [self._dummy], tangents(v, self.space))
@@ -94,10 +97,8 @@ class OutputLinearization:
         u, own = self._dummy.detach().flatten().to(v.dtype), image.flatten().to(v.dtype)
         along, inner = float(inner_product(self._pulled, v, self.space.sizes)), float(torch.dot(u, own))
         # what rounds: entries of u are about one, and what is multiplied with v may cancel
-        pulled = math.hypot(
-            *(float(torch.linalg.vector_norm(part.detach())) for part in self._pulled if part is not None)
-        )
-        scale = max(abs(along), abs(inner), float(own.norm()), pulled * float(v.norm()) / math.sqrt(len(v)))
+        typical = self._length * float(v.norm()) / math.sqrt(len(v))
+        scale = max(abs(along), abs(inner), float(own.norm()), typical)
         # of what is not finite nothing is said
         return not abs(along - inner) > tolerance(self._precision) * scale + torch.finfo(image.dtype).tiny
 

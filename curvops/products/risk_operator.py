@@ -187,9 +187,9 @@ class RiskOperator(AccountedOperator):
         return self._told(found, found.new_zeros(()))
 
     def _told(self, product: Tensor, columns: Tensor) -> Tensor:
-        """The product with some columns; a warning where it is not finite, though these are."""
+        """The product with some columns; a warning where it is not finite for one that is."""
         # a sum is finite only of finite numbers; where it is not, it may have overflowed
-        if not math.isfinite(float(product.sum())) and not product.isfinite().all() and columns.isfinite().all():
+        if not math.isfinite(float(product.sum())) and (columns.isfinite().all(0) > product.isfinite().all(0)).any():
             warnings.warn(
                 f"{self.name}: the product has entries that are not finite. Likely causes: a derivative that is not there at these values, "
                 "which PyTorch gives as 0/0, as of a root or a norm of zero; overflow; a loss that is not finite.",

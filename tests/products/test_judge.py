@@ -170,7 +170,9 @@ def test_products_that_are_not_finite_are_told():
     ).double()
     data = [(torch.cat([X, torch.zeros(1, 3).double()]), torch.ones(7, 1).double())]
     op = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data, check_deterministic=False)
-    for work in (lambda: op @ draws(12), op.to_dense):
+    mixed = draws(12, 3)
+    mixed[:, 1] = torch.nan  # which says nothing of the others
+    for work in (lambda: op @ draws(12), lambda: op @ mixed, op.to_dense):
         with pytest.warns(
             RuntimeWarning, match=r"^HessianLinearOperator: the product has entries that are not finite\."
         ):

@@ -28,7 +28,8 @@ from curvops.kronecker.shares import agree
 from curvops.kronecker.tape import Tape, record
 from curvops.losses import Noise, OutputCurvature
 from curvops.risk.data import Batch, joined_batch
-from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.walk import Walk
 from curvops.sharding import least
 from curvops.tree import tensors_of
 

@@ -26,8 +26,9 @@ from curvops.products.reference import OutputLinearization
 from curvops.products.rows import pulled_rows
 from curvops.risk.data import EMPTY, Batch
 from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
+from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.risk.model import ModelFunction
+from curvops.risk.walk import Walk
 from curvops.space import TensorSpace
 
 

@@ -15,7 +15,8 @@ from curvops.products.account import Account
 from curvops.products.batch import BatchProduct
 from curvops.risk.data import Batch
 from curvops.risk.determinism import fingerprint
-from curvops.risk.empirical_risk import EmpiricalRisk, Walk
+from curvops.risk.empirical_risk import EmpiricalRisk
+from curvops.risk.walk import Walk
 from curvops.sharding import least, local
 from curvops.tree import strided
 

@@ -28,8 +28,9 @@ from curvops.products.pieces import in_pieces, piece_size
 from curvops.products.record import Recorder
 from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
-from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions, Walk
+from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.risk.model import ModelFunction
+from curvops.risk.walk import Walk
 from curvops.space import TensorSpace
 
 _LOCK = Lock()

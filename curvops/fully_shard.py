@@ -22,7 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from curvops.context import switched
-from curvops.sharding import LEAST, gathered, is_sharded
+from curvops.divided import Parts
+from curvops.ranks import Ranks
+from curvops.sharding import LEAST, Sharding, gathered, is_sharded
 from curvops.tree import map_tensors, tensors_of
 
 Hook = Callable[[Any], Any]
@@ -91,15 +93,18 @@ def gathering() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def at_rest(modules: list[Module]) -> Iterator[None]:
-    """The hooks of ``fully_shard`` do nothing, and `gathering` is what gathers the modules' parameters."""
+def at_rest(modules: list[Module], ranks: Ranks | None = None) -> Iterator[None]:
+    """The hooks of ``fully_shard`` do nothing, and `gathering` is what gathers the modules' parameters.
+
+    Where the processes that have the parts divide the data, these are the ``ranks`` over which gradients are summed.
+    """
     own, now = fully_sharded(modules), _NOW.get()
     cut = [p for m in modules for p in m._parameters.values() if p is not None and is_sharded(p)]
-    if now is not None and all(p in now for p in cut):
+    if now is not None and now.ranks is ranks and all(p in now for p in cut):
         yield
         return
     _expect_cut(own)
-    before = _NOW.set(WholeAtUse(cut, now))
+    before = _NOW.set(WholeAtUse(cut, now, ranks))
     try:
         with ExitStack() as stack:
             for module in own:
@@ -167,15 +172,20 @@ class Kept(NamedTuple):
     tensor: Any
     unpack: Hook
     layout: tuple[Any, ...] | None
+    parts: Parts | None
 
 
 class WholeAtUse(TorchFunctionMode):
     """Operations take some tensors whole that are cut over processes; no graph keeps them whole."""
 
-    def __init__(self, tensors: Iterable[Tensor], others: WholeAtUse | None = None) -> None:
+    def __init__(self, tensors: Iterable[Tensor], others: WholeAtUse | None = None, ranks: Ranks | None = None) -> None:
         super().__init__()
-        self._cut: dict[int, Tensor] = {} if others is None else dict(others._cut)
-        self._cut |= {id(tensor): tensor for tensor in tensors}
+        self.ranks = ranks
+        # tensors, and how their gradients are summed over processes that have other data
+        self._cut: dict[int, tuple[Tensor, Parts | None]] = {} if others is None else dict(others._cut)
+        for k, tensor in enumerate(tensors):
+            name = f"parameter {k} of shape {tuple(tensor.shape)}"
+            self._cut[id(tensor)] = tensor, None if ranks is None else Parts(Sharding.of(tensor), ranks, name)
         self._gathered: Any = WeakIdKeyDictionary()  # by memory, of which tensor it is
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -208,26 +218,27 @@ class WholeAtUse(TorchFunctionMode):
         return tensor in self or (strided and tensor.untyped_storage() in self._gathered)
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        return self._gather(tensor) if id(tensor) in self._cut else tensor
+        return self._gather(*self._cut[id(tensor)]) if id(tensor) in self._cut else tensor
 
-    def _gather(self, tensor: Tensor) -> Tensor:
-        found = gathered(tensor)
-        self._gathered[found.untyped_storage()] = tensor
+    def _gather(self, tensor: Tensor, parts: Parts | None) -> Tensor:
+        found = gathered(tensor) if parts is None else parts.whole(tensor)
+        self._gathered[found.untyped_storage()] = tensor, parts
         return found
 
     def _pack(self, pack: Hook, unpack: Hook, tensor: Tensor) -> Kept:
         """What a graph keeps of a tensor, by the hooks that are there besides: of one that was gathered its parts."""
-        cut = self._gathered.get(tensor.untyped_storage()) if tensor.layout == torch.strided else None
+        known = self._gathered.get(tensor.untyped_storage()) if tensor.layout == torch.strided else None
+        cut, parts = known or (None, None)
         if cut is not None and (tensor.dtype != cut.dtype or tensor.is_conj() or tensor.is_neg()):
             cut = None  # a view that a place in the memory does not tell
         layout = None if cut is None else (tensor.shape, tensor.stride(), tensor.storage_offset())
         with torch._C.DisableTorchFunction():  # backward passes run in this mode, too
-            return Kept(pack(tensor if cut is None else cut), unpack, layout)
+            return Kept(pack(tensor if cut is None else cut), unpack, layout, parts)
 
     def _unpack(self, kept: Kept) -> Tensor:
         with torch._C.DisableTorchFunction():
             found: Tensor = kept.unpack(kept.tensor)
-            return found if kept.layout is None else self._gather(found.detach()).as_strided(*kept.layout)
+            return found if kept.layout is None else self._gather(found.detach(), kept.parts).as_strided(*kept.layout)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

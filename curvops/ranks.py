@@ -174,6 +174,13 @@ class Ranks:
         sizes, compared = [message.size for message in found], any(message.status == COMPARES for message in found)
         return sizes, sum(message.count for message in found), compared
 
+    def have_parts(self, shards: Mapping[str, Sharding]) -> bool:
+        """Whether these are the very processes over which each of some tensors is cut."""
+        if self.alone or not shards:
+            return False
+        own = set(torch.distributed.get_process_group_ranks(self._group))
+        return all(sharding.all == own for sharding in shards.values())
+
     def expect_apart(self, shards: Mapping[str, Sharding]) -> None:
         """A ValueError where parameters are DTensors over processes of this group: their parts or gradients must not be added."""
         if self.alone:

@@ -35,6 +35,19 @@ class Sharding(NamedTuple):
         wanted = [Replicate() if placement.is_partial() else placement for placement in self.placements]
         return whole.redistribute(self.mesh, wanted)
 
+    def summed(self, tensor: Tensor) -> Any:
+        """The sum of the tensors of all processes, each of which has one of the whole's shape, as a DTensor that is cut like this."""
+        from torch.distributed.tensor import Partial
+
+        several = [Partial()] * self.mesh.ndim
+        terms: Any = _dtensor().from_local(tensor.contiguous(), self.mesh, several, run_check=False)
+        return terms.redistribute(self.mesh, self.placements)
+
+    @property
+    def all(self) -> set[int]:
+        """The processes of its mesh."""
+        return set(self.mesh.mesh.flatten().tolist())
+
     @property
     def over(self) -> set[int]:
         """The processes that have parts of it, or the same ones, besides this one."""

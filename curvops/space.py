@@ -162,6 +162,12 @@ class TensorSpace:
         parts = zip(flat.split(self.sizes), self.shapes.values(), self.dtypes.values(), strict=True)
         return self.wholes([aligned(part.reshape((*shape, *flat.shape[1:])).to(dtype)) for part, shape, dtype in parts])
 
+    @property
+    def uncut(self) -> Tensor:
+        """Which entries of a flat vector ``[D]`` are those of tensors that are not cut."""
+        each = zip(self.names, self.sizes, strict=True)
+        return torch.cat([torch.full((size,), n not in self.shards, device=self.device) for n, size in each])
+
     def wholes(self, parts: list[Tensor]) -> list[Tensor]:
         """Tensors of which this process has parts; the same where nothing is cut."""
         return [

@@ -129,19 +129,22 @@ class KroneckerOperator(StateOperator):
         problem = {name: given.pop(name) for name in RiskOptions.__annotations__ if name in given}
         own = self._options(**given)
         risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
-        progress = self._progress(checkpoint, risk, own)
+        whole = risk.whole()
+        progress = self._progress(checkpoint, whole, own)
         if check_deterministic and not progress.checked:
-            check(risk)
+            check(whole)
             progress.checked = True
-        self._set(risk, own, progress)
+        self._set(whole, own, progress)
+        self.risk = risk
 
     @classmethod
     def of(
         cls: type[SomeOperator], risk: EmpiricalRisk, *, checkpoint: Checkpoint | None = None, **options: Any
     ) -> SomeOperator:
         """The operator of an existing risk, whose determinism is not checked; options as for the constructor."""
-        operator, own = cls.__new__(cls), cls._options(**options)
-        operator._set(risk, own, cls._progress(checkpoint, risk, own))
+        operator, own, whole = cls.__new__(cls), cls._options(**options), risk.whole()
+        operator._set(whole, own, cls._progress(checkpoint, whole, own))
+        operator.risk = risk
         return operator
 
     @classmethod
@@ -160,7 +163,7 @@ class KroneckerOperator(StateOperator):
         ignored = {"progressbar", "check_deterministic", "num_data", "checkpoint"}
         given = {name: option for name, option in options.items() if name not in ignored}
         problem = {name: given.pop(name) for name in RiskOptions.__annotations__ if name in given}
-        risk = EmpiricalRisk(model_func, loss_func, params, data, **problem)
+        risk = EmpiricalRisk(model_func, loss_func, params, data, **problem).whole()
         operator = cls.__new__(cls)
         own = cls._options(**given)
         operator._set(risk, own, cls._progress(None, risk, own), planned=True)
@@ -202,8 +205,9 @@ class KroneckerOperator(StateOperator):
             risk = risk if data is None else risk.of_data(data)
             risk.ranks.meet(f"{self.name}: refresh with decay {decay}")
         options = replace(self.options, seed=self.options.seed + 1 if seed is None else seed)
-        operator = type(self).__new__(type(self))
-        operator._set(risk, options, self._progress(None, risk, options), proofs=self._proofs)
+        operator, whole = type(self).__new__(type(self)), risk.whole()
+        operator._set(whole, options, self._progress(None, whole, options), proofs=self._proofs)
+        operator.risk = risk
         if decay:
             mixed = self.state.average(operator.state, decay)
             StateOperator.__init__(operator, mixed, operator._reasons, operator._notes)
@@ -265,6 +269,7 @@ class KroneckerOperator(StateOperator):
         """
         risk = self._data_of("layers")
         risk.model.check_current()
+        risk = risk.whole()
         rows = layer_rows(Sweep(risk, self.options).streamed(f"{self.name} layers"))
         while True:
             # the caller's code between two rows runs in the caller's context

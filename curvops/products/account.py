@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvops.context import UNFIT, quietly
 from curvops.operators.linear_operator import LinearOperator
+from curvops.ranks import RanksError
 from curvops.risk.empirical_risk import EmpiricalRisk
 
 Found = TypeVar("Found")
@@ -63,11 +64,11 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def attempted(compute: Callable[[], Found]) -> tuple[Found | None, str]:
-    """What a fast way gives, or ``None`` and why it is unsupported; to be out of memory is not that, but an error."""
+    """What a fast way gives, or ``None`` and why it is unsupported; to be out of memory is not that, but an error, and so is what all processes of a group raise."""
     try:
         with quietly():
             return compute(), ""
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RanksError):
         raise
     except UNFIT as error:
         return None, reason(error)

@@ -72,6 +72,11 @@ class JacobianLinearOperator(AccountedOperator):
         options["reduction"] = "sum"
         self.memory_budget, self.account = memory_budget, Account()
         self.risk = EmpiricalRisk(model_func, _seen_outputs, params, data, **options)
+        if self.risk.divided:
+            raise ValueError(
+                "process_group: a Jacobian's parameters must not be cut over the processes that divide its rows. Pass the whole data in each "
+                "process, without process_group=."
+            )
         if check_deterministic:
             check(self.risk)
         self._datum: int | None = None

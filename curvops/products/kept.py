@@ -17,7 +17,7 @@ from curvops.risk.data import Batch
 from curvops.risk.determinism import fingerprint
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.walk import Walk
-from curvops.sharding import least, local
+from curvops.sharding import local
 from curvops.tree import strided
 
 # what stands under a name of a module (held, as an id is used again once its object is gone), with its version or value
@@ -100,7 +100,7 @@ class Kept:
                     continue
                 product, size = self._counted(batch, walk, total, rows, budget - self._size)
                 fits = size is not None and self._size + size <= budget
-                if least(fits, self._risk.model.shards):  # who keeps a graph takes no part in another forward pass
+                if self._risk.least(fits):  # who keeps a graph takes no part in another forward pass
                     self._products[place], self._size = product, self._size + (size or 0)
             # a kept batch's loss is not asked again, so that only the first walk knows the constant
             counted = self._first or walk

@@ -166,7 +166,9 @@ class GradientLinearization:
 def own_functions(outputs: Iterable[Tensor | None]) -> list[str]:
     """Names of the `torch.autograd.Function`s in Python that some tensors' graphs hold."""
     found = (type(node) for output in outputs if output is not None for node in nodes_of(output))
-    return sorted({kind.__name__.removesuffix("Backward") for kind in found if issubclass(kind, BackwardCFunction)})
+    python = [kind for kind in found if issubclass(kind, BackwardCFunction)]
+    foreign = [kind for kind in python if not kind._forward_cls.__module__.startswith("curvops.")]  # type: ignore[attr-defined]
+    return sorted({kind.__name__.removesuffix("Backward") for kind in foreign})
 
 
 def coarsest(output: Tensor) -> torch.dtype:

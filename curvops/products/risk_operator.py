@@ -207,7 +207,7 @@ class RiskOperator(AccountedOperator):
     def _begin(self, batch: Batch, walk: Walk | None = None) -> BatchProduct:
         """The products of a batch; without the walk of one that was begun before on it, and whose graph was let go."""
         record = Recorder(batch.size)
-        z = record.finish(self.risk.forward(batch.X, record))
+        z = record.finish(self.risk.run(batch, record))
         curvature = self.risk.loss.curvature(z, batch.y, batch.size) if walk is None else walk.curvature(z, batch)
         return self._linearize(batch, curvature, z, record)
 
@@ -325,10 +325,11 @@ class CrossOperator(LinearOperator):
 
         def add(batch: Batch, walk: Walk) -> None:
             for piece in self.operator._pieces(batch):
-                z = risk.forward(piece.X)
+                z = risk.run(piece)
                 product = self.operator._cross(piece, walk.curvature(z, piece), z, rows, columns)
                 for sums, v in zip(total, vectors.T, strict=True):
                     rows.join(product(v), sums)
 
         by_place = self.operator._by_place
-        return risk.sum_over_data(self.name, total, add, vectors=vectors, by_place=by_place).T.to(rows.dtype)
+        found = risk.sum_over_data(self.name, total, add, vectors=vectors, by_place=by_place, space=rows)
+        return found.T.to(rows.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ _SEVERAL = "curvature needs several passes. Pass a list of its batches or a Data
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: inputs, targets, number of data, and the place of its first datum in the data set."""
+    """One batch: inputs, targets, number of data, and the place of its first datum in the data set.
+
+    One that is ``silent`` adds nothing: a process that has no more data takes part with it in what all of them do.
+    """
 
     X: Any
     y: Any
     size: int
     start: int
+    silent: bool = False
 
 
 class Data:
@@ -97,6 +101,12 @@ class Data:
     def _move(self, tensor: Tensor) -> Tensor:
         # a copy: a loader may write the next batch over this one, and autograd keeps no inference tensors
         return tensor.to(self.device, copy=True)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on another device."""
+    X, y = (map_tensors(lambda tensor: tensor.to(device), part) for part in (batch.X, batch.y))
+    return replace(batch, X=X, y=y)
 
 
 def cut_batch(batch: Batch, data: slice) -> Batch:

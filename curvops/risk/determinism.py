@@ -62,9 +62,9 @@ def _walk(risk: EmpiricalRisk) -> Pass:
     with risk.walk("Determinism check") as walk:
         for batch in walk:
             seen.fingerprints.append(fingerprint(batch))
-            curvature = walk.curvature(risk.forward(batch.X), batch)
+            curvature = walk.curvature(risk.run(batch), batch)
             value = curvature.value()
-            seen.value += value.detach()
+            seen.value += 0 if batch.silent else value.detach()
             if torch.isfinite(seen.value):
                 seen.finite = len(seen.linear) + 1
             seen.linear.append(curvature.linear)

@@ -14,13 +14,15 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from curvops.context import Autocast, differentiable, preserved_random_state, requiring_gradients
+from curvops.divided import Silent, expect_summed
 from curvops.fully_shard import at_rest, gathering, unused
 from curvops.losses import output_loss
-from curvops.ranks import Ranks
+from curvops.ranks import Ranks, RanksError
 from curvops.risk.data import Batch, Data
 from curvops.risk.model import Model, ModelFunction
 from curvops.risk.walk import Walk
-from curvops.space import Vector
+from curvops.sharding import is_sharded, least
+from curvops.space import TensorSpace, Vector, describe
 from curvops.substitutions import Substitutions, gradients, plain_kernels
 
 _AUTOCAST: ContextVar[Autocast | None] = ContextVar("the caller's autocast state during an evaluation", default=None)
@@ -57,7 +59,8 @@ class EmpiricalRisk:
         num_data: Number of data, if known; it is compared with what the loader yields.
         batch_size_fn: Number of data in ``X`` where it cannot be seen.
         process_group: Processes of `torch.distributed` that pass a share of the data each, which may be empty, and that
-            all make the same calls: all of them get the sum over all shares. ``num_data`` counts the data of all.
+            all make the same calls: all of them get the sum over all shares. ``num_data`` counts the data of all. They may be
+            those that have the parts of a model of ``fully_shard``.
 
     Raises:
         TypeError, ValueError: If one of the arguments does not fit; the message says which and how.
@@ -94,7 +97,7 @@ class EmpiricalRisk:
             self.loss, self.loss_func = output_loss(loss_func, reduction), loss_func
             self.model = Model(model_func, params)
             self.space = self.model.space
-            self.ranks.expect_apart(self.space.shards)
+            self._divide()
             self.data = Data(data, self.space.device, batch_size_fn, share=not self.ranks.alone)
             self.ranks.expect_same("EmpiricalRisk", self.described if process_group is not None else {})
         self.progressbar = progressbar and self.ranks.rank == 0
@@ -118,6 +121,20 @@ class EmpiricalRisk:
         risk = copy(self)
         risk.model = self.model.restricted(names)
         risk.space, risk.proofs = risk.model.space, []
+        risk._divide()
+        return risk
+
+    def whole(self) -> EmpiricalRisk:
+        """The same risk where each process has the parameters whole, as they are now, if these processes divide the data.
+
+        What it computes in a share is then this process's own affair, until sums are taken.
+        """
+        if not self.divided:
+            return self
+        risk = copy(self)
+        with self.ranks.together(), torch.inference_mode(False):
+            risk.model = self.model.whole(self.ranks)
+        risk.space, risk.proofs, risk.divided = risk.model.space, [], False
         return risk
 
     @contextmanager
@@ -132,8 +149,9 @@ class EmpiricalRisk:
             stack.enter_context(differentiable())
             stack.enter_context(requiring_gradients(self.params.values()))
             stack.enter_context(unused())
+            stack.enter_context(self.model.stood_in())
             if self.model.fully_sharded:
-                stack.enter_context(at_rest(self.model.modules()))
+                stack.enter_context(at_rest(self.model.modules(), self.ranks if self.divided else None))
             yield
 
     def forward(self, X: Any, mode: TorchFunctionMode | None = None) -> Tensor:
@@ -142,7 +160,13 @@ class EmpiricalRisk:
         ``mode`` sees its operations; by default those without right second derivatives are replaced.
         """
         with self._autocast().on(), gathering(), Substitutions() if mode is None else mode:
-            return self.model(X)
+            z = self.model(X)
+        return expect_summed(z, self.model.cut) if self.model.cut else z
+
+    def run(self, batch: Batch, mode: TorchFunctionMode | None = None) -> Tensor:
+        """The same for a batch; where it is silent, no gradient comes through its output."""
+        z = self.forward(batch.X, mode)
+        return Silent.apply(z) if batch.silent else z  # type: ignore[no-untyped-call]
 
     def output(self, X: Any) -> Tensor:
         """The same without a graph; of a model that takes gradients of its own, as of its output in X, with one for a moment."""
@@ -150,7 +174,7 @@ class EmpiricalRisk:
             with torch.no_grad():
                 return self.forward(X)
         except RuntimeError as error:
-            if "grad" not in str(error):
+            if isinstance(error, RanksError) or "grad" not in str(error):
                 raise
         return self.forward(X).detach()
 
@@ -182,17 +206,19 @@ class EmpiricalRisk:
         *,
         vectors: Tensor | None = None,
         by_place: str = "",
+        space: TensorSpace | None = None,
     ) -> Tensor:
         """c · Σ over all data, in one pass: ``add`` adds a batch's part to ``total``, ``finish`` what it has put off.
 
         Processes of a group sum what they find for the same ``vectors``, and with the same things ``by_place``: see `walk`.
+        The last entries of a row of ``total`` are those of a ``space``, by default of the parameters'.
         """
         with self.walk(title, by_place) as walk:
             for batch in walk:
                 add(batch, walk)
             if finish is not None:
                 finish()
-            return walk.summed(total, vectors).mul_(walk.constant)
+            return walk.summed(total, vectors, space).mul_(walk.constant)
 
     def value(self) -> Tensor:
         """The risk, a scalar tensor."""
@@ -206,9 +232,9 @@ class EmpiricalRisk:
         """The risk, a scalar, and its gradient, a flat vector ``[D]`` (zero if not asked for)."""
 
         def add(batch: Batch, walk: Walk) -> None:
-            z = self.forward(batch.X) if gradient else self.output(batch.X)
+            z = self.run(batch) if gradient else self.output(batch.X)
             value = walk.curvature(z, batch).value()
-            total[0] += value.detach()
+            total[0] += 0 if batch.silent else value.detach()
             if gradient and value.requires_grad:
                 found = gradients(value, list(self.params.values()), retain_graph=True, allow_unused=True)
                 self.space.join(found, total[1:])
@@ -237,8 +263,28 @@ class EmpiricalRisk:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors of model and loss."""
-        return {**self.model.tensors, **self.loss.tensors}
+        """The tensors of model and loss, but for those of which processes that share the data have parts."""
+        cut = {id(tensor) for tensor in self.model.cut} if self.divided else ()
+        return {n: t for n, t in {**self.model.tensors, **self.loss.tensors}.items() if id(t) not in cut}
+
+    def least(self, number: float) -> float:
+        """The least of the numbers of all processes that have parts of the parameters, so that they choose alike."""
+        if not self.divided:
+            return least(number, self.model.shards)
+        return min(self.ranks.meet("choose alike", size=int(number))[0])
+
+    def _divide(self) -> None:
+        """See whether the processes that have the parts of the parameters have other data each."""
+        self.divided = self.model.fully_sharded and self.ranks.have_parts(self.model.shards)
+        if not self.divided:
+            self.ranks.expect_apart(self.model.shards)
+        elif not self.space.shards:
+            raise ValueError(
+                f"params: {describe(self.space.names)} are not cut over the processes that divide the data, as other parameters of the model "
+                "are. Pass one of those besides, or the whole data in each process, without process_group=."
+            )
+        else:
+            self.model.cut = [tensor for tensor in self.model.tensors.values() if is_sharded(tensor)]
 
     @property
     def described(self) -> dict[str, Any]:

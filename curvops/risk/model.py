@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType
@@ -12,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from curvops.context import attributes_kept
 from curvops.description import described
 from curvops.fully_shard import check_fully_sharded
-from curvops.sharding import is_sharded, shardings
+from curvops.ranks import Ranks
+from curvops.sharding import gathered, is_sharded, shardings
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
 from curvops.tree import strided
@@ -62,6 +64,8 @@ class Model:
         self.module = model_func if isinstance(model_func, Module) else None
         self.function = None if isinstance(model_func, Module) else model_func
         self._searched: Any = model_func  # where modules are looked for
+        self.cut: list[Tensor] = []  # over processes that have other data each
+        self._stand_ins: dict[int, Tensor] = {}
         self._check()
 
     @property
@@ -156,6 +160,33 @@ class Model:
     def _function(self, params: Mapping[str, Tensor], X: Any) -> Any:
         assert self.function is not None
         return self.function(dict(params), X)
+
+    def whole(self, ranks: Ranks) -> Model:
+        """The same model with whole parameters in the place of those that are cut over some processes: in `stood_in`."""
+        model = copy(self)
+        model._stand_ins = {}
+        for k, tensor in enumerate(self.cut):
+            ranks.meet(f"parameter {k} whole")
+            model._stand_ins[id(tensor)] = Parameter(gathered(tensor.detach()), tensor.requires_grad)
+        model.params = {name: model._stand_ins.get(id(p), p) for name, p in self.params.items()}
+        model.space, model.shards = TensorSpace(model.params), {}
+        model._kinds, model._own = {name: _kind(p) for name, p in model.params.items()}, []
+        return model
+
+    @contextmanager
+    def stood_in(self) -> Iterator[None]:
+        """The modules have whole parameters in the place of those that are cut, as `fully_shard` itself puts them there."""
+        found = [
+            (m, n, p) for m in self.modules() if self._stand_ins for n, p in m._parameters.items() if p is not None
+        ]
+        changed = [(m, n, p) for m, n, p in found if id(p) in self._stand_ins]
+        try:
+            for module, name, p in changed:
+                setattr(module, name, self._stand_ins[id(p)])
+            yield
+        finally:
+            for module, name, p in changed:
+                setattr(module, name, p)
 
     @contextmanager
     def _buffers_kept(self, contents: bool = True) -> Iterator[None]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from curvops.digest import digest
+from curvops.divided import expect_summed
 from curvops.extras import extra
 from curvops.losses import OutputCurvature, OutputLoss
 from curvops.ranks import Ranks, RanksError
-from curvops.risk.data import EMPTY, Batch, Data
+from curvops.risk.data import EMPTY, Batch, Data, moved
 from curvops.risk.model import Model
 from curvops.sharding import alike
+from curvops.space import TensorSpace
 from curvops.tree import tensors_of
 
 
@@ -23,9 +27,11 @@ class Risk(Protocol):
     ranks: Ranks
     model: Model
     loss: OutputLoss
+    space: TensorSpace
     data: Data
     num_data: int | None
     progressbar: bool
+    divided: bool
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -47,19 +53,28 @@ class Walk:
         self._count: float | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._told(self._batches):
-            self._expect_alike(batch)
-            self.size, self.batches = self.size + batch.size, self.batches + 1
+        for batch in self._in_step() if self._risk.divided else self._alike():
+            self.size, self.batches = self.size + batch.size * (not batch.silent), self.batches + 1
             yield batch
-        self._expect_alike(None)
         self._share = self.size
         if self._risk.ranks.alone:
             self._expect_number()
 
-    def summed(self, total: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """A sum over the batches, summed over the shares of the data too; each process multiplied the same vectors."""
-        self.join(f"{self._title}, {' × '.join(map(str, total.shape))} numbers of {total.dtype}", vectors)
-        return self._risk.ranks.add(total)
+    def summed(self, total: Tensor, vectors: Tensor | None = None, space: TensorSpace | None = None) -> Tensor:
+        """A sum over the batches, summed over the shares of the data too; each process multiplied the same vectors.
+
+        Of parameters that are cut over the processes, gradients are sums already, in rows ``[…, D]`` of their space.
+        """
+        if not self._risk.divided:
+            self.join(f"{self._title}, {' × '.join(map(str, total.shape))} numbers of {total.dtype}", vectors)
+            return self._risk.ranks.add(total)
+        left = (space or self._risk.space).uncut
+        left = torch.cat([left.new_ones(total.shape[-1] - len(left)), left])
+        part = total[..., left]
+        own = vectors[..., left] if vectors is not None and space is None else None
+        self.join(f"{self._title}, {' × '.join(map(str, part.shape))} numbers of {total.dtype}", own)
+        total[..., left] = self._risk.ranks.add(part)
+        return total
 
     def join(self, what: str = "", vectors: Tensor | None = None) -> None:
         """Meet the other processes of a group after the last batch; again for further work on the same batches.
@@ -87,6 +102,32 @@ class Walk:
             raise ValueError(EMPTY)
         self._expect_number()
 
+    def _in_step(self) -> Iterator[Batch]:
+        """As many batches as the process with the most has, as all of them gather parameters: silent ones after the last."""
+        ranks, batches = self._risk.ranks, iter(self._batches)
+        last: Batch | None = None
+        while True:
+            own = next(batches, None)
+            sizes, *_ = ranks.meet(f"{self._title}: the next batch", size=0 if own is None else own.size)
+            if not any(sizes):
+                return
+            if last is None and 0 in sizes:  # a process without data takes one of those that others have
+                lender = sizes.index(max(sizes))
+                lent = moved(own, torch.device("cpu")) if own is not None and ranks.rank == lender else None
+                last = moved(ranks.gather(lent)[lender], self._risk.space.device)
+            if own is None:
+                assert last is not None
+                own = replace(last, silent=True)
+            last = own
+            yield own
+
+    def _alike(self) -> Iterator[Batch]:
+        """The batches, which must be the same in all processes that have parts of the parameters."""
+        for batch in self._told(self._batches):
+            self._expect_alike(batch)
+            yield batch
+        self._expect_alike(None)
+
     def _told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; where there is an error instead, the other processes that have parts of the parameters learn it."""
         try:
@@ -103,7 +144,7 @@ class Walk:
         if shards and not alike(digest({str(k): tensor for k, tensor in enumerate(tensors)}), shards):
             raise RanksError(
                 f"{self._title}: the processes that have parts of the parameters have different batches, or one failed as it loaded its data. With fully_shard each of "
-                "them passes the whole data, in the same order; to divide the data, use a mesh of two axes, and process_group= of the other."
+                "them passes the whole data, in the same order; to divide the data, pass the group of these processes as process_group=."
             )
 
     def _expect_number(self) -> None:
@@ -124,6 +165,12 @@ class Walk:
         # what `batch_size_fn` says of data whose first axis says something else
         tensors = tensors_of(batch.X) if batch.size == 1 else []
         whole = bool(tensors) and all(t.shape[:1] != (1,) for t in tensors)
+        if self._risk.model.cut:
+            found = self._risk.loss.curvature(z, batch.y, batch.size, checked=False)  # which counts nothing
+            if not found.closed_form:
+                expect_summed(found.value(), self._risk.model.cut)
+            if batch.silent:
+                return found
         return self.loss.curvature(z, batch.y, batch.size, whole)
 
     @property

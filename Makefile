@@ -98,6 +98,7 @@ processes: .venv/.dev
 	$(BIN)/accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu examples/accelerated.py
 	$(TORCHRUN) benchmarks/processes.py --bytes
 	$(TORCHRUN) benchmarks/processes.py
+	$(TORCHRUN) benchmarks/processes.py --sharded
 	$(BIN)/python benchmarks/processes.py --large
 
 survive: .venv/.dev

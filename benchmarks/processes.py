@@ -1,17 +1,18 @@
 """Several processes beside one: seconds of products and factors, and bytes that each product sends.
 
-    torchrun --nproc-per-node 2 benchmarks/processes.py [--bytes]
+    torchrun --nproc-per-node 2 benchmarks/processes.py [--bytes | --sharded]
     python benchmarks/processes.py --large
 
 Each process has one thread (torchrun's default). One process computes alone while the others wait, then each the operator
 of its own share alone, without a group, then all of them together, in turns; the medians' ratios are printed, of which the
-first is what the machine gives. With ``--bytes`` it counts what is handed to `torch.distributed` and, on
+first is what the machine gives. With ``--sharded`` the same of a model of `fully_shard`. With ``--bytes`` it counts what is handed to `torch.distributed` and, on
 Linux with all processes on one machine, what goes over its network device, beside the formulas of ``docs/processes.md``. With ``--large`` it
 prints what these formulas give for a transformer of 10⁹ parameters on 64 GPUs.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -25,6 +26,9 @@ import torch
 import torch.distributed as dist
 from models import mlp, residual
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from curvops import (
     EKFACLinearOperator,
@@ -59,7 +63,7 @@ def problem(
 ) -> tuple[nn.Module, nn.Module, dict[str, Tensor], list[Any], list[Any]]:
     """A model with its loss and parameters, so many batches, each some times as large, and those of this process."""
     torch.manual_seed(0)
-    model, ((X, y), *_) = {"mlp": mlp, "residual": residual, "wide": wide}[name]()
+    model, ((X, y), *_) = {"mlp": mlp, "residual": residual, "wide": wide, "narrow": narrow}[name]()
     batches = [(X.repeat(repeats, *[1] * (X.ndim - 1)), y.repeat(repeats))] * number
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     return model, nn.CrossEntropyLoss(), dict(model.named_parameters()), batches, mine
@@ -87,6 +91,47 @@ def seconds() -> None:
             make = partial(decomposed, kind, *args)
             what = title(name, whole, f"{kind.__name__[:-14]} with eigh")
             row(what, partial(make, whole), partial(make, mine), partial(make, mine, **group))
+
+
+def sharded_seconds() -> None:
+    """Models of `fully_shard`, of which each process computes with all data, or with its share."""
+    number, group, mesh = (
+        dist.get_world_size(),
+        {"process_group": dist.group.WORLD},
+        init_device_mesh("cpu", (dist.get_world_size(),)),
+    )
+    say(f"{'fully_shard':44}{'one process':>14}{'all data each':>14}{'ratio':>7}{f'{number} shares':>14}{'ratio':>7}")
+    for repeats in (1, 32):
+        net, loss, params, whole, mine = problem("narrow", 4, repeats)
+        model = copy.deepcopy(net)
+        for module in (*model, model):
+            if list(module.parameters()):
+                fully_shard(module, mesh=mesh)
+        own = dict(model.named_parameters())
+        v = {name: torch.ones_like(p) for name, p in params.items()}
+        parts = {name: distribute_tensor(v[name], mesh, p.placements) for name, p in own.items()}
+        for kind in (HessianLinearOperator, GGNLinearOperator):
+            make = partial(kind, model, loss, own, check_deterministic=False)
+            one = kind(net, loss, params, whole, check_deterministic=False)
+            works = (
+                partial(matmul, one, v),
+                partial(matmul, make(whole), parts),
+                partial(matmul, make(mine, **group), parts),
+            )
+            row(title("9 layers", whole, f"{kind.__name__[:-14]} product"), *works)
+        make = partial(KFACLinearOperator, check_deterministic=False)
+        works = (
+            partial(make, net, loss, params, whole),
+            partial(make, model, loss, own, whole),
+            partial(make, model, loss, own, mine, **group),
+        )
+        row(title("9 layers", whole, "KFAC"), *works)
+
+
+def narrow() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """An MLP with nine layers of 256 inputs."""
+    layers = [layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(256, 10)), [(torch.rand(64, 256), torch.randint(10, (64,)))]
 
 
 def title(name: str, batches: list[Any], work: str) -> str:
@@ -235,7 +280,7 @@ def main() -> None:
         large()
         return
     dist.init_process_group("gloo")
-    (bytes_sent if "--bytes" in sys.argv else seconds)()
+    (bytes_sent if "--bytes" in sys.argv else sharded_seconds if "--sharded" in sys.argv else seconds)()
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from curvops.kronecker.sweep import Sweep
 from curvops.memory import byte_size
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, EigenBlock
+from curvops.space import describe
 
 HEADER = ("parameters", "size", "block", "used by", "memory", "why")
 
@@ -76,6 +78,9 @@ def explained(
     shared = {id(tensor) for placed in blocks for tensor in placed.block.tensors.values()}
     own = {id(t): t.numel() * t.itemsize for _, entry in state.groups for t in entry.tensors.values()}
     beside = sum(size for place, size in own.items() if place not in shared)
+    met = Counter(name for group, _ in state.groups for name in group.names)
+    if parts := [name for name, number in met.items() if number > 1]:
+        notes = [*notes, f"used in parts, each with a block of its own and none between them: {describe(parts)}"]
     return Explanation(title, tuple(rows), (*notes, f"beside the blocks, for merging and saving: {byte_size(beside)}"))
 
 

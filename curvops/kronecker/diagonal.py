@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from curvops.kronecker.collect import Collection
 from curvops.kronecker.correction import BasisDiagonal
 from curvops.kronecker.groups import Group, Key
 from curvops.kronecker.operator import KroneckerOperator
+from curvops.kronecker.options import Options
 from curvops.kronecker.rows import Pass, Rows
 from curvops.kronecker.state import Entry
 
@@ -22,8 +25,8 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
     Args:
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `KFACLinearOperator`.
         check_deterministic, checkpoint: As there.
-        options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` (without effect), ``separate_weight_and_bias``,
-            ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
+        options: ``fisher_type``, ``mc_samples``, ``kfac_approx`` and ``separate_weight_and_bias`` (without
+            effect), ``num_per_example_loss_terms``, ``seed``, ``rule``, ``memory_budget``, ``spill``, ``reduction``, ``progressbar``,
             ``num_data``, ``batch_size_fn`` and ``process_group``, as there.
 
     Example:
@@ -39,6 +42,11 @@ class GGNDiagonalLinearOperator(KroneckerOperator):
 
     default_fisher_type = "type-2"
     needs_gradients = "so there is no diagonal. Use 'type-2', 'mc' or 'empirical'."
+
+    @classmethod
+    def _options(cls, **given: Any) -> Options:
+        # no block is joint, so that a damping may be another for the bias
+        return replace(super()._options(**given), separate_weight_and_bias=True)
 
     def _compute(self, collection: Collection) -> dict[Key, Entry]:
         return collection.first(lambda: Diagonals(collection), dense=False, together=True)

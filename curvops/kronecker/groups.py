@@ -167,6 +167,22 @@ def overlap(one: Group, other: Group) -> bool:
     return bool(set(one.names) & set(other.names)) and bool(torch.isin(one.places.tensor, other.places.tensor).any())
 
 
+def joined(one: Group, other: Group) -> tuple[Group, Tensor, Tensor]:
+    """The group of all entries that two groups of one parameter have, and the places of each one's among them."""
+    here, there = one.places.tensor, other.places.tensor
+    union = torch.cat([here, there]).unique()
+    both = max(one, other, key=lambda group: len(group.places))
+    if len(both.places) < len(union):
+        key, places = (*one.key, *other.key), Places(union, union.device)
+        both = replace(both, key=key, shape=(1, len(union), 1), places=places)
+    ordered, among = both.places.tensor.sort()
+
+    def places_of(own: Tensor) -> Tensor:
+        return among[torch.searchsorted(ordered, own)]
+
+    return both, places_of(here), places_of(there)
+
+
 def _interleaved(weight: Places, bias: Places, shape: tuple[int, int, int], axis: int) -> Tensor:
     """The places of a weight with its bias appended to the inputs."""
     return torch.cat([weight.tensor.view(shape), bias.tensor.view(shape[0], -1).unsqueeze(axis)], axis).flatten()

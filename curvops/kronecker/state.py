@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvops.kronecker.groups import Group, overlap
+from curvops.kronecker.groups import Group, joined, overlap
 from curvops.operators.block_diagonal import Placed
 from curvops.operators.blocks import Block, Decomposed, EigenBlock, KroneckerBlock
 from curvops.operators.places import Places
@@ -65,6 +65,13 @@ class Entry:
                 "eigenvalues in two different eigenbases, or nearest products, do not add. "
                 "Merge or average a KFACLinearOperator or a GGNDiagonalLinearOperator instead."
             )
+
+    def spread(self, places: Tensor, size: int) -> Entry:
+        """The matrix or diagonal of so many entries, of which these have its places and the others gradients of zero."""
+        own = self.tensors["block"]
+        block = own.new_zeros([size] * own.ndim)
+        block[torch.meshgrid(*[places] * own.ndim, indexing="ij")] = own
+        return replace(self, tensors={"block": block})
 
     def normalised(self, constant: float) -> Entry:
         """The same with the constant inside, and A in the place of its sum."""
@@ -175,13 +182,21 @@ class State:
                     f"{title}: {describe(group.names)} has blocks of different kinds in the two operators."
                 )
             groups.append((group, combine(entry, its)))
-        for group, _ in rest.values():
-            if met := [own for own, _ in self.groups if overlap(own, group)]:
-                here, there = (f"{one.kind} ({one.operation})" for one in (met[0], group))
-                raise ValueError(
-                    f"{title}: {describe(group.names)} has blocks that overlap, here {here} and there {there}, which "
-                    "do not add. Make one operator of all the data."
-                )
+        for mark, (group, entry) in list(rest.items()):
+            if met := [k for k, (own, _) in enumerate(self.groups) if overlap(own, group)]:
+                own, mine = self.groups[met[0]]
+                # between several parts of the one there is nothing in the other
+                alone = len(met) == 1 == sum(overlap(own, its) for its, _ in other.groups)
+                if not (alone and mine.kind == entry.kind == "block"):
+                    here, there = (f"{one.kind} ({one.operation})" for one in (own, group))
+                    raise ValueError(
+                        f"{title}: {describe(group.names)} has blocks that overlap, here {here} and there {there}, which "
+                        "do not add. Make one operator of all the data."
+                    )
+                both, *places = joined(own, group)
+                pair = (one.spread(its, len(both.places)) for one, its in zip((mine, entry), places, strict=True))
+                groups[met[0]] = both, combine(*pair)
+                del rest[mark]
         return groups + [(group, combine(self._nothing(group, entry), entry)) for group, entry in rest.values()]
 
     def _nothing(self, group: Group, entry: Entry) -> Entry:

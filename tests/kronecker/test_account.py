@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from curvops import BlockRule
@@ -70,6 +71,16 @@ def test_the_account_prints():
     assert rows["unused",].block == "zero" and rows["free",].block == "dense 2"
     assert "exp" in rows["free",].why or "exp" in rows["free",].operation
     assert rows["layer.weight",].memory == 8 * (2 * 3 + 2 * 2 + 3 * 3)
+
+
+def test_parts_of_a_parameter_are_told():
+    def make():
+        both = nn.Parameter(torch.rand(2, 2))
+        return Net(lambda net, X: F.layer_norm(net.layer(X), (2,), *net.both), layer=nn.Linear(3, 2), both=both)
+
+    note = "used in parts, each with a block of its own and none between them: 'both'"
+    assert note in build("kfac", (seeded(make), nn.MSELoss(), real(6, 3), real(6, 2))).explain().notes
+    assert "used in parts" not in str(build("kfac", tokens()).explain())
 
 
 def test_costs():

@@ -317,6 +317,13 @@ def test_wrong_arguments(call, message):
         call(op)
 
 
+def test_a_diagonal_has_no_joint_blocks():
+    op = build("diagonal", PROBLEMS["mlp"](), separate_weight_and_bias=False)
+    damping = {name: 1.0 + k for k, name in enumerate(op.domain.names)}
+    shifts = torch.cat([torch.full((p,), damping[n]) for n, p in zip(op.domain.names, op.domain.sizes, strict=True)])
+    close(op.inverse(damping).diagonal(), 1 / (op.diagonal() + shifts))
+
+
 def test_single_precision_accumulates_in_it():
     model, loss, X, y = PROBLEMS["mlp"]()
     op = KFACLinearOperator(model.float(), loss, dict(model.named_parameters()), [(X.float(), y)], fisher_type="type-2")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvops import BlockRule
+from curvops import BlockRule, GGNDiagonalLinearOperator, KFACLinearOperator
 from curvops.kronecker.state import nearest_product
 from kronecker.cases import APPROXIMATIONS, PROBLEMS, Net, build, close, integers, mlp, nearest_kronecker, real, seeded
 
@@ -110,6 +110,37 @@ def test_blocks_that_overlap_do_not_merge(kind):
     for first, second in (halves, halves[::-1]):
         with pytest.raises(ValueError, match=r"merge: 'head.weight' has blocks that overlap, here \w+ \("):
             first.merge(second)
+
+
+@pytest.mark.parametrize("first,second", [((0, 2), (0, 3)), ((0, 3), (0, 2)), ((0, 3), (1, 4)), ((3, 4), (0, 4))])
+@pytest.mark.parametrize("kind", ["kfac", "diagonal"])
+def test_parts_of_a_table_that_overlap_add(kind, first, second):
+    """As of positions, where batches differ in length."""
+    shapes = {"layer": nn.Linear(2, 3), "table": nn.Parameter(real(4, 2))}
+
+    def forward(net, X):
+        begin, end = X[0, 0].int().tolist()
+        return net.layer(torch.tanh(X[:, 1:] + net.table[begin:end])).sum(1)
+
+    def inputs(begin, end, seed):
+        ends = torch.tensor([begin, end], dtype=torch.float64).expand(3, 1, 2)
+        return torch.cat([ends, real(3, end - begin, 2, seed=seed)], 1)
+
+    model, loss = seeded(lambda: Net(forward, **shapes)), nn.CrossEntropyLoss()
+    data = [(inputs(*ends, seed), integers(3, 3)) for seed, ends in enumerate((first, second))]
+    make = {"kfac": KFACLinearOperator, "diagonal": GGNDiagonalLinearOperator}[kind]
+    one, other, both = (
+        make(model, loss, dict(model.named_parameters()), some, fisher_type="type-2")
+        for some in ([data[0]], [data[1]], data)
+    )
+    close(one.merge(other).to_dense(), both.to_dense())
+    average = one.moving_average(other, 0.3)["table"]
+    close(average.to_dense(), 0.3 * one["table"].to_dense() + 0.7 * other["table"].to_dense())
+    close(one.refresh([data[1]], decay=0.3)["table"].to_dense(), average.to_dense())
+    close(
+        one.merge(other).merge(one).to_dense(),
+        make(model, loss, dict(model.named_parameters()), data + data[:1], fisher_type="type-2").to_dense(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfoc"])

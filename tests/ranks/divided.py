@@ -33,11 +33,10 @@ from curvops import (
 from curvops.divided import Parts
 from curvops.sharding import local
 
-# batches of each process, of one data set of four batches: as many, more in one, none in one, other numbers of batches
-SHARES = {
-    2: {"even": ((0, 1), (2, 3)), "uneven": ((0,), (1, 2, 3)), "empty": ((), (0, 1, 2, 3))},
-    3: {"uneven": ((0,), (1, 2), (3,)), "empty": ((0, 1), (), (2, 3))},
-}
+# batches of each process, of one data set of three batches
+SHARES = {2: {"uneven": ((0,), (1, 2)), "empty": ((), (0, 1, 2))}, 3: {"empty": ((0, 1), (), (2,))}}
+FEW = ("hessian", "mc fisher", "ekfac")  # those that differ most
+SIZES = (3, 2, 3, 1)  # of batches where each of two processes has two
 KRONECKER: dict[str, tuple[Any, dict[str, Any]]] = {
     "kfac": (KFACLinearOperator, {}),
     "ekfac": (EKFACLinearOperator, {"fisher_type": "type-2", "separate_weight_and_bias": False}),
@@ -45,9 +44,6 @@ KRONECKER: dict[str, tuple[Any, dict[str, Any]]] = {
     "kfoc": (KFOCLinearOperator, {"fisher_type": "empirical"}),
     "diagonal": (GGNDiagonalLinearOperator, {}),
 }
-
-
-FEW = ("hessian", "mc fisher", "ekfac")
 
 
 class Tied(nn.Module):
@@ -64,13 +60,12 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.inner(h)))
 
 
-def problems() -> Iterator[tuple[str, nn.Module, nn.Module, list[Any], set[str]]]:
+def problems(sizes: tuple[int, ...] = (3, 2, 1)) -> Iterator[tuple[str, nn.Module, nn.Module, list[Any], set[str]]]:
     """Models, losses, batches of a whole data set, and parameters that are not cut."""
-    sizes = (3, 2, 3, 1)
     torch.manual_seed(1)
     layers = nn.Embedding(5, 6), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 4)
     targets = [torch.randint(4, (size,)) for size in sizes]
-    targets[1][0] = targets[2][1] = -100
+    targets[0][1] = targets[1][0] = -100
     data = [(torch.randint(5, (size, 3)), y) for size, y in zip(sizes, targets, strict=True)]
     yield "checkpointed", Checkpointed(*layers).double(), nn.CrossEntropyLoss(), data, set()
     data = [(torch.randint(5, (size, 3)), torch.randn(size, 3, 5, dtype=torch.float64)) for size in sizes]
@@ -133,7 +128,7 @@ def compared(number: int, mesh: Any, group: Any) -> dict[str, float]:
             own, share = dict(model.named_parameters()), [data[k] for k in shares[dist.get_rank()]]
             for kind, (make, options) in {**KINDS, **KRONECKER}.items():
                 cut = model, own, share
-                if (how == "uneven") if name == "tied" else (kind in FEW):
+                if (number, how) == (2, "uneven") if name == "tied" else kind in FEW:
                     found[f"{name}, {how}, {kind}"] = products(make, (net, loss, params, data), cut, group, options)
     return found
 
@@ -243,7 +238,7 @@ def axes(number: int, shape: tuple[int, int]) -> dict[str, Any]:
 
 def trained(mesh: Any) -> dict[str, float]:
     """Value, gradient, flat vectors, numbers of forward passes, memory; afterwards the model trains on as if never touched."""
-    _, net, loss, data, plain = list(problems())[1]
+    *_, (_, net, loss, data, plain) = problems(SIZES)
     model, params, group, rank = (
         sharded(net, plain, mesh),
         dict(net.named_parameters()),
@@ -341,7 +336,7 @@ def main() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (number,))
     found: dict[str, Any] = compared(number, mesh, dist.group.WORLD)
     if number == 2:
-        *_, (_, net, loss, data, plain) = problems()
+        *_, (_, net, loss, data, plain) = problems(SIZES)
         found |= trained(mesh)
         found["refused"] = refused(sharded(net, plain, mesh), loss, data[2 * dist.get_rank() :][:2], mesh)
     return found

@@ -34,15 +34,17 @@ def attempt(call: Any) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def resumed(model: nn.Module, loss: nn.Module, own: dict[str, Tensor], data: Any) -> dict[str, float]:
-    """Differences from one that was not killed; one of the processes may not have written the last place."""
+def resumed(
+    model: nn.Module, loss: nn.Module, own: dict[str, Tensor], data: Any, *ends: tuple[int, int]
+) -> dict[str, float]:
+    """Differences from one that was not killed after so many batches; one process may not have written the last place."""
     passes: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(0))
     make = partial(EKFACLinearOperator, model, loss, own, memory_budget=0, check_deterministic=False)
     expected, found = make(data).to_dense(), {}
     all_passes, rank = len(passes), dist.get_rank()
     with tempfile.TemporaryDirectory() as own_folder:
-        for last, behind in ((4, 0), (4, 1), (9, 1), (9, 0)):
+        for last, behind in ends:
             names: list[Any] = [f"{own_folder}/{last}-{behind}.safetensors"]
             dist.broadcast_object_list(names)
             file, folder = Checkpoint(names[0], every=1), Path(names[0]).parent
@@ -60,7 +62,7 @@ def resumed(model: nn.Module, loss: nn.Module, own: dict[str, Tensor], data: Any
         said = attempt(partial(make, data, checkpoint=file, seed=5))
         assert "is a checkpoint of another computation: seed" in said, said
         if rank:  # damaged files of one process are an error in all
-            for path in mine:
+            for path in folder.glob(f"{last}-{behind}.{rank}-of-2.*"):
                 path.write_bytes(path.read_bytes()[:-20])
         dist.barrier()
         said = attempt(partial(make, data, checkpoint=file))

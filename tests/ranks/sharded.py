@@ -204,7 +204,8 @@ def fully_sharded(loss: nn.Module, mesh: Any) -> dict[str, Any]:
     product = HessianLinearOperator(cut, loss, dict(cut.named_parameters()), [(inputs, y)]) @ spread
     found["fully_shard, complex"] = max(float((whole(product[n]) - expected[n]).abs().max()) for n in u)
     many = [(torch.randint(5, (6, 3)), torch.randint(4, (6,))) for _ in range(6)]
-    found |= {f"fully_shard, resumed after {key}": error for key, error in resumed(model, loss, own, many).items()}
+    again = resumed(model, loss, own, many, (4, 1), (9, 0))
+    found |= {f"fully_shard, resumed after {key}": error for key, error in again.items()}
     assert hooks == [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     loss(model(X), y).backward()
     slopes = torch.autograd.grad(loss(net(X), y), list(params.values()))
@@ -370,7 +371,8 @@ def sharded() -> dict[str, Any]:
     found |= gathered(net, model, loss, data)
     found |= repeated(net, loss, data, mesh) | two_axes(net, loss, data)
     many = [(torch.randn(6, 6, dtype=torch.float64), torch.randint(4, (6,))) for _ in range(6)]
-    found |= {f"cut, resumed after {key}": error for key, error in resumed(model, loss, own, many).items()}
+    again = resumed(model, loss, own, many, (4, 0), (9, 1))
+    found |= {f"cut, resumed after {key}": error for key, error in again.items()}
     net, X = Tokens().double(), torch.randint(5, (7, 3))
     cut, data = Cut(copy.deepcopy(net), mesh), [(X[:3], y[:3]), (X[3:], y[3:])]
     found |= {f"tokens, {kind}": error for kind, error in kronecker(net, cut, loss, data, "ekfac").items()}

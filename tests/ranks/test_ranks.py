@@ -178,7 +178,7 @@ def check_sharded(report):
             assert max(value) <= 0.6, name  # of parameters, of products, of what is held of a vector
         else:
             assert value < 1e-12, name
-    assert len(report) == 2 * (4 + 3) + 1 + 2 + 2 + 2 + 8 + 8 + 4
+    assert len(report) == 2 * (4 + 3) + 1 + 2 + 2 + 2 + 4 + 8 + 4
 
 
 PROBLEM = """

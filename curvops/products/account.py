@@ -64,7 +64,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def attempted(compute: Callable[[], Found]) -> tuple[Found | None, str]:
-    """What a fast way gives, or ``None`` and why it is unsupported; to be out of memory is not that, but an error, and so is what all processes of a group raise."""
+    """What a fast way gives, or ``None`` and why it is unsupported; to be out of memory is an error, and so is a RanksError."""
     try:
         with quietly():
             return compute(), ""

@@ -149,3 +149,11 @@ def scripted(modules: Iterable[Module]) -> set[str]:
                 continue
             found |= set(re.findall(r"\baten::(\w+)\(", graph))
     return found & ADAPTED.keys()
+
+
+def forget_optimized(modules: Iterable[Module]) -> None:
+    """Let TorchScript compile again what modules run, as what it has optimised serves even where that is switched off."""
+    for module in modules:
+        if isinstance(module, ScriptModule):
+            for name in module._c._method_names():
+                module._c._get_method(name)._debug_flush_compilation_cache()

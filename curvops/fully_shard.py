@@ -30,7 +30,7 @@ from curvops.tree import map_tensors, tensors_of
 Hook = Callable[[Any], Any]
 _PACKAGE = "torch.distributed.fsdp"
 _IN_PLACE = re.compile(
-    r"(?!requires_grad_|detach_)[a-z]\w*_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__"
+    r"(?!requires_grad_|detach_)(?:_foreach_)?[a-z]\w*_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__"
 )
 # what operations are asked that the parts know of the whole, too; to gather for them would be slow, not wrong
 _KNOWN = {
@@ -194,7 +194,7 @@ class WholeAtUse(TorchFunctionMode):
     @contextmanager
     def on(self) -> Iterator[None]:
         """The mode, and graphs that keep the parts only; what is run again (checkpointing) has hooks of its own."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_as_it_is, _as_it_is)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_alone, _as_it_is)
         with saved_tensors_hooks(partial(self._pack, *hooks), self._unpack), self:
             yield
 
@@ -207,7 +207,8 @@ class WholeAtUse(TorchFunctionMode):
             raise RuntimeError(
                 "the model takes a gradient in one of its own parameters, of which fully_shard has parts only. Pass the model whole."
             )
-        if _IN_PLACE.fullmatch(name) and isinstance(args[0], Tensor) and self._is_of_cut(args[0]):
+        changed = [kwargs.get("out"), *(args[:1] or list(kwargs.values())[:1]) * bool(_IN_PLACE.fullmatch(name))]
+        if any(self._is_of_cut(tensor) for tensor in tensors_of(changed)):
             raise RuntimeError(
                 f"the model changes a parameter in place ({name}), of which fully_shard has parts only. Change it before, outside of forward()."
             )
@@ -243,6 +244,11 @@ class WholeAtUse(TorchFunctionMode):
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Without its graph, as the node that keeps its own output would keep itself; PyTorch puts the graph back."""
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _name(func: Any) -> str:

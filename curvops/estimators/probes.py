@@ -13,7 +13,7 @@ from curvops.matrix import Products, normal, seeded, signs
 
 Distribution = Literal["rademacher", "normal"]
 
-_ENTRIES = 2**26  # of the columns of one product: at most 256 MiB in single precision, unless one column is longer
+_ENTRIES = 2**24  # of the columns of one product: at most 64 MiB in single precision, unless one column is longer
 _COLUMNS = 64
 
 
@@ -110,8 +110,10 @@ def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     return samples.mean(-1), spread.to(samples.dtype) / samples.shape[-1] ** 0.5
 
 
-def error_of_leave_one_out(samples: Tensor, covariance: Tensor, *, pooled: bool = False) -> Tensor:
-    """Standard error of the mean of samples ``[…, m]``, each unbiased given the other vectors, that share vectors.
+def error_of_leave_one_out(independent: Tensor, covariance: Tensor, *, pooled: bool = False) -> Tensor:
+    """Standard error of the mean of m samples, each unbiased given the other vectors, that share vectors.
+
+    ``independent`` is what the variance of the mean would be if they did not.
 
     Let d_ij be what product i changes in sample j. What is left of either sample has mean zero given the other's vector,
     so that the covariance of two samples is the mean of d_ij d_ji, exactly; the variance of their mean is then that of
@@ -119,9 +121,8 @@ def error_of_leave_one_out(samples: Tensor, covariance: Tensor, *, pooled: bool 
     not small beside the dimension. A negative covariance counts only if it is ``pooled``, that is taken in its ratio to
     the variance over all entries, for that of one entry is too uncertain.
     """
-    independent = samples.detach().var(-1) / samples.shape[-1]
     if pooled:
-        ratio = covariance.sum() / independent.sum().clamp(min=torch.finfo(samples.dtype).tiny)
+        ratio = covariance.sum() / independent.sum().clamp(min=torch.finfo(independent.dtype).tiny)
         return (independent * (1 + ratio).clamp(min=0.25)).sqrt()
     return (independent + covariance.clamp(min=0)).sqrt()
 

@@ -35,8 +35,8 @@ def trace(
     1989) and keeps no vectors; its error falls as 1/√m. ``"hutch++"`` (Meyer et al. 2021) spends a third of the
     products each on a basis Q of A's range, on tr QᵀAQ, and on Hutchinson's estimate of the rest; ``"xtrace"``
     (Epperly, Tropp & Webber 2023) uses all vectors for both, with each left out in turn. Their errors fall as 1/m or
-    faster on spectra that decay (on flat ones Hutchinson's is smaller), and they keep about two vectors a product, in at
-    least single precision. XTrace's standard error includes the covariance of its samples, which the paper leaves out.
+    faster on spectra that decay (on flat ones Hutchinson's is smaller), and they keep two vectors a product, and take
+    about six, in at least single precision. XTrace's standard error includes the covariance of its samples, which the paper leaves out.
 
     Args:
         matrix: Square; a `LinearOperator`, a tensor, SciPy's, or anything with a shape and products.
@@ -153,7 +153,8 @@ class _XTrace(Hutchinson):
             change = square * (1 - two * along.square()) - two * along * crossed + (one - two) * hutchinson
             covariances.append(mean_of_pairs(change.double()))
         found = torch.stack(samples)
-        error = error_of_leave_one_out(found.double(), torch.stack(covariances))
+        independent = found.detach().double().var(-1) / found.shape[-1]
+        error = error_of_leave_one_out(independent, torch.stack(covariances))
         return found.mean(1), error.to(found.dtype)
 
     def _scales(self, inside: Tensor, along: Tensor, out: LeaveOut) -> tuple[Tensor, Tensor]:

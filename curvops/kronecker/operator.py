@@ -267,9 +267,9 @@ class KroneckerOperator(StateOperator):
         Raises:
             RuntimeError: If this is a copy, which holds neither.
         """
-        risk = self._data_of("layers")
-        risk.model.check_current()
-        risk = risk.whole()
+        risk = self._data_of("layers").whole()
+        with risk.ranks.together():
+            risk.model.check_current()
         rows = layer_rows(Sweep(risk, self.options).streamed(f"{self.name} layers"))
         while True:
             # the caller's code between two rows runs in the caller's context
@@ -309,11 +309,11 @@ class KroneckerOperator(StateOperator):
         proofs: Sequence[Proof] = (),
     ) -> None:
         self.risk, self.options = risk, options
-        risk.model.check_current()
         sweep = Sweep(risk, options, proofs)
         self._proofs = sweep.proofs
         collection = Collection(sweep, type(self).__name__, planned, progress)
         with risk.ranks.together(), torch.inference_mode(False), risk.evaluation():
+            risk.model.check_current()
             if not (planned or risk.ranks.alone):
                 risk.ranks.meet(
                     f"{collection.title}, {options.settings}, {options.rule}, seed {options.seed}", risk.state

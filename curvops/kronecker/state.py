@@ -66,9 +66,10 @@ class Entry:
                 "Merge or average a KFACLinearOperator or a GGNDiagonalLinearOperator instead."
             )
 
-    def spread(self, places: Tensor, size: int) -> Entry:
+    def spread(self, places: Tensor, size: int, dense: bool) -> Entry:
         """The matrix or diagonal of so many entries, of which these have its places and the others gradients of zero."""
         own = self.tensors["block"]
+        own = own if dense or own.ndim == 1 else own.diagonal()
         block = own.new_zeros([size] * own.ndim)
         block[torch.meshgrid(*[places] * own.ndim, indexing="ij")] = own
         return replace(self, tensors={"block": block})
@@ -194,7 +195,11 @@ class State:
                         "do not add. Make one operator of all the data."
                     )
                 both, *places = joined(own, group)
-                pair = (one.spread(its, len(both.places)) for one, its in zip((mine, entry), places, strict=True))
+                # the larger part may be too large for a matrix
+                dense = all(one.tensors["block"].ndim == 2 for one in (mine, entry))
+                pair = (
+                    one.spread(its, len(both.places), dense) for one, its in zip((mine, entry), places, strict=True)
+                )
                 groups[met[0]] = both, combine(*pair)
                 del rest[mark]
         return groups + [(group, combine(self._nothing(group, entry), entry)) for group, entry in rest.values()]

@@ -30,7 +30,7 @@ from curvops.risk.data import Batch, joins
 from curvops.risk.determinism import check_deterministic as check
 from curvops.risk.empirical_risk import EmpiricalRisk, RiskOptions
 from curvops.risk.model import ModelFunction
-from curvops.risk.walk import Walk
+from curvops.risk.walk import Walk, silenced
 from curvops.space import TensorSpace
 
 _LOCK = Lock()
@@ -208,8 +208,10 @@ class RiskOperator(AccountedOperator):
         """The products of a batch; without the walk of one that was begun before on it, and whose graph was let go."""
         record = Recorder(batch.size)
         z = record.finish(self.risk.run(batch, record))
-        curvature = self.risk.loss.curvature(z, batch.y, batch.size) if walk is None else walk.curvature(z, batch)
-        return self._linearize(batch, curvature, z, record)
+        if walk is not None:
+            return self._linearize(batch, walk.curvature(z, batch), z, record)
+        curvature = self.risk.loss.curvature(z, batch.y, batch.size)
+        return self._linearize(batch, silenced(curvature) if batch.silent else curvature, z, record)
 
     def _sum(self, rows: Tensor | None) -> Tensor:
         """Products with vectors ``[K, D]``, or the matrix, summed over the data: together by a fast way, or one by one."""

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from curvops.aten import NORMS_OF_BATCHES, scripted
+from curvops.lengths import PART
 from curvops.risk.data import Batch
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import describe
@@ -140,12 +141,19 @@ def fingerprint(batch: Batch) -> tuple[float, ...]:
     prints = []
     for tensor in (part for whole in tensors_of((batch.X, batch.y)) for part in strided(whole)):
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        flat = real.detach().flatten().to(torch.float64)
-        ramp = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
-        # infinities cancel to what equals nothing, not even itself
-        finite = flat.nan_to_num(posinf=1.0, neginf=-1.0)
-        prints.append(float((finite * torch.cos(ramp)).sum().nan_to_num()))
+        prints.append(_fingerprint(real.detach().flatten()))
     return (batch.size, *prints)
+
+
+def _fingerprint(flat: Tensor) -> float:
+    found = []
+    for k, part in enumerate(flat.split(PART)):
+        begin = 1 + k * PART
+        ramp = torch.arange(begin, begin + part.numel(), device=flat.device, dtype=torch.float64)
+        # infinities cancel to what equals nothing, not even itself
+        finite = part.to(torch.float64).nan_to_num(posinf=1.0, neginf=-1.0)
+        found.append((finite * torch.cos(ramp)).sum().nan_to_num())
+    return float(torch.stack(found).sum())
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

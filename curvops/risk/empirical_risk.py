@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from curvops.aten import forget_optimized
 from curvops.context import Autocast, differentiable, preserved_random_state, requiring_gradients
 from curvops.divided import Silent, expect_summed
 from curvops.fully_shard import at_rest, gathering, unused
@@ -133,6 +134,7 @@ class EmpiricalRisk:
             return self
         risk = copy(self)
         with self.ranks.together(), torch.inference_mode(False):
+            self.model.check_current()
             risk.model = self.model.whole(self.ranks)
         risk.space, risk.proofs, risk.divided = risk.model.space, [], False
         return risk
@@ -146,6 +148,7 @@ class EmpiricalRisk:
                 stack.callback(_AUTOCAST.reset, _AUTOCAST.set(Autocast(self.space.device)))
                 stack.enter_context(Autocast(self.space.device).off())
                 stack.enter_context(plain_kernels())
+                forget_optimized(self.model.modules())
             stack.enter_context(differentiable())
             stack.enter_context(requiring_gradients(self.params.values()))
             stack.enter_context(unused())
@@ -190,9 +193,9 @@ class EmpiricalRisk:
         It ends with `Walk.join`, after which its numbers are those of all shares. ``by_place`` says what belongs to the
         data's places, such as random numbers, if anything does: then a batch knows its place among the data of all shares.
         """
-        self.model.check_current()
         with ExitStack() as stack:
             stack.enter_context(self.ranks.together())
+            self.model.check_current()
             stack.enter_context(self.evaluation())
             batches = stack.enter_context(closing(self.data.walk(self.start(title) if by_place else 0)))
             yield Walk(self, batches, title, by_place)

@@ -44,7 +44,9 @@ class Model:
         ValueError: If a tensor is not the module's own, or comes under two names.
     """
 
-    def __init__(self, model_func: Module | ModelFunction, params: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model_func: Module | ModelFunction, params: Mapping[str, Tensor], *, searched: Any = None
+    ) -> None:
         if not callable(model_func):
             raise TypeError(
                 f"model_func: expected a module or a function (params, X), got {type(model_func).__name__}."
@@ -63,7 +65,7 @@ class Model:
             model_func = getattr(model_func, attribute)
         self.module = model_func if isinstance(model_func, Module) else None
         self.function = None if isinstance(model_func, Module) else model_func
-        self._searched: Any = model_func  # where modules are looked for
+        self._searched: Any = model_func if searched is None else searched  # where modules are looked for
         self.cut: list[Tensor] = []  # over processes that have other data each
         self._stand_ins: dict[int, Tensor] = {}
         self._check()
@@ -122,9 +124,7 @@ class Model:
         some = {name: self.params[name] for name in names}
         if self.module is not None:
             return Model(self.module, some)
-        model = Model(lambda params, X: self._function({**self.params, **params}, X), some)
-        model._searched = self._searched
-        return model
+        return Model(lambda params, X: self._function({**self.params, **params}, X), some, searched=self._searched)
 
     def check_current(self) -> None:
         """A ValueError if the module has lost or converted one of the tensors since this was made; the message names it."""

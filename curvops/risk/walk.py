@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curvops.digest import digest
-from curvops.divided import expect_summed
+from curvops.divided import Silent, expect_summed
 from curvops.extras import extra
 from curvops.losses import OutputCurvature, OutputLoss
 from curvops.ranks import Ranks, RanksError
@@ -106,20 +108,34 @@ class Walk:
         """As many batches as the process with the most has, as all of them gather parameters: silent ones after the last."""
         ranks, batches = self._risk.ranks, iter(self._batches)
         last: Batch | None = None
-        while True:
+        for place in count():
             own = next(batches, None)
-            sizes, *_ = ranks.meet(f"{self._title}: the next batch", size=0 if own is None else own.size)
+            # its number, lest one that was interrupted and began anew goes on with the others
+            sizes, *_ = ranks.meet(f"{self._title}: batch {place}", size=0 if own is None else own.size)
             if not any(sizes):
                 return
-            if last is None and 0 in sizes:  # a process without data takes one of those that others have
-                lender = sizes.index(max(sizes))
-                lent = moved(own, torch.device("cpu")) if own is not None and ranks.rank == lender else None
-                last = moved(ranks.gather(lent)[lender], self._risk.space.device)
+            if last is None and 0 in sizes:
+                last = self._lent(own, sizes.index(max(sizes)))
             if own is None:
                 assert last is not None
                 own = replace(last, silent=True)
             last = own
             yield own
+
+    def _lent(self, own: Batch | None, lender: int) -> Batch:
+        """A batch of one process for those without data."""
+        ranks, lent = self._risk.ranks, b""
+        if own is not None and ranks.rank == lender:
+            try:
+                lent = pickle.dumps(moved(own, torch.device("cpu")))
+            except Exception as error:
+                raise TypeError(
+                    f"data: a process without data borrows a batch of another, which cannot be sent ({type(error).__name__}: {error}). Give "
+                    "each process at least one batch."
+                ) from error
+        ranks.meet(f"{self._title}: a batch that is lent")
+        found: Batch = pickle.loads(ranks.gather(lent)[lender])
+        return moved(found, self._risk.space.device)
 
     def _alike(self) -> Iterator[Batch]:
         """The batches, which must be the same in all processes that have parts of the parameters."""
@@ -170,10 +186,17 @@ class Walk:
             if not found.closed_form:
                 expect_summed(found.value(), self._risk.model.cut)
             if batch.silent:
-                return found
+                return silenced(found)
         return self.loss.curvature(z, batch.y, batch.size, whole)
 
     @property
     def constant(self) -> float:
         """The factor c in front of the sum over loss terms, once all batches were seen; a ValueError where it is 1/0."""
         return self.loss.constant(self._count)
+
+
+def silenced(curvature: OutputCurvature) -> OutputCurvature:
+    """A loss without gradients, as it may read parameters besides the output."""
+    value = curvature.value
+    curvature.value = lambda: Silent.apply(value())  # type: ignore[method-assign, no-untyped-call]
+    return curvature

@@ -1,6 +1,7 @@
 """Models of ``fully_shard`` whose data are divided over the very processes that have the parts of the parameters."""
 
 import copy
+import gc
 import tempfile
 import warnings
 import weakref
@@ -184,6 +185,19 @@ class Past(nn.Module):
         return self.layer(X * rates.full_tensor())
 
 
+class Written(nn.Module):
+    """A model that writes into a parameter as it runs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            torch.clamp(self.net.inner.weight, -0.2, 0.2, out=self.net.inner.weight)
+        return self.net(ids)
+
+
 def refused(model: nn.Module, loss: nn.Module, share: Any, mesh: Any) -> dict[str, str]:
     """What each process says of what cannot be divided; none of them waits for another."""
     own, group, rank = dict(model.named_parameters()), dist.group.WORLD, dist.get_rank()
@@ -196,7 +210,19 @@ def refused(model: nn.Module, loss: nn.Module, share: Any, mesh: Any) -> dict[st
     def of(net: nn.Module, make: Any = make) -> str:
         return attempt(lambda: make(net, loss, dict(net.named_parameters()), [(X, y)]))
 
+    def replaced() -> str:
+        before = model.inner.weight
+        if not rank:
+            model.inner.weight = nn.Parameter(before.detach())
+        said = attempt(lambda: op @ placed({n: t[..., 0] for n, t in u.items()}, own))
+        model.inner.weight = before
+        return said
+
+    alone = [({"ids": X, "others": lambda: None}, y) for X, y in share[:rank]]
     return {
+        "written": attempt(lambda: make(Written(model), loss, own, share)),
+        "replaced": replaced(),
+        "sent": attempt(lambda: make(lambda p, X: model(X["ids"]), loss, own, alone)),
         "order": of(either),
         "failing": of(failing),
         "backward": attempt(lambda: make(Cracked(model), loss, own, share)),
@@ -285,6 +311,37 @@ def trained(mesh: Any) -> dict[str, float]:
     return found
 
 
+def read(mesh: Any) -> dict[str, float]:
+    """A loss that reads a parameter that is not cut, and functions as models; nothing is kept of graphs that are let go."""
+    *_, (_, net, _, data, plain) = problems()
+    model, group, rank = sharded(net, plain, mesh), dist.group.WORLD, dist.get_rank()
+    params, own, share = dict(net.named_parameters()), dict(model.named_parameters()), data[1:] if rank else data[:1]
+
+    def loss(of: nn.Module) -> Any:
+        return lambda z, y: (z * of.scale.sum() - y).square().sum()
+
+    def make(kind: Any, **options: Any) -> Any:
+        return kind(lambda p, X: model(X), loss(model), own, share, reduction="sum", process_group=group, **options)
+
+    expected = HessianLinearOperator(net, loss(net), params, data, reduction="sum")
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    op = make(HessianLinearOperator)
+    found = {"read": difference(op @ placed(v, own), expected @ v)}
+    inner = {n: t for n, t in v.items() if n.startswith("inner")}
+    found["read, inner"] = difference(op["inner.*"] @ placed(inner, own), expected["inner.*"] @ inner)
+    slopes = zip(op.risk.gradient(), expected.risk.gradient(), strict=True)
+    found["read, gradient"] = max(float((whole(g) - s).abs().max()) for g, s in slopes)
+    kept: list[int] = []
+    for _ in range(3):
+        make(HessianLinearOperator)
+        make(KFACLinearOperator)
+        op.risk.gradient()
+        gc.collect()
+        kept.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
+    assert kept[1] == kept[2], kept
+    return found
+
+
 def resumed(model: nn.Module, loss: nn.Module, own: dict[str, Tensor], share: Any) -> dict[str, float]:
     """A Kronecker operator that is killed and made again."""
     make = partial(
@@ -337,6 +394,6 @@ def main() -> dict[str, Any]:
     found: dict[str, Any] = compared(number, mesh, dist.group.WORLD)
     if number == 2:
         *_, (_, net, loss, data, plain) = problems(SIZES)
-        found |= trained(mesh)
+        found |= trained(mesh) | read(mesh)
         found["refused"] = refused(sharded(net, plain, mesh), loss, data[2 * dist.get_rank() :][:2], mesh)
     return found

@@ -176,10 +176,8 @@ class Model:
     @contextmanager
     def stood_in(self) -> Iterator[None]:
         """The modules have whole parameters in the place of those that are cut, as `fully_shard` itself puts them there."""
-        found = [
-            (m, n, p) for m in self.modules() if self._stand_ins for n, p in m._parameters.items() if p is not None
-        ]
-        changed = [(m, n, p) for m, n, p in found if id(p) in self._stand_ins]
+        modules = self.modules() if self._stand_ins else ()
+        changed = [(m, n, p) for m in modules for n, p in m._parameters.items() if id(p) in self._stand_ins]
         try:
             for module, name, p in changed:
                 setattr(module, name, self._stand_ins[id(p)])

@@ -265,12 +265,8 @@ def axes(number: int, shape: tuple[int, int]) -> dict[str, Any]:
 def trained(mesh: Any) -> dict[str, float]:
     """Value, gradient, flat vectors, numbers of forward passes, memory; afterwards the model trains on as if never touched."""
     *_, (_, net, loss, data, plain) = problems(SIZES)
-    model, params, group, rank = (
-        sharded(net, plain, mesh),
-        dict(net.named_parameters()),
-        dist.group.WORLD,
-        dist.get_rank(),
-    )
+    model, params = sharded(net, plain, mesh), dict(net.named_parameters())
+    group, rank = dist.group.WORLD, dist.get_rank()
     own, share = dict(model.named_parameters()), data[2 * rank : 2 * rank + 2]
     hooks = [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     parts = {n: local(p).clone() for n, p in own.items()}
@@ -300,7 +296,9 @@ def trained(mesh: Any) -> dict[str, float]:
         assert len(storages) > 10 and kept == 0, f"{kept} of {len(storages)}"
     counter.remove()
     assert len(passes) == len(share) == len(data) // 2, f"{len(passes)} forward passes"
+    every = dict(model.named_parameters(remove_duplicate=False))  # the tied one under both names
     found |= resumed(model, loss, own, share)
+    assert all(every[n] is p for n, p in model.named_parameters(remove_duplicate=False)) and len(every) == len(own) + 1
     assert all(a is b for a, b in zip(own.values(), model.parameters(), strict=True))
     assert hooks == [dict(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     assert all(torch.equal(local(p), parts[n]) and p.grad is None for n, p in own.items())

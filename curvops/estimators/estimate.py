@@ -108,7 +108,7 @@ def relative_norm(value: Tensor, error: Tensor) -> float:
 def with_error(value: float, error: float) -> str:
     """A number with two figures of its error, and no more of its own."""
     if not 1e-300 < error < float("inf"):
-        return f"{value:.6g}"
+        return f"{value:.6g}{' ± inf' * (error > 1)}"
     digits = 1 - floor(log10(error))
     if 0 <= digits <= 6 and abs(value) < 1e6:
         return f"{value:.{digits}f} ± {error:.{digits}f}"

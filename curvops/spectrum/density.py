@@ -282,7 +282,12 @@ def spectral_density(
         together = max(1, budget(device, memory_budget) // (max(1, depth) * size * dtype.itemsize))
         asked = {"depth": depth, "seed": seed, "basis_dtype": dtype, "basis_device": device.type}
         saved = Saved(checkpoint, products, asked, starts, image)
-        rules = _rules(image, starts.split(saved.about.get("together", together), dim=1), depth, device, dtype, saved)
+        groups = starts.split(saved.about.get("together", together), dim=1)
+        # what is outside of deflated vectors is so to single precision at least, see above
+        precision = (
+            products.dtype if vectors is None else min(products.dtype, torch.float32, key=lambda t: -torch.finfo(t).eps)
+        )
+        rules = _rules(image, groups, depth, device, dtype, precision, saved)
         nodes, weights, ended = (torch.cat(parts) for parts in zip(*rules, strict=True))
         outliers = torch.zeros(0, device="cpu") if deflate is None else deflate.values
         complete = bool(ended.all()) or depth >= bulk
@@ -295,7 +300,13 @@ def spectral_density(
 
 
 def _rules(
-    image: Map, groups: Sequence[Tensor], depth: int, device: torch.device, dtype: torch.dtype, saved: Saved
+    image: Map,
+    groups: Sequence[Tensor],
+    depth: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: torch.dtype,
+    saved: Saved,
 ) -> list[tuple[Tensor, ...]]:
     """Quadratures at groups of starts, from the state that was saved on."""
     names, known = ("nodes", "weights", "ended"), saved.tensors
@@ -309,7 +320,16 @@ def _rules(
     if not saved.about:
         write({}, due=True)
     for starts in groups[len(rules) :]:
-        rule = quadrature(image, starts, depth, basis_device=device, basis_dtype=dtype, state=unfinished, done=write)
+        rule = quadrature(
+            image,
+            starts,
+            depth,
+            basis_device=device,
+            basis_dtype=dtype,
+            precision=precision,
+            state=unfinished,
+            done=write,
+        )
         rules, unfinished = [*rules, rule], None
         write({}, due=len(rules) == len(groups))
     return rules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,68 @@ from curvops.lengths import lengths
 SPENT = 10  # roundoffs: what orthogonalisation leaves below this share of an image is rounding, so the space has ended
 
 
+class Recurrence(NamedTuple):
+    """The three-term recurrences of some starts: tridiagonal matrices whose eigenvalues are the nodes.
+
+    Args:
+        diagonal: Their diagonals ``[K, m]``, in double precision on the CPU.
+        beside: What stands beside them, ``[K, m]``; the last of each leads beyond. Zeros from where a Krylov space ended.
+        size: D.
+    """
+
+    diagonal: Tensor
+    beside: Tensor
+    size: int
+
+    @property
+    def ended(self) -> Tensor:
+        """Whether each start's Krylov space ended within these steps, ``[K]``."""
+        return (self.beside[:, -1] == 0) | (self.diagonal.shape[1] == self.size)
+
+    def gauss(self) -> tuple[Tensor, Tensor]:
+        """Nodes and weights ``[K, m]``; where a space ended earlier, weights are zero, and the nodes sᵀ A s."""
+        nodes, vectors = torch.linalg.eigh(self._matrices())
+        return nodes, vectors[:, 0].square()
+
+    def radau(self, end: float) -> tuple[Tensor, Tensor]:
+        """Nodes and weights ``[K, m + 1]`` of which the first node is ``end``, below all others; Gauss' where a space ended.
+
+        For functions whose odd derivatives are positive and even ones negative, as the logarithm's, and an end that no
+        eigenvalue is below, the sum is too small, and Gauss' too large.
+
+        Source: Golub 1973; Golub & Meurant 2010, section 6.2.
+        """
+        last = self.beside[:, -1:]
+        nodes, vectors = torch.linalg.eigh(self._matrices())
+        added = end + last * (last * vectors[:, -1].square() / (nodes - end)).sum(1, keepdim=True)
+        going = ~self.ended.unsqueeze(1)
+        diagonal = torch.cat([self.diagonal, torch.where(going, added, self.diagonal[:, :1])], 1)
+        longer = Recurrence(
+            diagonal, torch.cat([torch.where(going, self.beside, self._inner()), last * 0], 1), self.size
+        )
+        nodes, weights = longer.gauss()
+        nodes[:, 0] = torch.where(going[:, 0], end, nodes[:, 0])  # exactly, as a function may have a pole next to it
+        return nodes, weights
+
+    def lowest(self) -> float:
+        """A number that the starts see no eigenvalue below: the smallest node, less its residual."""
+        nodes, vectors = torch.linalg.eigh(self._matrices())
+        residuals = torch.where(self.ended, 0.0, self.beside[:, -1] * vectors[:, -1, 0].abs())
+        return float((nodes[:, 0] - residuals).min())
+
+    def _inner(self) -> Tensor:
+        return torch.cat([self.beside[:, :-1], torch.zeros_like(self.beside[:, :1])], 1)
+
+    def _matrices(self) -> Tensor:
+        beside = self.beside[:, :-1]
+        taken = (beside != 0).sum(1, keepdim=True) + 1
+        steps = torch.arange(self.diagonal.shape[1], device="cpu")
+        matrices = torch.diag_embed(torch.where(steps < taken, self.diagonal, self.diagonal[:, :1]))
+        if len(steps) > 1:
+            matrices += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+        return matrices
+
+
 def quadrature(
     products: Callable[[Tensor], Tensor],
     starts: Tensor,
@@ -19,6 +82,7 @@ def quadrature(
     *,
     basis_device: torch.device | None = None,
     basis_dtype: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
     state: Mapping[str, Tensor] | None = None,
     done: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +100,7 @@ def quadrature(
         depth: Steps. No more than D are taken.
         basis_device: Where the bases, K · depth · D numbers, are kept. Default: with the starts.
         basis_dtype: Their precision, which bounds the orthogonality. Default: that of the starts.
+        precision: That of the products, if it is lower than the starts'.
         state: Where to go on from, as an earlier call had told.
         done: Told the state after each step.
 
@@ -44,7 +109,7 @@ def quadrature(
         weights are zero, and the nodes sᵀ A s. And whether each space ended within these steps, ``[K]``.
 
     Raises:
-        ValueError: If ``depth`` is not positive, or a product is not finite.
+        ValueError: If ``depth`` is not positive, a product is not finite, or products are not symmetric.
 
     Example:
         >>> import torch
@@ -53,6 +118,31 @@ def quadrature(
         >>> nodes, weights, _ = quadrature(Products(matrix, "trace of logarithm"), torch.eye(3), 2)
         >>> torch.testing.assert_close((weights * nodes.log()).sum(), torch.tensor(6.0).double().log())
     """
+    found = recurrence(
+        products,
+        starts,
+        depth,
+        basis_device=basis_device,
+        basis_dtype=basis_dtype,
+        precision=precision,
+        state=state,
+        done=done,
+    )
+    return *found.gauss(), found.ended
+
+
+def recurrence(
+    products: Callable[[Tensor], Tensor],
+    starts: Tensor,
+    depth: int,
+    *,
+    basis_device: torch.device | None = None,
+    basis_dtype: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    done: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Recurrence:
+    """What `quadrature` is made of, with its arguments."""
     size, count = starts.shape
     if depth < 1:
         raise ValueError(f"depth: expected a positive number of steps, got {depth}.")
@@ -61,6 +151,7 @@ def quadrature(
     diagonal, beside = (torch.zeros(count, depth, dtype=torch.float64, device="cpu") for _ in range(2))
     going = torch.arange(count, device="cpu")
     previous, current, norms = torch.zeros_like(starts), starts, starts.new_zeros(count)
+    eps = max(torch.finfo(dtype).eps for dtype in (precision or starts.dtype, starts.dtype, bases.dtype))
     first = 0
     if state is not None:
         diagonal, beside, going, filled = (state[name] for name in ("diagonal", "beside", "going", "bases"))
@@ -77,8 +168,12 @@ def quadrature(
         diagonal[going, step] = overlap.double().cpu()
         # the recurrence in full precision, so that a basis in a lower one corrects only what rounding left
         image = image - current * overlap - previous * norms
-        for _ in range(2):
-            image = image - _projected(bases[:, : step + 1], image)
+        earlier = _projected(bases[:, : step + 1], image)
+        largest = max(float(before.max()), float(diagonal.abs().max()), float(beside.max()))
+        if float(lengths(earlier).max()) > 10 * eps**0.5 * largest:  # of a symmetric matrix it is rounding
+            raise ValueError("Lanczos: products with the matrix are not symmetric. Take AᵀA, or (A + Aᵀ) / 2.")
+        image = image - earlier
+        image = image - _projected(bases[:, : step + 1], image)
         norms = lengths(image).to(image.dtype)
         kept = norms > SPENT * torch.finfo(image.dtype).eps * before
         if not kept.all():
@@ -91,22 +186,10 @@ def quadrature(
         if done is not None:
             known = {"diagonal": diagonal, "beside": beside, "going": going, "bases": bases[:, : step + 1]}
             done({**known, "previous": previous, "current": current, "norms": norms})
-    return *_rule(diagonal, beside[:, :-1]), (beside[:, -1] == 0) | (depth == size)
+    return Recurrence(diagonal, beside, size)
 
 
 def _projected(bases: Tensor, columns: Tensor) -> Tensor:
     """The part of columns ``[D, K]`` within bases ``[K, m, D]``, one for each."""
     rows = columns.T.unsqueeze(1).to(bases)
     return ((rows @ bases.mT) @ bases).squeeze(1).T.to(columns)
-
-
-def _rule(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of tridiagonal matrices and the squares of their eigenvectors' first entries."""
-    taken = (beside != 0).sum(1, keepdim=True) + 1
-    steps = torch.arange(diagonal.shape[1], device="cpu")
-    diagonal = torch.where(steps < taken, diagonal, diagonal[:, :1])
-    matrices = torch.diag_embed(diagonal)
-    if len(steps) > 1:
-        matrices += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-    nodes, vectors = torch.linalg.eigh(matrices)
-    return nodes, vectors[:, 0].square()

@@ -24,7 +24,7 @@ def estimate(value, error=0.4, **more):
         (0.0, 3e-9, "0e+00 ± 3.0e-09"),
         (5e8, 3e4, "5.00000e+08 ± 3.0e+04"),
         (5.25, 0.0, "5.25"),
-        (5.25, float("inf"), "5.25"),
+        (5.25, float("inf"), "5.25 ± inf"),
     ],
 )
 def test_no_more_figures_than_the_error_allows(value, error, text):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from curvops import OuterProductOperator
 from curvops.estimators import by_group, diagonal, logdet, squared_norm, trace, trace_function
 from curvops.estimators.diagonal import _XDiag
 from curvops.estimators.probes import Probes
@@ -174,3 +175,17 @@ def test_a_singular_matrix_has_no_determinant_whatever_rounding_makes_of_zero(se
     with pytest.raises(ValueError, match="expected a positive definite matrix"):
         logdet(factor @ factor.T)
     is_exact(logdet(factor @ factor.T, damping=0.1), torch.logdet(factor @ factor.T + 0.1 * torch.eye(5)), 5)
+
+
+def test_the_log_determinant_of_a_singular_matrix():
+    """Minus infinity where the matrix is declared psd and known whole; else a number whose error is infinite, and a warning."""
+    factor = torch.randn(40, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    singular = OuterProductOperator(factor.T)
+    assert singular.psd and logdet(singular, num_products=300) == -torch.inf
+    with pytest.warns(UserWarning, match="a depth above 10 or a larger damping"):
+        found = logdet(factor.T @ factor, depth=10, num_products=100)
+    assert found.standard_error == torch.inf and repr(found).endswith(
+        "± inf, Lanczos quadrature of depth 10, 100 products)"
+    )
+    with pytest.raises(ValueError, match="not symmetric"):
+        logdet(factor[:, :40] + 100 * torch.eye(40), depth=5, num_products=20)

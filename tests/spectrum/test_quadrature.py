@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curvops.matrix import Products
-from curvops.spectrum.quadrature import quadrature
+from curvops.spectrum.quadrature import quadrature, recurrence
 
 
 def symmetric(values, seed=0):
@@ -94,3 +94,34 @@ def test_what_cannot_be_is_refused():
         quadrature(Products(torch.eye(3), "test"), torch.eye(3), 0)
     with pytest.raises(ValueError, match="a product with the matrix is not finite"):
         quadrature(Products(torch.full((3, 3), torch.nan), "test"), torch.eye(3), 2)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 9])
+def test_a_node_may_be_chosen(depth):
+    """One degree more is exact, and the logarithm is between the two quadratures."""
+    matrix, basis = symmetric(torch.logspace(-3, 0, 30))
+    columns = starts(30, 4)
+    found = recurrence(Products(matrix, "test"), columns, depth)
+    nodes, weights = found.radau(0.0)
+    assert nodes.shape == weights.shape == (4, depth + 1) and (nodes[:, 0] == 0).all()
+    powers = torch.stack([(weights * nodes**p).sum(1) for p in range(2 * depth + 1)], 1)
+    torch.testing.assert_close(powers, moments(matrix, columns, 2 * depth + 1), rtol=0, atol=1e-12)
+    truth = (basis.T @ columns).square().T @ (torch.logspace(-3, 0, 30, dtype=torch.float64) + 1e-3).log()
+    low, high = ((w * (n + 1e-3).log()).sum(1) for n, w in ((nodes, weights), found.gauss()))
+    assert (low < truth).all() and (truth < high).all()
+    assert found.lowest() <= float(found.gauss()[0].min())
+
+
+def test_a_space_that_ended_takes_no_further_node():
+    matrix, _ = symmetric([1.0] * 5 + [2.0] * 5)
+    found = recurrence(Products(matrix, "test"), starts(10, 3), 6)
+    nodes, weights = found.radau(0.5)
+    torch.testing.assert_close((weights * nodes.log()).sum(1), (found.gauss()[1] * found.gauss()[0].log()).sum(1))
+    assert found.ended.all() and abs(found.lowest() - 1.0) < 1e-12
+
+
+def test_a_matrix_that_is_not_symmetric_is_refused():
+    matrix = torch.randn(50, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="not symmetric"):
+        recurrence(Products(matrix, "test"), starts(50, 2), 10)
+    recurrence(Products(matrix + matrix.T, "test"), starts(50, 2), 10)

@@ -75,17 +75,25 @@ def neumann(
             least = least.minimum(current)
             if (current > GROWTH * least.clamp(min=system.eps)).any():
                 break
-        grown = bool((current > before.clamp(min=10 * system.eps)).any())
+        rounding = 10 * system.eps
+        grown = bool((current > before.clamp(min=rounding)).any())
+        stays = bool((current > (before * (1 - rounding)).clamp(min=rounding)).any())
         within = bool((current <= system.tolerance).all())
-        converged = not grown and (within or tolerance is None)
-        return system.solution(x, residual, terms, converged, _why(system, terms, current, grown, within))
+        converged = not grown and (within or (tolerance is None and not stays))
+        return system.solution(x, residual, terms, converged, _why(system, terms, current, (grown, stays, within)))
 
 
-def _why(system: System, terms: int, residual: Tensor, grown: bool, within: bool) -> str:
+def _why(system: System, terms: int, residual: Tensor, state: tuple[bool, bool, bool]) -> str:
+    grown, stays, within = state
     if grown:
         bound = "" if system.preconditioner is not None else f", which is below {2 / float(system.largest):.1e}"
         return f"the series diverges, its terms grow: take a smaller scale, below 2 / λ_max{bound}, or minres or cg"
     if within:
         return f"each residual is at most {system.tolerance:g}"
+    if stays:
+        return (
+            "the terms do not shrink: the matrix is singular where b is not zero, or the scale is 2 / λ_max: take a smaller scale, or "
+            "add damping"
+        )
     most = float(residual.max()) if len(residual) else 0.0
     return f"all {terms} terms are summed, which leaves a residual of {most:.1e}: for less take more num_terms"

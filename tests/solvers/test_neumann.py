@@ -37,6 +37,20 @@ def test_the_scale_decides():
         assert "diverges" in found.reason and "smaller scale, below 2 / λ_max" in found.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_that_do_not_shrink(dtype):
+    """I − s A has an eigenvalue of absolute value one where b is not zero: x is no solution, and comes to none."""
+    eye = torch.eye(5, dtype=dtype)
+    singular = eye.clone()
+    singular[4, 4] = 0
+    for matrix, scale in ((eye, 2.0), (0 * eye, 1.0), (singular, 0.5)):
+        for terms in (1, 2, 100):
+            found = neumann(matrix, torch.ones(5, dtype=dtype), scale=scale, num_terms=terms)
+            if matrix is not singular or terms == 100:
+                assert not found.converged and "the terms do not shrink" in found.reason
+    assert neumann(singular, singular @ torch.ones(5, dtype=dtype), scale=0.5).converged
+
+
 def test_a_tolerance_ends_it_early():
     matrix, b = symmetric(torch.linspace(0.5, 1, 12)), draws(12)
     found = neumann(matrix, b, tolerance=1e-3)

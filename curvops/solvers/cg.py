@@ -39,7 +39,7 @@ def cg(
             or a tensor ``[D]``, the diagonal of one.
         x0: Where to start, in the format of b; at zero if not given.
         tolerance: Largest relative residual ‖b − (A + δI) x‖ / ‖b‖ of each column; 1e-6 if not given, or a hundred
-            times the dtype's precision if that is more.
+            times the dtype's precision if that is more, and 1e-2 at most.
         max_iterations: Most iterations; ten times the dimension and at most 1000 if not given.
         progressbar: Show a bar that counts products (needs ``tqdm``).
 

@@ -16,6 +16,11 @@ from curvops.solvers.solution import Solution
 MOST_ITERATIONS = 1000  # unless the user says otherwise: a larger net would keep a solver busy for days
 
 
+def default_tolerance(dtype: torch.dtype) -> float:
+    """The largest relative residual that is accepted unless the user says otherwise: few digits are lost, and some are left."""
+    return min(max(1e-6, 100 * torch.finfo(dtype).eps), 1e-2)
+
+
 class System:
     """(A + δI) x = b, or the least-squares problem of A and b, for the time of a context.
 
@@ -47,8 +52,8 @@ class System:
     ) -> None:
         self.products = Products(matrix, title, square=square, symmetric=symmetric, progressbar=progressbar)
         self.title, self.damping = title, _number(f"{title}: damping", damping)
-        reachable = max(1e-6, 100 * torch.finfo(self.products.dtype).eps)
-        self.tolerance = _number(f"{title}: tolerance", reachable if tolerance is None else tolerance)
+        asked = default_tolerance(self.products.dtype) if tolerance is None else tolerance
+        self.tolerance = _number(f"{title}: tolerance", asked)
         self.max_iterations = _limit(title, max_iterations, min(10 * max(self.products.shape), MOST_ITERATIONS))
         given = self.products.given(b, left=True)
         self._answer = given.answer

@@ -10,6 +10,7 @@ from curvops.solvers.cg import cg
 from curvops.solvers.lsmr import lsmr
 from curvops.solvers.minres import minres
 from curvops.solvers.neumann import neumann
+from curvops.solvers.system import default_tolerance
 from solvers.support import Foreign, draws, relative, symmetric
 
 SOLVERS = {"cg": cg, "minres": minres, "lsmr": lsmr, "neumann": neumann}
@@ -134,3 +135,35 @@ def test_callers_keep_what_they_gave(solver):
     assert not found.x.requires_grad and torch.equal(b.detach(), before)
     with torch.inference_mode():
         assert solver(MATRIX, before.clone()).converged
+
+
+@pytest.mark.parametrize("kind", ["cg", "minres"])
+def test_default_tolerances_of_low_precisions(kind):
+    """A hundred times the precision of bfloat16 is 0.78: no solution. What is not reached within 1e-2 is not converged."""
+    matrix = symmetric(torch.logspace(-2, 1, 40)).bfloat16()
+    for dtype, tolerance in (
+        (torch.bfloat16, 1e-2),
+        (torch.float16, 1e-2),
+        (torch.float32, 1.2e-5),
+        (torch.float64, 1e-6),
+    ):
+        given, b = matrix.to(dtype), draws(40).to(dtype)
+        found = SOLVERS[kind](given, b)
+        assert found.converged == bool(found.residual <= tolerance)
+        assert not found.converged or relative(given.double(), found.x.double(), b.double()) < 2 * tolerance
+    assert default_tolerance(torch.bfloat16) == default_tolerance(torch.float16) == 1e-2
+    assert default_tolerance(torch.float32) == 100 * 2.0**-23 and default_tolerance(torch.float64) == 1e-6
+
+
+def test_a_network_in_bfloat16_says_what_rounding_leaves():
+    """Of 12.6 % error, or anything: the residual is at most 1e-2, or it is said that it is not."""
+    model, loss, _, data = PROBLEMS["mlp"]().args()
+    ggn = GGNLinearOperator(
+        model.bfloat16(), loss, dict(model.named_parameters()), [(X.bfloat16(), y) for X, y in data]
+    )
+    b = torch.ones(ggn.shape[0], dtype=torch.bfloat16)
+    found = ggn.solve(b, 1e-2)
+    assert found.converged == bool(found.residual <= 1e-2)
+    if not found.converged:
+        with pytest.raises(RuntimeError, match="cg did not converge"):
+            ggn.inverse(1e-2) @ b

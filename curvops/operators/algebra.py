@@ -30,9 +30,10 @@ class StructuredAlgebra:
                 if is_diagonal(b) and isinstance(a, LowRankPlusDiagonalOperator):
                     diagonal = a._diagonal + b.diagonal()
                     psd = (a.psd and b.psd) or None
-                    return LowRankPlusDiagonalOperator(a.columns, diagonal, a.weights, a.domain, psd)
+                    return LowRankPlusDiagonalOperator._of(a.columns, diagonal, a.weights, a.domain, psd)
                 if is_diagonal(b) and isinstance(a, OuterProductOperator) and a.psd:
-                    return LowRankPlusDiagonalOperator(a.left, b.diagonal(), space=a.domain)
+                    ones = a.left.new_ones(a.left.shape[1])
+                    return LowRankPlusDiagonalOperator._of(a.left, b.diagonal() + 0.0, ones, a.domain, None)
         return SumOperator((1.0, first), (1.0, second))
 
     def scale(self, factor: float, operator: LinearOperator) -> LinearOperator:

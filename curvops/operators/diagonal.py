@@ -37,7 +37,7 @@ class DiagonalOperator(StructuredOperator):
         columns, form = space.to_columns(diagonal, "DiagonalOperator")
         if form.columns:
             raise ValueError("DiagonalOperator: expected one vector, got several as columns.")
-        values = columns.detach().squeeze(1)
+        values = columns.detach().squeeze(1).clone()  # the caller may change the tensor
         super().__init__(space, _diagonal_blocks(values, space), "DiagonalOperator", psd=bool((values >= 0).all()))
 
 

@@ -12,9 +12,12 @@ from torch import Tensor
 from curvops.lengths import dots, gram, size_of
 from curvops.operators.damping import Damping, by_parameter, number, spread
 from curvops.operators.diagonal import space_of
+from curvops.operators.eigen import check_finite
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.submatrix import restricted_name
 from curvops.space import TensorSpace, Vector
+
+LOST = 1e-3  # the largest relative error that rounding may leave in an inverse
 
 
 class OuterProductOperator(LinearOperator):
@@ -110,22 +113,35 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         else:
             d = _columns(diagonal, space, "LowRankPlusDiagonalOperator, diagonal")[1]
         rank = self.columns.shape[1]
-        s = self.columns.new_ones(rank) if weights is None else weights.detach()
+        s = self.columns.new_ones(rank) if weights is None else weights.detach().clone()
         if d.numel() != space.dim or s.shape != (rank,) or s.dtype != space.dtype or s.device != space.device:
             raise ValueError(
                 f"LowRankPlusDiagonalOperator: expected one diagonal and {rank} weights, {space.dtype} on {space.device}, "
                 f"got a diagonal with {d.numel()} entries and weights {tuple(s.shape)}, {s.dtype} on {s.device}."
             )
-        self.weights, self._diagonal = s, d.reshape(-1)
-        positive = bool((self.weights >= 0).all() and (self._diagonal >= 0).all())
+        self._set(self.columns, d.reshape(-1), s, space, psd)
+
+    @classmethod
+    def _of(
+        cls, columns: Tensor, diagonal: Tensor, weights: Tensor, space: TensorSpace, psd: bool | None
+    ) -> LowRankPlusDiagonalOperator:
+        """Of tensors that nobody changes; they may be of a higher precision than the space."""
+        operator = cls.__new__(cls)
+        operator._set(columns, diagonal, weights, space, psd)
+        return operator
+
+    def _set(self, columns: Tensor, diagonal: Tensor, weights: Tensor, space: TensorSpace, psd: bool | None) -> None:
+        self.columns, self._diagonal, self.weights = columns, diagonal, weights
+        positive = bool((weights >= 0).all() and (diagonal >= 0).all())
         super().__init__(space, symmetric=True, psd=positive if psd is None else psd)
 
     def _apply(self, columns: Tensor) -> Tensor:
-        low = self.columns @ (self.weights[:, None] * (self.columns.T @ columns))
-        return low + self._diagonal[:, None] * columns
+        given = columns.to(self.columns.dtype)
+        low = self.columns @ (self.weights[:, None] * (self.columns.T @ given))
+        return (low + self._diagonal[:, None] * given).to(self.dtype)
 
     def _exact_diagonal(self) -> Tensor:
-        return self.columns.square() @ self.weights + self._diagonal
+        return (self.columns.square() @ self.weights + self._diagonal).to(self.dtype)
 
     def _exact_norm(self) -> Tensor:
         low = (gram(self.columns).square() * self.weights.double()[:, None] * self.weights).sum()
@@ -135,7 +151,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
     def _exact_logdet(self, damping: Damping) -> Tensor:
         parts = self._capacitance(damping)
         if (parts.diagonal == 0).sum() > parts.columns.shape[1]:
-            return self.columns.new_tensor(-math.inf)
+            return self._diagonal.new_tensor(-math.inf, dtype=self.dtype)
         if parts.positive:
             stretch = torch.linalg.svdvals(parts.columns / parts.diagonal.sqrt()[:, None])
             return (parts.diagonal.log().sum() + stretch.square().log1p().sum()).to(self.dtype)
@@ -148,15 +164,15 @@ class LowRankPlusDiagonalOperator(LinearOperator):
             raise ValueError(f"{self.name}.logdet(): {int(negative)} eigenvalues are negative. Pass a larger damping.")
         if zero.any():
             self._expect_seen(scales.square(), "logdet")
-            return self.columns.new_tensor(-math.inf)
+            return self._diagonal.new_tensor(-math.inf, dtype=self.dtype)
         whole = parts.diagonal.abs().log().sum() + 2 * scales.log().sum()
         return (whole + torch.linalg.slogdet(inner)[1]).to(self.dtype)
 
     def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:  # type: ignore[override]  # it has no options
-        """The inverse of the matrix plus ``damping`` times the identity, of the same rank.
+        """The inverse of the matrix plus ``damping`` times the identity, of the same rank, its parts in double precision.
 
         Raises:
-            ValueError: If it is singular, or the diagonal with the damping has a zero.
+            ValueError: If it is singular, or so nearly that rounding hides it; or if the diagonal with the damping has a zero.
         """
         given = {name: number(value) for name, value in by_parameter(damping, self.domain).items()}
         parts = self._capacitance(given)
@@ -178,12 +194,25 @@ class LowRankPlusDiagonalOperator(LinearOperator):
                 raise ValueError(f"{self.name}.inverse(): the matrix is singular. Pass a positive damping.")
             columns, weights = (parts.columns / parts.diagonal[:, None] / scales) @ basis, -1 / values
             diagonal = 1 / parts.diagonal
-        columns, diagonal, weights = (part.to(self.dtype) for part in (columns, diagonal, weights))
-        return LowRankPlusDiagonalOperator(columns, diagonal, weights, self.domain, self.psd)
+            self._expect_exact(parts, columns, weights)
+        # in a lower precision what cancels between them would be lost
+        return self._of(columns, diagonal, weights, self.domain, self.psd)
+
+    def _expect_exact(self, parts: _Capacitance, columns: Tensor, weights: Tensor) -> None:
+        """A ValueError where the terms of the inverse cancel so much, or are so large, that rounding is seen in it."""
+        sizes = parts.diagonal.abs()[:, None]
+        growth = (1 + (parts.columns.square() / sizes).sum()) * (1 + (columns.square() * sizes * weights.abs()).sum())
+        if not growth < LOST / torch.finfo(columns.dtype).eps:
+            raise ValueError(
+                f"{self.name}.inverse(): the matrix is singular but for rounding, or its parts cancel: errors grow {float(growth):.1e}-fold. "
+                "Pass a damping that makes it positive definite, or take another solver, op.solve(b, solver='minres')."
+            )
 
     def _expect_seen(self, ratios: Tensor, method: str) -> None:
         """A ValueError where the columns are so large beside the diagonal that it is lost in rounding."""
-        if len(ratios) and not ratios.max() < 0.1 / torch.finfo(ratios.dtype).eps:
+        if len(ratios) and not ratios.max() < min(
+            0.1 / torch.finfo(self.dtype).eps, LOST / torch.finfo(ratios.dtype).eps
+        ):
             raise ValueError(
                 f"{self.name}.{method}(): the columns are {float(ratios.max()):.1e} times as large as the diagonal, which {self.dtype} "
                 "does not hold. Pass a larger damping, or double precision."
@@ -195,29 +224,29 @@ class LowRankPlusDiagonalOperator(LinearOperator):
     def _scaled(self, factor: float) -> LinearOperator:
         weights, diagonal = factor * self.weights, factor * self._diagonal
         psd = self.psd if factor >= 0 else None
-        return LowRankPlusDiagonalOperator(self.columns, diagonal, weights, self.domain, psd)
+        return self._of(self.columns, diagonal, weights, self.domain, psd)
 
     def _shifted(self, damping: Mapping[str, float]) -> LinearOperator:
         diagonal = self._diagonal + spread(damping, self.domain)
         psd = self.psd or None
-        return LowRankPlusDiagonalOperator(self.columns, diagonal, self.weights, self.domain, psd)
+        return self._of(self.columns, diagonal, self.weights, self.domain, psd)
 
     def _restricted(self, rows: TensorSpace, columns: TensorSpace) -> LinearOperator:
         if rows != columns:
             return super()._restricted(rows, columns)
         where = self.domain.positions(rows.names)
-        part = LowRankPlusDiagonalOperator(
-            self.columns[where], self._diagonal[where], self.weights, rows, self.psd or None
-        )
+        part = self._of(self.columns[where], self._diagonal[where], self.weights, rows, self.psd or None)
         part._name = restricted_name(self, rows, columns)
         return part
 
     def _capacitance(self, damping: Damping) -> _Capacitance:
-        wide = torch.promote_types(self.dtype, torch.float32)  # half precisions know no decompositions
+        wide = torch.float64  # the small matrix tells what is left of numbers that cancel
         diagonal = (self._diagonal + spread(by_parameter(damping, self.domain), self.domain)).to(wide)
         used = self.weights != 0
         weights = self.weights[used].to(wide)
         columns = self.columns[:, used].to(wide) * weights.abs().sqrt()
+        for part in (columns, diagonal.detach()):
+            check_finite(part, self.name)
         if (diagonal == 0).any() and (diagonal == 0).sum() <= columns.shape[1]:
             raise ValueError(
                 f"{self.name}: expected a diagonal without zeros, where the rank reaches their number. "
@@ -253,4 +282,5 @@ def _zero(values: Tensor) -> Tensor:
 def _columns(vector: Vector, space: TensorSpace | None, what: str) -> tuple[TensorSpace, Tensor]:
     if space is None:
         space = space_of(vector)
-    return space, space.to_columns(vector, what)[0].detach()
+    # a copy: the caller may change the tensor, and what is known of the operator would not change with it
+    return space, space.to_columns(vector, what)[0].detach().clone()

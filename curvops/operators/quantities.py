@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from math import prod
@@ -21,6 +22,7 @@ from curvops.lengths import lengths
 from curvops.matrix import Products
 from curvops.operators.damping import Damping, by_parameter, number
 from curvops.solvers import SOLVERS, Solution
+from curvops.solvers.direct import direct
 from curvops.space import TensorSpace, describe
 from curvops.spectrum import EigenPairs, SpectralDensity, Which
 from curvops.spectrum.choice import Choice
@@ -247,7 +249,7 @@ class Quantities(ABC):
 
     @in_step
     def solve(self, b: Any, damping: Damping = 0.0, *, solver: str | None = None, **options: Any) -> Solution:
-        """Solve (A + δI) x = b: exactly where the structure gives the inverse, else by iteration.
+        """Solve (A + δI) x = b: by the inverse where the structure gives it, to the tolerance, else by iteration.
 
         Args:
             b: Right-hand side or sides, in any format.
@@ -276,15 +278,8 @@ class Quantities(ABC):
         damped = self._damped_by(damping)
         inverse = self._exact_inverse(damping) if solver is None else None
         if inverse is not None:
-            given = Products(self, "solve").given(b, left=True)
-            if not torch.isfinite(given.columns).all():
-                raise ValueError(
-                    "solve: expected a finite right-hand side, got entries that are infinite or no numbers."
-                )
-            x = inverse @ given.columns
-            scale, size = lengths(given.columns), lengths(given.columns - damped @ x)
-            residual = torch.where(scale > 0, size / scale, size).to(x.dtype)
-            return Solution(given.answer(x), residual, 0, 0, True, "the structure gives the inverse")
+            found = direct(damped, b, inverse, tolerance=options.get("tolerance"))
+            return replace(found, reason="the structure gives the inverse") if found.converged else found
         matrix, solver, shift = self._to_solve(damping, solver)
         return SOLVERS[solver](matrix, b, **shift, **options)
 

@@ -92,4 +92,5 @@ def _pair(matrices: Matrices, what: str) -> tuple[Tensor, Tensor]:
         bound = torch.finfo(factor.dtype).eps ** 0.5 * float(size_of(factor))
         if factor.ndim == 2 and not ((factor - factor.T).abs() <= bound).all():
             raise ValueError(f"{what}: expected a symmetric matrix, got one that differs from its transpose.")
-    return left.detach(), right.detach()
+    # copies: the caller may change the tensors, and eigendecompositions that are kept would not change with them
+    return left.detach().clone(), right.detach().clone()

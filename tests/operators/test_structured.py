@@ -195,6 +195,65 @@ def test_low_rank_parts_of_any_size(dtype, alike):
         op.inverse(0.5)
 
 
+def cancelling(dtype):
+    """Columns of 1e3 beside a diagonal with one negative entry: what the terms of the inverse have in common cancels."""
+    columns = draws(20, 20, seed=1)
+    diagonal = torch.ones(20, dtype=torch.float64)
+    diagonal[0] = -0.5
+    return (1e3 * columns / columns.norm(dim=0).max()).to(dtype), diagonal.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("parts", ["indefinite", "positive"])
+def test_inverses_whose_terms_cancel(dtype, parts):
+    """In single precision, too, the inverse is that of the matrix: in double it is known to ten digits and more."""
+    columns, diagonal = cancelling(dtype)
+    if parts == "positive":
+        columns, diagonal = torch.full((20, 1), 150.0, dtype=dtype), torch.ones(20, dtype=dtype)
+    op, U = LowRankPlusDiagonalOperator(columns, diagonal), columns.double()
+    A, b = U @ U.T + diagonal.double().diag(), draws(20)
+    expected, near = torch.linalg.solve(A, b.to(dtype).double()), {torch.float32: 1e-6, torch.float64: 1e-9}[dtype]
+    solution = op.solve(b.to(dtype))
+    for found in (solution.x, op.inverse() @ b.to(dtype)):
+        assert found.dtype == dtype and (found.double() - expected).norm() < near * expected.norm()
+    reached = bool(solution.residual <= {torch.float32: 100 * 2.0**-23, torch.float64: 1e-6}[dtype])
+    assert solution.converged == reached and (reached or dtype == torch.float32)
+    assert solution.reason.startswith("the structure gives the inverse" if reached else "rounding in torch.float32")
+    if parts == "positive":
+        close(op.inverse().logdet().double(), -torch.logdet(A), tolerance=near)
+    again = op.inverse().inverse()
+    assert (again.to_dense().double() - A).norm() < 1e-6 * A.norm()
+
+
+def test_inverses_that_rounding_hides():
+    columns = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    near = LowRankPlusDiagonalOperator(columns, torch.tensor([-1.0 + 2.0**-44, 1.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"singular but for rounding, or its parts cancel: errors grow .*-fold\."):
+        near.inverse()
+
+
+def test_solutions_say_what_they_reach():
+    """Of eigenvalues 10001 and 1 in single precision: no x has a residual that is less than rounding."""
+    op = block_diagonal({"a": 5e3 * torch.ones(2, 2) + torch.eye(2), "b": torch.tensor([1.0, 2.0])})
+    b = torch.tensor([1.0, -0.7, 1.0, 1.0])
+    loose, sharp = op.solve(b, tolerance=0.5), op.solve(b, tolerance=1e-12)
+    dense = op.to_dense().double()
+    for found, tolerance in ((loose, 0.5), (sharp, 1e-12)):
+        true = (b.double() - dense @ found.x.double()).norm() / b.double().norm()
+        assert found.converged == bool(found.residual <= tolerance)
+        assert abs(float(true) - float(found.residual)) < 1e-3
+    assert loose.converged and not sharp.converged and "rounding in torch.float32 keeps the residual" in sharp.reason
+    with pytest.raises(ValueError, match="solve: tolerance: expected a finite number"):
+        op.solve(b, tolerance=-1.0)
+
+
+@pytest.mark.parametrize("what", ["logdet", "inverse", "solve"])
+def test_entries_that_are_no_numbers(what):
+    op = LowRankPlusDiagonalOperator(torch.tensor([1.0, torch.nan]), 1.0)
+    with pytest.raises(ValueError, match=r"LowRankPlusDiagonalOperator: .*entries that are not finite"):
+        getattr(op, what)(*([torch.ones(2)] if what == "solve" else []))
+
+
 @pytest.mark.parametrize("diagonal", [1.0, 1e-8, 1e-16])
 def test_inverses_where_the_columns_span_the_space(diagonal):
     """As in slices of few rows: the diagonal may be lost, the matrix is not singular."""
@@ -203,6 +262,36 @@ def test_inverses_where_the_columns_span_the_space(diagonal):
     close(inverse.to_dense(), torch.linalg.inv(op.to_dense()), tolerance=1e-9)
     close(inverse.inverse().to_dense(), op.to_dense(), tolerance=1e-9)
     close(inverse.logdet(), -torch.logdet(op.to_dense()), tolerance=1e-9)
+
+
+OWNED = {
+    "diagonal": (DiagonalOperator, 1),
+    "low rank, columns": (lambda t: LowRankPlusDiagonalOperator(t, 1.0), 2),
+    "low rank, diagonal": (lambda t: LowRankPlusDiagonalOperator(draws(3), t), 1),
+    "low rank, weights": (lambda t: LowRankPlusDiagonalOperator(psd(3), 1.0, t), 1),
+    "outer": (OuterProductOperator, 2),
+    "outer, right": (lambda t: OuterProductOperator(psd(3), t), 2),
+    "kronecker, left": (lambda t: kronecker_product(t, psd(2)), 2),
+    "kronecker, right": (lambda t: kronecker_product(psd(2).diagonal(), t), 2),
+    "block": (lambda t: block_diagonal({"w": t}), 2),
+    "diagonal block": (lambda t: block_diagonal({"w": t}), 1),
+}
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_the_caller_may_change_the_tensors(name):
+    make, axes = OWNED[name]
+    tensor = psd(3) if axes == 2 else psd(3).diagonal().clone()
+    op, kept = make(tensor), make(tensor.clone()).to_dense()
+    known = op.psd and op.logdet(1.0)  # what is computed and kept
+    tensor.mul_(-10)
+    assert torch.equal(op.to_dense(), kept) and torch.equal(op.diagonal(), kept.diagonal())
+    if op.psd:
+        close(known, torch.logdet(kept + eye(len(kept))))
+        close(op.logdet(1.0), torch.logdet(kept + eye(len(kept))))
+    for result in (op.to_dense(), op.diagonal(), op @ torch.ones(op.shape[1], dtype=torch.float64)):
+        result.zero_()
+    assert torch.equal(op.to_dense(), kept)
 
 
 def test_norms_of_what_cancels():

@@ -30,8 +30,8 @@ def direct(matrix: Any, b: Any, inverse: Any, *, tolerance: float | None = None)
         >>> direct(matrix, torch.ones(3), torch.linalg.inv(matrix)).x
         tensor([1.0000, 0.5000, 0.2500])
     """
-    given = {"damping": 0.0, "tolerance": tolerance, "max_iterations": None}
-    with System("solve", matrix, b, preconditioner=inverse, **given) as system:
+    system = System("solve", matrix, b, damping=0.0, preconditioner=inverse, tolerance=tolerance, max_iterations=None)
+    with system:
         return solved(system, _refined)
 
 

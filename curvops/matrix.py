@@ -150,8 +150,17 @@ class Products:
         if vector.ndim not in (1, 2) or len(vector) != size:
             raise ValueError(f"{self.title}: expected shape ({size},) or ({size}, K), got {tuple(vector.shape)}.")
         if vector.dtype != self.dtype or vector.device != self.device:
+            silent = (
+                ""
+                if getattr(self.matrix, "dtype", None) is not None
+                else f" {self.name} says no dtype: give it a `dtype`."
+            )
             raise TypeError(
-                f"{self.title}: expected {self.dtype} on {self.device}, got {vector.dtype} on {vector.device}."
+                f"{self.title}: expected {self.dtype} on {self.device}, got {vector.dtype} on {vector.device}.{silent}"
+            )
+        if vector.layout != torch.strided:
+            raise TypeError(
+                f"{self.title}: expected a dense vector, got one of layout {vector.layout}: pass v.to_dense()."
             )
         single = vector.ndim == 1
         columns = vector.detach().unsqueeze(1) if single else vector.detach()

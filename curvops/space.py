@@ -313,6 +313,10 @@ class TensorSpace:
     def _check_kind(self, tensor: Tensor, dtype: torch.dtype, context: str) -> None:
         if tensor.dtype != dtype:
             raise TypeError(f"{context}: expected {dtype}, got {tensor.dtype}. Convert it with .to({dtype}).")
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{context}: expected a dense tensor, got one of layout {tensor.layout}: pass v.to_dense()."
+            )
         if tensor.device != self.device:
             raise ValueError(
                 f"{context}: expected a tensor on {self.device}, got one on {tensor.device}. Move it with .to({str(self.device)!r})."

@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse.linalg as linalg
 import torch
 
+from curvops import estimators, spectrum
 from curvops.matrix import Matrix, Products, normal, seeded, signs
 
 DENSE = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -65,3 +66,36 @@ def test_random_numbers_are_reproducible_and_leave_the_global_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(TypeError, match=r"seed: expected an integer, got 1.5"):
         seeded(1.5)
+
+
+class Silent:
+    """A matrix that says no dtype, or gives the same memory for each product."""
+
+    def __init__(self, dense, **more):
+        self.dense, self.shape, self.memory = dense, dense.shape, torch.empty_like(dense)
+        vars(self).update(more)
+
+    def __matmul__(self, columns):
+        return torch.matmul(self.dense, columns, out=self.memory[:, : columns.shape[1]])
+
+
+def test_a_matrix_without_a_dtype_is_told_so():
+    dense = DENSE.T @ DENSE
+    with pytest.raises(TypeError, match=r"got torch.float64 on cpu\. Silent says no dtype: give it a `dtype`\."):
+        Products(Silent(dense), "test").given(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"expected a dense vector, got one of layout torch\.sparse_coo"):
+        Products(dense, "test").given(torch.ones(3, dtype=torch.float64).to_sparse())
+
+
+def test_products_that_share_memory():
+    dense = torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = dense + dense.T
+    matrix = Silent(dense, dtype=dense.dtype)
+    expected = torch.linalg.eigvalsh(dense)
+    torch.testing.assert_close(spectrum.eigenpairs(matrix, 300).values, expected)
+    torch.testing.assert_close(
+        estimators.trace_function(matrix, torch.exp, num_products=300) + 0.0, expected.exp().sum()
+    )
+    for each in (dense, matrix):
+        found = estimators.trace(each, num_products=240, method="hutch++")
+        torch.testing.assert_close(found + 0.0, estimators.trace(dense, num_products=240, method="hutch++") + 0.0)

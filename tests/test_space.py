@@ -176,3 +176,10 @@ def test_names_in_messages(space):
     assert space.mismatch(SHAPES) == ""
     assert describe(["a", "b"]) == "'a', 'b'"
     assert describe(list("abcdef")) == "'a', 'b', …, 'f'"
+
+
+def test_sparse_vectors_are_refused():
+    space = TensorSpace({"a": torch.zeros(2), "b": torch.zeros(3)})
+    for vector in (torch.ones(5).to_sparse(), [torch.ones(2), torch.ones(3).to_sparse()]):
+        with pytest.raises(TypeError, match=r"expected a dense tensor, got one of layout .*: pass v\.to_dense\(\)"):
+            space.to_columns(vector, "test")

@@ -44,8 +44,8 @@ class Estimate(Tensor):
         return found
 
     def part(self, index: Any) -> Estimate:
-        """The estimate of some of the entries, from the same products."""
-        return self.like(self[index], self.standard_error[index])
+        """The estimate of some of the entries, from the same products, in memory of its own."""
+        return self.like(self[index].clone(), self.standard_error[index].clone())
 
     def like(self, value: Tensor, error: Tensor) -> Estimate:
         """Another estimate from the same products."""

@@ -74,7 +74,8 @@ class Probes:
         multiply = self.products.adjoint if adjoint else self.products
 
         def product(some: Tensor) -> Tensor:
-            return multiply(some.to(self.products.dtype)).to(self.dtype)
+            # another's operator may use the memory again
+            return multiply(some.to(self.products.dtype)).to(self.dtype, copy=some.shape[1] < columns.shape[1])
 
         found = [self.through(product, some) for some in columns.split(self._width, 1)]
         return self._checked(torch.cat(found, 1))

@@ -112,7 +112,7 @@ class Quantities(ABC):
         if options.get("groups") is None:
             return _exact(known)
         rows = resolve(options["groups"], Products(self, "diagonal"))
-        return {name: _exact(known[own]) for name, own in rows.items()}
+        return {name: _exact(known[own].clone()) for name, own in rows.items()}
 
     @in_step
     def frobenius_norm(self, **options: Any) -> Estimate:

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvops.lengths import size_of
 from curvops.operators.block_diagonal import Placed, StructuredOperator
 from curvops.operators.blocks import KroneckerBlock
+from curvops.operators.eigen import check_finite
 from curvops.operators.places import Places
 from curvops.space import TensorSpace
 
@@ -26,7 +27,7 @@ def block_diagonal(blocks: Mapping[str, Matrices], space: TensorSpace | None = N
         space: The space, whose parameters these are; by default plain vectors of these names.
 
     Raises:
-        TypeError, ValueError: If a matrix is not symmetric, or of another size or dtype than its parameter.
+        TypeError, ValueError: If a matrix is not finite, not symmetric, or of another size or dtype than its parameter.
 
     Example:
         >>> import torch
@@ -63,7 +64,7 @@ def kronecker_product(left: Tensor, right: Tensor, space: TensorSpace | None = N
         space: A space of one tensor with ``m n`` entries, such as a weight ``[m, n]``; by default a plain vector.
 
     Raises:
-        TypeError, ValueError: If a matrix is not symmetric, or they do not fit the space.
+        TypeError, ValueError: If a matrix is not finite, not symmetric, or they do not fit the space.
 
     Example:
         >>> import torch
@@ -89,6 +90,7 @@ def _pair(matrices: Matrices, what: str) -> tuple[Tensor, Tensor]:
                 f"{what}: expected a real floating-point matrix [n, n] or a diagonal [n], got {factor.dtype} of shape "
                 f"{tuple(factor.shape)}."
             )
+        check_finite(factor, what)
         bound = torch.finfo(factor.dtype).eps ** 0.5 * float(size_of(factor))
         if factor.ndim == 2 and not ((factor - factor.T).abs() <= bound).all():
             raise ValueError(f"{what}: expected a symmetric matrix, got one that differs from its transpose.")

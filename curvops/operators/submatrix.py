@@ -98,7 +98,10 @@ def _padded(columns: Tensor, places: slice | Tensor, dim: int) -> Tensor:
 def _places(index: Index, space: TensorSpace, what: str) -> Tensor:
     dim = space.dim
     if isinstance(index, slice):
-        return torch.arange(dim, device=space.device)[index]
+        found = range(dim)[index]
+        return torch.arange(len(found), device=space.device) * found.step + found.start
+    if isinstance(index, str) or (isinstance(index, (list, tuple)) and any(isinstance(each, str) for each in index)):
+        raise TypeError(f"{what}: expected numbers, got {index!r}. For parameters by name take op[{index!r}].")
     places = torch.as_tensor(index, device=space.device)
     if places.dtype == torch.bool and places.shape == (dim,):
         return places.nonzero().squeeze(1)

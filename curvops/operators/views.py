@@ -17,6 +17,10 @@ def scipy_view(operator: Any, dtype: Any) -> Any:
     np, linalg = extra("numpy", "to_scipy()"), extra("scipy.sparse.linalg", "to_scipy()")
     own = torch.promote_types(operator.dtype, torch.float32)  # NumPy has no bfloat16
     numpy_dtype = np.dtype(dtype if dtype is not None else torch.empty(0, dtype=own, device="cpu").numpy().dtype)
+    if numpy_dtype.kind not in "fc":
+        raise TypeError(
+            f"to_scipy: expected a floating-point or complex dtype, got {numpy_dtype}: products would be rounded to whole numbers."
+        )
 
     def product(factor: Any, array: Any) -> Any:
         if np.iscomplexobj(array):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def plot_loss_along(
-    operator: LinearOperator, direction: Vector, *, steps: Tensor | None = None, ax: Axes | None = None
-) -> Axes:
+def plot_loss_along(operator: LinearOperator, direction: Vector, *, steps: Any = None, ax: Axes | None = None) -> Axes:
     """Plot the loss L(θ + t v) over t, and the quadratic model of the operator.
 
     Args:
         operator: The curvature of the quadratic model: a Hessian, GGN, KFAC, … with its ``risk``.
         direction: v in any format, such as ``pairs.vectors[:, -1]``; it is not rescaled.
-        steps: t, ``[N]``. Default: 41 from −1 to 1.
+        steps: t, a tensor or an array ``[N]``. Default: 41 from −1 to 1.
         ax: Axes to draw on. Default: new ones.
 
     Returns:
@@ -59,7 +57,7 @@ def plot_loss_plane(
     first: Vector,
     second: Vector,
     *,
-    steps: Tensor | None = None,
+    steps: Any = None,
     levels: int = 15,
     ax: Axes | None = None,
 ) -> Axes:
@@ -69,7 +67,7 @@ def plot_loss_plane(
         operator: As of `plot_loss_along`.
         first: u, along the horizontal axis.
         second: v, along the vertical axis.
-        steps: s and t, ``[N]`` increasing; the loss is evaluated N² times. Default: 21 from −1 to 1.
+        steps: s and t, a tensor or an array ``[N]``, increasing; the loss is evaluated N² times. Default: 21 from −1 to 1.
         levels: Number of contours, at most.
         ax: Axes to draw on. Default: new ones.
 
@@ -91,9 +89,10 @@ def plot_loss_plane(
         return ax
 
 
-def _steps(steps: Tensor | None, count: int, title: str) -> Tensor:
+def _steps(steps: Any, count: int, title: str) -> Tensor:
     even = torch.linspace(-1, 1, count, dtype=torch.float64, device="cpu")
-    found = even if steps is None else steps.detach().double().cpu()
+    given = steps.detach() if isinstance(steps, Tensor) else even if steps is None else torch.as_tensor(steps.copy())
+    found = given.double().cpu()
     if found.ndim != 1 or len(found) < 2:
         raise ValueError(f"{title}: expected at least two steps [N], got shape {tuple(found.shape)}.")
     return found

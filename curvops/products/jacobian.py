@@ -88,7 +88,7 @@ class JacobianLinearOperator(AccountedOperator):
         Raises:
             IndexError: If there is no such datum.
         """
-        if not isinstance(n, int):
+        if not isinstance(n, int) or isinstance(n, bool):
             raise TypeError(f"datum: expected the number of a datum, got {n!r}.")
         one = copy(self)
         one._datum, one.account = n, Account()

@@ -55,7 +55,7 @@ def _dense(products: Products, product: Callable[[Tensor], Tensor]) -> Tensor:
     for begin in range(0, size, COLUMNS):
         columns = torch.zeros(size, min(COLUMNS, size - begin), dtype=products.dtype, device=products.device)
         columns.diagonal(-begin).fill_(1)
-        parts.append(product(columns))
+        parts.append(product(columns).clone())  # another's operator may use the memory again
     return torch.cat(parts, 1).to(torch.promote_types(products.dtype, torch.float32))
 
 

@@ -296,7 +296,8 @@ def spectral_density(
             * torch.finfo(products.dtype).eps
             * float(torch.cat([nodes.flatten(), outliers.to(nodes)]).abs().max())
         )
-        return SpectralDensity(nodes, weights, outliers.double().cpu(), size, products.count, complete, rounding)
+        outliers = outliers.to("cpu", torch.float64, copy=True)
+        return SpectralDensity(nodes, weights, outliers, size, products.count, complete, rounding)
 
 
 def _rules(

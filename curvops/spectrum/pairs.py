@@ -61,4 +61,4 @@ class EigenPairs:
         """
         if not hasattr(self.domain, "split"):
             raise TypeError("named: the matrix has no 'domain' that names tensors. Use the columns of 'vectors'.")
-        return dict(zip(self.domain.names, self.domain.split(self.vectors[:, index]), strict=True))
+        return dict(zip(self.domain.names, self.domain.split(self.vectors[:, index].clone()), strict=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conformance import close, draws
 
-from curvops import LinearOperator, TensorSpace
+from curvops import DiagonalOperator, LinearOperator, TensorSpace
 
 
 def space(*sizes):
@@ -266,3 +266,11 @@ def test_copies(rectangular, symmetric, copied):
 def test_a_multiple_has_no_gradient(symmetric):
     with pytest.raises(TypeError, match=r"Take s \* \(A @ v\)"):
         symmetric * torch.tensor(2.0, requires_grad=True)
+
+
+def test_scipy_views_of_whole_numbers_are_refused():
+    op = DiagonalOperator(torch.tensor([0.3, 0.7], dtype=torch.float64))
+    for kind in (int, bool, "uint8"):
+        with pytest.raises(TypeError, match="to_scipy: expected a floating-point or complex dtype, got"):
+            op.to_scipy(kind)
+    assert abs(op.to_scipy("float32") @ [1.0, 1.0] - [0.3, 0.7]).max() < 1e-7

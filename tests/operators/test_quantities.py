@@ -12,6 +12,7 @@ from curvops import (
     KFACLinearOperator,
     LowRankPlusDiagonalOperator,
     OuterProductOperator,
+    estimators,
 )
 
 RISK = {
@@ -132,3 +133,18 @@ def test_estimates_say_how_sure_they_are():
         op["0.*", "2.*"].trace()
     with pytest.raises(ValueError, match="expected a symmetric matrix"):
         (op @ made(RISK["ggn"])).eigenpairs(1)
+
+
+def test_results_have_memory_of_their_own():
+    for op in (made(HessianLinearOperator), DiagonalOperator(draws(9))):
+        pairs = op.eigenpairs(2)
+        kept = pairs.vectors.clone()
+        for tensor in pairs.named(1).values():
+            tensor.zero_()
+        assert torch.equal(pairs.vectors, kept)
+        groups = {"all": slice(0, 5), "some": slice(2, 6)}
+        for found in (op.diagonal(groups=groups), estimators.diagonal(op, groups=groups, num_products=6)):
+            before = found["some"].clone()
+            found["all"].zero_()
+            found["all"].standard_error.add_(1)
+            assert torch.equal(found["some"], before) and not (found["some"].standard_error >= 1).all()

@@ -212,3 +212,13 @@ def test_numbers_of_narrow_types(dtype):
 def test_what_is_no_index(rows, error, message):
     with pytest.raises(error, match=message):
         SubmatrixLinearOperator(HessianLinearOperator(*PROBLEMS["mlp"]().args()), rows)
+
+
+def test_slices_backwards_and_names():
+    op = DiagonalOperator(draws(5))
+    for rows in (slice(None, None, -1), slice(4, 0, -2), slice(-2, None), slice(3, 1)):
+        expected = op.to_dense().numpy()[rows][:, rows]
+        close(SubmatrixLinearOperator(op, rows).to_dense(), torch.from_numpy(expected.copy()))
+    for names in ("0.*", ["0.*", "b"]):
+        with pytest.raises(TypeError, match=r"expected numbers, got .* For parameters by name take op\["):
+            SubmatrixLinearOperator(op, names)

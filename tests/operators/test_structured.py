@@ -331,6 +331,8 @@ def test_what_does_not_fit():
         (lambda: LowRankPlusDiagonalOperator(draws(D), draws(D), draws(2)), ValueError, "1 weights"),
         (lambda: kronecker_product(draws(2, 2), psd(2)), ValueError, "expected a symmetric matrix"),
         (lambda: kronecker_product(psd(2), psd(2), space()), ValueError, "expected a space of one tensor"),
+        (lambda: kronecker_product(psd(2) * torch.inf, psd(2)), ValueError, "entries that are not finite"),
+        (lambda: kronecker_product(psd(2), draws(3) * torch.inf), ValueError, "entries that are not finite"),
         (lambda: block_diagonal({"a": draws(2, 3)}), TypeError, r"expected a real floating-point matrix .* \(2, 3\)"),
         (lambda: block_diagonal({"weight": psd(4)}, space()), ValueError, "missing: 'empty', 'bias'"),
         (

@@ -172,6 +172,8 @@ def test_loss_along_a_direction_and_the_operator_s_quadratic_model(operator):
     v = torch.randn(26, dtype=torch.float64)
     steps = torch.tensor([-0.5, 0.0, 0.25, 1.0])
     loss, model = plot_loss_along(found, found.domain.split(v), steps=steps).lines
+    backwards = plot_loss_along(found, found.domain.split(v), steps=steps.numpy()[::-1]).lines[0]
+    np.testing.assert_array_equal(backwards.get_ydata(), loss.get_ydata()[::-1])
     np.testing.assert_allclose(loss.get_ydata(), [moved_loss(found, t * v) for t in steps], rtol=1e-12)
     gradient = torch.cat([g.flatten() for g in found.risk.gradient()])
     curvature = float(v @ found.to_dense() @ v)

@@ -113,6 +113,8 @@ def test_what_does_not_fit_is_refused():
         op.datum(5)
     with pytest.raises(IndexError, match="got -1"):
         op.datum(-1)
+    with pytest.raises(TypeError, match="datum: expected the number of a datum, got True"):
+        op.datum(True)
     with pytest.raises(ValueError, match=r"one row for each of 3 data, got shape \(\)"):
         JacobianLinearOperator(
             lambda p, X: (p["w"] * X).sum(), {"w": params["0.weight"][0].detach()}, data, check_deterministic=False

@@ -186,3 +186,11 @@ def test_many_known_eigenvalues_are_put_into_bins():
     below, at = found.cumulative(torch.tensor([-1e-300, 0.0], dtype=torch.float64)).values
     assert float(at - below) == pytest.approx(60 / 20_060, abs=1e-12)
     assert "all are known, in" in found._repr_html_()
+
+
+def test_results_have_memory_of_their_own():
+    matrix = torch.arange(1.0, 41.0, dtype=torch.float64).diag()
+    pairs = eigenpairs(matrix, 2)
+    kept = pairs.values.clone()
+    spectral_density(matrix, deflate=pairs).outliers.mul_(2)
+    assert torch.equal(pairs.values, kept)

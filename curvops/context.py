@@ -7,15 +7,17 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextvars import ContextVar
+from functools import partial, wraps
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 # what a model or a loss may raise on data that are cut or joined otherwise than it expects
 UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+SomeMethod = TypeVar("SomeMethod", bound=Callable[..., Any])
 _LOCK = Lock()
 _SWITCHED: dict[Hashable, tuple[ExitStack, int]] = {}  # what is switched now, and by how many calls
 
@@ -109,11 +111,17 @@ def differentiable() -> Iterator[None]:
 
 
 class Autocast:
-    """The caller's autocast state: the model runs in it, our own algebra without it."""
+    """An autocast state: the caller's model runs in the caller's, our own algebra without it."""
 
     def __init__(self, device: torch.device) -> None:
         self.kind = device.type
         self.enabled, self.dtype = torch.is_autocast_enabled(self.kind), torch.get_autocast_dtype(self.kind)
+
+    @classmethod
+    def of_caller(cls, device: torch.device) -> Autocast:
+        """The state here, or around our own algebra where we are in it."""
+        around = _AROUND.get()
+        return cls(device) if around is None or around.kind != device.type else around
 
     def off(self) -> torch.autocast:
         return torch.autocast(self.kind, enabled=False)
@@ -121,3 +129,54 @@ class Autocast:
     def on(self) -> AbstractContextManager[Any]:
         """A context in the caller's state (without the cache of cast weights, which would outlive the graph)."""
         return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False) if self.enabled else nullcontext()
+
+
+# the caller's state while our own algebra runs without it
+_AROUND: ContextVar[Autocast | None] = ContextVar("the caller's autocast state around our own algebra", default=None)
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[None]:
+    """A context for our own algebra, which the caller's autocast is not to round."""
+    # asked first, for it is cheap beside a small product
+    return _own_precision(device) if torch._C._is_any_autocast_enabled() else nullcontext()
+
+
+def in_own_precision(method: SomeMethod) -> SomeMethod:
+    """The method of something on a ``device``, in our own precision."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        with own_precision(self.device):
+            return method(self, *args, **options)
+
+    return cast(SomeMethod, call)
+
+
+def callers_precision() -> AbstractContextManager[None]:
+    """A context within our own algebra for code of the caller's, in the autocast state that was around it."""
+    around = _AROUND.get()
+    return nullcontext() if around is None else _callers_precision(around)
+
+
+@contextmanager
+def _own_precision(device: torch.device) -> Iterator[None]:
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
+        yield
+        return
+    state = Autocast(device)
+    token = _AROUND.set(state)
+    try:
+        with state.off():
+            yield
+    finally:
+        _AROUND.reset(token)
+
+
+@contextmanager
+def _callers_precision(around: Autocast) -> Iterator[None]:
+    token = _AROUND.set(None)
+    try:
+        with around.on():
+            yield
+    finally:
+        _AROUND.reset(token)

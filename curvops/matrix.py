@@ -6,12 +6,13 @@ They know nothing else, so that they serve anybody's operators: ours, plain tens
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from curvops.context import callers_precision, own_precision
 from curvops.extras import extra
 
 
@@ -41,6 +42,8 @@ class Given(NamedTuple):
 
 class Products:
     """Counted products with a matrix, for the time of a context in which many are taken.
+
+    The context is without the caller's autocast; products of what is no plain tensor are with it, for they may run a model.
 
     Args:
         matrix: See `Matrix`.
@@ -98,6 +101,7 @@ class Products:
         return str(getattr(self.matrix, "name", None) or type(self.matrix).__name__)  # a tensor's name is None
 
     def __enter__(self) -> Products:
+        self._stack.enter_context(own_precision(self.device))
         if hasattr(self.matrix, "linearized"):
             self._stack.enter_context(self.matrix.linearized())
         if self._progressbar:
@@ -125,7 +129,7 @@ class Products:
         self.count += columns.shape[1]
         if isinstance(dtype := getattr(matrix, "dtype", None), torch.dtype):
             columns = columns.to(dtype)  # the adjoint may take vectors of another one
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if isinstance(matrix, Tensor) else callers_precision():
             found = matrix @ columns if self._torch else torch.as_tensor(matrix @ columns.numpy(), device="cpu")
         if self._bar is not None:
             self._bar.update(columns.shape[1])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from curvops.context import in_own_precision
 from curvops.estimators.groups import Rows
 from curvops.operators.blocks import AffineBlock, Block, EigenBlock, KroneckerBlock
 from curvops.operators.damping import Damping, Number, by_parameter, number
@@ -134,6 +135,7 @@ class BlockDiagonalOperator(LinearOperator):
         """The determinant of the matrix plus ``damping`` times the identity; prefer `logdet` for many parameters."""
         return self.logdet(damping).exp()
 
+    @in_own_precision
     def eigenvalues(self) -> Tensor:
         """All eigenvalues in ascending order, ``[D]``."""
         return self._eigenvalues().sort().values
@@ -149,6 +151,7 @@ class BlockDiagonalOperator(LinearOperator):
     def _exact_inverse(self, damping: Damping) -> LinearOperator:
         return self.inverse(damping)
 
+    @in_own_precision
     def power(self, exponent: float, damping: Damping = 0.0) -> StructuredOperator:
         """The matrix plus ``damping`` times the identity, to a power such as −1, ½ or −½.
 
@@ -157,6 +160,7 @@ class BlockDiagonalOperator(LinearOperator):
         blocks = [placed.powered(exponent, number(shift)) for placed, shift in self._damped(damping)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}", self.psd)
 
+    @in_own_precision
     def inverse(  # type: ignore[override]  # its options are its own
         self, damping: Damping = 0.0, kind: str = "exact", min_damping: float = 0.0
     ) -> StructuredOperator:
@@ -192,6 +196,7 @@ class BlockDiagonalOperator(LinearOperator):
         blocks = [inverted(placed, number(shift)) for placed, shift in self._damped(damping)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^-1", self.psd)
 
+    @in_own_precision
     def sample(self, num_samples: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
         """Samples ``[D, num_samples]`` of N(0, (F + δ I)⁻¹), for Laplace approximations with prior precision δ.
 

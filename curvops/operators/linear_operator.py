@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd.forward_ad import unpack_dual
 
+from curvops.context import own_precision
 from curvops.display import card, heat_map
 from curvops.memory import check_fits
 from curvops.operators.autograd import Product
@@ -210,7 +211,7 @@ class LinearOperator(Quantities):
     def _product(self, columns: Tensor) -> Tensor:
         if not columns.shape[1]:
             return torch.zeros(self.codomain.dim, 0, dtype=self.codomain.dtype, device=self.codomain.device)
-        with torch.inference_mode(False):
+        with own_precision(self.device), torch.inference_mode(False):
             # the caller's tensor may carry a graph, and autograd keeps no inference tensors
             return self._apply(columns.detach().clone() if columns.is_inference() else columns.detach())
 
@@ -365,7 +366,7 @@ class LinearOperator(Quantities):
             )
         with self._in_step():
             check_fits(*self.shape, self.dtype, self.device, f"{self.name}.to_dense()")
-        with torch.inference_mode(False):
+        with own_precision(self.device), torch.inference_mode(False):
             return self._dense()
 
     def to_scipy(self, dtype: Any = None) -> Any:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.context import in_own_precision
 from curvops.lengths import dots, gram, size_of
 from curvops.operators.damping import Damping, by_parameter, number, spread
 from curvops.operators.diagonal import space_of
@@ -168,6 +169,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         whole = parts.diagonal.abs().log().sum() + 2 * scales.log().sum()
         return (whole + torch.linalg.slogdet(inner)[1]).to(self.dtype)
 
+    @in_own_precision
     def inverse(self, damping: Damping = 0.0) -> LowRankPlusDiagonalOperator:  # type: ignore[override]  # it has no options
         """The inverse of the matrix plus ``damping`` times the identity, of the same rank, its parts in double precision.
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from curvops import estimators, spectrum
+from curvops.context import SomeMethod, own_precision
 from curvops.estimators import BlockNorms, Estimate
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
 from curvops.estimators.norm import frobenius_norm
@@ -28,15 +29,13 @@ from curvops.spectrum import EigenPairs, SpectralDensity, Which
 from curvops.spectrum.choice import Choice
 from curvops.spectrum.dense import DENSE
 
-SomeMethod = TypeVar("SomeMethod", bound=Callable[..., Any])
-
 
 def in_step(method: SomeMethod) -> SomeMethod:
-    """The method, of which processes that share data learn where it fails in one of them, as by an argument."""
+    """The method in our own precision, of which processes that share data learn where it fails in one of them, as by an argument."""
 
     @wraps(method)
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        with self._in_step():
+        with self._in_step(), own_precision(self.device):
             return method(self, *args, **options)
 
     return cast(SomeMethod, call)
@@ -51,6 +50,7 @@ class Quantities(ABC):
 
     shape: tuple[int, int]
     domain: TensorSpace
+    device: torch.device
     symmetric: bool
     psd: bool
 

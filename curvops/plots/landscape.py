@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvops.context import own_precision
 from curvops.operators.linear_operator import LinearOperator
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.space import Vector
@@ -53,12 +54,13 @@ class Landscape:
         self.risk = risk
         self.directions = torch.stack([risk.vector(v, title).detach() for v in directions], 1)
         self.value, gradient = risk.value_and_gradient()
-        self.slope = self.directions.T @ gradient
-        self.curvature = self.directions.T @ (operator @ self.directions)
+        with own_precision(risk.space.device):
+            self.slope = self.directions.T @ gradient
+            self.curvature = self.directions.T @ (operator @ self.directions)
 
     def losses(self, steps: Tensor) -> Tensor:
         """The loss at steps ``[N, K]``, ``[N]``: a walk over the data for each."""
-        with displaced(list(self.risk.params.values())) as move:
+        with own_precision(self.risk.space.device), displaced(list(self.risk.params.values())) as move:
             found = []
             for step in steps.to(self.directions):
                 move(self.risk.space.split(self.directions @ step))
@@ -68,7 +70,8 @@ class Landscape:
     def model(self, steps: Tensor) -> Tensor:
         """The quadratic model at steps ``[N, K]``, ``[N]``."""
         steps = steps.to(self.directions)
-        return self.value + steps @ self.slope + ((steps @ self.curvature) * steps).sum(1) / 2
+        with own_precision(self.risk.space.device):
+            return self.value + steps @ self.slope + ((steps @ self.curvature) * steps).sum(1) / 2
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class EmpiricalRisk:
         with ExitStack() as stack:
             if _AUTOCAST.get() is None:
                 stack.enter_context(preserved_random_state(self.data.batches))
-                stack.callback(_AUTOCAST.reset, _AUTOCAST.set(Autocast(self.space.device)))
+                stack.callback(_AUTOCAST.reset, _AUTOCAST.set(Autocast.of_caller(self.space.device)))
                 stack.enter_context(Autocast(self.space.device).off())
                 stack.enter_context(plain_kernels())
                 forget_optimized(self.model.modules())
@@ -255,7 +255,7 @@ class EmpiricalRisk:
         return columns.squeeze(1)
 
     def _autocast(self) -> Autocast:
-        return _AUTOCAST.get() or Autocast(self.space.device)
+        return _AUTOCAST.get() or Autocast.of_caller(self.space.device)
 
     def start(self, title: str) -> int:
         """The place of this process's first datum among the data of all shares; these are counted if they never were."""

@@ -15,6 +15,7 @@ from curvops.estimators.groups import Groups, Rows, resolve
 from curvops.estimators.probes import Probes, mean_and_error
 from curvops.estimators.rounds import Budget
 from curvops.estimators.steps import Steps
+from curvops.lengths import power_of_two
 from curvops.matrix import Matrix, Products
 
 # samples that the bound of the variance is worth; without it errors of 8 skewed samples are 1.4 times too small
@@ -39,12 +40,18 @@ class BlockNorms:
 
     @classmethod
     def of(
-        cls, names: Iterable[str], squared: tuple[Tensor, Tensor], traces: tuple[Tensor, Tensor], **origin: Any
+        cls,
+        names: Iterable[str],
+        squared: tuple[Tensor, Tensor],
+        traces: tuple[Tensor, Tensor],
+        scale: float | Tensor = 1.0,
+        **origin: Any,
     ) -> BlockNorms:
-        """From values and standard errors; further arguments are those of `Estimate.of`."""
+        """From values and standard errors, the squared ones over ``scale``²; further arguments are those of `Estimate.of`."""
         norms = squared[0].sqrt()
         error = torch.where(norms > 0, squared[1] / (2 * norms), 0.0)
-        found = [Estimate.of(*both, **origin) for both in (squared, (norms, error), traces)]
+        squared, roots = (squared[0] * scale**2, squared[1] * scale**2), (norms * scale, error * scale)
+        found = [Estimate.of(*both, **origin) for both in (squared, roots, traces)]
         return cls(tuple(names), *found)
 
 
@@ -112,21 +119,24 @@ def block_norms(
             found.append(_column(probes, name, rows, num_products))
             steps.done(dict(zip(_Column._fields, map(torch.stack, zip(*found, strict=True)), strict=True)))
         steps.end()
-        squares, variances, traces, exact = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
+        squares, variances, traces, exact, scales = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
+        scale = scales.max()
+        squares, variances = squares * (scales / scale) ** 2, variances * (scales / scale) ** 4
         if getattr(matrix, "symmetric", False) if symmetric is None else symmetric:
             squares, variances = _averaged(squares, variances, exact)
         origin = {"products": products.count, "method": "signs by group", "exact": bool(exact.all())}
-        return BlockNorms.of(rows, (squares, variances.sqrt()), (traces[0], traces[1]), **origin)
+        return BlockNorms.of(rows, (squares, variances.sqrt()), (traces[0], traces[1]), scale, **origin)
 
 
 class _Column(NamedTuple):
-    """What the products of one group say: of its column of blocks `[G]`, and the trace of its own with its error `[2]`; and
-    whether they are exact, as a number."""
+    """What the products of one group say: of its column of blocks `[G]`, over a scale² and its square, and the trace of its own
+    with its error `[2]`; whether they are exact, as a number; and the scale."""
 
     squares: Tensor
     variances: Tensor
     trace: Tensor
     exact: Tensor
+    scale: Tensor
 
 
 def _column(probes: Probes, name: str, rows: Mapping[str, Rows], count: int) -> _Column:
@@ -138,14 +148,17 @@ def _column(probes: Probes, name: str, rows: Mapping[str, Rows], count: int) -> 
     padded = torch.zeros(probes.size, vectors.shape[1], dtype=probes.dtype, device=products.device)
     padded[own] = vectors
     images = probes.times(padded)
-    grams = torch.stack([part.mT @ part for part in (images[each].double() for each in rows.values())])
+    scale = power_of_two(images)  # squares of a small or large matrix are no numbers
+    grams = torch.stack([part.mT @ part for part in ((images[each] / scale).double() for each in rows.values())])
     inside = (vectors * images[own]).sum(0, dtype=torch.float64)
     squares, zero = grams.diagonal(dim1=1, dim2=2), grams.new_zeros(())
     if exact:
-        return _Column(squares.sum(1), grams.new_zeros(len(rows)), torch.stack([inside.sum(), zero]), zero + 1)
+        return _Column(
+            squares.sum(1), grams.new_zeros(len(rows)), torch.stack([inside.sum(), zero]), zero + 1, scale.double()
+        )
     bound = 2 * (grams.square().sum((1, 2)) - squares.square().sum(1)) / (count * (count - 1))
     variances = ((count - 1) * squares.var(1) + BOUND * bound) / (count - 1 + BOUND)
-    return _Column(squares.mean(1), variances / count, torch.stack(mean_and_error(inside)), zero)
+    return _Column(squares.mean(1), variances / count, torch.stack(mean_and_error(inside)), zero, scale.double())
 
 
 def _averaged(squares: Tensor, variances: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from curvops.estimators.groups import Groups, resolve
 from curvops.estimators.probes import Probes, error_of_leave_one_out
 from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.estimators.sketch import SKETCH, LeaveOut, Sketch
-from curvops.lengths import PART, power_of_two
+from curvops.lengths import PART, lengths, power_of_two
 from curvops.matrix import Matrix, Products
 
 
@@ -80,7 +80,7 @@ class _Hutchinson(Sampler):
     def __init__(self, probes: Probes) -> None:
         self.probes = probes
         self.mean = probes.empty().new_zeros(probes.size)
-        self.spread = self.mean.double()  # squares
+        self.spread = self.mean.double()  # roots of sums of squares
 
     @property
     def count(self) -> int:
@@ -94,11 +94,12 @@ class _Hutchinson(Sampler):
             new, mean = samples.shape[1], samples.mean(1)
             step, old = mean - self.mean, self.count - new
             self.mean = self.mean + step * (new / self.count)
-            spread = (samples - mean[:, None]).double().square().sum(1)
-            self.spread = self.spread + spread + step.double().square() * (old * new / self.count)
+            spread = lengths((samples - mean[:, None]).mT).double()
+            between = step.double().abs() * (old * new / self.count) ** 0.5
+            self.spread = torch.hypot(torch.hypot(self.spread, spread), between)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.mean, (self.spread / (self.count * (self.count - 1))).sqrt().to(self.mean.dtype)
+        return self.mean, (self.spread / (self.count * (self.count - 1)) ** 0.5).to(self.mean.dtype)
 
     def exact(self) -> Tensor:
         return torch.cat([(columns * product).sum(0) for columns, product in self.probes.identity()])

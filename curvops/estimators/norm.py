@@ -11,10 +11,10 @@ from torch import Tensor
 from curvops.checkpoint import Checkpoint
 from curvops.estimators.estimate import Estimate
 from curvops.estimators.groups import Groups, Rows, by_name, resolve
-from curvops.estimators.probes import Distribution, Probes, jackknife, mean_of_pairs
+from curvops.estimators.probes import Distribution, Probes, jackknife, mean_and_error, mean_of_pairs
 from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.estimators.trace import Hutchinson
-from curvops.lengths import dots
+from curvops.lengths import dots, lengths, power_of_two
 from curvops.matrix import Matrix, Products
 
 
@@ -66,7 +66,8 @@ def squared_norm(
         (Estimate(9, exact, 3 products), {'last': Estimate(4, exact, 3 products)})
     """
     budget = Budget(num_products, tolerance, max_products)
-    found, rows, dtype = _squares(matrix, budget, groups, progressbar, checkpoint, seed, distribution)
+    found, scale, rows, dtype = _squares(matrix, budget, groups, progressbar, checkpoint, seed, distribution)
+    found = found.like(found * scale**2, found.standard_error * scale**2)
     return by_name(found.to_dtype(dtype), groups, rows)
 
 
@@ -74,11 +75,11 @@ def frobenius_norm(matrix: Matrix, **options: Any) -> Estimate:
     """The root of `squared_norm`, also where the square is none of the matrix's dtype; its options but the groups."""
     given = {**(squared_norm.__kwdefaults__ or {}), **options}
     budget = Budget(*(given.pop(name) for name in Budget._fields))
-    squares, _, dtype = _squares(matrix, budget, **given)
+    squares, scale, _, dtype = _squares(matrix, budget, **given)
     squared = squares.part(0)
     root = squared.clamp(min=0).sqrt()
     error = squared.standard_error / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
-    return squared.like(root, error).to_dtype(dtype)
+    return squared.like(root * scale, error * scale).to_dtype(dtype)
 
 
 def _squares(
@@ -89,29 +90,44 @@ def _squares(
     checkpoint: Checkpoint | None,
     seed: int,
     distribution: Distribution,
-) -> tuple[Estimate, Mapping[str, Rows], torch.dtype]:
-    """Squared norms ``[G]`` in double precision, the groups, and the dtype of their roots."""
+) -> tuple[Estimate, float, Mapping[str, Rows], torch.dtype]:
+    """Squared norms ``[G]`` over a scale, in double precision, that scale, the groups, and the dtype of their roots."""
     blocks = groups is not None
     with Products(matrix, "squared norm", square=blocks, symmetric=blocks, progressbar=progressbar) as products:
         probes, rows = Probes(products, seed, distribution), resolve(groups, products)
-        sampler: Sampler = (DiagonalBlocks if blocks else _Whole)(probes, rows)
+        sampler = (DiagonalBlocks if blocks else _Whole)(probes, rows)
         found = run(sampler, budget, checkpoint=checkpoint, rows=rows, seed=seed, distribution=distribution)
-        return found, rows, probes.dtype
+        return found, sampler.scale, rows, probes.dtype
 
 
 class _Whole(Hutchinson):
+    """Of squares over ``scale``, for those of a small or large matrix may be no numbers; the samples are their roots."""
+
+    scale = 1.0
+
     def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
         super().__init__(probes, rows)
         self.samples = self.samples.double()
 
+    def result(self) -> tuple[Tensor, Tensor]:
+        return mean_and_error(self._squares(self.samples))
+
+    def exact(self) -> Tensor:
+        return self._squares(torch.cat([self.sampled(*pair) for pair in self.probes.identity()], 1)).sum(1)
+
     def sampled(self, columns: Tensor, product: Tensor) -> Tensor:
-        return dots(product, product).unsqueeze(0)
+        return lengths(product).double().unsqueeze(0)
+
+    def _squares(self, roots: Tensor) -> Tensor:
+        self.scale = float(power_of_two(roots))
+        return (roots / self.scale).square()
 
 
 class DiagonalBlocks(Sampler):
     """Squared norms of diagonal blocks of a symmetric matrix, from all pairs of products."""
 
     method, cost, least, known = "pairs", 1, 3, ("tests", "images")
+    scale = 1.0
 
     def __init__(self, probes: Probes, rows: Mapping[str, Rows]) -> None:
         self.probes, self.rows = probes, rows

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvops.lengths import PART
+from curvops.lengths import PART, power_of_two
 from curvops.matrix import Products, normal, seeded, signs
 
 Distribution = Literal["rademacher", "normal"]
@@ -107,8 +107,13 @@ def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of samples along the last axis, and its standard error."""
     # squares in double precision, a part at a time
     parts = samples.detach().split(max(1, PART // samples.shape[-1])) if samples.ndim > 1 else [samples.detach()]
-    spread = torch.cat([part.double().std(-1).reshape(-1) for part in parts]).reshape(samples.shape[:-1])
+    spread = torch.cat([_deviation(part.double()).reshape(-1) for part in parts]).reshape(samples.shape[:-1])
     return samples.mean(-1), spread.to(samples.dtype) / samples.shape[-1] ** 0.5
+
+
+def _deviation(samples: Tensor) -> Tensor:
+    scale = power_of_two(samples, -1)
+    return (samples / scale.unsqueeze(-1)).std(-1) * scale
 
 
 def error_of_leave_one_out(independent: Tensor, covariance: Tensor, *, pooled: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from curvops.estimators.groups import Groups, Rows, by_name, resolve, sums
 from curvops.estimators.probes import Distribution, Probes, error_of_leave_one_out, mean_and_error, mean_of_pairs
 from curvops.estimators.rounds import Budget, Sampler, run
 from curvops.estimators.sketch import SKETCH, LeaveOut, Sketch
+from curvops.lengths import power_of_two
 from curvops.matrix import Matrix, Products
 
 
@@ -143,7 +144,7 @@ class _XTrace(Hutchinson):
         along = out.of_second(s.mT @ inside)  # of test vectors j, in the direction that leaves with i
         inside = inside - s * (s * inside).sum(0)
         one, two = self._scales(inside, along, out)
-        samples, covariances = [], []
+        samples, changes = [], []
         for rows in self.rows.values():
             Q, AQ = out.basis[rows], out.product[rows]
             rest, A_rest = tests[rows] - Q @ inside, self.sketch.images[rows] - AQ @ inside
@@ -152,10 +153,12 @@ class _XTrace(Hutchinson):
             samples.append((Q * AQ).sum() - form.diagonal() + one * hutchinson)
             square, crossed = out.of_second_squared(form), out.of_second(Qs.mT @ A_rest + AQs.mT @ rest)
             change = square * (1 - two * along.square()) - two * along * crossed + (one - two) * hutchinson
-            covariances.append(mean_of_pairs(change.double()))
-        found = torch.stack(samples)
-        independent = found.detach().double().var(-1) / found.shape[-1]
-        error = error_of_leave_one_out(independent, torch.stack(covariances))
+            changes.append(change.double())
+        found, change = torch.stack(samples), torch.stack(changes)
+        scale = power_of_two(torch.stack([power_of_two(found.double()), power_of_two(change)]))  # these are squared
+        independent = (found.detach().double() / scale).var(-1) / found.shape[-1]
+        covariances = torch.stack([mean_of_pairs(each) for each in change / scale])
+        error = error_of_leave_one_out(independent, covariances) * scale
         return found.mean(1), error.to(found.dtype)
 
     def _scales(self, inside: Tensor, along: Tensor, out: LeaveOut) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvops.context import in_own_precision
 from curvops.estimators.groups import Rows
+from curvops.lengths import power_of_two, size_of
 from curvops.operators.blocks import AffineBlock, Block, EigenBlock, KroneckerBlock
 from curvops.operators.damping import Damping, Number, by_parameter, number
 from curvops.operators.linear_operator import LinearOperator
@@ -93,10 +94,10 @@ class BlockDiagonalOperator(LinearOperator):
         return self._placed(lambda p: p.block.diagonal())
 
     def _exact_norm(self) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        return sum((p.block.frobenius_norm().square() for p in self.blocks), total).sqrt().to(self.dtype)
+        norms = [p.block.frobenius_norm() for p in self.blocks]
+        return (size_of(torch.stack(norms)) if norms else torch.zeros((), device=self.device)).to(self.dtype)
 
-    def _exact_block_norms(self, groups: Mapping[str, Rows]) -> Tensor | None:
+    def _exact_block_norms(self, groups: Mapping[str, Rows]) -> tuple[Tensor, Tensor] | None:
         """Where no block is cut: each has all or none of its parameters among a group's rows."""
         inside = torch.zeros(len(groups), len(self.blocks), dtype=torch.bool, device="cpu")
         for i, rows in enumerate(groups.values()):
@@ -106,9 +107,9 @@ class BlockDiagonalOperator(LinearOperator):
                 if shares not in ({0.0}, {1.0}):
                     return None
                 inside[i, b] = shares == {1.0}
-        norms = [placed.block.frobenius_norm().cpu() for placed in self.blocks]
-        both = inside.double()
-        return ((both * torch.stack(norms).square()) @ both.T).to(self.device)
+        norms = torch.stack([placed.block.frobenius_norm().cpu() for placed in self.blocks])
+        both, scale = inside.double(), power_of_two(norms)
+        return ((both * (norms / scale).square()) @ both.T).to(self.device), scale.to(self.device)
 
     def _share(self, name: str, rows: Rows) -> float:
         """The part of a parameter's entries that are among some rows, from 0 to 1."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from curvops.lengths import lengths, size_of
+from curvops.lengths import lengths, power_of_two, size_of
 from curvops.operators.eigen import check_finite, eigh, within_rounding
 
 Decomposed = tuple[Tensor, Tensor | None]  # eigenvalues and eigenvectors of a factor
@@ -114,7 +114,7 @@ class KroneckerBlock(_Block):
     def frobenius_norm(self) -> Tensor:
         """In double precision."""
         left, right = (_norm(f) * scale for f, scale in zip((self._left, self._right), self._scales, strict=True))
-        return torch.linalg.vector_norm(left * right)
+        return size_of(left * right)
 
     def affine(self, factor: float, shift: float) -> AffineBlock:
         """``factor`` times the block plus ``shift`` times the identity."""
@@ -223,9 +223,14 @@ class AffineBlock(_Block):
     def frobenius_norm(self) -> Tensor:
         if self.is_diagonal:
             return size_of(self.diagonal())
-        square = (self._factor * self._block.frobenius_norm()).square()
-        mixed = 2 * self._factor * self.shift * self._block.diagonal().sum(dtype=torch.float64)
-        return (square + mixed + self.size * self.shift**2).sqrt()
+        norm, trace = (
+            self._factor * each for each in (self._block.frobenius_norm(), self._block.diagonal().double().sum())
+        )
+        scale = power_of_two(
+            torch.stack([norm, norm.new_tensor(self.shift)])
+        )  # squares of small or large ones are no numbers
+        shift = self.shift / scale
+        return ((norm / scale).square() + 2 * shift * (trace / scale) + self.size * shift.square()).sqrt() * scale
 
 
 Block = KroneckerBlock | EigenBlock | AffineBlock

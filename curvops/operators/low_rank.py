@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.context import in_own_precision
-from curvops.lengths import dots, gram, size_of
+from curvops.lengths import dots, gram, power_of_two, size_of
 from curvops.operators.damping import Damping, by_parameter, number, spread
 from curvops.operators.diagonal import space_of
 from curvops.operators.eigen import check_finite
@@ -69,7 +69,9 @@ class OuterProductOperator(LinearOperator):
         return self.right @ (self.left.T @ columns)
 
     def _exact_norm(self) -> Tensor:
-        return (gram(self.left) * gram(self.right)).sum().clamp(min=0).sqrt().to(self.dtype)
+        left, right = power_of_two(self.left), power_of_two(self.right)
+        both = (gram(self.left / left) * gram(self.right / right)).sum().clamp(min=0).sqrt()
+        return (both * left * right).to(self.dtype)
 
     def _exact_diagonal(self) -> Tensor:
         if self.shape[0] != self.shape[1]:
@@ -145,9 +147,15 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         return (self.columns.square() @ self.weights + self._diagonal).to(self.dtype)
 
     def _exact_norm(self) -> Tensor:
-        low = (gram(self.columns).square() * self.weights.double()[:, None] * self.weights).sum()
-        mixed = 2 * dots(self.columns.square() @ self.weights, self._diagonal)
-        return (low + mixed + size_of(self._diagonal).square()).clamp(min=0).sqrt().to(self.dtype)
+        # beside powers of two, for the squares of squares of small or large parts are no numbers
+        c, w, d = (power_of_two(part.double()) for part in (self.columns, self.weights, self._diagonal))
+        columns, weights, diagonal = self.columns / c, self.weights / w, self._diagonal / d
+        scale = torch.maximum(c * w * c, d)
+        low_scale, shift_scale = c / scale * w * c, d / scale
+        low = (gram(columns).square() * weights.double()[:, None] * weights).sum()
+        mixed = 2 * dots(columns.square() @ weights, diagonal)
+        square = low_scale**2 * low + low_scale * shift_scale * mixed + (shift_scale * size_of(diagonal)).square()
+        return (square.clamp(min=0).sqrt() * scale).to(self.dtype)
 
     def _exact_logdet(self, damping: Damping) -> Tensor:
         parts = self._capacitance(damping)

@@ -153,12 +153,13 @@ class Quantities(ABC):
         """
         _check_names("block_norms", options, estimators.block_norms)
         rows = resolve(groups, Products(self, "block norms"))
-        squares, diagonal = self._exact_block_norms(rows), self._exact_diagonal()
-        if squares is None or diagonal is None:
+        known, diagonal = self._exact_block_norms(rows), self._exact_diagonal()
+        if known is None or diagonal is None:
             return estimators.block_norms(self, groups, **options)
+        squares, scale = known
         traces = torch.stack([diagonal[own].sum() for own in rows.values()])
-        found = ((each, torch.zeros_like(each)) for each in (squares, traces))
-        return BlockNorms.of(rows, *found, products=0, method="structure", exact=True)
+        both, each = ((found, torch.zeros_like(found)) for found in (squares, traces))
+        return BlockNorms.of(rows, both, each, scale, products=0, method="structure", exact=True)
 
     @in_step
     def logdet(self, damping: Damping = 0.0, **options: Any) -> Estimate:
@@ -307,8 +308,8 @@ class Quantities(ABC):
     def _exact_norm(self) -> Tensor | None:
         return None
 
-    def _exact_block_norms(self, groups: Mapping[str, Rows]) -> Tensor | None:
-        """‖A_ij‖² of all pairs of groups, ``[G, G]``."""
+    def _exact_block_norms(self, groups: Mapping[str, Rows]) -> tuple[Tensor, Tensor] | None:
+        """‖A_ij‖² over a scale² of all pairs of groups, ``[G, G]``, and the scale."""
         return None
 
     def _exact_logdet(self, damping: Damping) -> Tensor | None:

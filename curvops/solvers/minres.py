@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvops.lengths import dots, lengths
+from curvops.lengths import dots, lengths, power_of_two
 from curvops.solvers.descent import solved
 from curvops.solvers.solution import Solution
 from curvops.solvers.system import System
@@ -117,10 +117,11 @@ def _step(system: System, x: Tensor, t: _State) -> _State | None:
     delta = dots(t.z, product).to(x.dtype)
     v = product - delta * t.v - t.gamma * t.v_old
     z = system.preconditioned(v)
-    square = dots(v, z)
+    scale = power_of_two(v, 0)
+    square = dots(v / scale, z / scale)
     if (square < 0).any():
         return None
-    gamma = square.sqrt().to(x.dtype)
+    gamma = square.sqrt().to(x.dtype) * scale
     v, z = v * _inverse(gamma), z * _inverse(gamma)
     # the tridiagonal matrix's new column under the two rotations before, and the one that clears γ
     first, second, third = (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvops.lengths import dots
+from curvops.lengths import lengths, lengths_in, size_of
 from curvops.matrix import Products, normal
 
 ROUNDING = 10  # precisions of the largest image: what is left of an image below this is no direction
@@ -93,8 +93,8 @@ class Krylov:
         """Eigenpairs of the projection; residuals are ‖A V s − θ V s‖ = ‖(H − θ) s + X C s‖."""
         overlaps = self._overlaps[: self.size, : self.size]
         values, coordinates = torch.linalg.eigh((overlaps + overlaps.T) / 2)
-        within = (overlaps @ coordinates - coordinates * values).norm(dim=0)
-        return Ritz(values, coordinates, torch.hypot(within, (self._coupling @ coordinates).norm(dim=0)))
+        within = lengths(overlaps @ coordinates - coordinates * values)
+        return Ritz(values, coordinates, torch.hypot(within, lengths(self._coupling @ coordinates)))
 
     @property
     def eps(self) -> float:
@@ -104,7 +104,7 @@ class Krylov:
     def asymmetry(self) -> float:
         """‖H − Hᵀ‖ / ‖H‖, which is rounding where the map is self-adjoint."""
         overlaps = self._overlaps[: self.size, : self.size]
-        return float((overlaps - overlaps.T).norm() / overlaps.norm().clamp(min=torch.finfo(torch.float64).tiny))
+        return float(size_of(overlaps - overlaps.T) / size_of(overlaps).clamp(min=torch.finfo(torch.float64).tiny))
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """Columns ``[D, K]`` of their coordinates ``[m, K]``."""
@@ -160,4 +160,4 @@ class Krylov:
         return column, inside
 
     def _norm(self, column: Tensor) -> float:
-        return float(dots(column, self._metric(column.unsqueeze(1)).squeeze(1)).clamp(min=0).sqrt())
+        return float(lengths_in(self._metric, column.unsqueeze(1)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvops.checkpoint import Checkpoint
-from curvops.lengths import dots
+from curvops.lengths import lengths_in
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
 from curvops.spectrum.choice import Choice, Which
@@ -234,4 +234,4 @@ def _first(products: Products, start: Any, block: int, generator: torch.Generato
 
 
 def _norms(columns: Tensor, weigh: Map) -> Tensor:
-    return dots(columns, weigh(columns)).clamp(min=0).sqrt().to(columns)
+    return lengths_in(weigh, columns).to(columns)

@@ -1,4 +1,5 @@
-"""Single precision has no squares of numbers below 1e-20 or above 1e19: a matrix of any scale gives its own results, scaled."""
+"""Single precision has no squares of numbers below 1e-20 or above 1e19, double none below 1e-160 or above 1e154: a matrix of
+any scale gives its own results, scaled."""
 
 from functools import partial
 
@@ -140,3 +141,80 @@ def test_powers_of_two():
     for number, power in ((0.0, 1.0), (3e-300, 2.0**-994), (-5.0, 8.0), (4.0, 8.0)):
         assert power_of_two(torch.tensor([number, 0.0], dtype=torch.float64)) == power
     assert power_of_two(torch.ones(0)) == 1
+
+
+DOUBLE = [2.0**-600, 2.0**-540, 2.0**600]
+B = A.double()
+GROUPS = {"a": slice(0, 12), "b": slice(12, D)}
+
+
+def same(found, expected, scale):
+    torch.testing.assert_close(found / scale, expected + 0.0, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", DOUBLE)
+def test_exact_norms_in_double_precision(scale):
+    kron = kronecker_product(B[:3, :3], B[:4, :4])
+    low = LowRankPlusDiagonalOperator(B[:, :3], B.diagonal())
+    dense = B[:, :3] @ B[:, :3].T + B.diagonal().diag()
+    blocks = {"a": B[:5, :5], "b": B[:4, :4]}
+    for op, matrix in (
+        (DiagonalOperator(scale * B.diagonal()), B.diagonal()),
+        (kronecker_product(scale * B[:3, :3], B[:4, :4]), torch.kron(B[:3, :3], B[:4, :4])),
+        ((scale * kron).damped(scale), torch.kron(B[:3, :3], B[:4, :4]) + torch.eye(12)),
+        (scale * low, dense),
+        (LowRankPlusDiagonalOperator(scale**0.5 * B[:, :3], scale * B.diagonal()), dense),
+        (OuterProductOperator(scale * B[:, :3], B[:, 1:4]), B[:, :3] @ B[:, 1:4].T),
+        (block_diagonal({name: scale * block for name, block in blocks.items()}), torch.block_diag(*blocks.values())),
+    ):
+        same(op.frobenius_norm(), matrix.norm(), scale)
+    found = block_diagonal({name: scale * block for name, block in blocks.items()}).block_norms("tensors").norms
+    same(found.diagonal(), torch.stack([block.norm() for block in blocks.values()]), scale)
+
+
+@pytest.mark.parametrize("scale", DOUBLE)
+def test_estimates_in_double_precision(scale):
+    both = {
+        **ESTIMATES,
+        "norm": partial(frobenius_norm, num_products=12),
+        "exact": partial(frobenius_norm, num_products=D),
+    }
+    for name, estimate in both.items():
+        found, expected = estimate(scale * B), estimate(B)
+        same(found, expected, scale)
+        same(found.standard_error, expected.standard_error, scale)
+        assert name == "exact" or (expected.standard_error > 0).all()
+    for count in (4, D):
+        found, expected = (estimators.block_norms(s * B, GROUPS, num_products=count) for s in (scale, 1.0))
+        same(found.norms, expected.norms, scale)
+        same(found.norms.standard_error, expected.norms.standard_error, scale)
+        same(found.traces.standard_error, expected.traces.standard_error, scale)
+    truth = torch.stack([torch.stack([B[i, j].norm() for j in GROUPS.values()]) for i in GROUPS.values()])
+    same(found.norms, truth, scale)
+
+
+@pytest.mark.parametrize("scale", DOUBLE)
+def test_spectra_in_double_precision(scale):
+    values = torch.arange(1.0, 401.0, dtype=torch.float64)
+    found = eigenpairs(scale * values.diag(), 2)
+    torch.testing.assert_close(found.values / scale, values[-2:], rtol=1e-9, atol=0.0)
+    assert found.converged and (found.residuals / scale > 0).all() and (found.residuals / scale < 1e-5).all()
+    densities = [spectral_density(s * B, depth=6, num_vectors=2) for s in (scale, 1.0)]
+    same(densities[0].nodes, densities[1].nodes, scale)
+
+
+@pytest.mark.parametrize("solver, matrix", [("cg", B), ("minres", indefinite.double()), ("lsmr", B[:, :30])])
+@pytest.mark.parametrize("scale", [*DOUBLE, 1.0])
+def test_solutions_in_double_precision(solver, matrix, scale):
+    b = real(D, 2, seed=5).double()
+    found, expected = getattr(solvers, solver)(scale * matrix, b, tolerance=1e-10), torch.linalg.lstsq(matrix, b)
+    assert found.converged
+    torch.testing.assert_close(found.x * scale, expected.solution, rtol=1e-6, atol=1e-7)
+
+
+def test_lengths_in_double_precision():
+    columns = real(50, 3).double()
+    scales = torch.tensor([1e-200, 1.0, 1e250], dtype=torch.float64)
+    torch.testing.assert_close(lengths(columns * scales), columns.norm(dim=0) * scales, rtol=1e-14, atol=0.0)
+    assert lengths(torch.zeros(3, 2, dtype=torch.float64)).tolist() == [0, 0]
+    assert lengths(torch.tensor([[1e308, torch.inf, 1.0]], dtype=torch.float64)).tolist() == [1e308, torch.inf, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from curvops.tour.coarse_files import CoarseFile, matrices_of
 from curvops.tour.facts import facts
 from curvops.tour.files import Finished, MatrixFile, load_matrices, save_matrices
 from curvops.tour.identity import differences
-from curvops.tour.matrices import OPERATORS, Measured, each_matrix
+from curvops.tour.matrices import OPERATORS, Measured, each_matrix, warm_up
 from curvops.tour.meter import Cost, measured
 from curvops.tour.table import table
 
@@ -130,12 +131,13 @@ def compute(
     finished = finished if finished is not None else Finished()
     progressbar, say = shown(progressbar), say or (lambda line: None)
     problem.folder.mkdir(parents=True, exist_ok=True)
+    warm_up(problem.risk.space.device, problem.risk.space.dtype)
     cost = None
     if check:
         with measured(problem.risk.space.device) as cost:
             check_deterministic(problem.risk)
     known = facts(problem.risk)
-    if not torch.tensor([known["risk"], known["gradient_norm"]], device="cpu").isfinite().all():
+    if not (math.isfinite(known["risk"]) and math.isfinite(known["gradient_norm"])):
         raise ValueError(
             f"loss: over the data it is {known['risk']:g}, and the norm of its gradient {known['gradient_norm']:g}, so that no curvature "
             "is finite. Look for NaN, infinite or huge entries in the data and the parameters, as after a training that diverged."

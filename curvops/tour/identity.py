@@ -18,21 +18,20 @@ from torch import Tensor
 from torch.nn import Module
 
 from curvops.files import versions
-from curvops.products.hessian import HessianLinearOperator
+from curvops.lengths import dots, size_of
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import STANDARD
-from curvops.tour.matrices import refusals
+from curvops.tour.matrices import OPERATORS, refusals
 from curvops.tree import select, tensors_of
 
 LIBRARIES = ("curvops", "python", "torch")  # whose versions decide what is computed
 FEW = 4  # data of which a product is taken
+# Matrices of which a product is taken: the GGN sees what moves between model and loss, the empirical Fisher what a loss
+# term is. The Monte-Carlo Fisher's mean is the GGN, and its factor may not fit.
+_PRODUCTS = {"hessian": "Hessian", "ggn": "Generalized Gauss-Newton", "ef": "Empirical Fisher"}
 # from each number that the code gives to the one that its rounding goes by
-_WITNESSES = {
-    "risk": "risk",
-    "gradient_norm": "gradient_norm",
-    "gradient_probe": "gradient_norm",
-    "hessian_norm": "hessian_norm",
-    "hessian_probe": "hessian_norm",
+_WITNESSES = {"risk": "risk", "gradient_norm": "gradient_norm", "gradient_probe": "gradient_norm"} | {
+    f"{name}_{what}": f"{name}_norm" for name in _PRODUCTS for what in ("norm", "probe")
 }
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _PLAIN = (str, bytes, int, float, complex, Enum, range, slice, type(None), np.generic, torch.dtype, torch.device)
@@ -43,8 +42,9 @@ def identity(risk: EmpiricalRisk) -> dict[str, Any]:
     """What tells this problem from any other, in a form that JSON can hold; to be compared by `differences`.
 
     Device and precision; the `content`; and witnesses of what no digest sees, code that is called from somewhere: the
-    risk, the norm of its gradient g, g · v with a fixed random unit vector v, and the norm of H v and v · H v of the first
-    few data (None where they cannot be had). Together they take little more than a gradient.
+    risk, the norm of its gradient g, g · v with a fixed random unit vector v, and of the first few data the norm of A v and
+    v · A v for the Hessian, the GGN and the empirical Fisher (None where they cannot be had), so that what moves between
+    model and loss is seen, and another cut of the loss into terms. Together they take little more than a gradient.
 
     Example:
         >>> from curvops.tour.setups import tiny
@@ -60,14 +60,16 @@ def identity(risk: EmpiricalRisk) -> dict[str, Any]:
         "device": str(risk.space.device),
         "dtype": str(risk.space.dtype).removeprefix("torch."),
         "risk": float(value),
-        "gradient_norm": float(gradient.norm()),
-        "gradient_probe": float(gradient @ probe),
-        "hessian_norm": None,
-        "hessian_probe": None,
+        "gradient_norm": float(size_of(gradient)),
+        "gradient_probe": float(dots(gradient, probe)),
     }
-    with refusals({}, "Hessian"):  # whoever asks for it is told why
-        product = HessianLinearOperator.of(_beginning(risk)) @ probe
-        found |= {"hessian_norm": float(product.norm()), "hessian_probe": float(product @ probe)}
+    some = _beginning(risk)
+    for name, title in _PRODUCTS.items():
+        norm = along = None
+        with refusals({}, title):  # whoever asks for it is told why
+            product = OPERATORS[title][0].of(some) @ probe
+            norm, along = float(size_of(product)), float(dots(product, probe))
+        found |= {f"{name}_norm": norm, f"{name}_probe": along}
     return {**found, "content": content(risk)}
 
 

@@ -9,7 +9,6 @@ import torch
 
 from curvops.tour.compute import Problem, Say, Tour, compute
 from curvops.tour.files import Finished, prepare_output
-from curvops.tour.matrices import warm_up
 from curvops.tour.outputs import PAGE, draw, expected_bytes, remove_stale
 from curvops.tour.setups import SIZES, digits, tutorial
 
@@ -48,7 +47,6 @@ def run_tour(
     say(
         f"Curvature matrices of {', '.join(setups)} on {device} in {str(dtype).removeprefix('torch.')}, to '{output}'\n"
     )
-    warm_up(device, dtype)
     for name in setups:
         make = (lambda **options: (tutorial(**options),)) if name == "tutorial" else digits
         made = make(device=device, dtype=dtype, seed=seed)

@@ -168,6 +168,56 @@ def test_a_tour_of_another_problem_computes_anew(kind, name, tmp_path, monkeypat
     )
 
 
+class Split(nn.Module):
+    """Code in helpers, which no digest sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 2).double()
+
+    def head(self, z):
+        return z
+
+    def forward(self, x):
+        return self.head(self.lin(x)).unsqueeze(-1)
+
+
+class SplitLoss(nn.Module):
+    def distance(self, z):
+        return z.exp()
+
+    def far(self, z):
+        return 0.0
+
+    def forward(self, z, y):
+        return ((self.distance(z) - y).square().sum((1, 2)) + self.far(z)).mean()
+
+
+def moved_into_the_model(patch):
+    patch.setattr(Split, "head", lambda _, z: z.exp())
+    patch.setattr(SplitLoss, "distance", lambda _, z: z)
+
+
+def other_terms(patch):
+    """The same here, but the two positions of a datum are one term."""
+    patch.setattr(SplitLoss, "far", lambda _, z: (z.sum((1, 2)) - 20).relu().square())
+
+
+@pytest.mark.parametrize(("change", "seen"), [(moved_into_the_model, "ggn"), (other_terms, "ef")])
+def test_code_that_only_some_matrices_show_is_seen(change, seen, monkeypatch):
+    torch.manual_seed(0)
+    model, data = Split(), [(X["a"], torch.rand(6, 2, 1).double())]
+
+    def of():
+        return identity(EmpiricalRisk(model, SplitLoss(), dict(model.named_parameters()), data, reduction="mean"))
+
+    before = of()
+    assert None not in before.values() and not differences(before, of())
+    change(monkeypatch)
+    (found,) = differences(before, of())
+    assert found.startswith(f"other code: {seen}_norm")
+
+
 def test_functions_are_known_by_code_and_what_they_refer_to():
     factor, weights = torch.ones(3).double(), {"w": torch.ones(3, 4).double()}
 
@@ -191,7 +241,12 @@ def test_rounding_is_no_change():
     before = identity(Problem().risk())
     rounded = {**before, "risk": before["risk"] * (1 + 1e-13), "hessian_probe": before["hessian_probe"] + 1e-14}
     assert not differences(before, rounded)
-    for name in ("risk", "gradient_norm", "gradient_probe", "hessian_norm", "hessian_probe"):
+    for name in (
+        "risk",
+        "gradient_norm",
+        "gradient_probe",
+        *(f"{m}_{n}" for m in ("hessian", "ggn", "ef") for n in ("norm", "probe")),
+    ):
         assert differences(before, {**before, name: before[name] * (1 + 1e-6) + 1e-6})
         assert differences(before, {**before, name: float("nan")}) and differences(before, {**before, name: None})
 

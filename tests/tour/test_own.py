@@ -15,6 +15,7 @@ import curvops
 from curvops.tour import OPERATORS, CoarseFile, Finished, load_coarse, load_matrices, tour_checkpoints
 from curvops.tour.compute import MATRICES, REFUSED, too_large
 from curvops.tour.facts import facts
+from curvops.tour.meter import measured
 from curvops.tour.own import weights_kept
 
 X, Y = torch.linspace(-1, 1, 96).reshape(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -321,12 +322,32 @@ def test_a_file_without_weights_is_named(content, tmp_path):
         tour_checkpoints(cnn(), CE, [(X, Y)], {"first": tmp_path / "weights.pt"}, output=tmp_path)
 
 
-def test_a_tour_tells_its_facts_once_and_needs_no_warm_up(undrawn, tmp_path, monkeypatch):
+def test_what_torch_takes_at_first_use_counts_for_no_matrix(undrawn, few, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr("curvops.tour.compute.warm_up", lambda *given: used.append(given))
+    monkeypatch.setattr("curvops.tour.compute.measured", lambda device: used.append("measured") or measured(device))
+    model = cnn().double()
+    curvops.tour(model, CE, [(X.double(), Y)], output=tmp_path)
+    assert used == [(torch.device("cpu"), torch.float64), "measured"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_huge_loss_is_finite(dtype, undrawn, few, tmp_path):
+    """Beyond what single precision holds, or the square of what it holds."""
+    model, size = nn.Linear(3, 1).to(dtype), 1e60 if dtype == torch.float64 else 1e15
+    data = [(size * torch.ones(2, 3, dtype=dtype), torch.zeros(2, 1, dtype=dtype))]
+    found = curvops.tour(model, nn.MSELoss(), data, output=tmp_path)
+    assert list(found.matrices) == few and found.file.settings["gradient_norm"] > 1e20
+    with pytest.raises(ValueError, match="over the data it is nan"):
+        data = [(torch.nan * data[0][0], data[0][1])]
+        curvops.tour(model, nn.MSELoss(), data, output=tmp_path, check_deterministic=False)
+
+
+def test_a_tour_tells_its_facts_once(undrawn, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("curvops.tour.compute.facts", lambda risk: asked.append(risk) or facts(risk))
     monkeypatch.setattr("curvops.tour.coarse.facts", lambda risk: asked.append(risk) or facts(risk))
     monkeypatch.setattr("curvops.tour.compute.too_large", lambda *given: sizes.append(given) or too_large(*given))
-    monkeypatch.setattr("curvops.tour.matrices.tiny", lambda *_, **__: pytest.fail("a warm-up"))
     for memory in (100_000, 10**9):
         asked, sizes = [], []
         curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path, memory_budget=memory)

@@ -59,6 +59,7 @@ def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
 
     Raises:
         FileNotFoundError: If there is no such file.
+        PermissionError: If it may not be read.
         ValueError: If it is cut, damaged, or of another format.
     """
     with _opened(path, format) as (file, about, sums):
@@ -99,6 +100,7 @@ def _opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any], dict
     library = extra("safetensors", "Loading from a file")
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is not a file.")
+    path.open("rb").close()  # the library says of a file that may not be read that there is none
     try:
         with library.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "null"))

@@ -124,6 +124,11 @@ def load_problem(
         raise Failure(
             f"{target!r}: the model's parameters are on the meta device: they have no values. Load its weights"
         )
+    if chosen and not any(p.numel() for p in chosen.values()):
+        raise Failure(
+            f"{target!r}: the parameters {describe(list(chosen))} have 0 entries, so that no curvature is in them. Return a model, or "
+            "params, with at least one entry"
+        )
     return Problem(target, model, loss, data, chosen, options)
 
 

@@ -73,7 +73,9 @@ def film(
     look = shared_look(list(frames.values()), transform=transform, clip=clip)
     groups = next(iter(files.values())).groups or None if groups is None else groups
     fig, axes = plot_matrices(next(iter(frames.values())), groups=groups, look=look, width=width)
-    caption = fig.text(axes[0, 0].get_position().x0, 0, "", va="bottom", fontsize=axes[0, 0].title.get_fontsize())
+    style: dict[str, Any] = {"va": "bottom", "fontsize": axes[0, 0].title.get_fontsize()}
+    # a label is no formula, whatever it has of dollars
+    caption = fig.text(axes[0, 0].get_position().x0, 0, "", parse_math=False, **style)
     axis: Text = fig._supxlabel  # type: ignore[attr-defined]  # no public way to it
     caption.set(y=axis.get_position()[1], fontfamily=axis.get_fontfamily())
     for label in frames:

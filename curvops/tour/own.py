@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 from curvops.ranks import Ranks
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
+from curvops.space import describe
 from curvops.tour.compute import Problem, Say, Tour, compute
 from curvops.tour.files import Finished, prepare_output
 from curvops.tour.films import film
@@ -245,8 +246,17 @@ def weights_kept(model: Module) -> Iterator[None]:
 
 def chosen(model: Module | ModelFunction, params: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
     """The parameters that a tour looks at; without `params` those of the module that are trained, or all if none is."""
-    if params is not None:
-        return params
+    if params is None:
+        params = _trained(model)
+    if params and not any(p.numel() for p in params.values()):
+        raise ValueError(
+            f"tour: the parameters {describe(list(params))} have 0 entries, so that no curvature is in them. Pass a model, or "
+            "params=, with at least one entry."
+        )
+    return params
+
+
+def _trained(model: Module | ModelFunction) -> Mapping[str, Tensor]:
     if not isinstance(model, Module):
         raise TypeError(
             f"tour: a {type(model).__name__} is taken as a function (params, X); pass its parameters, params={{name: tensor}}."

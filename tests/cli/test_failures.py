@@ -83,6 +83,7 @@ def unwrapped(): return Named(4, 3), CE, [(X, y)]
 def unwritten(): return net(), CE, torch.load("weights.pt")
 def gpu(): raise AssertionError("Torch not compiled with CUDA enabled")  # as a CPU's build says
 def others(): return net().load_state_dict({})
+def hollow(): return lambda params, X: X @ params["w"], CE, [(X, y)], {"w": torch.ones(4, 0).requires_grad_()}
 def wide(): return net(), nn.MSELoss(), [(X, torch.zeros(6, 3))] * 3
 """
 RETURNS = "model, loss and data (and params by name, if only some), or a dict with these keys"
@@ -110,6 +111,7 @@ ONE_LINE = [
     ("check file.py:dicts", 1, "data: expected batches (X, y), got a dict with keys ['x', 'y']. Return pairs"),
     ("check file.py:walked", 1, "data: got a list_iterator, which can be walked only once"),
     ("check file.py:elsewhere", 1, "the model's parameters are on the meta device: they have no values. Load its weights"),
+    *((f"{command} file.py:hollow", 1, "'file.py:hollow': the parameters 'w' have 0 entries, so that") for command in ("check", "kfac", "spectrum", "tour")),
     ("kfac file.py:nan", 1, "data: the loss (nan) or its gradient is not finite, from batch 2 on (counted from 0)."),
     ("spectrum file.py:nan --json", 1, "data: the loss (nan) or its gradient is not finite, from batch 2 on"),
     ("kfac file.py:double", 1, "--dtype float32 or float64 brings model, loss and data to one precision"),

@@ -35,6 +35,10 @@ def test_each_stop_is_a_frame_in_shared_colours(suffix, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_labels_with_dollars_are_no_formulas(tmp_path):
+    assert film({"ep$1_$": stop(1.0), "a$^$": stop(2.0)}, tmp_path / "f.gif", dpi=50).exists()
+
+
 def test_what_makes_no_film_is_refused(tmp_path):
     for stops, name, error, message in (
         ({}, "f.gif", ValueError, "at least one stop"),

@@ -151,6 +151,13 @@ def test_what_does_not_fit_is_refused_in_one_line(undrawn, tmp_path, monkeypatch
         _ = curvops.tour
 
 
+def test_parameters_without_entries_are_refused_at_the_door(tmp_path):
+    model, params = (lambda p, inputs: inputs.flatten(1) @ p["w"]), {"w": torch.zeros(16, 0)}
+    with pytest.raises(ValueError, match=r"the parameters 'w' have 0 entries.*Pass a model, or params="):
+        curvops.tour(model, CE, [(X, Y)], params, output=tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
 def test_operators_that_refuse_the_model_are_left_out_and_named(undrawn, tmp_path):
     found = curvops.tour(cnn(), lambda z, y: z.cos().mean(), [(X, Y)], output=tmp_path, reduction="mean")
     assert list(found.matrices) == ["Hessian", "Generalized Gauss-Newton", "Empirical Fisher"]
@@ -194,6 +201,23 @@ def test_what_is_finished_is_kept_and_on_request_not_computed_again(undrawn, few
     curvops.tour(model, CE, [(X, Y)], output=tmp_path, resume=True, say=said.append)
     assert asked[-1] == few, "another model"
     assert said[-1] == f"'{tmp_path / MATRICES}' is of another computation (other weights), and is computed anew"
+
+
+def test_a_file_that_may_not_be_read_is_not_replaced(undrawn, few, tmp_path, monkeypatch):
+    path = tmp_path / MATRICES
+    path.write_bytes(b"somebody's")
+
+    def closed(self, mode="r", *given, **named):
+        if self == path and "r" in mode:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *given, **named)
+
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", closed)
+        with pytest.raises(PermissionError, match=r"matrices\.safetensors"):
+            curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path, resume=True)
+    assert path.read_bytes() == b"somebody's"
 
 
 def test_blocks_where_the_matrices_do_not_fit(undrawn, tmp_path):

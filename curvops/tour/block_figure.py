@@ -150,7 +150,10 @@ def _traces(ax: Axes, coarse: CoarseFile, titles: Sequence[str]) -> None:
     if bool((every > 0).all()):
         ax.set_yscale("log")
     else:
-        ax.set_yscale("symlog", linthresh=float(every.abs().max()) * 1e-6 or 1.0)
+        turn = float(every.abs().max()) * 1e-6 or 1.0
+        ax.set_yscale("symlog", linthresh=turn)
+        ax.set_yticks(decades(turn, *ax.get_ylim()))  # its own lie on each other around zero
+        ax.minorticks_off()
     for edge in (places[:-1] + 0.5).tolist():
         ax.axvline(edge, color="0.85", lw=0.4, zorder=0)
     ax.set_xlim(-0.5, len(places) - 0.5)  # as of the image of masses below

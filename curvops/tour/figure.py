@@ -54,6 +54,9 @@ def plot_matrices(
     """Draw square matrices of one shape as heat maps on a shared colour domain.
 
     Names of groups that are too small for one each are moved aside, with a line to their place, or joined, as in `3–7`.
+    Of more than 700 rows, in panels as wide as a third of a page, print cannot show every entry: a pixel is then the mean of
+    a cell's transformed entries, without exact zeros where these have a colour, and the colour bar says so. Unaltered entries
+    of both signs cancel in it; the page shows a cell's smallest and largest entry, too.
 
     Args:
         matrices: Tensors `[D, D]` or operators with `to_dense()`: a mapping from title to matrix, a sequence
@@ -113,8 +116,9 @@ def plot_matrices(
     style: Style = figure_style(rows, columns, width=width, usetex=usetex) if config is None else dict(config)
     with plt.rc_context(style):
         fig, axes = plt.subplots(rows, columns, squeeze=False, layout="compressed")
+        pixels = pixels_of(fig, columns, side)
         for ax, (title, matrix) in zip(axes.flat, named.items(), strict=False):
-            image = look.shown(matrix, pixels_of(fig, columns, side), title)
+            image = look.shown(matrix, pixels, title)
             extent = (-0.5, side - 0.5, side - 0.5, -0.5)
             ax.imshow(image, vmin=look.lower, vmax=look.upper, cmap=look.cmap, extent=extent, interpolation="none")
             ax.set_title(title)
@@ -125,7 +129,7 @@ def plot_matrices(
         thin = BAR / fig.get_figwidth()
         room: Style = {"fraction": 1.2 * thin, "aspect": rows / columns / thin, "anchor": (1.0, 0.5), "pad": 0.012}
         bar = fig.colorbar(axes[0, 0].images[0], ax=axes, extend=look.extend, **room)
-        bar.set_label(look.title)
+        bar.set_label(look.title if pixels is None else f"{look.title}, cell means")
         bar.outline.set_linewidth(THIN)
         _arrange(fig, axes, bar, axis_label if sizes else "Parameter", sizes)
         if look.some_zeros:
@@ -139,8 +143,8 @@ def plot_matrices(
 def save_figure(fig: Figure, path: str | Path, *, dpi: int = 300) -> Path:
     """Write a figure of `plot_matrices` in the format of the file's suffix, whole or not at all, and return the path.
 
-    Vector formats embed the panels losslessly, one pixel per entry; pixel formats, for which `dpi` is, are smoothed
-    where a pixel covers more than one entry.
+    Vector formats embed the panels losslessly, one pixel per entry, or per cell where `plot_matrices` has drawn means of
+    cells; pixel formats, for which `dpi` is, are smoothed where a pixel covers more than one entry.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()

@@ -241,6 +241,11 @@ def test_figures():
     assert [text.get_text() for text in axes[1].get_xticklabels()] == list(coarse.groups)
     assert axes[1].images[0].get_array().shape == (18, 4)
     plt.close(fig)
+    coarse.traces["Hessian"][0] *= -1
+    fig, axes = plot_spectra(coarse)
+    boxes = [text.get_window_extent() for text in axes[0].get_yticklabels() if text.get_text()]
+    assert len(boxes) > 4 and not any(one.overlaps(other) for one, other in pairwise(boxes))
+    plt.close(fig)
     sizes = torch.tensor(list(coarse.groups.values())).double()
     fig, axes = plot_blocks(coarse, per_entry=True, columns=6)
     shown = torch.as_tensor(axes[0, 0].images[0].get_array().filled())

@@ -160,6 +160,8 @@ def test_large_matrices_are_averaged_to_what_print_can_show(tmp_path):
     assert shown.shape == (600, 600)
     assert (shown[:300, :300] == 1).all() and (shown[300:] == 0).all()
     assert axes[0, 0].images[0].get_extent() == [-0.5, 1199.5, 1199.5, -0.5]
+    label = axes[0, 0].images[0].colorbar.ax.get_ylabel()
+    assert " ".join(label.split()) == "Unaltered matrix entries, cell means"
     assert save_figure(fig, tmp_path / "a.pdf").stat().st_size < 2_000_000
 
 

@@ -6,6 +6,9 @@ const SETTINGS = {
   mc_samples: "Monte-Carlo samples", effort: "Effort", layers: "Parameters by layer", conventions: "Conventions",
 };
 
+// Numbers and digests that tell one problem from another, and nothing to a reader.
+const FINGERPRINT = /^(content|gradient_probe|(hessian|ggn|ef)_(norm|probe))$/;
+
 function factTable(caption, facts) {
   const rows = Object.entries(facts).map(([name, text]) =>
     element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, String(text))),
@@ -29,7 +32,10 @@ function showAbout(facts, explanations, page, stop) {
   const { about } = stop;
   const settings = { Parameters: page.axis.side, Matrices: page.titles.length };
   for (const [key, name] of Object.entries(SETTINGS)) if (key in about.settings) settings[name] = about.settings[key];
-  for (const [key, text] of Object.entries(about.settings)) if (!(key in SETTINGS)) settings[key] = text;
+  const others = Object.entries(about.settings).filter(([key]) => !(key in SETTINGS));
+  for (const [key, text] of others) if (!FINGERPRINT.test(key)) settings[key] = text;
+  const marks = others.filter(([key]) => FINGERPRINT.test(key));
+  if (marks.length) settings.Fingerprint = marks.map(([key, text]) => `${key} ${text}`).join("; ");
   const tables = [factTable("Problem", settings)];
   if (Object.keys(about.costs).length || Object.keys(about.products).length) tables.push(costTable(page.titles, about));
   if (Object.keys(about.versions).length) tables.push(factTable("Versions", about.versions));

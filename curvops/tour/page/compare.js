@@ -54,7 +54,7 @@ function showBlocks(table, groups, errors, norms, caption, doubt = null) {
     });
     return element("tr", {}, name("row", group), ...cells);
   });
-  table.replaceChildren(element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...rows));
+  table.replaceChildren(element("caption", {}, element("span", {}, caption)), element("thead", {}, head), element("tbody", {}, ...rows));
 }
 
 // Gives a table that is wider than its column a row of its own, and says so where even that is too narrow.

@@ -1,6 +1,7 @@
 // Heat maps side by side, all showing the same rows and columns.
 
 const GAP = { x: 22, y: 34 };
+const LETTER = { width: 7.4, height: 17 }; // pixels of a heading's
 
 // Where rows and columns are seen from and to: [[first, last] of rows, of columns].
 const whole = (axis) => [[-0.5, axis.rows - 0.5], [-0.5, axis.rows - 0.5]];
@@ -52,6 +53,15 @@ function gridOf(place, count, axis) {
   return { columns, rows, side, margin, letters, height: rows * side + (rows - 1) * GAP.y + margin.t + margin.b };
 }
 
+// The lines of a panel's heading, as plotly takes them, in so many pixels.
+function headingOf({ title, range }, width) {
+  const letters = Math.floor(width / LETTER.width);
+  const lines = inLines(title, letters);
+  const beside = range && lines.at(-1).length + 2 + range.length <= letters;
+  const bold = lines.map((line) => `<b>${plain(line)}</b>`);
+  return !range ? bold : beside ? [...bold.slice(0, -1), `${bold.at(-1)}  ${plain(range)}`] : [...bold, plain(range)];
+}
+
 // Ranges and names of both axes of every panel, for plotly's layout.
 function viewLayout(axis, view, grid, count, edges) {
   const [rows, columns] = view;
@@ -68,6 +78,10 @@ function viewLayout(axis, view, grid, count, edges) {
 
 function drawHeat(place, panels, { axis, view, edges, drag }) {
   const grid = gridOf(place, panels.length, axis);
+  const headings = panels.map((panel) => headingOf(panel, grid.side));
+  const more = (Math.max(...headings.map((lines) => lines.length)) - 1) * LETTER.height;
+  grid.margin.t += more;
+  grid.height += grid.rows * more;
   const inner = { width: place.clientWidth - grid.margin.l - grid.margin.r, height: grid.height - grid.margin.t - grid.margin.b };
   const layout = viewLayout(axis, view, grid, panels.length, edges);
   const traces = [], annotations = [];
@@ -75,7 +89,7 @@ function drawHeat(place, panels, { axis, view, edges, drag }) {
     const id = k ? k + 1 : "";
     const [row, column] = [Math.floor(k / grid.columns), k % grid.columns];
     const left = (column * (grid.side + GAP.x)) / inner.width;
-    const top = 1 - (row * (grid.side + GAP.y)) / inner.height;
+    const top = 1 - (row * (grid.side + GAP.y + more)) / inner.height;
     const [right, bottom] = [left + grid.side / inner.width, top - grid.side / inner.height];
     const lowest = k + grid.columns >= panels.length;
     const limits = { minallowed: -0.5, maxallowed: axis.rows - 0.5 };
@@ -90,7 +104,7 @@ function drawHeat(place, panels, { axis, view, edges, drag }) {
     if (edges === "parameters") traces.push(...boundaries(axis.pieces, axis.rows, "dot", at));
     if (edges !== "none") traces.push(...boundaries(axis.groups, axis.rows, "solid", at));
     annotations.push({
-      text: `<b>${plain(panel.title)}</b>${panel.range ? `  ${plain(panel.range)}` : ""}`, showarrow: false, font: { size: 13 },
+      text: headings[k].join("<br>"), showarrow: false, font: { size: 13 }, align: "left",
       xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom",
     });
   });

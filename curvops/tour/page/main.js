@@ -167,10 +167,12 @@ function reading(row, column, here = null) {
   return list;
 }
 
+// The row that a field means, whatever was typed into it.
+const asked = (id) => Math.min(Math.max(Math.round(Number(value(id))) || 0, 0), axis.rows - 1);
+
 function showEntry() {
-  const inside = (id) => Math.min(Math.max(Math.round(Number(value(id))) || 0, 0), axis.rows - 1);
-  byId("entry").replaceChildren(reading(inside("row"), inside("column")));
-  showCode(inside("row"), inside("column"));
+  byId("entry").replaceChildren(reading(asked("row"), asked("column")));
+  showCode(asked("row"), asked("column"));
 }
 
 // A line of Python that computes the entries of a block, of which the page knows the norm.
@@ -285,7 +287,10 @@ function wire() {
   for (const id of ["colors", "scale", "edges", "drag"]) on(id, "change", () => { drawMatrices(); drawDifference(); });
   for (const id of ["minuend", "subtrahend"]) on(id, "change", drawDifference);
   for (const id of ["block-rows", "block-columns"]) on(id, "change", lookAtChosen);
-  for (const id of ["row", "column"]) on(id, "input", showEntry);
+  for (const id of ["row", "column"]) {
+    on(id, "input", showEntry);
+    on(id, "change", () => { byId(id).value = asked(id); }); // not while it is typed
+  }
   on("axis", "change", drawSpectra);
   on("mass-of", "change", drawMasses);
   on("whole", "click", all);

@@ -58,6 +58,17 @@ function shortened(name, length = 24) {
   return `…${dot < 0 || dot === end.length - 1 ? end : end.slice(dot + 1)}`;
 }
 
+// A text in lines of so many letters, as far as its words allow.
+function inLines(text, letters) {
+  const lines = [];
+  for (const word of text.split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`;
+    if (lines.length && longer.length <= letters) lines[lines.length - 1] = longer;
+    else lines.push(word);
+  }
+  return lines;
+}
+
 // The pieces and groups of the axis with the rows at which they begin.
 function withStarts(parts) {
   let start = 0;

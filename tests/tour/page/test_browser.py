@@ -10,7 +10,9 @@ from tour.page.pages import random_tour
 
 from curvops.tour import MatrixFile
 from curvops.tour.coarse_files import CoarseFile
+from curvops.tour.identity import identity
 from curvops.tour.page import write_page
+from curvops.tour.setups import tiny
 
 ROW, COLUMN = 9, 3  # of the tiny network
 NAMES = {"row": "3.weight[1, 3]", "column": "3.weight[0, 1]"}
@@ -52,6 +54,9 @@ def test_pointing_and_typing_read_the_saved_numbers(page, tour):
     assert all(is_saved(told[title], matrix, ROW, COLUMN) for title, matrix in tour.matrices.items())
     page.type("row", "12000")  # far outside: the last row
     assert page.reading("entry")[0]["row"] == "3.bias[1]"
+    for typed, meant in (("12000", "11"), ("1.5", "2"), ("-5", "0")):
+        page.type("row", typed + Keys.TAB)
+        assert page.find("row").get_attribute("value") == meant
 
 
 def test_colours(page, tour):
@@ -180,6 +185,15 @@ def test_what_was_computed_is_told(page, tour):
         assert text in facts
     told.find_element("css selector", "details:last-of-type summary").click()
     assert tour.explanations["KFAC"] in told.text
+
+
+def test_what_tells_problems_apart_is_one_row(chromium, tmp_path):
+    known = {"setup": "Net", **identity(tiny().risk())}
+    chromium.open(write_page(tmp_path / "known.html", random_tour(settings=known)))
+    rows = chromium.run("return [...document.querySelectorAll('#facts table:first-child th')].map(t => t.textContent)")
+    named = ["Problem", "Device", "Precision", "Risk", "Norm of its gradient", "Fingerprint"]
+    assert rows == ["Parameters", "Matrices", *named]
+    assert known["content"]["weights"] in chromium.text("facts")
 
 
 def test_light_dark_and_paper(page):
@@ -346,4 +360,16 @@ def test_no_name_is_lost_or_touches_the_next(chromium, tmp_path):
     assert len(boxes) == 16
     assert all(left >= right for (_, right), (left, _) in pairwise(boxes))
     assert chromium.find("blocks-more").is_displayed()  # sixteen columns
+    chromium.choose("scale", "Each its own")
+    cut = """const right = (element) => element.getBoundingClientRect().right;
+        return [...document.querySelectorAll('.annotation-text, #blocks caption span')]
+        .filter((text) => right(text) > right(text.closest('.scroll') ?? document.body)).map((text) => text.textContent)"""
+    try:
+        chromium.devtools(
+            "Emulation.setDeviceMetricsOverride", width=390, height=740, deviceScaleFactor=1, mobile=False
+        )
+        chromium.wait("return document.getElementById('difference')._fullLayout.width < 390")
+        assert chromium.run(cut) == []
+    finally:
+        chromium.devtools("Emulation.clearDeviceMetricsOverride")
     assert chromium.errors() == []

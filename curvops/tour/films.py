@@ -23,11 +23,12 @@ from curvops.tour.files import MatrixFile
 from curvops.tour.groups import Groups
 from curvops.tour.outputs import common_titles
 from curvops.tour.panels import ZERO, Look, Transform, dense_matrix, log_abs, shared_look
-from curvops.tour.style import Width
+from curvops.tour.style import Width, glyphs_warned_of_once
 
 FORMATS = ("gif", "webp", "png")
 
 
+@glyphs_warned_of_once()
 def film(
     stops: Mapping[str, Tour | MatrixFile] | Sequence[Tour | MatrixFile],
     path: str | Path = "film.gif",

@@ -42,6 +42,7 @@ def placed_labels(
         >>> [label.text for label in placed_labels(["n.1", "n.2", "n.3", "n.4"], [0, 9, 10, 11, 20], height=10, reach=5)]
         ['n.1', 'n.2–3', 'n.4']
     """
+    names = [" ".join(name.split()) for name in names]
     reach = height if reach is None else reach
     runs = [(k, k) for k in range(len(names))]
     low, high = edges[0], edges[-1]
@@ -115,6 +116,7 @@ def shortened(name: str) -> str:
         >>> shortened("encoder.layer.11.attention"), shortened("bert.embeddings.position_embeddings")
         ('…layer.11.attention', '…posit…n_embeddings')
     """
+    name = " ".join(name.split())  # in one line
     if len(name) <= LONGEST:
         return name
     parts = name.split(".")

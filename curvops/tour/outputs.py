@@ -23,6 +23,7 @@ from curvops.tour.files import Finished, MatrixFile
 from curvops.tour.matrices import OPERATORS
 from curvops.tour.page import write_page
 from curvops.tour.panels import Look, log_abs, shared_look, unchanged
+from curvops.tour.style import glyphs_warned_of_once
 
 # of the unaltered entries within the colour domain; a handful of large ones would leave the rest blank
 UNALTERED_SHARE = 0.99
@@ -97,6 +98,7 @@ def common_titles(tours: Mapping[str, Tour | MatrixFile]) -> list[str]:
     return [title for title in first.matrices if all(title in tour.matrices for tour in others)]
 
 
+@glyphs_warned_of_once()
 def _figures(tours: Mapping[str, Tour], finished: Finished, step: Callable[[], Any]) -> dict[str, list[Path]]:
     """Write the figures of all tours; return their files by label."""
     frames = [tour.matrices for tour in tours.values() if isinstance(tour.file, MatrixFile)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import matplotlib.pyplot as plt
@@ -43,6 +47,25 @@ def figure_style(rows: int = 2, columns: int = 3, *, width: Width = "page", uset
     ticks = {f"{axis}tick.{what}": value for axis in "xy" for what, value in marks.items()}
     sizes = {"legend.fontsize": style["axes.titlesize"] - 1}
     return style | ticks | sizes | {"pdf.fonttype": 42, "axes.linewidth": THIN, "axes.titlepad": 3.0}
+
+
+@contextmanager
+def glyphs_warned_of_once() -> Iterator[None]:
+    """Letters that a font lacks give one warning together; all other warnings come after the body as they are."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        glyphs: dict[str, None] = {}  # in order
+        for one in caught:
+            if found := re.match(r"Glyph (\d+) .*missing from", str(one.message)):
+                glyphs[chr(int(found[1]))] = None
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        if glyphs:
+            text = f"figures: the font lacks {len(glyphs)} of the letters in names, which are drawn as boxes: {''.join(glyphs)}"
+            warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def settle_fonts(fig: Figure) -> None:

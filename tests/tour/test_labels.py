@@ -22,6 +22,12 @@ def deep() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 12), *tiny, nn.Linear(2, 20))
 
 
+def test_names_stay_in_one_line():
+    named = placed_labels(["a\nb", "c\r\nd"], [0, 50, 100], height=7)
+    assert [label.text for label in named] == ["a b", "c d"]
+    assert shortened("a\nb") == "a b"
+
+
 def overlaps(boxes) -> list:
     return [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 

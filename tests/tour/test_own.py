@@ -3,6 +3,7 @@
 import gc
 import re
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -218,6 +219,19 @@ def test_a_file_that_may_not_be_read_is_not_replaced(undrawn, few, tmp_path, mon
         with pytest.raises(PermissionError, match=r"matrices\.safetensors"):
             curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path, resume=True)
     assert path.read_bytes() == b"somebody's"
+
+
+def test_letters_that_the_font_lacks_give_one_warning(few, tmp_path):
+    model, glyphs = nn.Module(), ("\U0001f600", "\u6f22", "\u5b57")
+    for glyph in glyphs:
+        model.add_module(glyph, nn.Linear(3, 3))
+    model.forward = lambda x: sum(layer(x) for layer in model.children())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        curvops.tour(model, CE, [(torch.rand(4, 3), Y[:4])], output=tmp_path)
+    (said,) = {str(one.message) for one in caught if "font" in str(one.message)}
+    assert "the font lacks 3 of the letters in names" in said and all(glyph in said for glyph in glyphs)
+    assert len([one for one in caught if "font" in str(one.message)]) == 1
 
 
 def test_blocks_where_the_matrices_do_not_fit(undrawn, tmp_path):

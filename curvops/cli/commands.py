@@ -86,7 +86,7 @@ def run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments:
-            with click.Context(curvops, info_name="curvops") as context:
+            with click.Context(curvops, info_name="curvops", **curvops.context_settings) as context:
                 click.echo(context.get_help(), err=True)
             return 2
         return int(curvops.main(arguments, "curvops", standalone_mode=False) or 0)

@@ -91,6 +91,8 @@ def one_line(text: str) -> str:
 def _message(error: BaseException) -> str:
     # a KeyError's text would be quoted
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"'{error.filename}': {error.strerror}"
     said = str(text).partition("\n\n")[0]
     said, code = said[: (begin := said.find(_CODE) if _CODE in said else len(said))], said[begin:]
     return for_the_shell(one_line(said)) + code or type(error).__name__

@@ -16,7 +16,7 @@ from curvops.cli.problem import load_problem
 from curvops.cli.results import expect_same, problem_settings
 from curvops.cli.session import Session, json_text
 from curvops.files import digest, replace_atomically
-from curvops.tour.files import prepare_output
+from curvops.tour.files import output_folder
 
 
 def run(
@@ -34,27 +34,27 @@ def run(
     beside = path.with_suffix(".json")  # what the file itself does not say
     document = None if fresh else _kept(path, beside, settings)
     if document is None:
-        prepare_output(folder, 0)
-        problem.risk.progressbar = sys.stderr.isatty()
-        start = time.perf_counter()
-        operator = operator_of(name, problem, **own)
-        seconds = time.perf_counter() - start
-        explanation = operator.explain()
-        document = {
-            "problem": problem.target, "file": str(path), "seconds": seconds, "shape": list(operator.shape),
-            "trace": float(operator.trace()), "bytes": explanation.memory, "explanation": str(explanation),
-            "rows": [asdict(row) for row in explanation.rows], "settings": settings,
-        }  # fmt: skip
-        if not processes.is_first():
-            return
+        with output_folder(folder, 0, (path.name, beside.name)):
+            problem.risk.progressbar = sys.stderr.isatty()
+            start = time.perf_counter()
+            operator = operator_of(name, problem, **own)
+            seconds = time.perf_counter() - start
+            explanation = operator.explain()
+            document = {
+                "problem": problem.target, "file": str(path), "seconds": seconds, "shape": list(operator.shape),
+                "trace": float(operator.trace()), "bytes": explanation.memory, "explanation": str(explanation),
+                "rows": [asdict(row) for row in explanation.rows], "settings": settings,
+            }  # fmt: skip
+            if not processes.is_first():
+                return
 
-        def write(partial: Path) -> None:
-            operator.save(partial)
-            document["sha256"] = digest(partial)  # of this run's file, whatever another one puts in its place
+            def write(partial: Path) -> None:
+                operator.save(partial)
+                document["sha256"] = digest(partial)  # of this run's file, whatever another one puts in its place
 
-        replace_atomically(path, write)
-        text = json_text(document)
-        replace_atomically(beside, lambda partial: partial.write_text(text, encoding="utf-8"))
+            replace_atomically(path, write)
+            text = json_text(document)
+            replace_atomically(beside, lambda partial: partial.write_text(text, encoding="utf-8"))
     else:
         session.note(f"'{path}' is there, and is not computed again")
     session.kept.append(path)

@@ -25,7 +25,7 @@ from curvops.spectrum.choice import Choice
 from curvops.spectrum.dense import DENSE
 from curvops.tour.coarse_files import kept_parts
 from curvops.tour.figure import save_figure
-from curvops.tour.files import prepare_output
+from curvops.tour.files import output_folder
 
 ROUNDING = 10  # roundoffs of the largest |eigenvalue|: what is below is zero as far as one can tell
 FROM_MATRIX, FROM_STRUCTURE = "exact, from the matrix", "exact, from the structure"
@@ -42,28 +42,33 @@ def run(
     D = sum(p.numel() for p in problem.params.values())
     if k is not None and k > D:
         raise click.UsageError(f"-k: the matrix has {D:,} eigenvalues, one for each parameter; got {k:,}")
-    folder = prepare_output(session.path(output), 0)
     settings = {"k": min(5, D) if k is None else k, "which": which, "fisher_type": fisher_type, "seed": seed}
-    settings |= problem_settings(problem)
-    document: dict[str, Any] = {"problem": problem.target, "output": str(folder), "settings": settings, "matrices": {}}
-    for name in matrices:
-        own = options(name, seed=seed, fisher_type=fisher_type, memory=memory)
-        one = _Matrix(session, folder, name, problem, own, settings, fresh)
-        pairs = one.eigenpairs()
-        note = _note(pairs, which, one.exact)
-        session.say(_table(name, D, pairs, one.exact, note))
-        document["matrices"][name] = {
-            "eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist(), "products": pairs.products,
-            "converged": pairs.converged, "reason": pairs.reason, "method": one.exact or "Lanczos", "note": note,
-        }  # fmt: skip
-        found = one.density(pairs, depth, vectors) if density else None
-        if found is not None and processes.is_first():
-            document["matrices"][name]["density"] = _drawn(found, folder / f"{name}.density", session, one.exact)
-    if not processes.is_first():
-        return
-    text = json_text(document)
-    replace_atomically(folder / "spectrum.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-    session.answer(document)
+    with output_folder(session.path(output), 0, ["spectrum.json"]) as folder:
+        settings |= problem_settings(problem)
+        document: dict[str, Any] = {
+            "problem": problem.target,
+            "output": str(folder),
+            "settings": settings,
+            "matrices": {},
+        }
+        for name in matrices:
+            own = options(name, seed=seed, fisher_type=fisher_type, memory=memory)
+            one = _Matrix(session, folder, name, problem, own, settings, fresh)
+            pairs = one.eigenpairs()
+            note = _note(pairs, which, one.exact)
+            session.say(_table(name, D, pairs, one.exact, note))
+            document["matrices"][name] = {
+                "eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist(), "products": pairs.products,
+                "converged": pairs.converged, "reason": pairs.reason, "method": one.exact or "Lanczos", "note": note,
+            }  # fmt: skip
+            found = one.density(pairs, depth, vectors) if density else None
+            if found is not None and processes.is_first():
+                document["matrices"][name]["density"] = _drawn(found, folder / f"{name}.density", session, one.exact)
+        if not processes.is_first():
+            return
+        text = json_text(document)
+        replace_atomically(folder / "spectrum.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+        session.answer(document)
 
 
 @dataclass
@@ -158,7 +163,7 @@ def _table(name: str, dim: int, pairs: EigenPairs, exact: str, note: str) -> str
     end = "" if pairs.converged else f"; NOT converged: {pairs.reason}"
     how = exact or f"{pairs.products} products"
     lines = [
-        f"{name}, {dim:,} parameters: eigenvalues, {how}{end}",
+        f"{name}, {dim:,} parameter{'s' * (dim != 1)}: eigenvalues, {how}{end}",
         *([f"  below what rounding resolves: {note}"] if note else []),
         f"  {'value':>12}  {'residual':>9}",
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -114,16 +115,33 @@ def description(about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
+@contextmanager
+def output_folder(folder: str | Path, expected_bytes: int, names: Iterable[str] = ()) -> Iterator[Path]:
+    """The same as `prepare_output` for what the body writes; folders that were made are removed if it fails and leaves nothing."""
+    missing = _missing(Path(folder))
+    prepare_output(folder, expected_bytes, names)
+    try:
+        yield Path(folder)
+    except BaseException:
+        _remove(missing)
+        raise
+
+
+def prepare_output(folder: str | Path, expected_bytes: int, names: Iterable[str] = ()) -> Path:
     """Make the folder, find out by writing that many bytes that they fit into it, and return its path.
+
+    Files of these names will be written there.
 
     Folders that were made are removed again if the answer is no.
 
     Raises:
-        OutputError: If the folder cannot be made or written, or is too full.
+        OutputError: If the folder cannot be made or written, or is too full, or a file's place is taken by a folder.
     """
     folder = Path(folder)
-    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    missing = _missing(folder)
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            raise OutputError(f"cannot write '{path}': {os.strerror(errno.EISDIR)}")
     try:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -134,9 +152,19 @@ def prepare_output(folder: str | Path, expected_bytes: int) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            for path in missing:
-                path.rmdir()
-        reason = error.strerror or error
-        raise OutputError(f"cannot write {byte_size(expected_bytes)} to '{folder}': {reason}") from None
+        _remove(missing)
+        size = f"{byte_size(expected_bytes)} " if expected_bytes else ""
+        raise OutputError(f"cannot write {size}to '{folder}': {error.strerror or error}") from None
     return folder
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they are not there."""
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """Remove folders that are empty, from the innermost one on."""
+    with contextlib.suppress(OSError):
+        for path in folders:
+            path.rmdir()

@@ -21,11 +21,11 @@ from curvops.ranks import Ranks
 from curvops.risk.empirical_risk import EmpiricalRisk
 from curvops.risk.model import ModelFunction
 from curvops.space import describe
-from curvops.tour.compute import Problem, Say, Tour, compute
-from curvops.tour.files import Finished, prepare_output
+from curvops.tour.compute import BLOCKS, MATRICES, Problem, Say, Tour, compute
+from curvops.tour.files import Finished, output_folder
 from curvops.tour.films import film
 from curvops.tour.groups import Groups, module_groups, sizes_of
-from curvops.tour.outputs import FIGURES_BYTES, FILM, PAGE, draw, expected_bytes, remove_stale
+from curvops.tour.outputs import DRAWN, FIGURES_BYTES, FILM, PAGE, draw, expected_bytes, remove_stale
 
 
 class TourOptions(TypedDict, total=False):
@@ -90,7 +90,8 @@ def tour(
         check_deterministic: Compare two passes over the data first.
         progressbar: Show what is computed: lines on stderr, and bars on a terminal or in a notebook.
         resume: Keep what a file in `output` has of the same model, loss, data and seed by the same versions. Any change of a
-            tensor, a mode, an attribute or the data, and any of the code that risk or derivatives show, means anew.
+            tensor, a mode, an attribute or the data, and any of the code that risk, gradient, Hessian, GGN or empirical Fisher
+            show, means anew.
         finished: Is filled in with what is written, for a caller that may be interrupted.
         say: Takes the lines about what is computed; by default they go to stderr.
         reduction: `"mean"` or `"sum"`, for losses that do not say it themselves.
@@ -198,7 +199,7 @@ def tour_checkpoints(
     # what is the model's own, as its `state_dict()` is, would change as others are loaded
     own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
     states = [deepcopy(state) if _shares(state, own) else state for state in checkpoints.values()]
-    with weights_kept(model):
+    with output_folder(output, 0, DRAWN), weights_kept(model):
         for (label, folder), state in zip(folders.items(), states, strict=True):
             _load(model, label, state)
             name = title or title_of(model, chosen(model, params))
@@ -270,7 +271,8 @@ def _trained(model: Module | ModelFunction) -> Mapping[str, Tensor]:
 def title_of(model: Any, params: Mapping[str, Tensor]) -> str:
     """A title for a model: the name of its class or function, and how many parameters are looked at."""
     name = type(model).__name__ if isinstance(model, Module) else getattr(model, "__name__", type(model).__name__)
-    return f"{name}, {sum(p.numel() for p in params.values()):,} parameters"
+    size = sum(p.numel() for p in params.values())
+    return f"{name}, {size:,} parameter{'s' * (size != 1)}"
 
 
 def _toured(
@@ -300,18 +302,18 @@ def _toured(
     title, say = title or title_of(model, params), _say(options)
     problem = Problem(title, risk, sizes, folder, options.get("memory_budget"))
     size = FIGURES_BYTES if problem.too_large else expected_bytes([risk.space.dim**2 * risk.space.dtype.itemsize])
-    prepare_output(folder, size)
-    dtype = str(risk.space.dtype).removeprefix("torch.")
-    say(f"{title}: {_batches(data)} on {risk.space.device} in {dtype}, to '{folder}'")
-    return compute(
-        problem,
-        seed=options.get("seed", 0),
-        check=options.get("check_deterministic", True),
-        progressbar=options.get("progressbar", True),
-        resume=options.get("resume", False),
-        finished=options.get("finished"),
-        say=say,
-    )
+    with output_folder(folder, size, (MATRICES, BLOCKS, *DRAWN)):
+        dtype = str(risk.space.dtype).removeprefix("torch.")
+        say(f"{title}: {_batches(data)} on {risk.space.device} in {dtype}, to '{folder}'")
+        return compute(
+            problem,
+            seed=options.get("seed", 0),
+            check=options.get("check_deterministic", True),
+            progressbar=options.get("progressbar", True),
+            resume=options.get("resume", False),
+            finished=options.get("finished"),
+            say=say,
+        )
 
 
 def _say(options: TourOptions) -> Say:

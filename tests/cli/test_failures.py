@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ ONE_LINE = [
     ("check file.py:module", 1, "the reduction of 'Own' is not known. Return a dict with the keys model, loss, data and reduction"),
     ("check file.py:copied", 1, "'0.weight', '0.bias', '2.weight', '2.bias' are not the tensors of the model, but others"),
     ("kfac file.py:good --fisher-type forward-only --ekfac", 1, "fisher_type: 'forward-only' takes no gradients"),
-    ("kfac file.py:good --output file.py", 1, "cannot write 0 B to 'file.py': Not a directory"),
+    ("kfac file.py:good --output file.py", 1, "cannot write to 'file.py': Not a directory"),
     ("spectrum file.py:good --matrix hesian", 2, "'hesian' is not a comma-separated choice of hessian, ggn, ef"),
     ("spectrum file.py:good -k 20", 2, "-k: the matrix has 19 eigenvalues, one for each parameter; got 20."),
     ("tour file.py:good --setups digits", 2, "--setups chooses among built-in models, and 'file.py:good' is"),
@@ -298,3 +299,31 @@ def test_a_pipe_whose_reader_has_gone():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "") and Path("piped.py").exists()
+
+
+@pytest.mark.parametrize("command", ["tour", "kfac", "spectrum"])
+def test_what_is_refused_leaves_no_folder(command, capsys):
+    assert main([command, "file.py:nan", "--output", "deep/out"]) == 1
+    assert "is not finite" in capsys.readouterr().err and not Path("deep").exists()
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_no_folder(capsys, monkeypatch):
+    full = Mock(side_effect=OSError(28, "No space left on device", "kfac/kfac.safetensors"))
+    monkeypatch.setattr("curvops.cli.kfac.replace_atomically", full)
+    assert main(["kfac", "file.py:good"]) == 1
+    assert capsys.readouterr().err == "curvops kfac: 'kfac/kfac.safetensors': No space left on device\n"
+    assert not Path("kfac").exists()
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(capsys, monkeypatch):
+    monkeypatch.setattr("curvops.tour.own.compute", lambda *_, **__: pytest.fail("work"))
+    Path("tour/tour.html").mkdir(parents=True)
+    assert main(["tour", "file.py:good"]) == 1
+    assert capsys.readouterr().err == "curvops tour: cannot write 'tour/tour.html': Is a directory\n"
+
+
+def test_help_without_arguments_is_the_help(capsys):
+    assert main([]) == 2
+    without = capsys.readouterr().err
+    assert main(["-h"]) == 0
+    assert capsys.readouterr().out == without

@@ -17,7 +17,7 @@ from curvops.tour import OPERATORS, CoarseFile, Finished, load_coarse, load_matr
 from curvops.tour.compute import MATRICES, REFUSED, too_large
 from curvops.tour.facts import facts
 from curvops.tour.meter import measured
-from curvops.tour.own import weights_kept
+from curvops.tour.own import title_of, weights_kept
 
 X, Y = torch.linspace(-1, 1, 96).reshape(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 CE = nn.CrossEntropyLoss()
@@ -415,3 +415,8 @@ def test_the_sum_of_the_matrices_has_the_matrices_only(undrawn, few, tmp_path):
     seconds = float(re.search(r"^all matrices +(\S+)", found.table(), re.MULTILINE)[1])
     assert found.check is not None
     assert seconds == pytest.approx(sum(cost.seconds for cost in found.file.costs.values()), abs=1e-3)
+
+
+def test_one_parameter_is_one():
+    assert title_of(nn.Linear(1, 1, bias=False), {"w": torch.ones(1)}) == "Linear, 1 parameter"
+    assert title_of(nn.Linear(1, 1), {"w": torch.ones(2)}) == "Linear, 2 parameters"

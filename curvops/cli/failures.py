@@ -92,7 +92,7 @@ def _message(error: BaseException) -> str:
     # a KeyError's text would be quoted
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"'{error.filename}': {error.strerror}"
+        text = f"{error.strerror}: '{error.filename}'"
     said = str(text).partition("\n\n")[0]
     said, code = said[: (begin := said.find(_CODE) if _CODE in said else len(said))], said[begin:]
     return for_the_shell(one_line(said)) + code or type(error).__name__

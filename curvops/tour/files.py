@@ -122,7 +122,7 @@ def output_folder(folder: str | Path, expected_bytes: int, names: Iterable[str] 
     prepare_output(folder, expected_bytes, names)
     try:
         yield Path(folder)
-    except BaseException:
+    except Exception:  # an interrupted run is gone on with
         _remove(missing)
         raise
 

@@ -197,7 +197,7 @@ def test_what_is_finished_is_not_computed_again(target, capsys, monkeypatch):
         raise AssertionError("computed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(curvops.GGNLinearOperator, "of", never)
+        patch.setattr("curvops.cli.spectrum.operator_of", never)
         again, errors = document(capsys, *asked)
         assert again == first and errors.count("is not computed again") == 2
         assert main([*asked, "--fresh"]) == 1 and "computed" in capsys.readouterr().err

@@ -311,7 +311,7 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_folder(capsys, monkeypatch):
     full = Mock(side_effect=OSError(28, "No space left on device", "kfac/kfac.safetensors"))
     monkeypatch.setattr("curvops.cli.kfac.replace_atomically", full)
     assert main(["kfac", "file.py:good"]) == 1
-    assert capsys.readouterr().err == "curvops kfac: 'kfac/kfac.safetensors': No space left on device\n"
+    assert capsys.readouterr().err == "curvops kfac: No space left on device: 'kfac/kfac.safetensors'\n"
     assert not Path("kfac").exists()
 
 

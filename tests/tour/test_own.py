@@ -16,7 +16,6 @@ import curvops
 from curvops.tour import OPERATORS, CoarseFile, Finished, load_coarse, load_matrices, tour_checkpoints
 from curvops.tour.compute import MATRICES, REFUSED, too_large
 from curvops.tour.facts import facts
-from curvops.tour.meter import measured
 from curvops.tour.own import title_of, weights_kept
 
 X, Y = torch.linspace(-1, 1, 96).reshape(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -204,23 +203,6 @@ def test_what_is_finished_is_kept_and_on_request_not_computed_again(undrawn, few
     assert said[-1] == f"'{tmp_path / MATRICES}' is of another computation (other weights), and is computed anew"
 
 
-def test_a_file_that_may_not_be_read_is_not_replaced(undrawn, few, tmp_path, monkeypatch):
-    path = tmp_path / MATRICES
-    path.write_bytes(b"somebody's")
-
-    def closed(self, mode="r", *given, **named):
-        if self == path and "r" in mode:
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, mode, *given, **named)
-
-    opened = Path.open
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", closed)
-        with pytest.raises(PermissionError, match=r"matrices\.safetensors"):
-            curvops.tour(cnn(), CE, [(X, Y)], output=tmp_path, resume=True)
-    assert path.read_bytes() == b"somebody's"
-
-
 def test_letters_that_the_font_lacks_give_one_warning(few, tmp_path):
     model, glyphs = nn.Module(), ("\U0001f600", "\u6f22", "\u5b57")
     for glyph in glyphs:
@@ -358,27 +340,6 @@ def test_a_file_without_weights_is_named(content, tmp_path):
     (tmp_path / "weights.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"'first' \(file '.*weights.pt'\) does not load into Sequential"):
         tour_checkpoints(cnn(), CE, [(X, Y)], {"first": tmp_path / "weights.pt"}, output=tmp_path)
-
-
-def test_what_torch_takes_at_first_use_counts_for_no_matrix(undrawn, few, tmp_path, monkeypatch):
-    used = []
-    monkeypatch.setattr("curvops.tour.compute.warm_up", lambda *given: used.append(given))
-    monkeypatch.setattr("curvops.tour.compute.measured", lambda device: used.append("measured") or measured(device))
-    model = cnn().double()
-    curvops.tour(model, CE, [(X.double(), Y)], output=tmp_path)
-    assert used == [(torch.device("cpu"), torch.float64), "measured"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_huge_loss_is_finite(dtype, undrawn, few, tmp_path):
-    """Beyond what single precision holds, or the square of what it holds."""
-    model, size = nn.Linear(3, 1).to(dtype), 1e60 if dtype == torch.float64 else 1e15
-    data = [(size * torch.ones(2, 3, dtype=dtype), torch.zeros(2, 1, dtype=dtype))]
-    found = curvops.tour(model, nn.MSELoss(), data, output=tmp_path)
-    assert list(found.matrices) == few and found.file.settings["gradient_norm"] > 1e20
-    with pytest.raises(ValueError, match="over the data it is nan"):
-        data = [(torch.nan * data[0][0], data[0][1])]
-        curvops.tour(model, nn.MSELoss(), data, output=tmp_path, check_deterministic=False)
 
 
 def test_a_tour_tells_its_facts_once(undrawn, tmp_path, monkeypatch):

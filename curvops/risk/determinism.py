@@ -34,7 +34,7 @@ class Pass:
     gradient: Tensor  # of this sum, ``[D]``
     linear: list[bool]  # whether the loss of each batch is linear in the output
     finite: int = 0  # batches whose loss is finite, up to the first that is not
-    graph: bool = False  # whether the loss of any batch carries a graph
+    graph: bool = False  # whether the loss of any batch carries a graph to one of the parameters
 
 
 def check_deterministic(risk: EmpiricalRisk) -> None:
@@ -52,6 +52,8 @@ def check_deterministic(risk: EmpiricalRisk) -> None:
         tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
         if not _close(first.value, second.value, tolerance) or not _close(first.gradient, second.gradient, tolerance):
             raise RuntimeError(_model_message(risk))
+        # a share whose data do not reach the parameters is no reason while another's do
+        first.graph = bool(risk.ranks.meet("Determinism check: graphs", count=float(first.graph))[1])
         for remark, category in _remarks(risk, first):
             warnings.warn(remark, category, stacklevel=3)
         risk.ranks.meet("Determinism check: end")  # each process checks its own share
@@ -70,9 +72,9 @@ def _walk(risk: EmpiricalRisk) -> Pass:
                 seen.finite = len(seen.linear) + 1
             seen.linear.append(curvature.linear)
             if value.requires_grad:
-                seen.graph = True
                 # part of the graph may be the caller's, as of a cached parametrization
                 slopes = gradients(value, list(risk.params.values()), retain_graph=True, allow_unused=True)
+                seen.graph |= any(slope is not None for slope in slopes)
                 risk.space.join(slopes, seen.gradient)
         walk.join()
         _ = walk.constant
@@ -98,7 +100,8 @@ def _remarks(risk: EmpiricalRisk, seen: Pass) -> Iterator[tuple[str, type[Runtim
     if seen.linear and not seen.graph:
         yield (
             "model: its output carries no graph to the parameters, so all curvature is zero. Does it run under torch.no_grad, or "
-            "detach what it computes or take it through NumPy? Or does it use none of these parameters?",
+            "detach what it computes or take it through NumPy? Or does it use none of these parameters, as a function that takes those "
+            "of another copy of the model?",
             RuntimeWarning,
         )
     hooked = [name for name, p in risk.params.items() if _altered(p)]
@@ -177,7 +180,8 @@ def _model_message(risk: EmpiricalRisk) -> str:
     dropout = [m for m in training if isinstance(m, _DropoutNd) and m.p > 0]
     cause = (
         "the model or the loss draws random numbers, keeps a state between calls, or uses operations that are not "
-        "deterministic. (Random numbers can be part of X, or be drawn with a seed in forward())"
+        "deterministic. (Let random numbers be part of X. Drawn with a seed in forward() they are the same for each batch, and the "
+        "matrix depends on the batches)"
     )
     if dropout:
         cause = f"the model has dropout in train mode ({len(dropout)} modules, the first {dropout[0]})"
@@ -185,5 +189,5 @@ def _model_message(risk: EmpiricalRisk) -> str:
         cause = "the model has dropout in train mode"
     return (
         f"model: two passes over the same data give different risks or gradients; {cause}. "
-        "Call model.eval(), or pass check_deterministic=False to accept products that vary."
+        "Call model.eval(), or pass check_deterministic=False to accept products that vary with the state of the random generators."
     )

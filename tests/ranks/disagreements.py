@@ -1,5 +1,6 @@
 """What goes wrong in one of two processes is an error in both, and the next call works."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,14 @@ def attempt(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def told(call: Callable[[], Any]) -> str:
+    """What a call warns of."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call()
+    return " ".join(str(one.message) for one in seen)
 
 
 def shifted(z: Tensor, y: Tensor) -> Tensor:
@@ -142,6 +151,12 @@ def disagreements() -> list[dict[str, str]]:
     tokens = [(t, t.roll(1)) for t in lengths]
     own = {"model_func": language, "params": dict(language.named_parameters()), "data": tokens}
     found["tokens"] = attempt(made(loss_func=shifted, reduction="mean", **own))
+    for name, least in (("graph of one", 3), ("graph of none", 9)):  # of process 0's four data, and of process 1's two
+
+        def severed(params: dict[str, Tensor], X: Tensor, least: int = least) -> Tensor:
+            return p.model(X) if len(X) >= least else p.model(X).detach()
+
+        found[name] = told(made(KFACLinearOperator, model_func=severed))
     assert all(torch.equal(q, before[name]) for name, q in p.params.items())
     assert not _OPEN  # which would hold the group after its end
     several: list[Any] = [None, None]

@@ -74,6 +74,8 @@ BOTH = {
     "linearized": "'0.weight'",
     "none": "no error",
     "tokens": "divides by something else than their number|cannot be compared",
+    "graph of one": "^$",
+    "graph of none": "its output carries no graph to the parameters",
 }
 
 

@@ -135,7 +135,8 @@ def test_frozen_and_unused_parameters(cls):
     assert not dense[op.domain.slice("unused")].any()
     assert dense[op.domain.slice("frozen.weight")].any()
     assert [p.requires_grad for p in model.frozen.parameters()] == [False, False]
-    only = make(cls, model, {"unused": model.unused}, loss=nn.MSELoss(), data=[(X, draws(6, 2))])
+    with pytest.warns(RuntimeWarning, match="use none of these parameters"):
+        only = make(cls, model, {"unused": model.unused}, loss=nn.MSELoss(), data=[(X, draws(6, 2))])
     assert not only.to_dense().any() and not (only @ torch.ones(2).double()).any()
 
 
@@ -380,3 +381,29 @@ def test_values_of_models_that_run_without_gradients_only(model):
     close(risk.value(), LOSS(2 * model(X), Y).detach())
     with torch.inference_mode():
         close(EmpiricalRisk(model, LOSS, dict(model.named_parameters()), [(X, Y)]).value(), LOSS(model(X), Y))
+
+
+def test_noise_varies_with_the_random_generators():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 2)).double()
+    with pytest.raises(
+        RuntimeError, match=r"check_deterministic=False to accept products that vary with the state of the"
+    ):
+        make(HessianLinearOperator, model)
+    op, v = make(HessianLinearOperator, model, check_deterministic=False), draws(20)
+    first = op @ v
+    assert torch.equal(first, op @ v)
+    torch.manual_seed(1)
+    assert not torch.allclose(first, op @ v)
+
+
+def test_noise_of_a_seed_in_forward_is_the_same_for_each_batch(model):
+    def forward(net, x, generator):
+        return net.inner(x + torch.randn(x.shape, dtype=x.dtype, generator=generator))
+
+    with pytest.raises(RuntimeError, match=r"be part of X\. Drawn with a seed .* the matrix depends on the batches"):
+        make(HessianLinearOperator, Net(lambda net, x: forward(net, x, None), inner=model))
+    net = Net(lambda net, x: forward(net, x, torch.Generator().manual_seed(1)), inner=model)
+    whole, halves = (
+        make(HessianLinearOperator, net, data=data) for data in ([(X, Y)], [(X[:3], Y[:3]), (X[3:], Y[3:])])
+    )
+    assert not torch.allclose(whole.to_dense(), halves.to_dense())

@@ -1,6 +1,7 @@
 """What is doubtful is said: altered gradients, curvature that vanishes, numbers that are not finite, batch norm in training."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,22 @@ def test_curvature_that_is_zero(how):
         with pytest.warns(Warning, match="zero|linear"):
             used(case, kind, check_deterministic=True)
     case.check("Hessian")
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "KFAC", "EF"])
+def test_parameters_that_no_gradient_reaches(kind):
+    net, other = Net(), Net()
+    with pytest.warns(RuntimeWarning, match="no graph to the parameters.* of another copy of the model"):
+        used(
+            Case(lambda params, X: net(X), CE, data(), params=dict(other.named_parameters())),
+            kind,
+            check_deterministic=True,
+        )
+    with torch.no_grad():
+        net.b.weight.zero_()  # there is a gradient, of zero
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        used(Case(net, CE, data(), params={"a.weight": net.a.weight}), kind, check_deterministic=True)
 
 
 @pytest.mark.parametrize("kind", ["Hessian", "GGN", "KFAC"])

@@ -13,7 +13,7 @@ from curvops.context import in_own_precision
 from curvops.estimators.groups import Rows
 from curvops.lengths import power_of_two, size_of
 from curvops.operators.blocks import AffineBlock, Block, EigenBlock, KroneckerBlock
-from curvops.operators.damping import Damping, Number, by_parameter, number
+from curvops.operators.damping import Damping, Number, by_parameter, number, numbers
 from curvops.operators.linear_operator import LinearOperator
 from curvops.operators.places import Places, moved
 from curvops.operators.submatrix import SubmatrixLinearOperator, restricted_name
@@ -158,7 +158,8 @@ class BlockDiagonalOperator(LinearOperator):
 
         A ValueError if the power is negative and a block is singular.
         """
-        blocks = [placed.powered(exponent, number(shift)) for placed, shift in self._damped(damping)]
+        given = numbers(damping, self.domain)
+        blocks = [placed.powered(exponent, number(shift)) for placed, shift in self._damped(given)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^{exponent:g}", self.psd)
 
     @in_own_precision
@@ -179,6 +180,7 @@ class BlockDiagonalOperator(LinearOperator):
             min_damping: Least damping of a factor (``"heuristic"``) or of a block (``"exact"``).
 
         Raises:
+            TypeError: If a damping is no number, or requires a gradient.
             ValueError: If a block is singular, a damping is negative, or names do not fit.
         """
         if kind not in ("exact", "heuristic"):
@@ -194,7 +196,8 @@ class BlockDiagonalOperator(LinearOperator):
                     return replace(placed, block=inverse)
             return placed.powered(-1.0, least)
 
-        blocks = [inverted(placed, number(shift)) for placed, shift in self._damped(damping)]
+        given = numbers(damping, self.domain)
+        blocks = [inverted(placed, number(shift)) for placed, shift in self._damped(given)]
         return StructuredOperator(self.domain, blocks, f"{self.name}^-1", self.psd)
 
     @in_own_precision

@@ -31,6 +31,28 @@ def by_parameter(damping: Damping, space: TensorSpace) -> dict[str, Number]:
     return {name: damping[name] for name in space.names}
 
 
+def numbers(damping: Damping, space: TensorSpace) -> dict[str, float]:
+    """The damping of each parameter, of what holds the numbers and no gradient.
+
+    Raises:
+        TypeError: If one is no number, or requires a gradient.
+        ValueError: If one is negative, or names do not fit.
+    """
+    given = by_parameter(damping, space)
+    if any(map(requires_gradient, given.values())):
+        raise TypeError(
+            "damping: expected a number without a gradient, got a tensor that requires it. What is damped, inverted, taken to a power, "
+            "sampled or solved holds the number: pass damping.detach(). Where there is op.logdet(damping), that one is differentiable "
+            "in it."
+        )
+    return {name: number(value) for name, value in given.items()}
+
+
+def requires_gradient(value: Number) -> bool:
+    """Whether a damping is a tensor that requires a gradient."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def spread(damping: Mapping[str, Number], space: TensorSpace) -> Tensor:
     """The damping of each entry, ``[D]``, from that of each parameter."""
     parts = [torch.as_tensor(value, dtype=space.dtype, device=space.device) for value in damping.values()]

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from curvops.operators.damping import numbers
 from curvops.operators.linear_operator import LinearOperator
 from curvops.solvers import SOLVERS
 
@@ -51,6 +52,8 @@ class InverseOperator(LinearOperator):
             raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}.")
         if unknown := options.keys() - (signature(SOLVERS[solver]).parameters.keys() - {"matrix", "b", "x0"}):
             raise TypeError(f"{solver}: unknown options {', '.join(sorted(unknown))}. See help({solver}).")
+        if isinstance(damping := options.get("damping"), Tensor):
+            numbers(damping, operator.domain)  # of which a solution would lose the gradient
         symmetric = operator.symmetric and (solver != "neumann" or _symmetric(options.get("preconditioner")))
         psd = operator.psd and symmetric
         super().__init__(operator.codomain, operator.domain, symmetric=symmetric, psd=psd)

@@ -17,7 +17,7 @@ from curvops.context import own_precision
 from curvops.display import card, heat_map
 from curvops.memory import check_fits
 from curvops.operators.autograd import Product
-from curvops.operators.damping import Damping, by_parameter, number
+from curvops.operators.damping import Damping, numbers
 from curvops.operators.quantities import Quantities
 from curvops.operators.views import as_scalar, scipy_view
 from curvops.space import TensorSpace, describe
@@ -283,13 +283,7 @@ class LinearOperator(Quantities):
         """
         if self.domain != self.codomain:
             raise ValueError(f"{self.name}.damped(): expected a square operator, got {self!r}.")
-        given = by_parameter(damping, self.domain)
-        if any(isinstance(value, Tensor) and value.requires_grad for value in given.values()):
-            raise TypeError(
-                f"{self.name}.damped(): the damping of an operator is a number without a gradient, "
-                "damping.detach(). Where there is op.logdet(damping), that one is differentiable in it."
-            )
-        return self._shifted({name: number(value) for name, value in given.items()})
+        return self._shifted(numbers(damping, self.domain))
 
     def inverse(self, damping: Damping = 0.0, **options: Any) -> LinearOperator:
         """(A + δI)⁻¹ of the square operator A, as an operator.

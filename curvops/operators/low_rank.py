@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.context import in_own_precision
 from curvops.lengths import dots, gram, power_of_two, size_of
-from curvops.operators.damping import Damping, by_parameter, number, spread
+from curvops.operators.damping import Damping, by_parameter, numbers, spread
 from curvops.operators.diagonal import space_of
 from curvops.operators.eigen import check_finite
 from curvops.operators.linear_operator import LinearOperator
@@ -182,10 +182,10 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         """The inverse of the matrix plus ``damping`` times the identity, of the same rank, its parts in double precision.
 
         Raises:
+            TypeError: If a damping is no number, or requires a gradient.
             ValueError: If it is singular, or so nearly that rounding hides it; or if the diagonal with the damping has a zero.
         """
-        given = {name: number(value) for name, value in by_parameter(damping, self.domain).items()}
-        parts = self._capacitance(given)
+        parts = self._capacitance(numbers(damping, self.domain))
         if parts.positive:
             root = parts.diagonal.sqrt()[:, None]
             left, stretch, _ = torch.linalg.svd(parts.columns / root, full_matrices=False)

@@ -21,7 +21,7 @@ from curvops.estimators.groups import Groups, Rows, by_name, resolve
 from curvops.estimators.norm import frobenius_norm
 from curvops.lengths import lengths
 from curvops.matrix import Products
-from curvops.operators.damping import Damping, by_parameter, number
+from curvops.operators.damping import Damping, by_parameter, numbers, requires_gradient
 from curvops.solvers import SOLVERS, Solution
 from curvops.solvers.direct import direct
 from curvops.space import TensorSpace, describe
@@ -175,6 +175,7 @@ class Quantities(ABC):
             options: As of `curvops.estimators.logdet`.
 
         Raises:
+            TypeError: If dampings of the parameters require gradients, and the structure does not give it.
             ValueError: If an eigenvalue is negative, a damping is negative, or names do not fit.
 
         Example:
@@ -191,6 +192,11 @@ class Quantities(ABC):
         if known is not None:
             return _exact(known)
         if isinstance(damping, Mapping):
+            if any(map(requires_gradient, damping.values())):
+                raise TypeError(
+                    "logdet: this operator's is not known from its structure (Kronecker, diagonal, low rank), and is differentiable in one "
+                    "damping only. Pass one tensor for all parameters, or numbers without a gradient, damping.detach()."
+                )
             return estimators.logdet(self.damped(damping), **options)
         return estimators.logdet(self, damping=damping, **options)
 
@@ -285,7 +291,7 @@ class Quantities(ABC):
         return SOLVERS[solver](matrix, b, **shift, **options)
 
     def _damped_by(self, damping: Damping) -> Any:
-        return self.damped(damping) if any(map(number, by_parameter(damping, self.domain).values())) else self
+        return self.damped(damping) if any(numbers(damping, self.domain).values()) else self
 
     def _to_solve(self, damping: Damping, solver: str | None) -> tuple[Any, str, dict[str, Any]]:
         """What is to be solved, by which solver, and the damping where that takes it."""

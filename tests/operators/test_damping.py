@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from curvops import (
     GGNLinearOperator,
     HessianLinearOperator,
     IdentityOperator,
+    InverseOperator,
     KFACLinearOperator,
+    LowRankPlusDiagonalOperator,
     TensorSpace,
     block_diagonal,
 )
@@ -143,6 +146,34 @@ def test_what_is_no_damping(op):
     with pytest.raises(ValueError, match="expected a square operator"):
         HessianLinearOperator(*PROBLEMS["mlp"]().args())["0.bias", "2.*"].damped(1.0)
     assert square.damped(0.0).logdet() == 0
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_would_lose_the_gradient_of_a_damping(op, zero):
+    ggn = GGNLinearOperator(*PROBLEMS["mlp"]().args())
+    low = LowRankPlusDiagonalOperator(draws(op.shape[0], 2), draws(op.shape[0]).abs() + 1, space=op.domain)
+    tau = torch.tensor(float(not zero), dtype=torch.float64, requires_grad=True)
+    each = dict.fromkeys(op.domain.names, tau)
+    v = draws(op.shape[0])
+    calls = [one.inverse for one in (op, ggn, low)] + [one.damped for one in (op, ggn, low)]
+    calls += [partial(one.solve, v) for one in (op, ggn, low)]
+    calls += [partial(op.power, -1.0), partial(op.sample, 3), lambda damping: InverseOperator(ggn, damping=tau)]
+    for call in calls:
+        for damping in (tau, each):
+            with pytest.raises(TypeError, match=r"a number without a gradient, got .* pass damping\.detach\(\)\."):
+                call(damping)
+
+
+def test_logdet_that_is_differentiable_in_one_damping_only():
+    ggn = GGNLinearOperator(*PROBLEMS["mlp"]().args())
+    tau = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(
+        TypeError, match=r"differentiable in one damping only\. Pass one tensor for all parameters, or numbers"
+    ):
+        ggn.logdet(dict.fromkeys(ggn.domain.names, tau))
+    found = ggn.logdet(dict.fromkeys(ggn.domain.names, tau.detach()))
+    close(found, ggn.logdet(tau).detach())
+    assert ggn.logdet(tau).requires_grad
 
 
 def test_logdet_is_differentiable_in_the_damping(op):

@@ -245,8 +245,18 @@ class LinearOperator(Quantities):
             )
         if [] in pair:
             raise ValueError(f"{self.name}[…]: expected at least one name or pattern, got an empty list.")
-        rows, columns = (s.subspace(s.match(k)) for s, k in zip((self.codomain, self.domain), pair, strict=True))
-        part = self._restricted(rows, columns)
+        found: list[TensorSpace] = []
+        for space, pattern in zip((self.codomain, self.domain), pair, strict=True):
+            try:
+                found.append(space.subspace(space.match(pattern)))
+            except KeyError as error:
+                if isinstance(key, tuple) or self.domain == self.codomain:
+                    raise
+                rows, columns = (key, self.domain.names[0]) if found else (self.codomain.names[0], key)
+                raise KeyError(
+                    f"{error.args[0]} Its rows and columns have other names: op[{rows!r}, {columns!r}]."
+                ) from None
+        part = self._restricted(*found)
         part._source, part._transposed = self._source, self._transposed
         return part
 

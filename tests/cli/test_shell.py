@@ -52,6 +52,7 @@ def test_shells_complete(monkeypatch, capsys):
 
 def test_names_are_imported_when_they_are_used():
     assert set(curvops.__all__) == set(curvops._HOMES) <= set(dir(curvops))
+    assert "tour" in dir(curvops)
     assert all(getattr(curvops, name).__name__ == name for name in curvops.__all__)
     assert curvops.solvers.__name__ == "curvops.solvers"
     with pytest.raises(AttributeError, match="no attribute 'Hesian'"):

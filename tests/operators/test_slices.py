@@ -11,6 +11,7 @@ from curvops import (
     EKFACLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
     KFACLinearOperator,
     LinearOperator,
     OuterProductOperator,
@@ -41,6 +42,25 @@ KEYS = [
     ("*.bias", ["0.*"]),
     ("*", "2.bias"),
 ]
+
+
+def test_rows_and_columns_with_other_names():
+    p = PROBLEMS["mlp"]()
+    J = JacobianLinearOperator(p.model, p.params, p.data(6))
+    with pytest.raises(KeyError, match=r"there are 'output'\. Its rows .* other names: op\['output', '0\.\*'\]\."):
+        J["0.*"]
+    with pytest.raises(KeyError, match=r"op\['0\.\*', 'output'\]"):
+        J.T["0.*"]
+    with pytest.raises(KeyError, match=r"matches '9\.\*'; there are '0\.weight'") as error:
+        J["output", "9.*"]
+    assert "other names" not in str(error.value)
+    close(J["output", "0.*"].to_dense(), J.to_dense()[:, J.domain.positions(J.domain.match("0.*"))])
+
+
+@pytest.mark.parametrize("key", [7, slice(0, 10), (0, 1)])
+def test_numbers_in_brackets(key):
+    with pytest.raises(TypeError, match=r"use SubmatrixLinearOperator\(op, rows, columns\)"):
+        HessianLinearOperator(*PROBLEMS["mlp"]().args())[key]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,7 +51,7 @@ def test_rows_and_columns_with_other_names():
         J["0.*"]
     with pytest.raises(KeyError, match=r"op\['0\.\*', 'output'\]"):
         J.T["0.*"]
-    with pytest.raises(KeyError, match=r"matches '9\.\*'; there are '0\.weight'") as error:
+    with pytest.raises(KeyError, match=r"matches '9\.\*'") as error:
         J["output", "9.*"]
     assert "other names" not in str(error.value)
     close(J["output", "0.*"].to_dense(), J.to_dense()[:, J.domain.positions(J.domain.match("0.*"))])

@@ -37,6 +37,7 @@ _ADVICE = {
     "Raise memory_budget, keep the basis elsewhere (basis_device='cpu') or in a lower basis_dtype,": "Raise --memory,",
     "Raise max_products, subspace or tolerance, or give an earlier result as start.": "Ask for fewer eigenvalues (-k), or for --dtype float64.",
     "Call model.eval(), or pass check_deterministic=False to accept products that vary with the state of the random generators.": "Call model.eval() in your function, before it returns the model.",
+    "batches keep their dtype, so convert X yourself.": "--dtype float32 or float64 brings model, loss and data to one precision.",
     "Multiply onto the columns that you need, or take the operator of fewer parameters.": "Take fewer parameters with --params.",
     "Check op.risk.gradient(), or compute in float32.": "Look for infinite or huge numbers in weights and data, or take --dtype float32.",
     "by memory_budget=": "by --memory",

@@ -15,6 +15,11 @@ from curvops.operators.blocks import Block, Decomposed, EigenBlock, KroneckerBlo
 from curvops.operators.places import Places
 from curvops.space import TensorSpace, describe
 
+_CAUSE = (
+    "Does the model mix the data of the batches of one of them only, as batch norm does in train mode, but not in eval mode, nor of a batch "
+    "of one datum? Keep the mode, leave such batches out (drop_last=True), or begin a new average. "
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -192,7 +197,7 @@ class State:
                     here, there = (f"{one.kind} ({one.operation})" for one in (own, group))
                     raise ValueError(
                         f"{title}: {describe(group.names)} has blocks that overlap, here {here} and there {there}, which "
-                        "do not add. Make one operator of all the data."
+                        f"do not add. {_CAUSE * (own.kind != group.kind)}Make one operator of all the data."
                     )
                 both, *places = joined(own, group)
                 # the larger part may be too large for a matrix

@@ -87,6 +87,10 @@ class BinaryCrossEntropyCurvature(EntryCurvature):
 
     def __init__(self, z: Tensor, y: Tensor, batch_size: int, **options: Tensor) -> None:
         super().__init__(z, y, batch_size, **options)
+        if not y.is_floating_point():
+            raise ValueError(
+                f"'{self.name}': expected floating-point targets, got {y.dtype}. Pass y.to(torch.float32)."
+            )
         for option, weights in options.items():
             expect_no_batch_axis(self.name, option, weights, y)
         self._weight = options["weight"].to(self._targets) if "weight" in options else self._targets.new_ones(())

@@ -106,6 +106,8 @@ class OutputLoss:
         does not fit raises a ValueError.
         """
         closed = self._closed_form()
+        if closed and y is None:
+            raise TypeError(f"data: {self.name!r} takes targets, and y is None. Pass batches (X, y).")
         if closed and isinstance(y, Tensor) and not y.requires_grad:
             found = closed[0](z, y, batch_size, **closed[1])
             if not checked or self._agrees(found):

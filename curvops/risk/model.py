@@ -23,7 +23,7 @@ from curvops.ranks import Ranks
 from curvops.sharding import gathered, is_sharded, shardings
 from curvops.space import TensorSpace, describe
 from curvops.substitutions import Substitutions
-from curvops.tree import strided
+from curvops.tree import strided, tensors_of
 
 ModelFunction = Callable[[dict[str, Tensor], Any], Tensor]
 STANDARD = frozenset(vars(Module()))  # attributes that all modules have
@@ -59,6 +59,11 @@ class Model:
             self.space = TensorSpace(params)
         except (TypeError, ValueError) as error:
             raise type(error)(f"params: {error}") from None
+        if self.space.device.type == "meta":
+            raise ValueError(
+                f"params: {describe(self.space.names)} are on the meta device and have no values. Load the model's weights first, or make them "
+                "(model.to_empty(device='cpu')): plan(), too, runs the model."
+            )
         self.params = dict(params)
         self._kinds = {name: _kind(tensor) for name, tensor in self.params.items()}
         while (attribute := WRAPPERS.get(type(model_func).__name__)) is not None:
@@ -95,7 +100,18 @@ class Model:
             TypeError: If the output is not a tensor.
         """
         with self._buffers_kept():
-            return _tensor(self._called(X) if self.module is not None else self._function(self.params, X))
+            try:
+                output = self._called(X) if self.module is not None else self._function(self.params, X)
+            except RuntimeError as error:
+                own, given = self.space.dtypes.values(), {t.dtype: 1 for t in tensors_of(X) if t.is_floating_point()}
+                others = [dtype for dtype in given if dtype not in own]
+                if type(error) is not RuntimeError or not others or "type" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"model_func: it fails ({error}). X has {_told(others[0])}, the parameters {_told(self.space.dtype)}: "
+                    "batches keep their dtype, so convert X yourself."
+                ) from error
+            return _tensor(output)
 
     def functional(self, params: Mapping[str, Tensor], X: Any) -> Tensor:
         """Output with other tensors in the place of the parameters: see `standing_in`."""

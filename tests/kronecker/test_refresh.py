@@ -89,6 +89,21 @@ def test_a_mixing_that_begins_later_is_seen():
     close(old.refresh().to_dense(), build("kfac", problem).to_dense())
 
 
+@pytest.mark.filterwarnings("ignore:model. batch norm in train mode")
+@pytest.mark.parametrize("size,train", [(1, True), (6, False)])
+def test_an_average_over_a_batch_of_one_datum_or_in_another_mode_says_why_not(size, train):
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)).double()
+    X, y = real(6, 1, 3, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+    kfac = build("kfac", (model, nn.CrossEntropyLoss(), X, y))
+    model.train(train)
+    with pytest.raises(
+        ValueError, match=r"here whole .* there linear .* one datum\? Keep the mode, .*drop_last=True.* average"
+    ):
+        kfac.refresh([(X[:size], y[:size])], decay=0.9)
+    with pytest.raises(ValueError, match="drop_last=True"):
+        kfac.refresh([(X[:size], y[:size])]).moving_average(kfac, 0.9)
+
+
 def test_what_cannot_be_averaged_is_refused_before_anything_is_computed(monkeypatch):
     old, calls = build("ekfac", mlp()), []
     monkeypatch.setattr(sweep, "record", lambda *a: calls.append(1))

@@ -322,3 +322,16 @@ def test_losses_that_are_linear_in_the_output_say_so(randn, randint, rand):
         assert curvature.linear == (not curvature.hessian_product(torch.ones_like(z).cumsum(1)).any())
     assert output_loss(nn.NLLLoss()).curvature(z, y, 4).linear
     assert not output_loss(nn.HuberLoss()).curvature(z[:0], z[:0], 0).linear
+
+
+def test_a_weighted_mean_of_ones_own_names_the_losses_that_tell_what_they_divide_by():
+    w = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = z, torch.tensor([0, 1, 2, 2, 1, 2])
+    halves = [(z[part], whole[1][part], 3) for part in (slice(0, 3), slice(3, 6))]
+    with pytest.raises(
+        ValueError, match=r"nn\.CrossEntropyLoss\(weight=w\) or functools\.partial\(F\.cross_entropy, weight=w\)"
+    ):
+        walked(output_loss(lambda z, y: F.cross_entropy(z, y, weight=w), "mean"), halves)
+    for loss in (nn.CrossEntropyLoss(weight=w), functools.partial(F.cross_entropy, weight=w)):
+        check(loss, halves, whole)

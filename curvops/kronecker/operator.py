@@ -61,6 +61,9 @@ class StateOperator(BlockDiagonalOperator):
     def merge(self, other: StateOperator) -> StateOperator:
         """The operator of both data sets together, exactly as if computed in one go.
 
+        With ``fisher_type="mc"``, the default of KFAC, it is one of other samples: both draw those of the first places of a
+        data set, the same ones unless each is given a ``seed`` of its own.
+
         Raises:
             ValueError: If the two are of different kinds, parameters or options, or have eigenbases of their own.
         """

@@ -303,7 +303,9 @@ class GGNLinearOperator(OutputFactorOperator):
 class EFLinearOperator(OutputFactorOperator):
     """Empirical Fisher: the outer products of the loss terms' gradients at the true labels.
 
-    It is not the Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558).
+    It is not the Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558). Weights of a loss of PyTorch's count once: a gradient
+    enters times √ω. A loss term of a sequence is a token; for the gradients of whole data pass a function that averages
+    over a datum's tokens and sums over the data, with ``reduction="sum"``.
 
     Args:
         model_func, loss_func, params, data: Model, loss, parameters by name and batches, as of `HessianLinearOperator`.

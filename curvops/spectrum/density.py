@@ -169,10 +169,16 @@ class SpectralDensity:
         by_start = (self.weights.unsqueeze(-1) * self.nodes.unsqueeze(-1) ** powers).sum(1)
         return self._curve(powers, by_start, (self.outliers.unsqueeze(-1) ** powers).sum(0))
 
+    def __repr__(self) -> str:
+        return f"SpectralDensity({'; '.join(f'{name}: {value}' for name, value in self._facts())})"
+
     def _repr_html_(self) -> str:
+        return card("Spectral density", self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
         seen = torch.cat([self.nodes[self.weights > 0].flatten(), self.outliers.to(self.nodes)])
         starts, depth = self.nodes.shape
-        facts = [
+        return [
             ("eigenvalues", f"{self.dim:,}, seen from {float(seen.min()):.4g} to {float(seen.max()):.4g}"),
             ("outliers", f"{len(self.outliers)}, exactly"),
             (
@@ -182,7 +188,6 @@ class SpectralDensity:
                 else f"all are known{f', in {depth} bins' if starts > 1 else ''}",
             ),
         ]
-        return card("Spectral density", facts)
 
     def _curve(self, points: Tensor, by_start: Tensor, outliers: Tensor | float) -> Curve:
         """Mean over starts, which are orthonormal: a sample without replacement from the bulk's dimensions.

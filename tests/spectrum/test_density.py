@@ -194,3 +194,12 @@ def test_results_have_memory_of_their_own():
     kept = pairs.values.clone()
     spectral_density(matrix, deflate=pairs).outliers.mul_(2)
     assert torch.equal(pairs.values, kept)
+
+
+def test_a_density_prints_in_a_line():
+    for found in (
+        spectral_density(torch.diag(torch.linspace(1, 2, 400))),
+        SpectralDensity.of(torch.arange(9.0)),
+    ):
+        text = repr(found)
+        assert len(text) < 250 and "\n" not in text and "tensor" not in text and f"eigenvalues: {found.dim}" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from curvops.lengths import lengths_in
 from curvops.matrix import Products, normal, seeded
 from curvops.memory import budget
 from curvops.spectrum.choice import Choice, Which
-from curvops.spectrum.dense import dense_pairs
-from curvops.spectrum.krylov import Krylov, Map, Ritz
+from curvops.spectrum.dense import DENSE, dense_pairs
+from curvops.spectrum.krylov import ROUNDING, Krylov, Map, Ritz
 from curvops.spectrum.pairs import CONVERGED, EigenPairs
 from curvops.spectrum.saved import Saved, State
 
@@ -22,7 +23,8 @@ SUBSPACE = 20  # basis vectors for each wanted one, where memory allows; no rest
 LEAST = 100  # but no fewer than so many in all
 CHECKS = 50  # the projection is judged each time that it has grown by one part in so many
 PROBE = 20  # products that look for copies outside of an invariant space
-DENSE = 3  # with as many columns for each wanted pair the dense matrix takes no more products
+FEW = 3  # with as many columns for each wanted pair the dense matrix takes no more products
+BY_DENSE = "by the dense matrix"  # where the search ends and this begins
 
 
 def eigenpairs(
@@ -48,10 +50,12 @@ def eigenpairs(
 
     Thick-restart Lanczos (Wu & Simon 2000; in blocks Zhou & Saad 2008) with full reorthogonalisation. Both ends come
     from one Krylov space. Without a restart no method takes fewer products, so the basis is as large as
-    ``memory_budget`` allows, up to 20 vectors a wanted pair or 100. Where the products would exceed D, the dense matrix is made.
+    ``memory_budget`` allows, up to 20 vectors a wanted pair or 100. The dense matrix is made, by D products, where D is at most
+    thrice the pairs wanted; and, of up to 2,000 columns that fit ``memory_budget``, where D products did not converge, unless ``max_products`` is given.
 
     One Krylov space with one start has one vector of each eigenspace: copies of a multiple eigenvalue are found where
-    the space ends, else with a ``block`` of as many columns as there are copies.
+    the space ends, else with a ``block`` of as many columns as there are copies. Where gaps between eigenvalues are below
+    the tolerance, others than those at the end may come, and some may be missed: a smaller tolerance tells them apart.
 
     Args:
         matrix: Symmetric, see `curvops.matrix.Matrix`.
@@ -59,11 +63,13 @@ def eigenpairs(
         which: ``"largest"``, ``"smallest"``, ``"both"`` or ``"magnitude"`` (the largest |λ|).
         metric: B, symmetric and positive definite, for instance a damped KFAC. Its products are not counted.
         metric_inverse: Products with B⁻¹, for instance KFAC's ``.inverse()``.
-        start: Vectors near those wanted: an `EigenPairs` of an earlier checkpoint, or columns in any format.
+        start: Vectors near those wanted: an `EigenPairs` of an earlier checkpoint, or columns in any format. At least 20
+            products look for what they lack.
         block: Columns that are multiplied together.
         tolerance: Residuals are asked to be at most this times the largest |λ| seen. Errors of eigenvalues
-            are about the squares of their residuals. Default: the square root of the dtype's precision.
-        max_products: Stop after about so many products. Default: 20 times the subspace.
+            are about the squares of their residuals over the gaps to others, at most their residuals; the sign of a smaller value is not told.
+            Default: the square root of the dtype's precision in double (1.5e-8), its power 2/3 below (2.4e-5 in single).
+        max_products: Stop after about so many products. Default: 20 times the subspace, or the dense matrix, see above.
         subspace: Basis vectors that are kept at most. Default: see above.
         memory_budget: Bytes for the basis. Default: a quarter of what is free where it lives.
         basis_device: Where the basis lives, such as ``"cpu"`` for a small GPU. Default: the matrix's device.
@@ -106,8 +112,11 @@ def eigenpairs(
             raise ValueError(f"max_products: expected at least the {choice.count} pairs asked, got {max_products!r}.")
         if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
             raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}.")
-        tolerance = torch.finfo(products.dtype).eps ** 0.5 if tolerance is None else tolerance
-        if size <= DENSE * choice.count and (max_products is None or max_products >= size):
+        power = (
+            1 / 2 if products.dtype == torch.float64 else 2 / 3
+        )  # roots of low precisions exceed whole ends of spectra
+        tolerance = torch.finfo(products.dtype).eps ** power if tolerance is None else tolerance
+        if size <= FEW * choice.count and (max_products is None or max_products >= size):
             return dense_pairs(products, None if metric is None else weigh, choice)
         device, dtype = torch.device(basis_device or products.device), basis_dtype or products.dtype
         generator = seeded(seed)
@@ -122,24 +131,40 @@ def eigenpairs(
             products, lambda v: unweigh(products(v)), weigh, first, room, tolerance, device, dtype, generator
         )
         most = 20 * room if max_products is None else max_products
-        ritz, reason = _iterate(space, products, choice, tolerance, most, saved)
+        fits_dense = memory_budget is None or size * size * products.dtype.itemsize <= memory_budget
+        dense, warm = max_products is None and size <= DENSE and fits_dense, start is not None
+        ritz, reason = _iterate(space, products, choice, tolerance, most, dense, warm, saved)
+        if reason == BY_DENSE:
+            reason = f"{CONVERGED}, {BY_DENSE}, made after {products.count} products"
+            return replace(dense_pairs(products, None if metric is None else weigh, choice), reason=reason)
         chosen = choice.of(ritz.values)
         values, residuals = (
             found[chosen].to(products.device, products.dtype) for found in (ritz.values, ritz.residuals)
         )
         vectors = space.vectors(ritz.coordinates[:, chosen])
-        if dtype != products.dtype:  # the residuals of the space are not those of its rounded vectors
+        if dtype != products.dtype or tolerance <= ROUNDING * space.eps:  # the space's residuals leave rounding out
             vectors = vectors / _norms(vectors, weigh)
             residuals = _norms(unweigh(products(vectors)) - vectors * values, weigh)
+            worst, bound = float(residuals.max()), tolerance * float(ritz.values.abs().max())
+            if not reason and worst > bound:
+                reason = _stopped(products.count, worst, bound, rounded=True)
         domain = getattr(matrix, "domain", None)
         return EigenPairs(values, vectors, residuals, products.count, not reason, reason or CONVERGED, domain)
 
 
 def _iterate(
-    space: Krylov, products: Products, choice: Choice, tolerance: float, most: int, saved: Saved
+    space: Krylov,
+    products: Products,
+    choice: Choice,
+    tolerance: float,
+    most: int,
+    dense: bool,
+    warm: bool,
+    saved: Saved,
 ) -> tuple[Ritz, str]:
     """Expand and restart until the chosen pairs converge; the reason is empty where they do."""
-    judged, begun, before = 0, -PROBE, None  # size when last judged; products and values when the space last ended
+    # size when last judged; products and values when the space last ended: a start may be within an invariant one
+    judged, begun, before = 0, 0 if warm else -PROBE, None
     reason: str | None = None  # why it is through, once it is
     if saved.about:
         space.resume(saved.tensors, saved.about)
@@ -164,23 +189,44 @@ def _iterate(
         _check_symmetry(space, products)
         chosen = choice.of(ritz.values)
         worst, bound = ritz.residuals[chosen].max(), tolerance * ritz.values.abs().max()
-        settled = products.count - begun >= PROBE
+        settled = products.count - begun >= PROBE and (spent or _next_converged(ritz, choice, tolerance))
         if space.ended and space.block:  # what is outside of an invariant space may hold copies
             settled = before is not None and bool((ritz.values[chosen] - before).abs().max() <= bound)
             begun, before = products.count, ritz.values[chosen] if space.size >= choice.count else None
         if worst <= bound and space.size >= choice.count and (settled or not space.block):
             reason = ""
+        elif dense and products.count >= space.dim:
+            reason = BY_DENSE
         elif spent or not space.block:
-            reason = (
-                f"stopped after {products.count} products: the largest residual is {worst:.1e}, asked {bound:.1e}. "
-                "Raise max_products, subspace or tolerance, or give an earlier result as start."
-            )
+            rounded = bool(worst <= ROUNDING * space.eps * ritz.values.abs().max())
+            reason = _stopped(products.count, float(worst), float(bound), rounded)
         elif full:
             space.restart(ritz, choice.ranked(ritz.values)[: (choice.count + space.room) // 2])
             judged = 0
         if reason is not None:
             saved.write(state, due=True)
             return ritz, reason
+
+
+def _next_converged(ritz: Ritz, choice: Choice, tolerance: float) -> bool:
+    """Whether the next values within the root of the tolerance have converged, too: where one was skipped, they move."""
+    ranked = choice.ranked(ritz.values)
+    wanted, others = ranked[: choice.count], ranked[choice.count :][: 1 + (choice.which == "both")]
+    if not len(others):
+        return True
+    largest = ritz.values.abs().max()
+    gaps = (ritz.values[others].unsqueeze(1) - ritz.values[wanted]).abs().amin(1)
+    near = gaps <= tolerance**0.5 * largest
+    return bool((ritz.residuals[others][near] <= tolerance * largest).all())
+
+
+def _stopped(count: int, worst: float, bound: float, rounded: bool) -> str:
+    helps = (
+        "That is rounding: raise tolerance, or take a higher dtype or basis_dtype."
+        if rounded
+        else "Raise max_products, subspace or tolerance, or give an earlier result as start."
+    )
+    return f"stopped after {count} products: the largest residual is {worst:.1e}, asked {bound:.1e}. {helps}"
 
 
 def _check_symmetry(space: Krylov, products: Products) -> None:

@@ -7,8 +7,9 @@ import scipy.sparse
 import scipy.sparse.linalg as linalg
 import torch
 
-from curvops import TensorSpace
+from curvops import Checkpoint, TensorSpace
 from curvops.spectrum.lanczos import eigenpairs
+from curvops.spectrum.pairs import EigenPairs
 
 SPECTRA = {
     "decaying": torch.logspace(2, -4, 90),
@@ -233,3 +234,79 @@ def test_a_basis_of_low_precision_looks_symmetric(k):
 def test_residuals_of_large_numbers_are_numbers():
     found = eigenpairs((1e30 * symmetric(torch.linspace(1, 2, 60))).float(), 60)
     assert (found.residuals < 1e26).all()
+
+
+def flat_float32():
+    return 1 + torch.rand(400, generator=torch.Generator().manual_seed(0))
+
+
+def residuals_of(matrix, pairs):
+    matrix, values, vectors = (part.double() for part in (matrix, *pairs))
+    return (matrix @ vectors - vectors * values).norm(dim=0)
+
+
+def test_convergence_is_judged_by_the_residuals_that_are_returned():
+    matrix = torch.diag(torch.linspace(1, 2, 400, dtype=torch.float64))
+    pairs = eigenpairs(matrix, 5, basis_dtype=torch.float32)
+    assert residuals_of(matrix, pairs).max() > 2 * torch.finfo(torch.float64).eps ** 0.5
+    assert not pairs.converged and "That is rounding" in pairs.reason and "basis_dtype" in pairs.reason
+    assert eigenpairs(matrix, 5, basis_dtype=torch.float32, tolerance=1e-6).converged
+    generator = torch.Generator().manual_seed(0)
+    bulk = torch.cat([-4e-3 + 1e-4 * torch.rand(50, generator=generator), 1e-2 * torch.rand(349, generator=generator)])
+    matrix = torch.diag(torch.cat([bulk, torch.ones(1)])).bfloat16()
+    pairs = eigenpairs(matrix, 2, "both")  # couplings below its rounding are not in the space's residuals
+    norms = pairs.vectors.double().norm(dim=0)
+    assert (residuals_of(matrix, pairs) / norms <= 1.5 * pairs.residuals.double() + 1e-3).all()
+    assert "the sign is not told of 2 of 4" in repr(pairs)
+
+
+@pytest.mark.parametrize("values", [torch.arange(1, 401) ** -2.0, torch.logspace(0, -12, 400)])
+def test_the_dense_matrix_where_as_many_products_do_not_suffice(values, tmp_path):
+    matrix = torch.diag(values.double())
+    found = [
+        eigenpairs(matrix, 4, "smallest", tolerance=1e-10, checkpoint=Checkpoint(tmp_path / "pairs.safetensors"))
+        for _ in range(2)
+    ]
+    for pairs in found:
+        torch.testing.assert_close(pairs.values, values.double().sort().values[:4], rtol=0, atol=1e-14)
+        assert pairs.converged and pairs.products <= 2 * 400 + 1 and "by the dense matrix" in pairs.reason
+    assert found[0].products == found[1].products and torch.equal(found[0].vectors, found[1].vectors)
+    for limit in ({"max_products": 600}, {"memory_budget": 400 * 130 * 8, "subspace": 100}):
+        assert "dense" not in eigenpairs(matrix, 4, "smallest", tolerance=1e-10, **limit).reason
+
+
+def test_single_precision_skips_no_eigenvalue_of_a_flat_spectrum():
+    values = flat_float32()
+    for seed in range(4):
+        pairs = eigenpairs(torch.diag(values), 3, seed=seed)
+        torch.testing.assert_close(pairs.values, values.sort().values[-3:], rtol=0, atol=2e-5)
+        assert pairs.converged and residuals_of(torch.diag(values), pairs).max() < 5e-5
+
+
+def test_single_precision_tells_a_lower_end_far_below_the_largest():
+    values = torch.cat([-torch.linspace(1e-3, 3e-3, 22), 1e-5 * torch.arange(300), torch.tensor([2.0, 5.0, 9.0])])
+    matrix = symmetric(values).float()
+    pairs = eigenpairs(matrix, 5, "smallest")
+    torch.testing.assert_close(pairs.values.double(), torch.linalg.eigvalsh(matrix.double())[:5], rtol=0, atol=2e-4)
+    assert pairs.converged and (pairs.values < 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_start_at_another_eigenvector_does_not_hide_the_largest(seed):
+    values = torch.linspace(0, 1, 400, dtype=torch.float64)
+    values[-2:] = torch.tensor([5.0, 4.0])
+    start = 1e-8 * torch.randn(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start[-1] += 1
+    pairs = eigenpairs(torch.diag(values), 1, start=start)
+    torch.testing.assert_close(pairs.values, torch.tensor([5.0], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_pairs_print_in_a_line():
+    matrix = torch.diag(torch.linspace(-1, 1, 41, dtype=torch.float64))
+    for k in (2, 41):
+        text = repr(eigenpairs(matrix, k))
+        assert len(text) < 300 and "\n" not in text and "tensor" not in text
+        assert "converged=True, reason='converged" in text
+    close = EigenPairs(torch.tensor([-1.0, 1e-4]), torch.eye(2), torch.full((2,), 1e-3), 7, True, "converged")
+    for text in (repr(close), close._repr_html_()):
+        assert "converged; the sign is not told of 1 of 2, no larger than their residuals" in text

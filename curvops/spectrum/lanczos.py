@@ -67,11 +67,11 @@ def eigenpairs(
             products look for what they lack.
         block: Columns that are multiplied together.
         tolerance: Residuals are asked to be at most this times the largest |λ| seen. Errors of eigenvalues
-            are about the squares of their residuals over the gaps to others, at most their residuals; the sign of a smaller value is not told.
+            are about the squares of their residuals over the gaps to the others; the sign of a value below this bound is not told.
             Default: the square root of the dtype's precision in double (1.5e-8), its power 2/3 below (2.4e-5 in single).
         max_products: Stop after about so many products. Default: 20 times the subspace, or the dense matrix, see above.
         subspace: Basis vectors that are kept at most. Default: see above.
-        memory_budget: Bytes for the basis. Default: a quarter of what is free where it lives.
+        memory_budget: Bytes for the basis, or the dense matrix. Default: a quarter of what is free where it lives.
         basis_device: Where the basis lives, such as ``"cpu"`` for a small GPU. Default: the matrix's device.
         basis_dtype: Precision of the basis, which bounds the residuals. Default: that of the matrix.
         seed: Of the random start.

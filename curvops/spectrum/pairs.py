@@ -49,7 +49,7 @@ class EigenPairs:
 
     def _signs(self) -> str:
         """What is said of values that residuals do not tell from zero."""
-        small = int((self.values.abs() <= self.residuals).sum())
+        small = int(((self.values.abs() <= self.residuals) & (self.residuals > 0)).sum())
         return f"; the sign is not told of {small} of {len(self)}, no larger than their residuals" if small else ""
 
     def _repr_html_(self) -> str:

@@ -204,7 +204,7 @@ class Quantities(ABC):
     def eigenpairs(self, k: int, which: Which = "largest", **options: Any) -> EigenPairs:
         """Eigenvalues and eigenvectors at the ends of the spectrum, `EigenPairs`, which unpack to ``values, vectors``.
 
-        Exact where the structure gives them, else by block Lanczos, or from the dense matrix where it takes no longer.
+        Exact where the structure gives them, else by block Lanczos, which for up to 2,000 columns ends in the dense matrix.
 
         Args:
             k: How many, from each end if ``which`` is ``"both"``.

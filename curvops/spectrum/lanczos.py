@@ -23,6 +23,7 @@ SUBSPACE = 20  # basis vectors for each wanted one, where memory allows; no rest
 LEAST = 100  # but no fewer than so many in all
 CHECKS = 50  # the projection is judged each time that it has grown by one part in so many
 PROBE = 20  # products that look for copies outside of an invariant space
+WARM = 10  # products that look for what a start lacks
 FEW = 3  # with as many columns for each wanted pair the dense matrix takes no more products
 BY_DENSE = "by the dense matrix"  # where the search ends and this begins
 
@@ -63,7 +64,7 @@ def eigenpairs(
         which: ``"largest"``, ``"smallest"``, ``"both"`` or ``"magnitude"`` (the largest |λ|).
         metric: B, symmetric and positive definite, for instance a damped KFAC. Its products are not counted.
         metric_inverse: Products with B⁻¹, for instance KFAC's ``.inverse()``.
-        start: Vectors near those wanted: an `EigenPairs` of an earlier checkpoint, or columns in any format. At least 20
+        start: Vectors near those wanted: an `EigenPairs` of an earlier checkpoint, or columns in any format. At least 10
             products look for what they lack.
         block: Columns that are multiplied together.
         tolerance: Residuals are asked to be at most this times the largest |λ| seen. Errors of eigenvalues
@@ -112,9 +113,8 @@ def eigenpairs(
             raise ValueError(f"max_products: expected at least the {choice.count} pairs asked, got {max_products!r}.")
         if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
             raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}.")
-        power = (
-            1 / 2 if products.dtype == torch.float64 else 2 / 3
-        )  # roots of low precisions exceed whole ends of spectra
+        # roots of low precisions exceed whole ends of spectra
+        power = 1 / 2 if products.dtype == torch.float64 else 2 / 3
         tolerance = torch.finfo(products.dtype).eps ** power if tolerance is None else tolerance
         if size <= FEW * choice.count and (max_products is None or max_products >= size):
             return dense_pairs(products, None if metric is None else weigh, choice)
@@ -164,7 +164,7 @@ def _iterate(
 ) -> tuple[Ritz, str]:
     """Expand and restart until the chosen pairs converge; the reason is empty where they do."""
     # size when last judged; products and values when the space last ended: a start may be within an invariant one
-    judged, begun, before = 0, 0 if warm else -PROBE, None
+    judged, begun, before = 0, (WARM if warm else 0) - PROBE, None
     reason: str | None = None  # why it is through, once it is
     if saved.about:
         space.resume(saved.tensors, saved.about)

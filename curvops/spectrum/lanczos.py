@@ -142,7 +142,8 @@ def eigenpairs(
             found[chosen].to(products.device, products.dtype) for found in (ritz.values, ritz.residuals)
         )
         vectors = space.vectors(ritz.coordinates[:, chosen])
-        if dtype != products.dtype or tolerance <= ROUNDING * space.eps:  # the space's residuals leave rounding out
+        half = products.dtype in (torch.bfloat16, torch.float16)  # whose rounding the space's residuals leave out
+        if dtype != products.dtype or half:
             vectors = vectors / _norms(vectors, weigh)
             residuals = _norms(unweigh(products(vectors)) - vectors * values, weigh)
             worst, bound = float(residuals.max()), tolerance * float(ritz.values.abs().max())

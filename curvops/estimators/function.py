@@ -47,7 +47,8 @@ def trace_function(
 
     Args:
         matrix: Symmetric; a `LinearOperator`, a tensor, SciPy's, or anything with a shape and products.
-        function: f, from eigenvalues to values of the same shape; the result is differentiable in what it captures.
+        function: f, from eigenvalues to values of the same shape; the result is differentiable in what it captures. It is
+            also asked at the added node, where a value that is not finite says that it has none.
         depth: Lanczos steps for each random vector.
         num_products: Products with the matrix; ``num_products // depth`` random vectors, at least two. With a
             tolerance those of the first round, of ten vectors at least.
@@ -186,7 +187,7 @@ class _Quadrature(Sampler):
     def _lower(self, known: Recurrence) -> Tensor:
         """The sums of a quadrature with a node at the lower end; not finite where f is not at any such end."""
         low = known.lowest()
-        for end in (0.0, low) if low >= 0 or known.gauss()[0].min() >= 0 else (low,):
+        for end in (0.0, low) if known.gauss()[0].min() >= 0 else (low,):
             nodes, weights = (part.to(self.probes.products.device, self.probes.dtype) for part in known.radau(end))
             values = self.function(nodes)
             if values.isfinite().all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class Recurrence(NamedTuple):
         """
         last = self.beside[:, -1:]
         nodes, vectors = torch.linalg.eigh(self._matrices())
-        added = end + last * (last * vectors[:, -1].square() / (nodes - end)).sum(1, keepdim=True)
+        apart = (nodes - end).clamp(min=_rounding(nodes))  # a node that has converged may stand at the end
+        added = end + last * (last * vectors[:, -1].square() / apart).sum(1, keepdim=True)
         going = ~self.ended.unsqueeze(1)
         diagonal = torch.cat([self.diagonal, torch.where(going, added, self.diagonal[:, :1])], 1)
         longer = Recurrence(
@@ -57,10 +58,10 @@ class Recurrence(NamedTuple):
         return nodes, weights
 
     def lowest(self) -> float:
-        """A number that the starts see no eigenvalue below: the smallest node, less its residual."""
+        """A number that the starts see no eigenvalue below: the smallest node, less its residual and rounding."""
         nodes, vectors = torch.linalg.eigh(self._matrices())
         residuals = torch.where(self.ended, 0.0, self.beside[:, -1] * vectors[:, -1, 0].abs())
-        return float((nodes[:, 0] - residuals).min())
+        return float((nodes[:, 0] - residuals).min()) - _rounding(nodes)
 
     def _inner(self) -> Tensor:
         return torch.cat([self.beside[:, :-1], torch.zeros_like(self.beside[:, :1])], 1)
@@ -76,40 +77,18 @@ class Recurrence(NamedTuple):
 
 
 def quadrature(
-    products: Callable[[Tensor], Tensor],
-    starts: Tensor,
-    depth: int,
-    *,
-    basis_device: torch.device | None = None,
-    basis_dtype: torch.dtype | None = None,
-    precision: torch.dtype | None = None,
-    state: Mapping[str, Tensor] | None = None,
-    done: Callable[[dict[str, Tensor]], None] | None = None,
+    products: Callable[[Tensor], Tensor], starts: Tensor, depth: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes and weights with ``sᵀ f(A) s ≈ Σ weights f(nodes)`` for each start s.
+    """Nodes and weights with ``sᵀ f(A) s ≈ Σ weights f(nodes)`` for each start s, by `recurrence`, whose arguments it takes.
 
     Exact for polynomials f up to degree 2 depth - 1, and for every f where the Krylov space of s has no more than
-    ``depth`` dimensions. All starts take each step together, in one product with a block, and each is
-    reorthogonalised against all of its own basis, twice.
+    ``depth`` dimensions.
 
     Source: Golub & Welsch 1969; Golub & Meurant 2010, chapter 6.
-
-    Args:
-        products: Products of a symmetric matrix with columns, for instance `curvops.matrix.Products`.
-        starts: Unit vectors, ``[D, K]``.
-        depth: Steps. No more than D are taken.
-        basis_device: Where the bases, K · depth · D numbers, are kept. Default: with the starts.
-        basis_dtype: Their precision, which bounds the orthogonality. Default: that of the starts.
-        precision: That of the products, if it is lower than the starts'.
-        state: Where to go on from, as an earlier call had told.
-        done: Told the state after each step.
 
     Returns:
         Nodes and weights, both ``[K, min(depth, D)]`` in double precision on the CPU. Where a start's Krylov space ends earlier,
         weights are zero, and the nodes sᵀ A s. And whether each space ended within these steps, ``[K]``.
-
-    Raises:
-        ValueError: If ``depth`` is not positive, a product is not finite, or products are not symmetric.
 
     Example:
         >>> import torch
@@ -118,16 +97,7 @@ def quadrature(
         >>> nodes, weights, _ = quadrature(Products(matrix, "trace of logarithm"), torch.eye(3), 2)
         >>> torch.testing.assert_close((weights * nodes.log()).sum(), torch.tensor(6.0).double().log())
     """
-    found = recurrence(
-        products,
-        starts,
-        depth,
-        basis_device=basis_device,
-        basis_dtype=basis_dtype,
-        precision=precision,
-        state=state,
-        done=done,
-    )
+    found = recurrence(products, starts, depth, **options)
     return *found.gauss(), found.ended
 
 
@@ -142,7 +112,24 @@ def recurrence(
     state: Mapping[str, Tensor] | None = None,
     done: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Recurrence:
-    """What `quadrature` is made of, with its arguments."""
+    """Lanczos' three-term recurrence of each start.
+
+    All starts take each step together, in one product with a block, and each is reorthogonalised against all of its own
+    basis, twice.
+
+    Args:
+        products: Products of a symmetric matrix with columns, for instance `curvops.matrix.Products`.
+        starts: Unit vectors, ``[D, K]``.
+        depth: Steps. No more than D are taken.
+        basis_device: Where the bases, K · depth · D numbers, are kept. Default: with the starts.
+        basis_dtype: Their precision, which bounds the orthogonality. Default: that of the starts.
+        precision: That of the products, if it is lower than the starts'.
+        state: Where to go on from, as an earlier call had told.
+        done: Told the state after each step.
+
+    Raises:
+        ValueError: If ``depth`` is not positive, a product is not finite, or products are not symmetric.
+    """
     size, count = starts.shape
     if depth < 1:
         raise ValueError(f"depth: expected a positive number of steps, got {depth}.")
@@ -193,3 +180,8 @@ def _projected(bases: Tensor, columns: Tensor) -> Tensor:
     """The part of columns ``[D, K]`` within bases ``[K, m, D]``, one for each."""
     rows = columns.T.unsqueeze(1).to(bases)
     return ((rows @ bases.mT) @ bases).squeeze(1).T.to(columns)
+
+
+def _rounding(nodes: Tensor) -> float:
+    """How far rounding moves nodes."""
+    return max(SPENT * torch.finfo(nodes.dtype).eps * float(nodes.abs().max()), torch.finfo(nodes.dtype).tiny)

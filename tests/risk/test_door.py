@@ -6,20 +6,10 @@ from conformance import draws
 from kronecker.cases import Net
 from torch import nn
 
-from curvops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+from curvops import HessianLinearOperator, KFACLinearOperator
 
 X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
 LOSS = nn.CrossEntropyLoss()
-
-
-@pytest.fixture(params=[HessianLinearOperator, GGNLinearOperator, EFLinearOperator, KFACLinearOperator])
-def cls(request):
-    return request.param
-
-
-@pytest.fixture
-def model():
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
 
 
 def make(cls, model, params=None, data=((X, Y),), loss=LOSS, **options):

@@ -27,16 +27,6 @@ X, Y = draws(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
 LOSS = nn.CrossEntropyLoss()
 
 
-@pytest.fixture(params=OPERATORS)
-def cls(request):
-    return request.param
-
-
-@pytest.fixture
-def model():
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-
-
 def make(cls, model, params=None, data=((X, Y),), loss=LOSS, **options):
     if cls is KFACLinearOperator:
         options = {"fisher_type": "type-2", **options}

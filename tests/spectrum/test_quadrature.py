@@ -125,3 +125,13 @@ def test_a_matrix_that_is_not_symmetric_is_refused():
     with pytest.raises(ValueError, match="not symmetric"):
         recurrence(Products(matrix, "test"), starts(50, 2), 10)
     recurrence(Products(matrix + matrix.T, "test"), starts(50, 2), 10)
+
+
+@pytest.mark.parametrize("lowest", [0.1, 0.0, -5.0])
+def test_a_node_may_be_chosen_where_one_has_converged(lowest):
+    """An isolated smallest eigenvalue, from which rounding does not tell the end."""
+    values = torch.cat([torch.tensor([lowest]), torch.linspace(5, 10, 199)])
+    found = recurrence(Products(torch.diag(values.double()), "test"), starts(200, 4), 60)
+    for end in {found.lowest(), lowest, 0.0} - ({0.0} if lowest < 0 else set()):
+        nodes, weights = found.radau(end)
+        torch.testing.assert_close((weights * nodes.exp()).sum(1), (found.gauss()[1] * found.gauss()[0].exp()).sum(1))

@@ -83,8 +83,9 @@ def _started(number: int, function: Callable[..., Any], arguments: tuple[Any, ..
             with patch.dict(os.environ, own):
                 found = elastic_launch(config, _told)(function, ended, *arguments)
         except ChildFailedError as error:
-            # the engine tells the first failure only, which may be of one that has an exception, as another is gone
-            told = "a process of the group is gone" in str(error)
+            # the engine tells the first failure only, which may be of one that has an exception, as another is gone; one that
+            # does not answer is no crash
+            told = any(f"Connection {what} by peer" in str(error) for what in ("closed", "reset"))
             signalled = told or any(failure.exitcode < 0 for failure in error.failures.values())
             if signalled and not restarts and len(list(Path(ended).iterdir())) < number:
                 raise Crash from error
